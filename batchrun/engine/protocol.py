@@ -1,0 +1,135 @@
+"""What every engine is: requests in, completions out, in any order.
+
+An engine knows token ids and a model folder; it knows no files, no Parquet and no Dask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchrun.errors import RowFault
+
+TokenIds = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row as token ids.
+
+    `id` is unique among the requests in flight and comes back in the completion. `row_seed` is the row's own
+    64-bit number, the same in every run: with the job's seed and the position it decides the sampling noise.
+    `token_ids` (prompt length,) is never empty, and `len(token_ids) + max_new_tokens` fits the model's context.
+    """
+
+    id: int
+    token_ids: TokenIds
+    max_new_tokens: int
+    row_seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one request became.
+
+    `token_ids` (output length,) holds every generated token, the ending stop token included. `finish_reason` is
+    "stop" (a stop token or a stop string), "length" (`max_new_tokens` were generated) or "error" (see `fault`).
+    A stop string ends generation at the token that completes it; the text is cut where it is decoded.
+    """
+
+    id: int
+    token_ids: TokenIds
+    finish_reason: str
+    fault: RowFault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is chosen, in transformers' own words; `temperature` 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All that an engine is built from; small and picklable, since it crosses into the engine's own process.
+
+    `model_path` is a local folder in transformers' layout, `tokenizer_path` likewise (used for stop strings and
+    the padding token alone). `stop_token_ids` end a row; empty means that only the length does. `max_context` is
+    the largest prompt + new tokens of any request. `options` holds the budgets that only one kind of engine reads.
+    """
+
+    kind: str
+    model_path: str
+    tokenizer_path: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    sampling: Sampling = Sampling()
+    stop_token_ids: tuple[int, ...] = ()
+    max_context: int = 4096
+    options: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine was loaded; sums, so that several engines add up.
+
+    `computed_tokens` counts token positions that the model was run on, padding included; `prompt_tokens` and
+    `output_tokens` the real ones among them. `busy_seconds` is time spent in the model. `notes` are the lines for a
+    person: which attention, why not paged, a batch that was halved.
+    """
+
+    engine: str = ""
+    attention: str = ""
+    device: str = ""
+    dtype: str = ""
+    requests: int = 0
+    completions: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    computed_tokens: int = 0
+    batches: int = 0
+    busy_seconds: float = 0.0
+    load_seconds: float = 0.0
+    gauges: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def padding_efficiency(self) -> float:
+        """Real tokens / computed tokens, 1.0 before anything was computed."""
+        return (self.prompt_tokens + self.output_tokens) / self.computed_tokens if self.computed_tokens else 1.0
+
+
+class Engine(Protocol):
+    """Loaded once, used for as long as its process lives."""
+
+    stats: EngineStats
+
+    @classmethod
+    def load(cls, spec: EngineSpec) -> Self:
+        """Loads the weights onto `spec.device`.
+
+        Raises:
+            ModelError: the model cannot be loaded or cannot do what the job asks; final.
+        """
+        ...
+
+    def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        """Pulls requests while there is room and yields a completion for each exactly once, in any order.
+
+        `requests` yields None when nothing is waiting right now: go on with what is in hand and ask again later.
+        (An iterator that knows nothing to be in hand blocks instead of yielding None, so asking is never a busy
+        loop.) It ends when no more will come; the generator returns once all completions are out.
+        """
+        ...

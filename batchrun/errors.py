@@ -1,0 +1,118 @@
+"""Every error that a user can meet, and the exit codes of the process.
+
+An error says what is wrong, where, and the fix, in one line. A *fault* is an error of a single row: it stays in
+the output beside the row and never stops the job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+
+class ExitCode(IntEnum):
+    """What a scheduler reads off the finished process."""
+
+    COMPLETE = 0
+    FAILED = 1
+    REFUSED = 2
+    FAILED_ROWS = 3
+    INTERRUPTED = 4
+
+
+class BatchrunError(Exception):
+    """Base of all errors meant for a person. Survives pickling, so it crosses process borders unchanged."""
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        super().__init__(what, where, fix)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        fix = f"; {self.fix}" if self.fix else ""
+        return f"{where}{self.what}{fix}"
+
+
+class Refused(BatchrunError):
+    """Found before a model is loaded: nothing was generated, nothing was written."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class JobError(Refused):
+    """The job file itself: an unknown key, a value of the wrong type, a variable that is not set."""
+
+
+class InputError(Refused):
+    """The input data: no file matches, unreadable footers, schemas that differ, a column that is missing."""
+
+
+class ModelError(Refused):
+    """The model or tokenizer: missing, unsafe to load, or unable to do what the job asks."""
+
+
+class OutputError(Refused):
+    """The destination: not writable, full of foreign files, or a column name that is taken."""
+
+
+class ChangedError(Refused):
+    """Inputs or job differ from what earlier runs into this output were made of. `where` is the output."""
+
+
+class LeaseHeld(Refused):
+    """Another run is writing this output right now."""
+
+
+class StorageError(BatchrunError):
+    """Object storage kept failing after minutes of back-off. The run can be resumed."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class CorruptInput(BatchrunError):
+    """A data page that cannot be decoded, found while reading a partition."""
+
+
+class EngineError(BatchrunError):
+    """The engine could not be started, or answered with an error that is no single row's."""
+
+
+class EngineDied(EngineError):
+    """The engine's process ended by itself (a crash, a kill). A new one may go on from the staged rows."""
+
+
+class TooManyFaults(BatchrunError):
+    """The circuit breaker: too large a share of the first rows failed, so the job itself is likely wrong."""
+
+
+class Interrupted(BatchrunError):
+    """The run was told to stop; what was finished is safe and the same command goes on from there."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class FaultCode(StrEnum):
+    """Why a row has no answer. The text before the colon in the output's error column."""
+
+    NULL_PROMPT = "NULL_PROMPT"
+    EMPTY_PROMPT = "EMPTY_PROMPT"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    TEMPLATE_ERROR = "TEMPLATE_ERROR"
+    INVALID_UTF8 = "INVALID_UTF8"
+    INPUT_CORRUPT = "INPUT_CORRUPT"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    BAD_LOGITS = "BAD_LOGITS"
+    WORKER_CRASH = "WORKER_CRASH"
+
+
+@dataclass(frozen=True, slots=True)
+class RowFault:
+    """One row's error: a code to group by and a message to read."""
+
+    code: FaultCode
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
