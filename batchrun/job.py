@@ -1,0 +1,340 @@
+"""The job file: a typed model, its validation, and the hash of what decides the outputs."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from batchrun.errors import JobError
+
+# Values of storage options that may be shown: everything else there is taken for a secret.
+HARMLESS_OPTIONS = {"anon", "endpoint_url", "region", "region_name", "use_ssl", "account_name", "project"}
+
+OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
+
+
+class Settings(BaseModel):
+    """A section of the job file: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class InputSettings(Settings):
+    path: str | list[str] = Field(description="a file, folder, glob, or a list of them, on any fsspec URL")
+    columns: list[str] | None = Field(None, description="columns carried into the output; all by default")
+    filters: list[Any] | None = Field(None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]")
+    limit: int | None = Field(None, ge=1, description="the first so many rows only")
+    cast: dict[str, str] = Field(default_factory=dict, description="column: type, where files differ")
+    skip_bad_files: bool = Field(False, description="leave unreadable files out, recorded in the plan")
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+class Message(Settings):
+    role: str
+    content: str
+
+
+class PromptSettings(Settings):
+    template: str | None = Field(None, description="Jinja text over the row's columns, sent as it is")
+    messages: list[Message] | None = Field(None, description="Jinja messages through the chat template")
+    column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
+    chat_template: str | None = Field(None, description="used instead of the tokenizer's own chat template")
+    truncate: Literal["left", "right"] | None = Field(None, description="the side cut off a prompt that is too long")
+    empty: Literal["fail", "send"] = Field("fail", description="what an empty prompt becomes")
+    max_bytes: int = Field(1 << 20, ge=1, description="a longer rendered prompt is never tokenized whole")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(v is not None for v in (self.template, self.messages, self.column)) != 1:
+            raise ValueError("give exactly one of template, messages, column")
+        return self
+
+
+class ModelSettings(Settings):
+    name: str = Field(description="hub id, local folder, or fsspec URL of a folder")
+    revision: str | None = None
+    tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    allow_pickle: bool = Field(False, description="load weights from pickle files, which can run code")
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class GenerationSettings(Settings):
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    stop: list[str] = Field(default_factory=list, description="texts that end an answer; not part of it")
+    seed: int = 0
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError("an empty stop text would end every answer at once")
+        return stop
+
+
+class EngineSettings(Settings):
+    kind: str = Field("auto", description="auto, padded, paged, or module:Class of an engine of your own")
+    batch_tokens: int | None = Field(None, ge=1, description="padded: prompt + new tokens of one batch, padding included")
+    window_rows: int = Field(8192, ge=1, description="padded: rows ordered by length together")
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in ("auto", "padded", "paged") and not re.fullmatch(r"[\w.]+:\w+", kind):
+            raise ValueError("use auto, padded, paged, or module:Class")
+        return kind
+
+
+class OutputSettings(Settings):
+    path: str = Field(description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it")
+    columns: dict[str, str] = Field(default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}")
+    rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
+    bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
+    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
+    flush_rows: int = Field(2048, ge=1, description="finished rows are staged after so many of them,")
+    flush_bytes: int = Field(16 << 20, ge=1, description="so many bytes of them,")
+    flush_seconds: float = Field(15.0, gt=0, description="or so many seconds, whichever comes first")
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in OUTPUT_COLUMNS:
+                raise ValueError(f"{name!r} is no output column{nearest(name, OUTPUT_COLUMNS)}")
+        return columns
+
+    def column(self, name: str) -> str:
+        """The name that the output column `name` (one of OUTPUT_COLUMNS) has in this job."""
+        return self.columns.get(name, name)
+
+
+class ClusterSettings(Settings):
+    address: str | None = Field(None, description="of a running Dask scheduler; a local cluster by default")
+    workers: int | None = Field(None, ge=1, description="local: processes; one per GPU, or one, by default")
+    slots: int = Field(2, ge=1, description="partitions at once on a worker")
+    memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
+
+
+class LimitSettings(Settings):
+    max_error_rate: float = Field(0.2, ge=0, le=1, description="share of failed rows that stops the job")
+    error_sample: int = Field(1000, ge=1, description="rows seen before that share counts")
+
+
+class Job(Settings):
+    """One job file. Build it with `Job.load(path)` or from keyword arguments."""
+
+    input: InputSettings
+    prompt: PromptSettings
+    model: ModelSettings
+    generation: GenerationSettings = GenerationSettings()
+    engine: EngineSettings = EngineSettings()
+    output: OutputSettings
+    cluster: ClusterSettings = ClusterSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Job:
+        """Reads a YAML job file, applies `key.path=value` overrides, fills in ${NAME} from the environment.
+
+        Relative paths are taken from the job file's own folder.
+
+        Raises:
+            JobError: names the key, what is wrong with it, and the nearest known key where one is misspelt.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise JobError(f"cannot read the job file ({error})", str(path), "give the path of a YAML file") from None
+        return cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "job", base: Path | None = None) -> Job:
+        """The same from YAML text; `base` is the folder that relative paths start from."""
+        tree = _parse_yaml(text, where)
+        if not isinstance(tree, dict):
+            raise JobError("a job file is a mapping of sections", where, f"start with {', '.join(cls.model_fields)}")
+        for override in overrides:
+            _apply(tree, override)
+        tree = _expand(tree, where)
+        try:
+            job = cls.model_validate(tree)
+        except ValidationError as error:
+            raise JobError("; ".join(_explain(e) for e in error.errors()), where) from None
+        return job if base is None else job._resolve(base)
+
+    def _resolve(self, base: Path) -> Job:
+        paths = [_absolute(p, base) for p in self.input.paths]
+        model = self.model.name
+        if (base / model).is_dir():
+            model = str(base / model)
+        tokenizer = self.model.tokenizer
+        if tokenizer is not None and (base / tokenizer).is_dir():
+            tokenizer = str(base / tokenizer)
+        return self.model_copy(
+            update={
+                "input": self.input.model_copy(update={"path": paths if len(paths) > 1 else paths[0]}),
+                "model": self.model.model_copy(update={"name": model, "tokenizer": tokenizer}),
+                "output": self.output.model_copy(update={"path": _absolute(self.output.path, base)}),
+            }
+        )
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the outputs, as plain JSON values: no place, no budget, no secret.
+
+        The model stands in it by name and revision; what its folder holds is pinned beside it by the caller.
+        """
+        return {
+            "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
+            "prompt": self.prompt.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
+            "generation": self.generation.model_dump(mode="json"),
+            "output": self.output.model_dump(
+                mode="json", include={"columns", "rows_per_part", "bytes_per_part", "compression"}
+            ),
+        }
+
+    def secrets(self) -> list[str]:
+        """Every string in the storage options that must not be shown anywhere."""
+        found: list[str] = []
+        for options in (self.input.storage_options, self.model.storage_options, self.output.storage_options):
+            _collect_secrets(options, found)
+        return found
+
+
+def stable_hash(value: object) -> str:
+    """Hex SHA-256 of a JSON value, the same in every process and version of Python."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`, did you mean 'x'?` for the known name nearest to a misspelt one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a date stays text: `--set input.path=2026-01-31` is a path, and no key may come twice."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark else where
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise JobError(f"not valid YAML ({what})", place, "mend the line") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise JobError(f"{override!r} is no override", "--set", "write --set key.path=value")
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[keys[-1]] = _parse_yaml(text, f"--set {path}")
+
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def _expand(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _expand(v, where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, where) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise JobError(f"environment variable {name} is not set", where, f"export {name}=...")
+        return os.environ[name]
+
+    return _VARIABLE.sub(lookup, value)
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {name}{nearest(location[-1], _keys_beside(location))}"
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if "storage_options" in name or isinstance(error["input"], dict | BaseModel) else f" (got {error['input']!r})"
+    return f"{name or 'job'}: {message}{shown}"
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Job
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return ["role", "content"]
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _absolute(path: str, base: Path) -> str:
+    """A local path made absolute from `base`; a URL as it is."""
+    if "://" in path or "::" in path:
+        return path
+    return os.path.normpath(base / Path(path).expanduser())
+
+
+def _collect_secrets(value: Any, found: list[str], key: str = "") -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _collect_secrets(inner, found, str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _collect_secrets(inner, found, key)
+    elif isinstance(value, str) and len(value) >= 4 and key not in HARMLESS_OPTIONS:
+        found.append(value)
