@@ -35,7 +35,7 @@ class InputSettings(Settings):
     limit: int | None = Field(None, ge=1, description="the first so many rows only")
     cast: dict[str, str] = Field(default_factory=dict, description="column: type, where files differ")
     skip_bad_files: bool = Field(False, description="leave unreadable files out, recorded in the plan")
-    storage_options: dict[str, Any] = Field(default_factory=dict)
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @property
     def paths(self) -> list[str]:
@@ -70,7 +70,7 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     allow_pickle: bool = Field(False, description="load weights from pickle files, which can run code")
-    storage_options: dict[str, Any] = Field(default_factory=dict)
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
 
 class GenerationSettings(Settings):
@@ -113,7 +113,7 @@ class OutputSettings(Settings):
     flush_rows: int = Field(2048, ge=1, description="finished rows are staged after so many of them,")
     flush_bytes: int = Field(16 << 20, ge=1, description="so many bytes of them,")
     flush_seconds: float = Field(15.0, gt=0, description="or so many seconds, whichever comes first")
-    storage_options: dict[str, Any] = Field(default_factory=dict)
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @field_validator("columns")
     @classmethod

@@ -102,6 +102,7 @@ class EngineStats:
     batches: int = 0
     busy_seconds: float = 0.0
     load_seconds: float = 0.0
+    pid: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

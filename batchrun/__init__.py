@@ -1,0 +1,24 @@
+"""Batch offline inference over Parquet: one job file in, a complete dataset of answers out, exactly once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchrun.driver import run
+    from batchrun.job import Job
+    from batchrun.report.result import RunResult
+
+__all__ = ["Job", "RunResult", "__version__", "run"]
+__version__ = "0.1.0"
+
+_HOMES = {"run": "batchrun.driver", "Job": "batchrun.job", "RunResult": "batchrun.report.result"}
+
+
+def __getattr__(name: str) -> Any:
+    # Dask and torch take seconds to import; `import batchrun` and a refused job file should not wait for them.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'batchrun' has no attribute {name!r}")

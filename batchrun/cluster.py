@@ -1,0 +1,91 @@
+"""A Dask client for the job: a local cluster with one worker per GPU (or one on a CPU), or a scheduler's address."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dask
+from distributed import Client, Nanny, Scheduler, SpecCluster
+
+from batchrun.errors import BatchrunError
+from batchrun.job import ClusterSettings
+
+# Set on purpose, each for a reason that cost somebody a night:
+DASK_CONFIG = {
+    # The engine is a child of the worker, and a daemonic process cannot have children.
+    "distributed.worker.daemon": False,
+    # A lost worker is the driver's to judge, by what its attempt left in storage.
+    "distributed.scheduler.allowed-failures": 0,
+    # The worker itself only reads, tokenizes and writes; torch runs in the engine's process with its own threads.
+    "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": 1,
+    # Partitions in flight are few and equal, so work stealing only moves a started one's key about.
+    "distributed.scheduler.work-stealing": False,
+    # Long GIL-holding calls (a large Parquet footer, a template) are no reason to drop a connection.
+    "distributed.comm.timeouts.connect": "60s",
+    "distributed.comm.timeouts.tcp": "120s",
+    "distributed.admin.tick.limit": "30s",
+}
+
+
+@contextmanager
+def connect(settings: ClusterSettings) -> Iterator[Client]:
+    """Yields a client of the cluster that the job asks for; a local cluster ends with the context.
+
+    Raises:
+        BatchrunError: no scheduler answers at the address.
+    """
+    with dask.config.set(DASK_CONFIG):
+        if settings.address is not None:
+            try:
+                client = Client(settings.address, timeout="30s", set_as_default=False)
+            except (OSError, TimeoutError, ValueError) as error:
+                raise BatchrunError(
+                    f"no Dask scheduler answers ({type(error).__name__})",
+                    settings.address,
+                    "start one with `dask scheduler`, or leave cluster.address out for a local cluster",
+                ) from None
+            with client:
+                yield client
+            return
+        with (
+            SpecCluster(
+                workers=_local_workers(settings),
+                scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}},
+                silence_logs=40,  # logging.ERROR: a worker that left is the driver's news to tell
+            ) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+
+
+def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
+    gpus = visible_gpus()
+    count = settings.workers or max(1, len(gpus))
+    if gpus and count > len(gpus):
+        raise BatchrunError(
+            f"{count} workers asked for, {len(gpus)} GPUs visible", "cluster.workers", "a GPU takes one worker"
+        )
+    workers = {}
+    for i in range(count):
+        env = {"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}
+        options = {
+            "nthreads": settings.slots,
+            "memory_limit": settings.memory_limit,
+            "host": "127.0.0.1",
+            "dashboard": False,
+            "env": env,
+        }
+        workers[i] = {"cls": Nanny, "options": options}
+    return workers
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as values for CUDA_VISIBLE_DEVICES; empty on a machine without one."""
+    import torch  # heavy, and only a local cluster needs to know
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()  # asks the driver library: takes no memory on any GPU
+    return [name.strip() for name in named.split(",")][:count] if named else [str(i) for i in range(count)]

@@ -1,0 +1,297 @@
+"""A plan onto Dask: the window in flight, progress, retries, the circuit breaker, the manifest."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+import uuid
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Future
+
+from batchrun.cluster import connect
+from batchrun.dataset.plan import Plan, difference
+from batchrun.engine.protocol import EngineStats
+from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
+from batchrun.job import Job
+from batchrun.output import layout
+from batchrun.output.identity import pin
+from batchrun.output.lease import Lease
+from batchrun.output.manifest import Manifest, read_manifest, write_manifest
+from batchrun.output.state import scan
+from batchrun.prepare import Prepared, prepare
+from batchrun.report.progress import Progress, Watch, silent
+from batchrun.report.result import RunResult
+from batchrun.storage import Folder
+from batchrun.worker import BatchrunPlugin, Tally, TaskReceipt, WorkOrder, request_stop, run_partition
+
+WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
+POLL = 1.0  # seconds between two looks at the workers' counters
+STRIKES = 3  # attempts in a row that staged nothing new before a partition is given up
+DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
+
+
+def run(
+    job: Job | str | Path,
+    *,
+    client: Client | None = None,
+    force: bool = False,
+    stop: threading.Event | None = None,
+    watch: Watch = silent,
+) -> RunResult:
+    """Starts a job, or goes on where an earlier run of it ended, until its output is complete.
+
+    Args:
+        job: a Job, or the path of a job file.
+        client: a Dask client to run on; otherwise the job's own `cluster` section decides.
+        force: run although another driver seems to be at work. Still exact, at worst wasteful.
+        stop: set it (from a signal handler, say) to let tasks stage what they hold and end the run.
+        watch: called about once a second with the run's progress.
+
+    Raises:
+        Refused: before anything was generated: a bad job, input, model or destination, or changed ones.
+        Interrupted: stopped on the way; the same call goes on from there.
+        TooManyFaults: more than `limits.max_error_rate` of the rows failed.
+        BatchrunError: anything else that ended the run; it can be resumed.
+    """
+    started = time.monotonic()
+    prepared = prepare(job if isinstance(job, Job) else Job.load(job))
+    folder = prepared.folder
+    manifest = read_manifest(folder, prepared.identity)
+    if manifest is not None:
+        return _result(prepared, manifest, time.monotonic() - started, None)
+    folder.probe()
+    with Lease(folder, force=force), ExitStack() as stack:
+        pin(folder, prepared.identity, prepared.plan.to_parquet(), lambda old: _plan_difference(old, prepared.plan))
+        dispatch = Dispatch(prepared, stop or threading.Event(), watch)
+        if dispatch.todo:
+            if client is None:
+                client = stack.enter_context(connect(prepared.job.cluster))
+            dispatch.execute(client)
+        manifest = write_manifest(folder, prepared.identity, prepared.plan)
+    return _result(prepared, manifest, time.monotonic() - started, dispatch)
+
+
+class Dispatch:
+    """The partitions of one run between storage and Dask: `todo`, `flying`, and what came of them."""
+
+    def __init__(self, prepared: Prepared, stop: threading.Event, watch: Watch) -> None:
+        self.plan, self.job, self.folder = prepared.plan, prepared.job, prepared.folder
+        self.order = WorkOrder(
+            run=uuid.uuid4().hex,
+            job=prepared.job,
+            schema=prepared.plan.schema,
+            plan_hash=prepared.identity.plan_hash,
+            job_hash=prepared.identity.job_hash,
+            partitions=len(prepared.plan.partitions),
+            fingerprint=prepared.model.fingerprint,
+        )
+        self.stop, self.watch = stop, watch
+        state = scan(self.folder, self.order.plan_hash, self.order.partitions)
+        self.todo = deque(i for i in range(self.order.partitions) if i not in state.committed)
+        self.rows_committed = sum(self.plan.partitions[i].rows for i in state.committed)
+        self.flying: dict[Future, int] = {}
+        self.finished: queue.Queue[Future] = queue.Queue()
+        self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
+        self.total = Tally(self.order.run, -1)  # of finished attempts
+        self.engines: dict[tuple[str, int], EngineStats] = {}
+        self.started = time.monotonic()
+
+    def execute(self, client: Client) -> None:
+        """Keeps the window full until every partition is committed."""
+        client.register_plugin(BatchrunPlugin())
+        next_poll = 0.0
+        try:
+            while self.todo or self.flying:
+                if self.stop.is_set():
+                    raise Interrupted("stopped")
+                if client.status not in ("running", "connecting"):
+                    raise Interrupted("the Dask scheduler went away")
+                if time.monotonic() >= next_poll:
+                    workers = self._poll(client)
+                    next_poll = time.monotonic() + POLL
+                self._fill(client, workers)
+                self._settle(POLL / 4)
+        except (Interrupted, KeyboardInterrupt) as interrupt:
+            self._drain(client)
+            reason = interrupt.what if isinstance(interrupt, Interrupted) else "stopped"
+            raise Interrupted(f"{reason} with {self._safe()}", self.folder.url,
+                              "the same command goes on from there") from None  # fmt: skip
+        except BaseException:
+            self._drain(client)
+            raise
+
+    def _fill(self, client: Client, workers: dict[str, Any]) -> None:
+        slots = sum(worker["nthreads"] for worker in workers.values())
+        while self.todo and len(self.flying) < max(1, math.ceil(WINDOW * slots)):
+            index = self.todo.popleft()
+            future = client.submit(
+                run_partition,
+                self.order,
+                self.plan.task(index),
+                key=f"batchrun-{self.order.plan_hash[:8]}-{index:05d}-{uuid.uuid4().hex[:8]}",
+                pure=False,
+                retries=0,
+            )
+            self.flying[future] = index
+            future.add_done_callback(self.finished.put)
+
+    def _settle(self, timeout: float) -> None:
+        """Takes in what finished; waits for the first one, then takes all that is there."""
+        try:
+            future = self.finished.get(timeout=timeout)
+            while True:
+                self._take(future)
+                future = self.finished.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, future: Future) -> None:
+        index = self.flying.pop(future)
+        if future.status == "finished":
+            receipt: TaskReceipt = future.result()
+            self._add(receipt.tally)
+            self._see_engine(receipt.worker, receipt.engine)
+            if receipt.part is None:
+                self.todo.append(index)
+            else:
+                self.rows_committed += self.plan.partitions[index].rows
+            self.strikes.pop(index, None)
+            return
+        error = future.exception() if future.status == "error" else None
+        if isinstance(error, (Refused, StorageError, CorruptInput)):
+            raise error
+        self._strike(index, error)
+
+    def _strike(self, index: int, error: BaseException | None) -> None:
+        """Judges a lost attempt by what it left in storage: one that staged something is submitted again for free.
+
+        Dask's own suspicion blames every task that shared a worker with the guilty one.
+        """
+        strikes, chunks_before = self.strikes.get(index, (0, 0))
+        chunks = len(self.folder.list(layout.stage_prefix(index, self.order.partitions)))
+        strikes = 1 if chunks > chunks_before else strikes + 1
+        if strikes >= STRIKES:
+            raise BatchrunError(
+                f"partition {index} failed {STRIKES} times without progress, last with {_one_line(error)}",
+                self.folder.url,
+                "look at the engine's message; the same command tries again",
+            )
+        self.strikes[index] = (strikes, chunks)
+        self.todo.append(index)
+
+    def _poll(self, client: Client) -> dict[str, Any]:
+        """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
+        workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+        flying = set(self.flying.values())
+        live = Tally(self.order.run, -1, **{f: getattr(self.total, f) for f in SUMMED}, examples=[*self.total.examples])
+        covered = self.rows_committed
+        for address, worker in workers.items():
+            snapshot = worker["metrics"].get("batchrun") or {"tasks": [], "engines": []}
+            for stats in snapshot["engines"]:
+                self._see_engine(address, EngineStats(**stats))
+            for tally in (Tally(**t) for t in snapshot["tasks"]):
+                if tally.run == self.order.run and tally.partition in flying:
+                    covered += tally.reused + tally.rows
+                    _sum(live, tally)
+        self.watch(
+            Progress(
+                seconds=time.monotonic() - self.started,
+                partitions=self.order.partitions,
+                partitions_done=self.order.partitions - len(self.todo) - len(self.flying),
+                rows=self.plan.rows,
+                rows_done=min(covered, self.plan.rows),
+                rows_failed=live.failed,
+                new_rows=live.rows,
+                prompt_tokens=live.prompt_tokens,
+                output_tokens=live.output_tokens,
+                workers=len(workers),
+            )
+        )
+        self._check_faults(live)
+        return workers
+
+    def _check_faults(self, tally: Tally) -> None:
+        limits = self.job.limits
+        if tally.rows >= limits.error_sample and tally.failed > limits.max_error_rate * tally.rows:
+            examples = "; ".join(tally.examples)
+            raise TooManyFaults(
+                f"{tally.failed:,} of the first {tally.rows:,} rows failed, e.g. {examples}",
+                self.folder.url,
+                "mend the prompt or the model, or raise limits.max_error_rate",
+            )
+
+    def _drain(self, client: Client) -> None:
+        """Lets the tasks in flight stage what they hold, for as long as that should take."""
+        self.todo.clear()
+        if client.status != "running":
+            return
+        client.run(request_stop, self.order.run, wait=False, on_error="ignore")
+        deadline = time.monotonic() + DRAIN
+        while self.flying and time.monotonic() < deadline:
+            try:
+                future = self.finished.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            index = self.flying.pop(future)
+            if future.status == "finished" and future.result().part is not None:
+                self.rows_committed += self.plan.partitions[index].rows
+        client.cancel(list(self.flying))
+
+    def _safe(self) -> str:
+        state = scan(self.folder, self.order.plan_hash, self.order.partitions)
+        return f"{len(state.committed)} of {self.order.partitions} parts committed, {len(state.streaming)} begun"
+
+    def _add(self, tally: Tally) -> None:
+        _sum(self.total, tally)
+
+    def _see_engine(self, worker: str, stats: EngineStats | None) -> None:
+        if stats is None:
+            return
+        key = (worker, stats.pid)
+        if key not in self.engines or self.engines[key].requests <= stats.requests:
+            self.engines[key] = stats
+
+
+SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]
+
+
+def _sum(into: Tally, tally: Tally) -> None:
+    for name in SUMMED:
+        setattr(into, name, getattr(into, name) + getattr(tally, name))
+    into.examples = (into.examples + tally.examples)[:5]
+
+
+def _one_line(error: BaseException | None) -> str:
+    if error is None:
+        return "a lost worker"
+    return str(error) if isinstance(error, BatchrunError) else f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _plan_difference(old: bytes, new: Plan) -> list[str]:
+    return difference(Plan.from_parquet(old), new)
+
+
+def _result(prepared: Prepared, manifest: Manifest, seconds: float, dispatch: Dispatch | None) -> RunResult:
+    return RunResult(
+        output=prepared.folder.url,
+        rows=manifest.rows,
+        ok=manifest.ok,
+        failed=manifest.failed,
+        parts=len(manifest.parts),
+        prompt_tokens=manifest.prompt_tokens,
+        output_tokens=manifest.output_tokens,
+        errors=manifest.errors,
+        seconds=seconds,
+        requests=dispatch.total.requests if dispatch else 0,
+        reused=dispatch.total.reused if dispatch else 0,
+        engines=list(dispatch.engines.values()) if dispatch else [],
+        part_keys=[part.key for part in manifest.parts],
+        storage_options=prepared.job.output.storage_options,
+    )

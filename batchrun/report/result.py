@@ -1,0 +1,80 @@
+"""What a finished run is: counts to act on, and the way to the answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.engine.protocol import EngineStats
+from batchrun.errors import ExitCode
+from batchrun.storage import Folder
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A complete output. `requests` is what this run sent to its engines; 0 when nothing was left to do.
+
+    `prompt_tokens` and `output_tokens` are of all rows in the output, whichever run generated them; `seconds` is
+    this run's wall time, `engines` one set of counters per engine process that it used.
+    """
+
+    output: str
+    rows: int
+    ok: int
+    failed: int
+    parts: int
+    prompt_tokens: int
+    output_tokens: int
+    errors: dict[str, int]
+    seconds: float
+    requests: int
+    reused: int
+    engines: list[EngineStats] = field(default_factory=list)
+    part_keys: list[str] = field(default_factory=list, repr=False)
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode.FAILED_ROWS if self.failed else ExitCode.COMPLETE
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(self.output, self.storage_options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a pipeline; no storage options."""
+        values = asdict(self)
+        del values["storage_options"], values["part_keys"]
+        return {"status": "complete", "exit_code": int(self.exit_code), **values}
+
+    def to_dask(self) -> Any:
+        """The output as a `dask.dataframe.DataFrame`, one partition per part, in the plan's order.
+
+        Columns keep their Arrow types (`pandas.ArrowDtype`): int64 with nulls, lists and structs stay what they are.
+        """
+        import dask.dataframe as dd
+
+        folder = self.folder
+        meta = _to_pandas(read_part(folder, self.part_keys[0]).schema.empty_table())
+        return dd.from_map(_load_part, self.part_keys, folder=folder, meta=meta)
+
+    def sample(self, rows: int) -> pa.Table:
+        """The first rows of the first part."""
+        return read_part(self.folder, self.part_keys[0]).slice(0, rows)
+
+
+def read_part(folder: Folder, key: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(folder.read(key)))
+
+
+def _load_part(key: str, folder: Folder) -> Any:
+    return _to_pandas(read_part(folder, key))
+
+
+def _to_pandas(table: pa.Table) -> Any:
+    import pandas as pd
+
+    return table.to_pandas(types_mapper=pd.ArrowDtype)

@@ -1,0 +1,116 @@
+"""What stands on the screen once a command is through: the plan, a run's end, a state, a verification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from batchrun.engine.protocol import EngineStats
+from batchrun.report.progress import duration
+from batchrun.report.result import RunResult
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN_ROWS = 5
+CELL = 120  # characters of a value that are shown
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+def rows_table(table: pa.Table, columns: Sequence[str]) -> Table:
+    """A few rows of an output, the given columns, long values cut."""
+    shown = Table(show_lines=True)
+    for name in columns:
+        shown.add_column(name, overflow="fold")
+    for row in table.select(list(columns)).slice(0, SHOWN_ROWS).to_pylist():
+        shown.add_row(*(_cell(row[name]) for name in columns))
+    return shown
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else str(value).replace("\n", "⏎")
+    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+
+
+def run_lines(result: RunResult) -> list[str]:
+    """The end of a run: complete or with failures, how fast, on what, and where the answers lie."""
+    lines = [f"{result.ok:,} of {result.rows:,} rows answered in {result.parts} parts: {result.output}/data"]
+    if result.failed:
+        kinds = ", ".join(f"{code} {count:,}" for code, count in sorted(result.errors.items()))
+        lines.append(f"{result.failed:,} rows failed ({kinds}); the error column says why, row by row")
+    if not result.requests and not result.reused:
+        lines.append("nothing was left to do")
+        return lines
+    tokens = sum(stats.output_tokens for stats in result.engines)
+    lines.append(
+        f"{duration(result.seconds)}, {result.requests:,} rows generated, {result.reused:,} taken from an earlier run, "
+        f"{tokens / max(result.seconds, 1e-9):,.0f} tokens/s out"
+    )
+    lines += [engine_line(stats) for stats in result.engines]
+    lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
+    return lines
+
+
+def engine_line(stats: EngineStats) -> str:
+    busy = max(stats.busy_seconds, 1e-9)
+    gauges = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in sorted(stats.gauges.items()))
+    return (
+        f"engine {stats.engine} ({stats.attention}, {stats.dtype} on {stats.device}): "
+        f"{stats.prompt_tokens:,} tokens in, {stats.output_tokens:,} out, busy {duration(stats.busy_seconds)} at "
+        f"{(stats.prompt_tokens + stats.output_tokens) / busy:,.0f} tokens/s, "
+        f"padding efficiency {stats.padding_efficiency:.3f}{gauges}"
+    )
+
+
+def plan_lines(summary: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{summary['rows']:,} rows in {summary['files']:,} files, {size(summary['bytes'])} uncompressed "
+        f"-> {summary['partitions']:,} partitions (plan {summary['plan_hash'][:8]})",
+        f"largest partition {summary['largest_partition']:,} rows; output {summary['output']}",
+    ]
+    if summary["skipped"]:
+        lines.append(f"{len(summary['skipped'])} unreadable files left out: {', '.join(summary['skipped'][:5])}")
+    tokens = summary["prompt_tokens"]
+    if tokens:
+        lines.append(
+            f"prompts of {tokens['rows']:,} sampled rows: {tokens['p10']} / {tokens['p50']} / {tokens['p90']} / "
+            f"{tokens['max']} tokens (10% / half / 90% / all are at most), context {summary['context']:,}"
+        )
+        lines.append(f"about {tokens['estimated_total']:,} prompt tokens in all")
+        if tokens["failed"]:
+            lines.append(f"{tokens['failed']:,} of them would fail, e.g. {tokens['examples'][0]}")
+    return lines
+
+
+def token_sample(lengths: Sequence[int], faults: Sequence[str], rows: int) -> dict[str, Any]:
+    """Percentiles of sampled prompt lengths (tokens) and what the whole plan of `rows` rows adds up to."""
+    if not lengths and not faults:
+        return {}
+    values = np.array(lengths or [0])
+    sampled = len(lengths) + len(faults)
+    return {
+        "rows": sampled,
+        **{f"p{q}": int(np.percentile(values, q)) for q in (10, 50, 90)},
+        "max": int(values.max()),
+        "mean": round(float(values.mean()), 1),
+        "estimated_total": round(float(values.sum()) / sampled * rows),
+        "failed": len(faults),
+        "examples": list(faults[:3]),
+    }
+
+
+def show(console: Console, lines: Sequence[str]) -> None:
+    for text in lines:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,343 @@
+"""One partition on one worker: read, prompt, generate, stage, seal.
+
+A task commits to storage by itself and returns a small receipt; nothing durable lies in Dask. Whatever ends it, a
+signal, a crash, a scheduler that went away, the next attempt goes on from what is staged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from distributed import Worker, WorkerPlugin, get_worker
+
+from batchrun.dataset.plan import PartitionTask
+from batchrun.dataset.reader import read_partition
+from batchrun.engine.process import EngineProcess
+from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.errors import ChangedError, RowFault
+from batchrun.job import Job
+from batchrun.model import load_tokenizer, resolve
+from batchrun.output.attempt import Attempt, Receipt
+from batchrun.output.chunk import ANSWERS
+from batchrun.prepare import build_prompts, carried_columns, engine_spec
+from batchrun.prompt.tokens import Detokenizer, PromptBuilder
+from batchrun.storage import Folder
+
+ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
+EXAMPLES = 5
+WANTED_EVERY = 0.5  # seconds between two looks at whether the task is still wanted
+FLUSH_ON_EXIT = 8.0  # seconds that a worker told to leave waits for its tasks to stage what they hold
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """What every task of a run carries: the job, and the hashes that its parts are stamped with."""
+
+    run: str
+    job: Job
+    schema: pa.Schema
+    plan_hash: str
+    job_hash: str
+    partitions: int
+    fingerprint: str
+
+
+@dataclass
+class Tally:
+    """An attempt's counters; the worker's heartbeat reads them while the task adds to them.
+
+    `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer; `requests`
+    went to the engine. Tokens are those of the new rows.
+    """
+
+    run: str
+    partition: int
+    reused: int = 0
+    rows: int = 0
+    failed: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TaskReceipt:
+    """What a task tells the driver. `part` is None when it was told to stop before its partition was covered."""
+
+    worker: str
+    part: Receipt | None
+    tally: Tally
+    engine: EngineStats | None
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a worker builds once for a job and keeps: tokenizer, prompts, the engine's specification."""
+
+    builder: PromptBuilder
+    detokenizer: Detokenizer
+    spec: EngineSpec
+
+
+_lock = threading.Lock()
+_tools: dict[tuple[str, str], Tools] = {}
+_engines: dict[str, EngineProcess] = {}
+_running: dict[int, Tally] = {}
+_stopped_runs: set[str] = set()
+_leaving = threading.Event()
+
+
+def run_partition(order: WorkOrder, task: PartitionTask) -> TaskReceipt:
+    """Brings one partition to its committed part, or as far as it gets before it is told to stop.
+
+    Raises:
+        BatchrunError: a fault of storage, input or engine. What was staged stays.
+    """
+    job = order.job
+    still_wanted = _wanted_check(order.run)
+    folder = Folder(job.output.path, job.output.storage_options)
+    attempt = Attempt(
+        folder,
+        plan_hash=order.plan_hash,
+        job_hash=order.job_hash,
+        partition=task.index,
+        partitions=order.partitions,
+        rows=task.rows,
+        attempt=uuid.uuid4().hex[:12],
+        limits=job.output,
+    )
+    tally = Tally(order.run, task.index)
+    stats = None
+
+    def receipt(part: Receipt | None) -> TaskReceipt:
+        return TaskReceipt(get_worker().address, part, tally, stats)
+
+    if attempt.open():
+        return receipt(attempt.receipt)
+    tally.reused = task.rows - int(attempt.missing.sum())
+    _running[id(tally)] = tally
+    try:
+        if attempt.missing.any():
+            tools = _tools_for(order)
+            engine = _engine_for(tools.spec)
+            _generate(order, task, attempt, tools, engine, tally, still_wanted)
+            stats = engine.stats()
+        if not attempt.covered:
+            attempt.flush()
+            return receipt(None)
+        columns = carried_columns(job, order.schema)
+        carried = (batch.data for batch in read_partition(task, columns, job.input))
+        schema = pa.schema([order.schema.field(name) for name in columns])
+        return receipt(attempt.seal(carried, schema, job.output))
+    finally:
+        del _running[id(tally)]
+
+
+def _generate(
+    order: WorkOrder,
+    task: PartitionTask,
+    attempt: Attempt,
+    tools: Tools,
+    engine: EngineProcess,
+    tally: Tally,
+    still_wanted: Callable[[], bool],
+) -> None:
+    missing = attempt.missing
+    lengths = np.zeros(task.rows, dtype=np.int32)
+    done: list[Completion] = []
+    faults: list[tuple[int, RowFault]] = []
+
+    def requests() -> Iterator[Request]:
+        max_new_tokens = order.job.generation.max_new_tokens
+        for batch in read_partition(task, tools.builder.columns, order.job.input):
+            wanted = np.flatnonzero(missing[batch.first : batch.first + batch.data.num_rows])
+            if not len(wanted):
+                continue
+            data = batch.data if len(wanted) == batch.data.num_rows else batch.data.take(pa.array(wanted))
+            rows = (batch.first + wanted).tolist()
+            seeds = batch.row_ids[wanted].view(np.int64).tolist()
+            for row, seed, prompt in zip(rows, seeds, tools.builder.build(data), strict=True):
+                if isinstance(prompt, RowFault):
+                    faults.append((row, prompt))
+                    continue
+                lengths[row] = len(prompt)
+                tally.requests += 1
+                yield Request(row, prompt, max_new_tokens, seed)
+
+    def settle() -> None:
+        for answers in (_answers(done, lengths, tools.detokenizer), _faulty(faults)):
+            if answers is not None:
+                _count(tally, answers)
+                attempt.add(answers)
+        done.clear()
+        faults.clear()
+        attempt.maybe_flush()
+
+    with contextlib.closing(engine.generate(requests())) as completions:
+        for completion in completions:
+            if completion is not None:
+                done.append(completion)
+                if len(done) < ANSWER_BATCH:
+                    continue
+            settle()
+            if not still_wanted():
+                break
+    settle()
+
+
+def _answers(done: list[Completion], lengths: np.ndarray, detokenizer: Detokenizer) -> pa.Table | None:
+    if not done:
+        return None
+    rows = np.fromiter((c.id for c in done), np.int64, len(done))
+    texts: list[str | None] = list(detokenizer.decode([c.token_ids for c in done]))
+    failed = [i for i, c in enumerate(done) if c.fault is not None]
+    for i in failed:
+        texts[i] = None
+    return _table(
+        rows=rows,
+        answer=texts,
+        finish_reason=[c.finish_reason for c in done],
+        prompt_tokens=lengths[rows],
+        output_tokens=np.fromiter((len(c.token_ids) for c in done), np.int32, len(done)),
+        error=[None if c.fault is None else str(c.fault) for c in done],
+    )
+
+
+def _faulty(faults: list[tuple[int, RowFault]]) -> pa.Table | None:
+    if not faults:
+        return None
+    return _table(
+        rows=np.array([row for row, _ in faults], np.int64),
+        answer=[None] * len(faults),
+        finish_reason=["error"] * len(faults),
+        prompt_tokens=np.zeros(len(faults), np.int32),
+        output_tokens=np.zeros(len(faults), np.int32),
+        error=[str(fault) for _, fault in faults],
+    )
+
+
+def _table(
+    rows: np.ndarray,
+    answer: list[str | None],
+    finish_reason: list[str],
+    prompt_tokens: np.ndarray,
+    output_tokens: np.ndarray,
+    error: list[str | None],
+) -> pa.Table:
+    columns = {
+        "row": rows,
+        "answer": answer,
+        "finish_reason": finish_reason,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "status": ["ok" if e is None else "failed" for e in error],
+        "error": error,
+    }
+    return pa.table([pa.array(columns[f.name], f.type) for f in ANSWERS], schema=ANSWERS)
+
+
+def _count(tally: Tally, answers: pa.Table) -> None:
+    errors = answers["error"].drop_null()
+    tally.rows += answers.num_rows
+    tally.failed += len(errors)
+    tally.prompt_tokens += int(np.sum(answers["prompt_tokens"].to_numpy()))
+    tally.output_tokens += int(np.sum(answers["output_tokens"].to_numpy()))
+    if len(tally.examples) < EXAMPLES and len(errors):
+        failed = answers.filter(answers["error"].is_valid()).slice(0, EXAMPLES - len(tally.examples))
+        tally.examples += [
+            f"partition {tally.partition}, row {row}: {error}"
+            for row, error in zip(failed["row"].to_pylist(), failed["error"].to_pylist(), strict=True)
+        ]
+
+
+def _tools_for(order: WorkOrder) -> Tools:
+    key = (order.job_hash, order.plan_hash)
+    with _lock:
+        if key not in _tools:
+            job = order.job
+            model = resolve(job.model)
+            if model.fingerprint != order.fingerprint:
+                raise ChangedError("the model on this worker differs from the driver's", job.model.name,
+                                   "give every machine the same model folder")  # fmt: skip
+            builder, context = build_prompts(job, model, order.schema)
+            spec = engine_spec(job, model, context)
+            detokenizer = Detokenizer(load_tokenizer(model, job.model), job.generation.stop, spec.stop_token_ids)
+            _tools.clear()  # one job at a time is the rule, and tokenizers are large
+            _tools[key] = Tools(builder, detokenizer, spec)
+        return _tools[key]
+
+
+def _engine_for(spec: EngineSpec) -> EngineProcess:
+    """The worker's engine process for this specification; idle ones of other jobs make room for it."""
+    key = repr(asdict(spec))
+    with _lock:
+        if key not in _engines:
+            for other in [k for k, engine in _engines.items() if engine.idle]:
+                _engines.pop(other).stop()
+            _engines[key] = EngineProcess(spec)
+        return _engines[key]
+
+
+def _wanted_check(run: str) -> Callable[[], bool]:
+    """Whether the current task should go on: looked up at most twice a second.
+
+    Retirement, cancellation and a lost scheduler never stop a running thread; it has to look for itself.
+    """
+    worker, key = get_worker(), get_worker().get_current_task()
+    last = 0.0
+    wanted = True
+
+    def check() -> bool:
+        nonlocal last, wanted
+        now = time.monotonic()
+        if now - last >= WANTED_EVERY:
+            last = now
+            state = worker.state.tasks.get(key)
+            cancelled = state is None or state.state in ("cancelled", "resumed")
+            wanted = not (cancelled or _leaving.is_set() or run in _stopped_runs)
+        return wanted
+
+    return check
+
+
+def request_stop(run: str) -> None:
+    """Run on every worker when the driver was interrupted: tasks of this run flush and return."""
+    _stopped_runs.add(run)
+
+
+def snapshot(dask_worker: Worker) -> dict[str, Any]:
+    """The worker's part of the heartbeat: plain values of all running tasks and of the engine."""
+    engines = [asdict(engine.stats()) for engine in list(_engines.values())]
+    return {"tasks": [asdict(tally) for tally in list(_running.values())], "engines": engines}
+
+
+class BatchrunPlugin(WorkerPlugin):
+    """Registered once per run: hooks the heartbeat, and lets a leaving worker stage what it holds."""
+
+    name = "batchrun"
+    idempotent = True
+
+    def setup(self, worker: Worker) -> None:
+        worker.metrics["batchrun"] = snapshot
+        if threading.current_thread() is threading.main_thread():
+            # Ctrl-C reaches the whole process group; the driver decides what it means for a worker.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    async def teardown(self, worker: Worker) -> None:
+        _leaving.set()
+        deadline = time.monotonic() + FLUSH_ON_EXIT
+        while _running and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for engine in list(_engines.values()):
+            engine.stop()

@@ -1,0 +1,129 @@
+"""The job file's promises: what is wrong is named, with the nearest right word; what is right never changes."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchrun.errors import BatchrunError, JobError
+from batchrun.job import Job, stable_hash
+from batchrun.report.redact import Redactor
+
+BASE = """
+input:
+  path: s3://bucket/in/
+  storage_options: {key: AKIAPLANTED, secret: planted-secret-value, client_kwargs: {endpoint_url: "http://x:1"}}
+prompt: {template: "Say {{ text }}"}
+model: {name: org/model}
+output: {path: s3://bucket/out}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BASE + "generatoin: {}", "unknown key generatoin, did you mean 'generation'?"),
+        (BASE + "generation: {max_new_token: 3}", "did you mean 'max_new_tokens'?"),
+        (BASE + "engine: {kind: vllm}", "use auto, padded, paged, or module:Class"),
+        (BASE + "output: {path: x}", "key 'output' stands twice"),
+        (BASE.replace("template:", "column: a, template:"), "exactly one of template, messages, column"),
+        (BASE.replace("model: {name: org/model}", ""), "model is missing"),
+        (BASE + "generation: {temperature: -1}", "generation.temperature"),
+        (BASE + "generation: {stop: ['']}", "empty stop text"),
+        (BASE + "output2: 1", "unknown key output2, did you mean 'output'?"),
+        ("a: [", "not valid YAML"),
+        ("- 1", "a job file is a mapping"),
+        ("", "a job file is a mapping"),
+        ("1: 2", "is not text"),
+        ("a: &a [*a]", "job"),
+    ],
+)
+def test_a_wrong_job_file_is_one_line_that_names_what_and_where(text, expected):
+    with pytest.raises(JobError) as caught:
+        Job.parse(text, where="job.yaml")
+    assert expected in str(caught.value)
+    assert str(caught.value).startswith("job.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unset_variable_is_named_and_a_set_one_filled_in(monkeypatch):
+    text = BASE.replace("s3://bucket/in/", "s3://bucket/${DAY_OF_RUN}/")
+    with pytest.raises(JobError, match="DAY_OF_RUN is not set"):
+        Job.parse(text)
+    monkeypatch.setenv("DAY_OF_RUN", "2026-01-31")
+    assert Job.parse(text).input.path == "s3://bucket/2026-01-31/"
+
+
+def test_set_overrides_any_key_and_a_date_stays_text():
+    job = Job.parse(BASE, ["input.path=2026-01-31", "generation.max_new_tokens=7", "generation.stop=[a, b]"])
+    assert (job.input.path, job.generation.max_new_tokens, job.generation.stop) == ("2026-01-31", 7, ["a", "b"])
+    with pytest.raises(JobError, match="is no override"):
+        Job.parse(BASE, ["generation.max_new_tokens"])
+    with pytest.raises(JobError, match="did you mean"):
+        Job.parse(BASE, ["generation.max_new_tokns=7"])
+
+
+def test_relative_paths_start_at_the_job_file(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    text = BASE.replace("s3://bucket/in/", "data/*.parquet").replace("org/model", "model")
+    (tmp_path / "job.yaml").write_text(text.replace("s3://bucket/out", "out"))
+    monkeypatch.chdir("/")
+    job = Job.load(tmp_path / "job.yaml")
+    assert job.input.path == str(tmp_path / "data/*.parquet")
+    assert job.model.name == str(tmp_path / "model")
+    assert job.output.path == str(tmp_path / "out")
+
+
+def test_a_missing_or_binary_job_file_is_a_job_error(tmp_path):
+    with pytest.raises(JobError, match="cannot read"):
+        Job.load(tmp_path / "none.yaml")
+    (tmp_path / "job.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(JobError, match="cannot read"):
+        Job.load(tmp_path / "job.yaml")
+
+
+def test_places_and_budgets_do_not_change_what_decides_the_outputs():
+    plain = stable_hash(Job.parse(BASE).deciding())
+    same = ["output.path=elsewhere", "engine.batch_tokens=64", "cluster.workers=3", "output.flush_rows=1"]
+    assert stable_hash(Job.parse(BASE, same).deciding()) == plain
+    for change in ("generation.temperature=0.7", "prompt.template=x{{ text }}", "input.limit=5", "model.dtype=float16"):
+        assert stable_hash(Job.parse(BASE, [change]).deciding()) != plain
+
+
+def test_secrets_are_in_no_repr_no_hash_input_and_no_redacted_text():
+    job = Job.parse(BASE)
+    assert set(job.secrets()) == {"AKIAPLANTED", "planted-secret-value"}
+    for text in (repr(job), str(job), str(job.deciding())):
+        assert "planted-secret-value" not in text
+        assert "AKIAPLANTED" not in text
+    redact = Redactor()
+    redact.add(job.secrets())
+    shown = redact("denied for AKIAPLANTED / planted-secret-value at s3://me:hunter2@host/x")
+    assert shown == "denied for *** / *** at s3://***@host/x"
+
+
+def test_errors_survive_the_way_between_processes():
+    error = JobError("what", "where", "fix")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.exit_code) == (JobError, "where: what; fix", 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_job_file_changed_at_random_is_a_job_or_a_typed_error(seed):
+    rng = random.Random(seed)
+    text = list(BASE)
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(text))
+        text[at : at + rng.randint(0, 3)] = rng.choices(string.printable + "é\x00{}[]&*!|>", k=rng.randint(0, 3))
+    try:
+        job = Job.parse("".join(text))
+    except BatchrunError as error:
+        assert str(error)
+    else:
+        assert job.output.path
