@@ -32,7 +32,8 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(help="the job file (YAML)", show_default=False)]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the job", show_default=False)
+    list[str],
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the job", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -81,7 +82,9 @@ def run(
 
 
 @app.command()
-def status(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:  # noqa: B006
+def status(
+    job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
+) -> None:  # noqa: B006
     """Tell how far the output is, from the store alone."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
@@ -92,7 +95,9 @@ def status(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False
 
 
 @app.command()
-def verify(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:  # noqa: B006
+def verify(
+    job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
+) -> None:  # noqa: B006
     """Read everything back: rows in = rows ok + rows failed, part by part."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
@@ -107,7 +112,9 @@ def verify(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False
 def clean(
     job_file: JobFile,
     overrides: Overrides = [],  # noqa: B006
-    everything: Annotated[bool, typer.Option("--all", help="the answers too: the next run starts from nothing")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="the answers too: the next run starts from nothing")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

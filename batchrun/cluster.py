@@ -66,7 +66,9 @@ def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
     count = settings.workers or max(1, len(gpus))
     if gpus and count > len(gpus):
         raise BatchrunError(
-            f"{count} workers asked for, {len(gpus)} GPUs visible", "cluster.workers", "a GPU takes one worker"
+            f"{count} workers asked for, {len(gpus)} GPUs visible",
+            "cluster.workers",
+            "a GPU takes one worker",
         )
     workers = {}
     for i in range(count):

@@ -68,7 +68,12 @@ def run(
         return _result(prepared, manifest, time.monotonic() - started, None)
     folder.probe()
     with Lease(folder, force=force), ExitStack() as stack:
-        pin(folder, prepared.identity, prepared.plan.to_parquet(), lambda old: _plan_difference(old, prepared.plan))
+        pin(
+            folder,
+            prepared.identity,
+            prepared.plan.to_parquet(),
+            lambda old: _plan_difference(old, prepared.plan),
+        )
         dispatch = Dispatch(prepared, stop or threading.Event(), watch)
         if dispatch.todo:
             if client is None:
@@ -190,7 +195,9 @@ class Dispatch:
         """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
         flying = set(self.flying.values())
-        live = Tally(self.order.run, -1, **{f: getattr(self.total, f) for f in SUMMED}, examples=[*self.total.examples])
+        live = Tally(
+            self.order.run, -1, **{f: getattr(self.total, f) for f in SUMMED}, examples=[*self.total.examples]
+        )
         covered = self.rows_committed
         for address, worker in workers.items():
             snapshot = worker["metrics"].get("batchrun") or {"tasks": [], "engines": []}
@@ -246,7 +253,9 @@ class Dispatch:
 
     def _safe(self) -> str:
         state = scan(self.folder, self.order.plan_hash, self.order.partitions)
-        return f"{len(state.committed)} of {self.order.partitions} parts committed, {len(state.streaming)} begun"
+        return (
+            f"{len(state.committed)} of {self.order.partitions} parts committed, {len(state.streaming)} begun"
+        )
 
     def _add(self, tally: Tally) -> None:
         _sum(self.total, tally)
@@ -271,7 +280,9 @@ def _sum(into: Tally, tally: Tally) -> None:
 def _one_line(error: BaseException | None) -> str:
     if error is None:
         return "a lost worker"
-    return str(error) if isinstance(error, BatchrunError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    return (
+        str(error) if isinstance(error, BatchrunError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    )
 
 
 def _plan_difference(old: bytes, new: Plan) -> list[str]:

@@ -52,7 +52,9 @@ def prepare(job: Job) -> Prepared:
     model = resolve(job.model)
     builder, context = build_prompts(job, model, plan.schema)
     check_sample(builder, sample_batches(job, plan, builder.columns, rows=100))
-    return Prepared(job, plan, model, builder, context, engine_spec(job, model, context), identify(job, plan, model))
+    return Prepared(
+        job, plan, model, builder, context, engine_spec(job, model, context), identify(job, plan, model)
+    )
 
 
 def build_prompts(job: Job, model: ModelFolder, schema: pa.Schema) -> tuple[PromptBuilder, int]:
@@ -112,10 +114,15 @@ def _check_output_columns(job: Job, schema: pa.Schema) -> None:
     names = [job.output.column(name) for name in OUTPUT_COLUMNS]
     for standard, name in zip(OUTPUT_COLUMNS, names, strict=True):
         if name in carried:
-            free = next(c for c in (f"{name}_{i}" if i else f"model_{name}" for i in range(99)) if c not in carried)
+            free = next(
+                c for c in (f"{name}_{i}" if i else f"model_{name}" for i in range(99)) if c not in carried
+            )
             raise OutputError(
-                f"output column {name!r} is the name of an input column", "output.columns",
+                f"output column {name!r} is the name of an input column",
+                "output.columns",
                 f"add `output.columns: {{{standard}: {free}}}`, or leave it out of input.columns",
             )
         if names.count(name) > 1:
-            raise OutputError(f"two output columns are named {name!r}", "output.columns", "give each its own name")
+            raise OutputError(
+                f"two output columns are named {name!r}", "output.columns", "give each its own name"
+            )

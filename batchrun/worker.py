@@ -272,7 +272,9 @@ def _tools_for(order: WorkOrder) -> Tools:
                                    "give every machine the same model folder")  # fmt: skip
             builder, context = build_prompts(job, model, order.schema)
             spec = engine_spec(job, model, context)
-            detokenizer = Detokenizer(load_tokenizer(model, job.model), job.generation.stop, spec.stop_token_ids)
+            detokenizer = Detokenizer(
+                load_tokenizer(model, job.model), job.generation.stop, spec.stop_token_ids
+            )
             _tools.clear()  # one job at a time is the rule, and tokenizers are large
             _tools[key] = Tools(builder, detokenizer, spec)
         return _tools[key]

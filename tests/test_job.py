@@ -61,7 +61,11 @@ def test_an_unset_variable_is_named_and_a_set_one_filled_in(monkeypatch):
 
 def test_set_overrides_any_key_and_a_date_stays_text():
     job = Job.parse(BASE, ["input.path=2026-01-31", "generation.max_new_tokens=7", "generation.stop=[a, b]"])
-    assert (job.input.path, job.generation.max_new_tokens, job.generation.stop) == ("2026-01-31", 7, ["a", "b"])
+    assert (job.input.path, job.generation.max_new_tokens, job.generation.stop) == (
+        "2026-01-31",
+        7,
+        ["a", "b"],
+    )
     with pytest.raises(JobError, match="is no override"):
         Job.parse(BASE, ["generation.max_new_tokens"])
     with pytest.raises(JobError, match="did you mean"):
@@ -91,7 +95,12 @@ def test_places_and_budgets_do_not_change_what_decides_the_outputs():
     plain = stable_hash(Job.parse(BASE).deciding())
     same = ["output.path=elsewhere", "engine.batch_tokens=64", "cluster.workers=3", "output.flush_rows=1"]
     assert stable_hash(Job.parse(BASE, same).deciding()) == plain
-    for change in ("generation.temperature=0.7", "prompt.template=x{{ text }}", "input.limit=5", "model.dtype=float16"):
+    for change in (
+        "generation.temperature=0.7",
+        "prompt.template=x{{ text }}",
+        "input.limit=5",
+        "model.dtype=float16",
+    ):
         assert stable_hash(Job.parse(BASE, [change]).deciding()) != plain
 
 
@@ -120,7 +129,9 @@ def test_a_job_file_changed_at_random_is_a_job_or_a_typed_error(seed):
     text = list(BASE)
     for _ in range(rng.randint(1, 6)):
         at = rng.randrange(len(text))
-        text[at : at + rng.randint(0, 3)] = rng.choices(string.printable + "é\x00{}[]&*!|>", k=rng.randint(0, 3))
+        text[at : at + rng.randint(0, 3)] = rng.choices(
+            string.printable + "é\x00{}[]&*!|>", k=rng.randint(0, 3)
+        )
     try:
         job = Job.parse("".join(text))
     except BatchrunError as error:

@@ -65,7 +65,9 @@ def run_lines(result: RunResult) -> list[str]:
 
 def engine_line(stats: EngineStats) -> str:
     busy = max(stats.busy_seconds, 1e-9)
-    gauges = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in sorted(stats.gauges.items()))
+    gauges = "".join(
+        f", {name.replace('_', ' ')} {value:.3g}" for name, value in sorted(stats.gauges.items())
+    )
     return (
         f"engine {stats.engine} ({stats.attention}, {stats.dtype} on {stats.device}): "
         f"{stats.prompt_tokens:,} tokens in, {stats.output_tokens:,} out, busy {duration(stats.busy_seconds)} at "
@@ -81,7 +83,9 @@ def plan_lines(summary: dict[str, Any]) -> list[str]:
         f"largest partition {summary['largest_partition']:,} rows; output {summary['output']}",
     ]
     if summary["skipped"]:
-        lines.append(f"{len(summary['skipped'])} unreadable files left out: {', '.join(summary['skipped'][:5])}")
+        lines.append(
+            f"{len(summary['skipped'])} unreadable files left out: {', '.join(summary['skipped'][:5])}"
+        )
     tokens = summary["prompt_tokens"]
     if tokens:
         lines.append(
