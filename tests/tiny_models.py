@@ -12,8 +12,8 @@ SPECIAL = ("<pad>", "<bos>", "<eos>")
 VOCAB = 320  # 256 bytes, the special tokens, and a few ids that no text has
 MAX_CONTEXT = 512
 
-# Weights far larger than a trained model's start: otherwise a random model repeats one token for ever, and any
-# two engines agree.
+# Weights far larger than usual at the start: otherwise a random model repeats one token for ever, and any two
+# engines agree.
 _DECODER = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -31,7 +31,9 @@ CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**_DECODER, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": lambda: tf.Qwen3Config(**_DECODER, num_key_value_heads=2, head_dim=16),
     "mistral": lambda: tf.MistralConfig(**_DECODER, num_key_value_heads=2, sliding_window=8),
-    "gemma2": lambda: tf.Gemma2Config(**_DECODER, num_key_value_heads=2, head_dim=8, sliding_window=8, tie_word_embeddings=False),
+    "gemma2": lambda: tf.Gemma2Config(
+        **_DECODER, num_key_value_heads=2, head_dim=8, sliding_window=8, tie_word_embeddings=False
+    ),
     "gpt2": lambda: tf.GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=MAX_CONTEXT, initializer_range=0.4,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -42,8 +44,8 @@ CONFIGS = {
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     ),
     "t5": lambda: tf.T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, initializer_factor=3.0, tie_word_embeddings=False,
-        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, initializer_factor=3.0,
+        tie_word_embeddings=False, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
     ),
     "mamba": lambda: tf.MambaConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.4,

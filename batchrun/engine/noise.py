@@ -1,10 +1,10 @@
 """Sampling noise that belongs to the row, never to the batch.
 
 Adding Gumbel noise to log-probabilities and taking the largest draws exactly from their softmax (the Gumbel-max
-trick; Maddison, Tarlow and Minka, "A* Sampling", 2014). The noise comes from a counter-based generator in the sense
-of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): a hash of (seed, row, position, token) with
-no state, so that a resumed or re-batched run draws the same tokens. Integer operations alone decide the random
-bits, so a CPU and a GPU agree on them; only the last logarithms may differ in the last place.
+trick; Maddison, Tarlow and Minka, "A* Sampling", 2014). The noise comes from a counter-based generator in the
+sense of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): a hash of (seed, row, position,
+token) with no state, so that a resumed or re-batched run draws the same tokens. Integer operations alone decide
+the random bits, so a CPU and a GPU agree on them; only the last logarithms may differ in the last place.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def gumbel(seed: int, row_seeds: Tensor, positions: Tensor, vocab: int) -> Tenso
         vocab: how many tokens there are to choose from.
 
     Returns:
-        float32 (batch, vocab) on the device of `row_seeds`, finite, between -2.9 and 22.2. A longer vocabulary
-        leaves the noise of the tokens before it unchanged.
+        float32 (batch, vocab) on the device of `row_seeds`, finite, between -2.9 and 22.2. A longer
+        vocabulary leaves the noise of the tokens before it unchanged.
     """
     key = _mix64(torch.full_like(row_seeds, seed) + _signed(0x9E3779B97F4A7C15, 64))
     key = _mix64(_mix64(key ^ row_seeds) + positions)
     low, high = key.to(torch.int32).unsqueeze(1), (key >> 32).to(torch.int32).unsqueeze(1)
     tokens = torch.arange(vocab, dtype=torch.int32, device=row_seeds.device)
     bits = _mix32(_mix32(tokens ^ low) ^ high)
-    # 31 bits, exact near 0, which is where the large noise comes from: tails down to 2^-32 are drawn as they should.
-    # The largest values round to 1, whose noise would be minus infinity: a row's only candidate must stay finite.
+    # 31 bits, finest near 0, where the large noise comes from: tails are drawn as they should, down to 2^-32.
+    # Values that round to 1 would give minus infinity, and a row's only candidate must stay finite.
     uniform = (((bits & 0x7FFFFFFF).to(torch.float32) + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 
