@@ -30,7 +30,7 @@ def load_engine(spec: EngineSpec) -> Engine:
 
 
 def why_not_paged(spec: EngineSpec) -> str | None:
-    """The reason why "auto" chooses the padded engine for this model, or None when it chooses the paged one."""
+    """Why "auto" chooses the padded engine for this model; None when it chooses the paged one."""
     return cast(str | None, _find("paged").unsupported(spec))  # type: ignore[attr-defined]
 
 
@@ -46,5 +46,7 @@ def _find(kind: str) -> type[Engine]:
         raise JobError(f"engine {path!r} cannot be imported ({error})", "engine.kind", fix) from error
     missing = [name for name in ("load", "generate") if not callable(getattr(found, name, None))]
     if missing:
-        raise JobError(f"engine {path!r} has no {' and no '.join(missing)}", "engine.kind", "see engine/protocol.py")
+        raise JobError(
+            f"engine {path!r} has no {' and no '.join(missing)}", "engine.kind", "see engine/protocol.py"
+        )
     return cast(type[Engine], found)

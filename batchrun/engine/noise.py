@@ -1,10 +1,11 @@
 """Sampling noise that belongs to the row, never to the batch.
 
-Adding Gumbel noise to log-probabilities and taking the largest draws exactly from their softmax (the Gumbel-max
-trick; Maddison, Tarlow and Minka, "A* Sampling", 2014). The noise comes from a counter-based generator in the
-sense of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): a hash of (seed, row, position,
-token) with no state, so that a resumed or re-batched run draws the same tokens. Integer operations alone decide
-the random bits, so a CPU and a GPU agree on them; only the last logarithms may differ in the last place.
+Adding Gumbel noise to log-probabilities and taking the largest draws exactly from their softmax (the
+Gumbel-max trick; Maddison, Tarlow and Minka, "A* Sampling", 2014). The noise comes from a counter-based
+generator in the sense of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): a hash of
+(seed, row, position, token) with no state, so that a resumed or re-batched run draws the same tokens.
+Integers alone decide the random bits, so a CPU and a GPU agree on them; only the last logarithms may differ
+in the last place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Requests and completions packed into a few arrays, so that a process border costs arrays, not objects."""
+"""Requests and completions packed into a few arrays: a process border then costs arrays, not objects."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RequestPack:
 
 @dataclass(frozen=True, slots=True)
 class CompletionPack:
-    """Completions of any streams; `faults` by index, since they are rare. `stats` when it is time for them."""
+    """Completions of any streams; `faults` by index, since they are rare; `stats` now and then."""
 
     ids: NDArray[np.int64]
     token_ids: NDArray[np.int32]
@@ -77,15 +77,17 @@ class CompletionPack:
         for stream in np.unique(streams).tolist():
             yield stream, np.flatnonzero(streams == stream)
 
-    def unpack(self, indices: NDArray[np.intp]) -> Iterator[tuple[int, Completion]]:
-        """(place in the stream, completion) of each; the completion's id is still the wire's."""
+    def unpack(self, indices: NDArray[np.intp], pending: dict[int, int]) -> Iterator[Completion]:
+        """Those completions, each taking its request's own id out of `pending` (place in the stream: id)."""
         ends = np.cumsum(self.lengths)[indices].tolist()
         lengths = self.lengths[indices].tolist()
-        for i, number, end, length in zip(
-            indices.tolist(), self.ids[indices].tolist(), ends, lengths, strict=True
-        ):
-            yield number & PLACE_MASK, Completion(
-                number, self.token_ids[end - length : end], self.finish_reasons[i], self.faults.get(i)
+        places = (self.ids[indices] & PLACE_MASK).tolist()
+        for i, place, end, length in zip(indices.tolist(), places, ends, lengths, strict=True):
+            yield Completion(
+                pending.pop(place),
+                self.token_ids[end - length : end],
+                self.finish_reasons[i],
+                self.faults.get(i),
             )
 
 
