@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import cast
+from typing import Any, cast
 
 from batchrun.engine.protocol import Engine, EngineSpec
 from batchrun.errors import JobError
@@ -31,7 +31,11 @@ def load_engine(spec: EngineSpec) -> Engine:
 
 def why_not_paged(spec: EngineSpec) -> str | None:
     """Why "auto" chooses the padded engine for this model; None when it chooses the paged one."""
-    return cast(str | None, _find("paged").unsupported(spec))  # type: ignore[attr-defined]
+    try:
+        paged: Any = _find("paged")
+    except JobError as error:
+        return error.what
+    return cast(str | None, paged.unsupported(spec))
 
 
 def _find(kind: str) -> type[Engine]:
