@@ -75,6 +75,7 @@ class EngineSpec:
     dtype: str = "auto"
     device: str = "cpu"
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     sampling: Sampling = Sampling()
     stop_token_ids: tuple[int, ...] = ()
     max_context: int = 4096

@@ -1,0 +1,86 @@
+"""Which requests go through the model together: rectangles of nearly equal rows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from batchrun.engine.protocol import Request
+
+# More rows than this make a step slower without making its weights any cheaper.
+MAX_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Requests that become one rectangle of (rows, longest prompt + most new tokens)."""
+
+    requests: list[Request]
+
+    @property
+    def longest(self) -> int:
+        return max(len(request.token_ids) for request in self.requests)
+
+    @property
+    def new_tokens(self) -> int:
+        return max(request.max_new_tokens for request in self.requests)
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.requests) * (self.longest + self.new_tokens)
+
+    def rectangle(self, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids int64 and attention mask int64, both (rows, longest prompt), padded left or right.
+
+        A row is padded with its own first token: so a model without a padding token needs none, and nothing
+        that counts tokens (a repetition penalty) meets one that is not the row's.
+        """
+        shape = len(self.requests), self.longest
+        ids, mask = np.empty(shape, np.int64), np.zeros(shape, np.int64)
+        for row, request in enumerate(self.requests):
+            length = len(request.token_ids)
+            place = slice(shape[1] - length, None) if left else slice(length)
+            ids[row] = request.token_ids[0]
+            ids[row, place] = request.token_ids
+            mask[row, place] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def by_length(requests: Iterable[Request]) -> list[Request]:
+    """Longest first, rows with similar limits together; rows that are equal in both keep their order."""
+    return sorted(requests, key=lambda r: (-_limit_class(r), -len(r.token_ids)))
+
+
+def take_batch(waiting: deque[Request], budget: int, equal_lengths: bool = False) -> Batch:
+    """Takes the next batch off the left of `waiting`: as many rows as fit, and always at least one.
+
+    Args:
+        budget: padded tokens, counted with the longest prompt and the largest limit of the batch.
+        equal_lengths: cut where the prompt's length changes, for models that padding would change.
+    """
+    count = sum(1 for _ in _fitting(waiting, budget, equal_lengths))
+    return Batch([waiting.popleft() for _ in range(count)])
+
+
+def _fitting(waiting: Iterable[Request], budget: int, equal_lengths: bool) -> Iterator[Request]:
+    longest = limit = 0
+    first: Request | None = None
+    for rows, request in enumerate(islice(waiting, MAX_ROWS), start=1):
+        first = first or request
+        longest, limit = max(longest, len(request.token_ids)), max(limit, request.max_new_tokens)
+        unequal = equal_lengths and longest != len(request.token_ids)
+        if rows > 1 and (
+            rows * (longest + limit) > budget or unequal or _limit_class(request) != _limit_class(first)
+        ):
+            return
+        yield request
+
+
+def _limit_class(request: Request) -> int:
+    """Rows whose limits differ by less than two are worth a batch of their own kind."""
+    return request.max_new_tokens.bit_length()

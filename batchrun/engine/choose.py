@@ -1,0 +1,56 @@
+"""From the word in the job file to a loaded engine."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, cast
+
+from batchrun.engine.protocol import Engine, EngineSpec
+from batchrun.errors import JobError
+
+BUILT_IN = {"padded": "batchrun.engine.padded:PaddedEngine", "paged": "batchrun.engine.paged:PagedEngine"}
+
+
+def load_engine(spec: EngineSpec) -> Engine:
+    """Loads the engine that `spec.kind` names: "padded", "paged", "auto" or "module:Class".
+
+    "auto" is the paged engine where it supports the model, the padded one otherwise; `stats.notes` says why.
+
+    Raises:
+        JobError: there is no such class, or it is no engine.
+        ModelError: the model cannot be loaded.
+    """
+    if spec.kind != "auto":
+        return _find(spec.kind).load(spec)
+    reason = why_not_paged(spec)
+    engine = _find("padded" if reason else "paged").load(spec)
+    if reason:
+        engine.stats.notes.append(f"padded engine, since {reason}")
+    return engine
+
+
+def why_not_paged(spec: EngineSpec) -> str | None:
+    """Why "auto" chooses the padded engine for this model; None when it chooses the paged one."""
+    try:
+        paged: Any = _find("paged")
+    except JobError as error:
+        return error.what
+    return cast(str | None, paged.unsupported(spec))
+
+
+def _find(kind: str) -> type[Engine]:
+    path = BUILT_IN.get(kind, kind)
+    module_name, _, class_name = path.partition(":")
+    if not class_name:
+        raise JobError(f"no engine {kind!r}", "engine.kind", "use auto, padded, paged, or module:Class")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        fix = "check the name, and that its module is installed on every worker"
+        raise JobError(f"engine {path!r} cannot be imported ({error})", "engine.kind", fix) from error
+    missing = [name for name in ("load", "generate") if not callable(getattr(found, name, None))]
+    if missing:
+        raise JobError(
+            f"engine {path!r} has no {' and no '.join(missing)}", "engine.kind", "see engine/protocol.py"
+        )
+    return cast(type[Engine], found)

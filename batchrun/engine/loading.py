@@ -1,0 +1,109 @@
+"""A model out of a local folder, onto its device."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers.utils import logging as transformers_logging
+
+from batchrun.engine.protocol import EngineSpec
+from batchrun.errors import ModelError
+
+# What transformers, safetensors and torch raise for a folder that they cannot make a model of.
+LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError)
+
+
+def load_config(spec: EngineSpec) -> Any:
+    """The model's transformers config.
+
+    Raises:
+        ModelError: there is no readable config, or it needs remote code that the spec does not allow.
+    """
+    if not Path(spec.model_path).is_dir():
+        raise ModelError("no such folder", spec.model_path, "give a folder in transformers' layout")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            spec.model_path, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+    except LOADING_ERRORS as error:
+        raise _model_error(error, spec) from error
+
+
+def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
+    """The model for text generation in `spec.model_path`, on `spec.device`, ready for inference.
+
+    Args:
+        attention: a name that transformers' attention interface knows; by default the best that torch has.
+
+    Raises:
+        ModelError: it is no model that generates text, its weights are missing, incomplete or pickled (unless
+            the spec allows that), or it needs remote code (unless the spec allows that).
+        torch.OutOfMemoryError: it does not fit on the device.
+    """
+    # The progress bars would be all that is left in the short memory of the process's output.
+    transformers_logging.disable_progress_bar()
+    config = load_config(spec)
+    auto: Any = (
+        transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    )
+    # Only with accelerate can transformers read weights straight into the device's memory.
+    straight = importlib.util.find_spec("accelerate") is not None
+    try:
+        model, report = auto.from_pretrained(
+            spec.model_path,
+            config=config,
+            dtype=choose_dtype(spec, config),
+            attn_implementation=attention,
+            use_safetensors=None if spec.allow_pickle else True,
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **({"device_map": {"": spec.device}} if straight else {}),
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:
+        raise _model_error(error, spec) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"weights are incomplete: {len(missing)} missing, such as {missing[0]}",
+            spec.model_path,
+            "copy the whole model, and check that config.json belongs to it",
+        )
+    if not model.can_generate():
+        raise ModelError(f"{type(model).__name__} cannot generate text", spec.model_path, "use another model")
+    return model.to(spec.device).eval()
+
+
+def choose_dtype(spec: EngineSpec, config: Any) -> torch.dtype:
+    """The spec's own; for "auto" float32 on a CPU, on a GPU the checkpoint's half precision, or bfloat16."""
+    if spec.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, spec.dtype))
+    if spec.device == "cpu":
+        return torch.float32
+    half = getattr(config.get_text_config(), "dtype", None)
+    return half if half in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def _model_error(error: Exception, spec: EngineSpec) -> ModelError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = lines[0] if lines else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            "the model needs Python code that comes with it",
+            spec.model_path,
+            "set model.trust_remote_code: true",
+        )
+    folder = Path(spec.model_path)
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")) and not spec.allow_pickle:
+            fix = "convert them to safetensors, or accept the risk with model.allow_pickle: true"
+            return ModelError("weights are pickled, which can run code", spec.model_path, fix)
+        if (folder / "config.json").exists() and "config" not in what.lower():
+            return ModelError("no weights (*.safetensors)", spec.model_path, "copy the whole model")
+    return ModelError(f"cannot be loaded ({what})", spec.model_path, "check the folder and the model's type")

@@ -1,0 +1,256 @@
+"""The padded engine: windows of rows sorted by length, in rectangles, through `model.generate`."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from batchrun.engine.batching import Batch, by_length, take_batch
+from batchrun.engine.loading import choose_dtype, load_config, load_model
+from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.engine.steps import BatchState, logits_processors
+from batchrun.engine.stopping import StopStrings
+from batchrun.errors import FaultCode, ModelError, RowFault
+
+CPU_BATCH_TOKENS = 16384
+NO_TOKENS = np.empty(0, np.int32)
+
+
+class PaddedEngine:
+    """For every model that transformers can generate with; decoders are padded left, encoders right.
+
+    Takes all waiting requests, up to `window_rows` of them, sorts them, cuts them into batches of at most
+    `batch_tokens` padded tokens (rows x (longest prompt + most new tokens)) and runs them all before it
+    looks for new requests. `batch_tokens` and `window_rows` come from the spec's options. An out-of-memory
+    halves the budget for good, and is a row's fault only when the row was alone.
+
+    Args:
+        order: puts a window in order; longest first. Only measurements want another one.
+    """
+
+    def __init__(
+        self, spec: EngineSpec, model: Any, order: Callable[[Iterable[Request]], list[Request]] = by_length
+    ) -> None:
+        self.spec = spec
+        self.model = model
+        self.order = order
+        self.window_rows = cast(int, spec.options.get("window_rows") or 8192)
+        self.budget = cast(int, spec.options.get("batch_tokens") or _default_budget(model))
+        self.stats = EngineStats(
+            engine="padded",
+            attention=model.config._attn_implementation or "none",
+            device=_device_name(spec.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            gauges={"batch_tokens": self.budget},
+        )
+        self._stop_ids = torch.tensor(spec.stop_token_ids, dtype=torch.int64, device=spec.device)
+        self._stop_strings = StopStrings(spec)
+        self._left = not model.config.is_encoder_decoder
+        # The model's own generation config would add what the job did not ask for: beams, penalties, lengths.
+        own = model.generation_config
+        self._generation = {
+            "do_sample": False,
+            "num_beams": 1,
+            "pad_token_id": own.pad_token_id or 0,
+            "bos_token_id": own.bos_token_id,
+            "decoder_start_token_id": own.decoder_start_token_id,
+            "forced_bos_token_id": own.forced_bos_token_id,
+        }
+        model.generation_config = GenerationConfig(**self._generation)
+        self._takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+        self._equal_lengths = self._padding_changes_answers()
+        if self._equal_lengths:
+            self.stats.notes.append(
+                "batches of equal lengths only, since padding changes this model's answers"
+            )
+
+    @classmethod
+    def load(cls, spec: EngineSpec) -> Self:
+        model, why_not_flash = _load_with_best_attention(spec)
+        engine = cls(spec, model)
+        if why_not_flash:
+            engine.stats.notes.append(f"{engine.stats.attention} attention, since {why_not_flash}")
+        return engine
+
+    def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        for window in _windows(requests, self.window_rows):
+            waiting = deque(self.order(window))
+            self.stats.requests += len(waiting)
+            while waiting:
+                batch = take_batch(waiting, self.budget, self._equal_lengths)
+                completions = self._run(batch)
+                if completions is not None:
+                    self.stats.completions += len(completions)
+                    yield from completions
+                elif len(batch.requests) > 1:
+                    waiting.extendleft(reversed(batch.requests))
+                else:
+                    self.stats.completions += 1
+                    yield _fault(
+                        batch.requests[0], FaultCode.OUT_OF_MEMORY, "does not fit the device, even alone"
+                    )
+
+    def _run(self, batch: Batch) -> list[Completion] | None:
+        """The batch's completions, or None when it did not fit: the budget is smaller from then on."""
+        started = time.monotonic()
+        try:
+            state = self._new_state(batch)
+            tokens = self._model_generate(batch, state)
+            tokens = tokens[:, state.width :].to("cpu", torch.int32)
+            outcomes = torch.stack([state.lengths, state.stopped, state.broken]).cpu().numpy()
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        else:
+            self._count(batch, state.steps, time.monotonic() - started)
+            return [
+                self._completion(*row) for row in zip(batch.requests, tokens.numpy(), outcomes.T, strict=True)
+            ]
+        # Out of the except block: the error's traceback holds the very tensors that are to be freed.
+        self._shrink(batch)
+        return None
+
+    def _new_state(self, batch: Batch) -> BatchState:
+        # `generate` gives answers back after the prompts, or after the one token that starts a decoder.
+        width = batch.longest if self._left else 1
+        return BatchState(batch.requests, self._stop_ids, self._stop_strings, width)
+
+    def _model_generate(self, batch: Batch, state: BatchState, **options: Any) -> Any:
+        """Start and answer of each row, int64 (rows, width + steps)."""
+        ids, mask = (tensor.to(self.spec.device) for tensor in batch.rectangle(self._left))
+        masked = {"attention_mask": mask} if self._takes_mask else {}
+        with torch.inference_mode():
+            return self.model.generate(
+                ids,
+                **masked,
+                generation_config=GenerationConfig(
+                    **self._generation, max_new_tokens=batch.new_tokens, **options
+                ),
+                logits_processor=logits_processors(self.spec.sampling, state),
+                stopping_criteria=[state],
+            )
+
+    def _count(self, batch: Batch, steps: int, seconds: float) -> None:
+        # The rectangle: prompts as wide as the longest, and a column per step for every row, finished or
+        # not. The last column was sampled and never run; counted on both sides, a batch without padding is
+        # exactly 1.
+        self.stats.computed_tokens += len(batch.requests) * (batch.longest + steps)
+        self.stats.prompt_tokens += sum(len(request.token_ids) for request in batch.requests)
+        self.stats.batches += 1
+        self.stats.busy_seconds += seconds
+
+    def _completion(
+        self, request: Request, tokens: NDArray[np.int32], outcome: NDArray[np.int64]
+    ) -> Completion:
+        length, stopped, broken = outcome.tolist()
+        if broken:
+            return _fault(
+                request, FaultCode.BAD_LOGITS, f"the model's logits are not finite at new token {length}"
+            )
+        self.stats.output_tokens += length
+        return Completion(request.id, tokens[:length].copy(), "stop" if stopped else "length")
+
+    def _shrink(self, batch: Batch) -> None:
+        self.budget = max(1, min(self.budget, batch.padded_tokens // 2))
+        self.stats.gauges["batch_tokens"] = self.budget
+        self.stats.notes.append(
+            f"out of memory at {batch.padded_tokens} padded tokens ({len(batch.requests)} rows), "
+            f"batches of at most {self.budget} since"
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _padding_changes_answers(self) -> bool:
+        """Tries it: some models run their state through padding, whatever the mask says."""
+        if not self._takes_mask:
+            return True
+        vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        row = Request(0, np.arange(8, 16, dtype=np.int32) % vocab, 1)
+        longer = Request(1, np.arange(32, 48, dtype=np.int32) % vocab, 1)
+        alone, padded = self._first_logits(Batch([row])), self._first_logits(Batch([row, longer]))
+        # In half precision, rounding moves logits by a few per cent at most; padding that leaks, by far more.
+        return bool(torch.linalg.norm(padded - alone) > 0.1 * torch.linalg.norm(alone))
+
+    def _first_logits(self, batch: Batch) -> torch.Tensor:
+        """The first row's logits for its first new token, float32 (vocabulary,)."""
+        state = self._new_state(batch)
+        output = self._model_generate(batch, state, output_logits=True, return_dict_in_generate=True)
+        return cast(torch.Tensor, output.logits[0][0])
+
+
+def _load_with_best_attention(spec: EngineSpec) -> tuple[Any, str]:
+    """The model with flash-attn, or with torch's attention and the reason why not."""
+    reason = _why_not_flash(spec)
+    if not reason:
+        try:
+            return load_model(spec, "flash_attention_2"), ""
+        except ModelError as error:
+            reason = f"the model cannot use flash-attn: {error.what}"
+    # Some releases of transformers run soft-capped models through SDPA, which leaves the cap out.
+    capped = getattr(load_config(spec).get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return load_model(spec, "eager" if capped else None), reason
+
+
+def _why_not_flash(spec: EngineSpec) -> str:
+    if not spec.device.startswith("cuda"):
+        return "flash-attn needs a GPU"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if choose_dtype(spec, load_config(spec)) == torch.float32:
+        return "flash-attn needs half precision"
+    return ""
+
+
+def _windows(requests: Iterator[Request | None], rows: int) -> Iterator[list[Request]]:
+    """All that waits, up to so many rows, again and again until no more will come."""
+    window: list[Request] = []
+    for request in requests:
+        if request is not None:
+            window.append(request)
+        if window and (request is None or len(window) == rows):
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _default_budget(model: Any) -> int:
+    """Padded tokens for which keys, values and one layer's activations fill most of the free memory."""
+    if model.device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = model.dtype.itemsize
+    # Half as much again for keys and values: the growing cache is copied layer by layer at every step.
+    cache = 1.5 * 2 * config.num_hidden_layers * heads * head_size * item
+    activations = item * (
+        8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    )
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, int(0.8 * free / (cache + activations)))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch has a type for CUDA's allocator alone; the CPU's and cuBLAS's say it in words."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in text for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
+def _fault(request: Request, code: FaultCode, message: str) -> Completion:
+    return Completion(request.id, NO_TOKENS, "error", RowFault(code, message))
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device

@@ -1,0 +1,155 @@
+"""The engine's side of the process border: `python -m batchrun.engine.server <socket> <parent's pid>`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+from batchrun.engine.choose import load_engine
+from batchrun.engine.protocol import Completion, Engine, EngineSpec, EngineStats, Request
+from batchrun.engine.wire import PLACE_BITS, Cancel, CompletionPack, Failed, RequestPack
+from batchrun.errors import BatchrunError, EngineError
+
+STATS_SECONDS = 0.2
+PACK_ROWS = 1024
+# The sender lets a burst gather for so long: a pack costs some 100 us on both sides, whatever is in it.
+GATHER_SECONDS = 0.002
+PR_SET_PDEATHSIG = 1
+
+
+class Server:
+    """Streams of requests in one order into the engine, completions out to whichever stream they belong to.
+
+    Three threads: the reader fills the inbox, the main thread runs the engine, the sender empties the
+    outbox. So neither a busy engine nor a slow parent ever blocks the socket for the other side.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.inbox: queue.SimpleQueue[RequestPack] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[Completion | Failed] = queue.SimpleQueue()
+        self.cancelled: set[int] = set()
+        self.in_hand = 0
+        self.engine: Engine | None = None
+
+    def serve(self) -> None:
+        """Loads the engine that the parent asks for; runs until the parent is gone or the engine fails."""
+        spec = self.connection.recv()
+        threading.Thread(target=self._read, daemon=True).start()
+        sender = threading.Thread(target=self._send, daemon=True)
+        sender.start()
+        try:
+            self._run(spec)
+        except BatchrunError as error:
+            self.outbox.put(Failed(error))
+        except BaseException as error:
+            traceback.print_exc()
+            doing = "failed" if self.engine else "could not be loaded"
+            self.outbox.put(Failed(EngineError(f"engine {doing}: {_last_line(error)}", spec.model_path)))
+        sender.join()
+
+    def _run(self, spec: EngineSpec) -> None:
+        started = time.monotonic()
+        self.engine = load_engine(spec)
+        self.engine.stats.load_seconds = time.monotonic() - started
+        for completion in self.engine.generate(self._requests()):
+            self.in_hand -= 1
+            self.outbox.put(completion)
+        raise EngineError("the engine stopped while requests were still coming", spec.kind)
+
+    def _requests(self) -> Iterator[Request | None]:
+        while True:
+            try:
+                pack = self.inbox.get(block=self.in_hand == 0)
+            except queue.Empty:
+                yield None
+                continue
+            for request in pack.unpack():
+                if pack.stream in self.cancelled:
+                    break
+                self.in_hand += 1
+                yield request
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = self.connection.recv()
+                if isinstance(message, Cancel):
+                    self.cancelled.add(message.stream)
+                else:
+                    self.inbox.put(message)
+        except (EOFError, OSError):
+            # The parent is gone. The engine may be deep in the model: only the whole process can leave.
+            os._exit(0)
+
+    def _send(self) -> None:
+        try:
+            self._send_until_failed()
+        except OSError:
+            os._exit(0)
+
+    def _send_until_failed(self) -> None:
+        stats_due, behind = 0.0, False
+        while True:
+            try:
+                # A stream's last completions carry stats too, if late: nobody is left to bring newer ones
+                # along.
+                items = [self.outbox.get(timeout=STATS_SECONDS if behind else None)]
+                time.sleep(GATHER_SECONDS)
+                while len(items) < PACK_ROWS and not self.outbox.empty():
+                    items.append(self.outbox.get())
+            except queue.Empty:
+                items = []
+            last = items[-1] if items else None
+            failed = last if isinstance(last, Failed) else None
+            completions = [c for c in items if isinstance(c, Completion) and not self._is_cancelled(c)]
+            now = time.monotonic()
+            behind = bool(items) and now < stats_due and self.in_hand > 0
+            self.connection.send(CompletionPack.pack(completions, None if behind else self._stats()))
+            stats_due = stats_due if behind else now + STATS_SECONDS
+            if failed:
+                self.connection.send(failed)
+                return
+
+    def _is_cancelled(self, completion: Completion) -> bool:
+        return completion.id >> PLACE_BITS in self.cancelled
+
+    def _stats(self) -> EngineStats | None:
+        """A copy, since the engine's thread goes on counting while this one sends."""
+        if self.engine is None:
+            return None
+        stats = self.engine.stats
+        return replace(stats, gauges=dict(stats.gauges), notes=list(stats.notes))
+
+
+def _last_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
+
+
+def _die_with_parent(parent: int) -> None:
+    """The kernel kills this process when the thread that started it ends (Linux, prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def main() -> None:
+    descriptor, parent = map(int, sys.argv[1:])
+    _die_with_parent(parent)
+    # Ctrl-C reaches the whole foreground group; whether to drain or to stop is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Server(Connection(descriptor)).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What happens to a padded batch between two steps of `generate`: sampling, stopping, broken logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from batchrun.engine.noise import gumbel
+from batchrun.engine.protocol import Request, Sampling
+from batchrun.engine.stopping import StopStrings
+
+
+class BatchState(StoppingCriteria):
+    """The rows' ends, kept on the device; `generate` asks after every step which rows are done.
+
+    `lengths` (rows,) is how many tokens of each answer count, `stopped` and `broken` (rows,) why it ended
+    early.
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], stop_ids: Tensor, stop_strings: StopStrings, width: int
+    ) -> None:
+        device = stop_ids.device
+        self.limits = torch.tensor([request.max_new_tokens for request in requests], device=device)
+        self.row_seeds = torch.tensor([_signed(request.row_seed) for request in requests], device=device)
+        self.lengths = self.limits.clone()
+        self.done = torch.zeros(len(requests), dtype=torch.bool, device=device)
+        self.stopped, self.broken = self.done.clone(), self.done.clone()
+        self.stop_ids = stop_ids
+        self.stop_strings = stop_strings
+        # `generate` hands over prompt and answer in one tensor; the answer starts here.
+        self.width = width
+        self.steps = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.steps += 1
+        stops = torch.isin(input_ids[:, -1], self.stop_ids)
+        if self.stop_strings:
+            stops |= self._string_completed(input_ids, ~(self.done | stops))
+        stops &= ~self.broken
+        ends = ~self.done & (stops | self.broken | (self.limits <= self.steps))
+        self.lengths = torch.where(ends, self.steps, self.lengths)
+        self.stopped |= ends & stops
+        self.done = self.done | ends
+        return self.done
+
+    def _string_completed(self, input_ids: Tensor, rows: Tensor) -> Tensor:
+        rows_running = rows.nonzero().squeeze(1)
+        first = max(self.width, input_ids.shape[1] - self.stop_strings.tail)
+        answers = input_ids[rows_running, first:].tolist()
+        completed = torch.zeros_like(rows)
+        if answers:
+            found = self.stop_strings.completed(answers)
+            completed[rows_running] = torch.tensor(found, device=rows.device)
+        return completed
+
+
+class CheckLogits(LogitsProcessor):
+    """Marks rows whose logits are not numbers any more, and gives them some that do no harm."""
+
+    def __init__(self, state: BatchState) -> None:
+        self.state = state
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # NaN and infinity both come through a maximum; a single -inf is a legal "never this token".
+        broken = ~torch.isfinite(scores.amax(-1))
+        self.state.broken |= broken & ~self.state.done
+        return scores.masked_fill(broken.unsqueeze(1), 0.0)
+
+
+class GumbelNoise(LogitsProcessor):
+    """Turns the argmax that follows into a draw from the softmax, by the rows' own noise."""
+
+    def __init__(self, seed: int, state: BatchState) -> None:
+        self.seed, self.state = seed, state
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        positions = torch.full_like(self.state.row_seeds, self.state.steps)
+        return scores + gumbel(self.seed, self.state.row_seeds, positions, scores.shape[-1])
+
+
+def logits_processors(sampling: Sampling, state: BatchState) -> list[LogitsProcessor]:
+    """transformers' own processors in transformers' own order, between the check and the noise."""
+    processors: list[LogitsProcessor] = [CheckLogits(state)]
+    if sampling.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature == 0.0:
+        return processors
+    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(float(sampling.min_p)))
+    return [*processors, GumbelNoise(sampling.seed, state)]
+
+
+def _signed(seed: int) -> int:
+    """A row's seed as int64, whichever 64 bits it is."""
+    return (seed & (1 << 64) - 1) - ((seed & 1 << 63) << 1)

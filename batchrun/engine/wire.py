@@ -1,0 +1,105 @@
+"""Requests and completions packed into a few arrays: a process border then costs arrays, not objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchrun.engine.protocol import Completion, EngineStats, Request
+from batchrun.errors import BatchrunError, RowFault
+
+# A request's id on the wire is its stream's number and its place in that stream.
+PLACE_BITS = 40
+PLACE_MASK = (1 << PLACE_BITS) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPack:
+    """Requests of one stream, the first at `first_place`; token ids end to end."""
+
+    stream: int
+    first_place: int
+    token_ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    max_new_tokens: NDArray[np.int32]
+    row_seeds: list[int]
+
+    @classmethod
+    def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
+        return cls(
+            stream,
+            first_place,
+            np.concatenate([request.token_ids for request in requests]).astype(np.int32, copy=False),
+            np.array([len(request.token_ids) for request in requests], np.int32),
+            np.array([request.max_new_tokens for request in requests], np.int32),
+            [request.row_seed for request in requests],
+        )
+
+    def unpack(self) -> Iterator[Request]:
+        number = (self.stream << PLACE_BITS) + self.first_place
+        start = 0
+        for length, limit, seed in zip(
+            self.lengths.tolist(), self.max_new_tokens.tolist(), self.row_seeds, strict=True
+        ):
+            yield Request(number, self.token_ids[start : start + length], limit, seed)
+            number, start = number + 1, start + length
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionPack:
+    """Completions of any streams; `faults` by index, since they are rare; `stats` now and then."""
+
+    ids: NDArray[np.int64]
+    token_ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    finish_reasons: list[str]
+    faults: dict[int, RowFault]
+    stats: EngineStats | None
+
+    @classmethod
+    def pack(cls, completions: Sequence[Completion], stats: EngineStats | None) -> CompletionPack:
+        arrays = [completion.token_ids for completion in completions]
+        return cls(
+            np.array([completion.id for completion in completions], np.int64),
+            np.concatenate(arrays).astype(np.int32, copy=False) if arrays else np.empty(0, np.int32),
+            np.array([len(array) for array in arrays], np.int32),
+            [completion.finish_reason for completion in completions],
+            {i: completion.fault for i, completion in enumerate(completions) if completion.fault},
+            stats,
+        )
+
+    def by_stream(self) -> Iterator[tuple[int, NDArray[np.intp]]]:
+        """Each stream's number with the indices of its completions."""
+        streams = self.ids >> PLACE_BITS
+        for stream in np.unique(streams).tolist():
+            yield stream, np.flatnonzero(streams == stream)
+
+    def unpack(self, indices: NDArray[np.intp], pending: dict[int, int]) -> Iterator[Completion]:
+        """Those completions, each taking its request's own id out of `pending` (place in the stream: id)."""
+        ends = np.cumsum(self.lengths)[indices].tolist()
+        lengths = self.lengths[indices].tolist()
+        places = (self.ids[indices] & PLACE_MASK).tolist()
+        for i, place, end, length in zip(indices.tolist(), places, ends, lengths, strict=True):
+            yield Completion(
+                pending.pop(place),
+                self.token_ids[end - length : end],
+                self.finish_reasons[i],
+                self.faults.get(i),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for this stream's completions any more."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine's last word before its process ends."""
+
+    error: BatchrunError
