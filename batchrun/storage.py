@@ -65,7 +65,13 @@ TRANSIENT_CLASSES = {
     "requests.exceptions.ChunkedEncodingError",
     "http.client.IncompleteRead",
 }
-EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
+EXPIRED_CODES = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "TokenRefreshRequired",
+    "InvalidToken",
+    "RequestExpired",
+}
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 
 
@@ -145,7 +151,9 @@ class Folder:
             finally:
                 self.delete([key])
         except StorageError as error:
-            raise OutputError(error.what, self.name, error.fix or "give output.path a folder to write to") from error
+            raise OutputError(
+                error.what, self.name, error.fix or "give output.path a folder to write to"
+            ) from error
 
     def abort_uploads(self) -> int:
         """Aborts unfinished multipart uploads below this folder (S3 bills for them); how many there were."""
@@ -187,11 +195,17 @@ class Folder:
     def _explain(self, error: Exception, key: str) -> StorageError:
         where = f"{self.name.rstrip('/')}/{key}"
         if _is_transient(error):
-            return StorageError(f"the store kept failing ({_one_line(error)})", where, "run again to go on from here")
+            return StorageError(
+                f"the store kept failing ({_one_line(error)})", where, "run again to go on from here"
+            )
         if _is_unauthorised(error):
-            return StorageError(f"access denied ({_one_line(error)})", where, "check the credentials and their rights")
+            return StorageError(
+                f"access denied ({_one_line(error)})", where, "check the credentials and their rights"
+            )
         if isinstance(error, FileNotFoundError):
-            return StorageError(f"no such bucket or folder ({_one_line(error)})", where, "create it, or mend output.path")
+            return StorageError(
+                f"no such bucket or folder ({_one_line(error)})", where, "create it, or mend output.path"
+            )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return StorageError("no space left", where, "free some and run again to go on from here")
         return StorageError(_one_line(error), where, "mend output.path or output.storage_options")
@@ -400,11 +414,15 @@ class RemoteStore:
         if not hasattr(self.fs, "list_multipart_uploads"):
             return 0
         bucket, prefix, _ = self.fs.split_path(self.root)
-        found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
+        found = self.fs.call_s3(
+            "list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/" if prefix else ""
+        )
         uploads = found.get("Uploads", [])
         for upload in uploads:
             with suppress(FileNotFoundError):
-                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                self.fs.call_s3(
+                    "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
         return len(uploads)
 
     def _path(self, key: str) -> str:
@@ -439,7 +457,9 @@ def _store(url: str, options: Mapping[str, Any], renew: bool = False) -> Store:
     place = (os.getpid(), url, json.dumps(options, sort_keys=True, default=repr))
     with _stores_lock:
         if renew or place not in _stores:
-            fs, root = fsspec.core.url_to_fs(url, **{"use_listings_cache": False, "skip_instance_cache": True, **options})
+            fs, root = fsspec.core.url_to_fs(
+                url, **{"use_listings_cache": False, "skip_instance_cache": True, **options}
+            )
             _stores[place] = LocalStore(root) if isinstance(fs, LocalFileSystem) else RemoteStore(fs, root)
         return _stores[place]
 

@@ -168,9 +168,13 @@ class Attempt:
         with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch:
             path = Path(scratch) / "part.parquet"
             try:
-                part.build(path, carried, schema, answers, self.settings.columns, self.settings.compression, mine)
+                part.build(
+                    path, carried, schema, answers, self.settings.columns, self.settings.compression, mine
+                )
             except OSError as error:
-                raise StorageError(f"the part could not be built ({error})", scratch, "free space there") from error
+                raise StorageError(
+                    f"the part could not be built ({error})", scratch, "free space there"
+                ) from error
             size = path.stat().st_size
             created = self.folder.put_if_absent(self._key, path)
         seen = self.folder.size(self._key)
@@ -178,7 +182,9 @@ class Attempt:
             if created:
                 # Written, yet not visible: never sweep on a promise. Later runs will.
                 return Receipt(self._key, size, mine, won=True)
-            raise StorageError("the part is there and cannot be seen", self._key, "run again to go on from here")
+            raise StorageError(
+                "the part is there and cannot be seen", self._key, "run again to go on from here"
+            )
         # On "exists" it may still be ours: the store did it and the acknowledgement was lost.
         summary = mine if created and seen == size else self._inspect(seen)
         if self._chunks_known or self._chunks_written:

@@ -87,7 +87,9 @@ def build(
         writer.add_key_value_metadata({"batchrun": json.dumps(asdict(summary), sort_keys=True)})
     written = pq.read_metadata(path).num_rows
     if written != summary.rows:
-        raise OutputError(f"{written} rows were written for {summary.rows}", str(path), "report this as a bug")
+        raise OutputError(
+            f"{written} rows were written for {summary.rows}", str(path), "report this as a bug"
+        )
 
 
 def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
