@@ -29,7 +29,7 @@ _WIDE = pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A committed part: its key, bytes, what it says about itself, and whether this attempt's own bytes won."""
+    """A committed part: its key, bytes, what it says of itself, and whether this attempt's own bytes won."""
 
     key: str
     bytes: int
@@ -71,6 +71,8 @@ class Attempt:
         # Where each row's answer stands among all held ones; -1 where there is none yet.
         self._place: NDArray[np.int64] = np.full(rows, -1, dtype=np.int64)
         self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+        self._pending_bytes = 0
         self._pending_since = 0.0
 
     @property
@@ -85,8 +87,8 @@ class Attempt:
     def open(self) -> Receipt | None:
         """Takes up what earlier attempts staged; a receipt if the part is there already.
 
-        The listing comes before the look at the part: chunks are only deleted after the part was seen, so a part
-        that is not there yet means that the listing was complete.
+        The listing comes before the look at the part: chunks are only deleted after the part was seen, so as
+        long as there is no part, the listing was complete.
         """
         chunks = self.folder.list(self.layout.stage(self.partition))
         if receipt := self._committed():
@@ -122,8 +124,10 @@ class Attempt:
             raise ValueError("rows that are there already")
         self._hold(table)
         if not self._pending:
-            self._pending_since = time.monotonic()
+            self._pending_rows, self._pending_bytes, self._pending_since = 0, 0, time.monotonic()
         self._pending.append(table)
+        self._pending_rows += table.num_rows
+        self._pending_bytes += table.nbytes
 
     def maybe_flush(self) -> bool:
         """Flushes when a limit of rows, bytes or seconds is reached; not when all that is left is to seal."""
@@ -131,8 +135,8 @@ class Attempt:
             return False
         limits = self.settings
         due = (
-            sum(table.num_rows for table in self._pending) >= limits.flush_rows
-            or sum(table.nbytes for table in self._pending) >= limits.flush_bytes
+            self._pending_rows >= limits.flush_rows
+            or self._pending_bytes >= limits.flush_bytes
             or time.monotonic() - self._pending_since >= limits.flush_seconds
         )
         return due and self.flush()
@@ -151,7 +155,7 @@ class Attempt:
         return True
 
     def seal(self, carried: Iterable[pa.RecordBatch], schema: pa.Schema) -> Receipt:
-        """Builds the whole part beside `carried` (the partition's input, in order), puts it if absent, sweeps.
+        """Builds the whole part beside `carried` (the partition's input, in order), puts it and sweeps.
 
         Two requests, and two more to sweep where anything was staged.
 

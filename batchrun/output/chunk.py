@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-# One row is one answer. `row` is the offset in the partition; a failed row has no answer, and "CODE: message" as error.
+# One row is one answer: `row` is its offset in the partition. A failed row has no answer but an error,
+# "CODE: message".
 ANSWERS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -24,8 +25,8 @@ ANSWERS = pa.schema(
     ]
 )
 
-# Parquet checks its pages but not its footer, so a digest of the whole file stands in the footer's own metadata,
-# taken while its place there was filled with zeros. The file stays plain Parquet.
+# Parquet checks its pages but not its footer. So a digest of the whole file stands in the footer's metadata,
+# taken while zeros stood in its place; the file stays plain Parquet.
 _MARK = b"batchrun-sha256:"
 _BLANK = b"0" * 64
 

@@ -1,4 +1,4 @@
-"""What an output is made of, pinned by the first run into it. A run that would mix in anything else is refused."""
+"""What an output is made of, pinned by the first run into it; a run of anything else is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchrun.output.document import Damaged
 from batchrun.output.layout import JOB
 from batchrun.storage import Folder, NotFound
 
-# Of the files under _job/ and of the parts' metadata. A newer batchrun that writes them differently counts it up.
+# Of the files under _job/ and the parts' metadata. A batchrun that writes them differently counts it up.
 FORMAT = 1
 
 FIX = "use another output.path, or empty this one with `batchrun clean --all`"

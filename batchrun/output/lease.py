@@ -1,4 +1,4 @@
-"""One driver at a time, as a courtesy: two drivers would pay for the same rows twice, though never write them twice."""
+"""One driver at a time, as a courtesy: two would pay for the same rows twice, but never write them twice."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SETTLE = 1.0
 class Holder:
     """A driver: where it runs, so that a driver on the same machine can tell whether it still does.
 
-    `machine` is the boot and the process namespace that `pid` belongs to, `started` the process's start time in
-    ticks since that boot: a pid alone comes again, and containers share host names. Both are empty without /proc.
+    `machine` is the boot and the process namespace that `pid` belongs to, `started` the process's start time
+    since that boot: a pid alone comes again, and containers share host names. Both are empty without /proc.
     """
 
     driver: str
@@ -112,7 +112,7 @@ class Lease:
         return document.encode(asdict(self._holder))
 
     def _age(self, holder: Holder) -> float:
-        """Seconds since the last heartbeat: by the store's own clock where it has one, or else by the drivers'."""
+        """Seconds since the last heartbeat, by the store's clock, or by the drivers' where it shows none."""
         key = f"{TEMPORARY}clock-{self._holder.driver}"
         beaten = self.folder.modified(LEASE)
         if beaten is None:

@@ -49,7 +49,7 @@ class Manifest:
 
 
 def write(folder: Folder, layout: Layout, job_hash: str, rows: Sequence[int]) -> Manifest:
-    """Checks every part against `rows` (per partition, by the plan) and writes the manifest, if it is not there.
+    """Checks every part against `rows` (per partition, by the plan) and writes the manifest, once.
 
     Raises:
         OutputError: a part is missing, damaged, foreign or of another length: names what and where.
@@ -58,7 +58,8 @@ def write(folder: Folder, layout: Layout, job_hash: str, rows: Sequence[int]) ->
     found.refuse_foreign(folder)
     if not found.complete:
         missing = np.flatnonzero(~found.committed)
-        what = f"{len(missing)} of {layout.partitions} parts are missing, the first is {layout.part(int(missing[0]))}"
+        first = layout.part(int(missing[0]))
+        what = f"{len(missing)} of {layout.partitions} parts are missing, the first is {first}"
         raise OutputError(what, folder.name, "run again to go on from here")
     sizes = found.part_bytes.tolist()
     with ThreadPoolExecutor(READERS) as pool:

@@ -74,7 +74,7 @@ def build(
     compression: str,
     summary: Summary,
 ) -> None:
-    """Writes the part to a local file: `carried` batches (schema `schema`) beside `answers` in the same order.
+    """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order.
 
     Raises:
         ChangedError: `carried` does not hold exactly as many rows as there are answers.

@@ -78,8 +78,8 @@ def verify(
 def clean(folder: Folder, layout: Layout | None = None, everything: bool = False) -> list[str]:
     """Deletes what finished runs may leave behind; the keys deleted.
 
-    That is, what is staged for partitions that are committed, temporary files of writes long dead, and unfinished
-    multipart uploads. `everything` deletes all that batchrun owns: the parts of any plan and the whole of _job/.
+    That is, what is staged for partitions that are committed, temporary files of writes long dead, unfinished
+    multipart uploads. `everything` deletes all that batchrun owns: parts of any plan and the whole of _job/.
     Files of others in data/ are never touched.
     """
     keys = folder.list()
