@@ -1,0 +1,234 @@
+"""One try at a partition: what is staged already, what is missing, and the one put that commits it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from batchrun.errors import StorageError
+from batchrun.job import OutputSettings
+from batchrun.output import chunk, part
+from batchrun.output.chunk import ANSWERS, BadChunk, Origin
+from batchrun.output.layout import Layout
+from batchrun.output.part import Summary
+from batchrun.storage import Folder, NotFound
+
+log = logging.getLogger(__name__)
+
+# In memory offsets of text are 64 bits wide, so that a partition's answers may exceed 2 GB.
+_WIDE = pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in ANSWERS])
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A committed part: its key, bytes, what it says of itself, and whether this attempt's own bytes won."""
+
+    key: str
+    bytes: int
+    summary: Summary
+    won: bool
+
+
+class Attempt:
+    """`open`, then `add` what `missing` names and `maybe_flush`, then `seal` once `covered`.
+
+    Any number of attempts at one partition may run at the same time, none of them knowing of the others: each
+    flushes under keys of its own, and each would put a whole and right part. One thread uses one attempt.
+    Storage errors leave an attempt as it was; the same call may be tried again.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        layout: Layout,
+        job_hash: str,
+        partition: int,
+        rows: int,
+        attempt_id: str,
+        settings: OutputSettings,
+    ) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.partition = partition
+        self.rows = rows
+        self.attempt_id = attempt_id
+        self.settings = settings
+        self.restored = 0
+        self._origin = Origin(layout.plan_hash, job_hash, partition)
+        self._key = layout.part(partition)
+        self._chunks_known = False
+        self._chunks_written = 0
+        self._answers: list[pa.Table] = []
+        self._held = 0
+        # Where each row's answer stands among all held ones; -1 where there is none yet.
+        self._place: NDArray[np.int64] = np.full(rows, -1, dtype=np.int64)
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+        self._pending_bytes = 0
+        self._pending_since = 0.0
+
+    @property
+    def missing(self) -> NDArray[np.int64]:
+        """Offsets of the rows still to be generated, ascending."""
+        return np.flatnonzero(self._place < 0)
+
+    @property
+    def covered(self) -> bool:
+        return self._held == self.rows
+
+    def open(self) -> Receipt | None:
+        """Takes up what earlier attempts staged; a receipt if the part is there already.
+
+        The listing comes before the look at the part: chunks are only deleted after the part was seen, so as
+        long as there is no part, the listing was complete.
+        """
+        chunks = self.folder.list(self.layout.stage(self.partition))
+        if receipt := self._committed():
+            self.folder.delete(chunks)
+            return receipt
+        for key, size in sorted(chunks.items()):
+            try:
+                self._restore(chunk.decode(self._read(key, size), self._origin, self.rows))
+            except NotFound:
+                # Swept since it was listed: another attempt has just committed.
+                if receipt := self._committed():
+                    return receipt
+            except BadChunk as error:
+                log.warning("%s is left aside: %s", key, error)
+        self._chunks_known = bool(chunks)
+        return None
+
+    def add(self, answers: pa.Table | pa.RecordBatch) -> None:
+        """Takes finished rows, schema ANSWERS, in any order, each of them missing until now.
+
+        Raises:
+            ValueError: a row outside the partition, or one that is there already.
+        """
+        table = pa.Table.from_batches([answers]) if isinstance(answers, pa.RecordBatch) else answers
+        table = table.select(ANSWERS.names).cast(ANSWERS)
+        if table.num_rows == 0:
+            return
+        try:
+            chunk.check_rows(table, self.rows)
+        except BadChunk as error:
+            raise ValueError(str(error)) from error
+        if (self._place[table["row"].to_numpy()] >= 0).any():
+            raise ValueError("rows that are there already")
+        self._hold(table)
+        if not self._pending:
+            self._pending_rows, self._pending_bytes, self._pending_since = 0, 0, time.monotonic()
+        self._pending.append(table)
+        self._pending_rows += table.num_rows
+        self._pending_bytes += table.nbytes
+
+    def maybe_flush(self) -> bool:
+        """Flushes when a limit of rows, bytes or seconds is reached; not when all that is left is to seal."""
+        if self.covered or not self._pending:
+            return False
+        limits = self.settings
+        due = (
+            self._pending_rows >= limits.flush_rows
+            or self._pending_bytes >= limits.flush_bytes
+            or time.monotonic() - self._pending_since >= limits.flush_seconds
+        )
+        return due and self.flush()
+
+    def flush(self) -> bool:
+        """Stages all rows not staged yet as one chunk under a new key; whether there were any. One put."""
+        if not self._pending:
+            return False
+        table = pa.concat_tables(self._pending)
+        first_row = int(table["row"].to_numpy().min())
+        # Counted before the put: a put that fails may still have happened, and no key is written twice.
+        self._chunks_written += 1
+        key = self.layout.chunk(self.partition, first_row, self.attempt_id, self._chunks_written)
+        self.folder.put(key, chunk.encode(table, self._origin, self.attempt_id))
+        self._pending = []
+        return True
+
+    def seal(self, carried: Iterable[pa.RecordBatch], schema: pa.Schema) -> Receipt:
+        """Builds the whole part beside `carried` (the partition's input, in order), puts it and sweeps.
+
+        Two requests, and two more to sweep where anything was staged.
+
+        Raises:
+            ValueError: rows are still missing.
+            ChangedError: `carried` is not as long as the plan says.
+            OutputError: a part is there already and it is damaged.
+        """
+        if not self.covered:
+            raise ValueError(f"{len(self.missing)} of {self.rows} rows are missing")
+        answers = self._in_order()
+        origin = self._origin
+        mine = part.summarize(answers, self.attempt_id, origin.plan_hash, origin.job_hash, self.partition)
+        with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch:
+            path = Path(scratch) / "part.parquet"
+            try:
+                part.build(
+                    path, carried, schema, answers, self.settings.columns, self.settings.compression, mine
+                )
+            except OSError as error:
+                raise StorageError(
+                    f"the part could not be built ({error})", scratch, "free space there"
+                ) from error
+            size = path.stat().st_size
+            created = self.folder.put_if_absent(self._key, path)
+        seen = self.folder.size(self._key)
+        if seen is None:
+            if created:
+                # Written, yet not visible: never sweep on a promise. Later runs will.
+                return Receipt(self._key, size, mine, won=True)
+            raise StorageError(
+                "the part is there and cannot be seen", self._key, "run again to go on from here"
+            )
+        # On "exists" it may still be ours: the store did it and the acknowledgement was lost.
+        summary = mine if created and seen == size else self._inspect(seen)
+        if self._chunks_known or self._chunks_written:
+            self.folder.delete(self.folder.list(self.layout.stage(self.partition)))
+        return Receipt(self._key, seen, summary, won=summary.attempt == self.attempt_id)
+
+    def _committed(self) -> Receipt | None:
+        size = self.folder.size(self._key)
+        if size is None:
+            return None
+        summary = self._inspect(size)
+        return Receipt(self._key, size, summary, won=summary.attempt == self.attempt_id)
+
+    def _inspect(self, size: int) -> Summary:
+        summary = part.inspect(self.folder, self._key, size)
+        if (summary.plan_hash, summary.job_hash, summary.partition, summary.rows) != (
+            self._origin.plan_hash,
+            self._origin.job_hash,
+            self.partition,
+            self.rows,
+        ):
+            raise part.damaged(self.folder, self._key, "a part of another job, plan or partition")
+        return summary
+
+    def _read(self, key: str, size: int) -> bytes:
+        return self.folder.read(key, 0, size) if size else b""
+
+    def _restore(self, table: pa.Table) -> None:
+        new = self._place[table["row"].to_numpy()] < 0
+        table = table.filter(pa.array(new))
+        self._hold(table)
+        self.restored += table.num_rows
+
+    def _hold(self, table: pa.Table) -> None:
+        self._place[table["row"].to_numpy()] = np.arange(self._held, self._held + table.num_rows)
+        self._answers.append(table.cast(_WIDE))
+        self._held += table.num_rows
+
+    def _in_order(self) -> pa.Table:
+        table = pa.concat_tables([_WIDE.empty_table(), *self._answers]).combine_chunks().take(self._place)
+        if not np.array_equal(table["row"].to_numpy(), np.arange(self.rows)):
+            raise AssertionError("rows out of order")
+        return table

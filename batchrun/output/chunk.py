@@ -1,0 +1,102 @@
+"""Staged rows: a small Parquet file that proves its own wholeness."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+# One row is one answer: `row` is its offset in the partition. A failed row has no answer but an error,
+# "CODE: message".
+ANSWERS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("output_tokens", pa.int32()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+# Parquet checks its pages but not its footer. So a digest of the whole file stands in the footer's metadata,
+# taken while zeros stood in its place; the file stays plain Parquet.
+_MARK = b"batchrun-sha256:"
+_BLANK = b"0" * 64
+
+
+class BadChunk(Exception):
+    """Damaged, cut short, or of another job, plan or partition: its rows count as not generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Whose rows a chunk holds."""
+
+    plan_hash: str
+    job_hash: str
+    partition: int
+
+
+def encode(answers: pa.Table, origin: Origin, attempt_id: str) -> bytes:
+    """A chunk of `answers` (schema ANSWERS), as Parquet bytes."""
+    sink = pa.BufferOutputStream()
+    metadata = json.dumps({**asdict(origin), "attempt": attempt_id})
+    with pq.ParquetWriter(
+        sink, ANSWERS, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=False,
+        store_schema=False,
+    ) as writer:  # fmt: skip
+        writer.write_table(answers)
+        writer.add_key_value_metadata({"batchrun": metadata, "digest": (_MARK + _BLANK).decode()})
+    blank = sink.getvalue().to_pybytes()
+    start = blank.rindex(_MARK) + len(_MARK)
+    return blank[:start] + hashlib.sha256(blank).hexdigest().encode() + blank[start + len(_BLANK) :]
+
+
+def decode(data: bytes, expected: Origin, rows: int) -> pa.Table:
+    """The answers of a chunk, schema ANSWERS; `rows` is how many its partition has.
+
+    Raises:
+        BadChunk: anything but the very bytes that were encoded for this plan, job and partition.
+    """
+    _check_digest(data)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        table = file.read().cast(ANSWERS)
+        origin = json.loads((file.metadata.metadata or {})[b"batchrun"])
+        foreign = {key: origin.get(key) for key in asdict(expected)} != asdict(expected)
+    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
+        raise BadChunk(f"written in another format ({error})") from error
+    if foreign:
+        raise BadChunk("of another plan, job or partition")
+    check_rows(table, rows)
+    return table
+
+
+def check_rows(answers: pa.Table, rows: int) -> None:
+    """Every row's offset lies in the partition and stands once, and its status is known; else BadChunk."""
+    offsets = answers["row"].to_numpy()
+    if len(offsets) and (offsets.min() < 0 or offsets.max() >= rows):
+        raise BadChunk(f"rows outside the partition's {rows}")
+    if len(np.unique(offsets)) != len(offsets):
+        raise BadChunk("rows that stand twice")
+    if not pc.all(pc.is_in(answers["status"], pa.array(["ok", "failed"])), min_count=0).as_py():
+        raise BadChunk("a status other than ok or failed")
+
+
+def _check_digest(data: bytes) -> None:
+    start = data.rfind(_MARK) + len(_MARK)
+    end = start + len(_BLANK)
+    if start < len(_MARK) or end > len(data):
+        raise BadChunk("damaged or cut short")
+    digest = hashlib.sha256(data[:start])
+    digest.update(_BLANK)
+    digest.update(data[end:])
+    if digest.hexdigest().encode() != data[start:end]:
+        raise BadChunk("damaged or cut short")

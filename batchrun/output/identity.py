@@ -1,0 +1,100 @@
+"""What an output is made of, pinned by the first run into it; a run of anything else is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from batchrun.errors import ChangedError, OutputError
+from batchrun.output import document
+from batchrun.output.document import Damaged
+from batchrun.output.layout import JOB
+from batchrun.storage import Folder, NotFound
+
+# Of the files under _job/ and the parts' metadata. A batchrun that writes them differently counts it up.
+FORMAT = 1
+
+FIX = "use another output.path, or empty this one with `batchrun clean --all`"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """`settings` are the job's deciding ones (no place, no secret), `job_hash` covers them and the model."""
+
+    plan_hash: str
+    job_hash: str
+    settings: dict[str, Any]
+    model_fingerprint: str
+    batchrun_version: str
+    format: int = FORMAT
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def pin(folder: Folder, identity: Identity, input_changes: Callable[[], Iterable[str]] = tuple) -> bool:
+    """Writes job.json if there is none, and compares with it otherwise; whether it was written.
+
+    `input_changes` is called where the inputs differ, for lines that say how.
+
+    Raises:
+        ChangedError: inputs, settings or model differ from those pinned; lists each difference.
+        OutputError: job.json is damaged.
+    """
+    pinned = read(folder)
+    if pinned is None:
+        if folder.put_if_absent(JOB, document.encode(asdict(identity))):
+            return True
+        pinned = read(folder) or identity
+    if changes := list(_changes(pinned, identity, input_changes)):
+        raise ChangedError(f"it holds answers of another job ({'; '.join(changes)})", folder.name, FIX)
+    return False
+
+
+def read(folder: Folder) -> Identity | None:
+    """The pinned identity, None where nothing was ever run.
+
+    Raises:
+        OutputError: job.json is damaged.
+        ChangedError: another version of batchrun wrote it in another format.
+    """
+    where = f"{folder.name.rstrip('/')}/{JOB}"
+    try:
+        values = document.decode(folder.read(JOB))
+        if values["format"] != FORMAT:
+            writer = f"batchrun {values['batchrun_version']}"
+            raise ChangedError(
+                f"written by {writer} in format {values['format']}", where, f"run {writer}, or {FIX}"
+            )
+        return Identity(**{f.name: values[f.name] for f in fields(Identity)})
+    except NotFound:
+        return None
+    except (Damaged, KeyError) as error:
+        raise OutputError(f"damaged ({error})", where, FIX) from error
+
+
+def _changes(old: Identity, new: Identity, input_changes: Callable[[], Iterable[str]]) -> Iterator[str]:
+    before, after = dict(_flat(old.settings)), dict(_flat(new.settings))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+    if old.model_fingerprint != new.model_fingerprint:
+        yield f"model: {_shown(old.model_fingerprint)} -> {_shown(new.model_fingerprint)}"
+    elif old.job_hash != new.job_hash and before == after:
+        yield f"job: {_shown(old.job_hash)} -> {_shown(new.job_hash)}"
+    if old.plan_hash != new.plan_hash:
+        yield from list(input_changes()) or [f"inputs: {_shown(old.plan_hash)} -> {_shown(new.plan_hash)}"]
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

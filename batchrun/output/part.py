@@ -1,0 +1,159 @@
+"""A part: one partition's final Parquet file, its input columns and answers in input order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchrun.errors import ChangedError, OutputError
+from batchrun.output.chunk import ANSWERS
+from batchrun.storage import Folder, NotFound
+
+ANSWER_FIELDS = [field for field in ANSWERS if field.name != "row"]
+
+# Large enough to compress and scan well, small enough that a reader with little memory takes one at a time.
+ROW_GROUP_BYTES = 64 << 20
+
+# One ranged read that holds the footer of nearly every part.
+_TAIL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a part says about itself in its footer (key-value metadata "batchrun", JSON)."""
+
+    attempt: str
+    plan_hash: str
+    job_hash: str
+    partition: int
+    rows: int
+    ok: int
+    failed: int
+    prompt_tokens: int
+    output_tokens: int
+    errors: dict[str, int]
+
+
+def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
+    """Carried fields as they are, then the answer's; `columns` gives other names to some of the latter."""
+    answers = [field.with_name(columns.get(field.name, field.name)) for field in ANSWER_FIELDS]
+    return pa.schema([*carried, *answers])
+
+
+def summarize(answers: pa.Table, attempt: str, plan_hash: str, job_hash: str, partition: int) -> Summary:
+    """Counts over a partition's answers (any string type, ANSWERS otherwise)."""
+    ok = pc.sum(pc.equal(answers["status"], "ok"), min_count=0).as_py()
+    errors = pc.fill_null(answers.filter(pc.equal(answers["status"], "failed"))["error"], "")
+    codes = pc.list_element(pc.split_pattern(errors, ":", max_splits=1), 0) if len(errors) else errors
+    return Summary(
+        attempt=attempt,
+        plan_hash=plan_hash,
+        job_hash=job_hash,
+        partition=partition,
+        rows=answers.num_rows,
+        ok=ok,
+        failed=answers.num_rows - ok,
+        prompt_tokens=pc.sum(answers["prompt_tokens"], min_count=0).as_py(),
+        output_tokens=pc.sum(answers["output_tokens"], min_count=0).as_py(),
+        errors={item["values"]: item["counts"] for item in pc.value_counts(codes).to_pylist()},
+    )
+
+
+def build(
+    path: Path,
+    carried: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    answers: pa.Table,
+    columns: Mapping[str, str],
+    compression: str,
+    summary: Summary,
+) -> None:
+    """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order.
+
+    Raises:
+        ChangedError: `carried` does not hold exactly as many rows as there are answers.
+    """
+    with pq.ParquetWriter(
+        path, part_schema(schema, columns), compression=compression, write_page_checksum=True
+    ) as writer:
+        for group in _row_groups(_beside(carried, schema, answers, writer.schema), writer.schema):
+            writer.write_table(group, row_group_size=max(1, group.num_rows))
+        writer.add_key_value_metadata({"batchrun": json.dumps(asdict(summary), sort_keys=True)})
+    written = pq.read_metadata(path).num_rows
+    if written != summary.rows:
+        raise OutputError(
+            f"{written} rows were written for {summary.rows}", str(path), "report this as a bug"
+        )
+
+
+def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
+    """What the part says about itself: one ranged read, and one request more where its size is not given.
+
+    Raises:
+        FileNotFoundError: there is no such part.
+        OutputError: it is no whole part of batchrun's.
+    """
+    size = folder.size(key) if size is None else size
+    if size is None:
+        raise NotFound(key)
+    try:
+        metadata = _read_footer(folder, key, size)
+        values = json.loads(metadata.metadata[b"batchrun"])
+        summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise damaged(folder, key, "not a whole part of batchrun's") from error
+    if metadata.num_rows != summary.rows or summary.ok + summary.failed != summary.rows:
+        raise damaged(folder, key, f"{metadata.num_rows} rows where its own count says {summary.rows}")
+    return summary
+
+
+def damaged(folder: Folder, key: str, what: str) -> OutputError:
+    return OutputError(what, f"{folder.name.rstrip('/')}/{key}", "delete this file and run again")
+
+
+def _beside(
+    carried: Iterable[pa.RecordBatch], schema: pa.Schema, answers: pa.Table, target: pa.Schema
+) -> Iterator[pa.Table]:
+    first = 0
+    for batch in carried:
+        these = answers.slice(first, batch.num_rows)
+        if these.num_rows != batch.num_rows:
+            raise _other_rows(answers.num_rows, "more")
+        arrays = [batch.column(name) for name in schema.names]
+        arrays += [these[field.name].cast(field.type) for field in ANSWER_FIELDS]
+        yield pa.Table.from_arrays(arrays, schema=target)
+        first += batch.num_rows
+    if first != answers.num_rows:
+        raise _other_rows(answers.num_rows, str(first))
+
+
+def _other_rows(planned: int, found: str) -> ChangedError:
+    return ChangedError(f"the input gives {found} rows where the plan has {planned}", "input", "plan again")
+
+
+def _row_groups(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(t.nbytes for t in waiting) >= ROW_GROUP_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _read_footer(folder: Folder, key: str, size: int) -> pq.FileMetaData:
+    start = max(0, size - _TAIL_BYTES)
+    tail = folder.read(key, start, size) if size else b""
+    footer = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < footer <= size:
+        tail = folder.read(key, size - footer, size)
+    return pq.read_metadata(pa.BufferReader(tail))

@@ -1,0 +1,66 @@
+"""How far a plan has come, from one listing of its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchrun.errors import OutputError
+from batchrun.output.layout import DATA, STAGE, Layout
+from batchrun.storage import Folder
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Per partition (arrays by its index): bytes of its part and bytes staged for it; 0 where there are none.
+
+    `foreign` are the keys in data/ that are no parts of this plan.
+    """
+
+    part_bytes: NDArray[np.int64]
+    staged_bytes: NDArray[np.int64]
+    foreign: list[str]
+
+    @property
+    def committed(self) -> NDArray[np.bool_]:
+        return self.part_bytes > 0
+
+    @property
+    def streaming(self) -> NDArray[np.bool_]:
+        return (self.staged_bytes > 0) & ~self.committed
+
+    @property
+    def planned(self) -> NDArray[np.bool_]:
+        """Partitions that nothing is there of yet."""
+        return ~(self.committed | self.streaming)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.committed.all())
+
+    def refuse_foreign(self, folder: Folder) -> None:
+        """Raises OutputError, naming files in data/ that readers would take for answers of this plan."""
+        if not self.foreign:
+            return
+        shown = ", ".join(self.foreign[:5]) + (", ..." if len(self.foreign) > 5 else "")
+        what = f"{len(self.foreign)} files in data/ are not of this job: {shown}"
+        raise OutputError(what, folder.name, "give output.path an empty folder, or move them away")
+
+
+def scan(folder: Folder, layout: Layout) -> State:
+    """One listing of the whole output; cheap at 100,000 partitions."""
+    part_bytes = np.zeros(layout.partitions, dtype=np.int64)
+    staged_bytes = np.zeros(layout.partitions, dtype=np.int64)
+    foreign: list[str] = []
+    for key, size in folder.list().items():
+        if key.startswith(DATA):
+            partition = layout.partition_of_part(key)
+            if partition is None:
+                foreign.append(key)
+            else:
+                part_bytes[partition] = size
+        elif key.startswith(STAGE) and (partition := layout.partition_of_chunk(key)) is not None:
+            staged_bytes[partition] += size
+    return State(part_bytes, staged_bytes, sorted(foreign))

@@ -1,0 +1,215 @@
+"""Reading an output back in full, and cleaning up behind runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchrun.errors import BatchrunError
+from batchrun.job import OutputSettings
+from batchrun.output import manifest, part, state
+from batchrun.output.layout import DATA, JOB_FOLDER, STAGE, TEMPORARY, Layout, is_part
+from batchrun.storage import Folder
+
+# Whole parts are held while they are read, so few at a time.
+READERS = 4
+
+# A temporary file older than this belongs to no put that is still running.
+STALE_SECONDS = 3600.0
+
+Carried = Callable[[int], Iterable[pa.RecordBatch]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was read back; the output is exactly the plan's when `problems` is empty."""
+
+    parts: int
+    rows: int
+    ok: int
+    failed: int
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    folder: Folder,
+    layout: Layout,
+    job_hash: str,
+    rows: Sequence[int],
+    settings: OutputSettings,
+    carried: Carried | None = None,
+) -> Verification:
+    """Reads every row of every part and counts them against the plan (`rows` per partition) and the manifest.
+
+    With `carried`, which gives a partition's input again, every carried value is compared too, in order.
+    """
+    found = state.scan(folder, layout)
+    problems = [f"{key}: not a part of this plan" for key in found.foreign]
+
+    def check(partition: int) -> _Counted:
+        size = int(found.part_bytes[partition])
+        return _check_part(folder, layout, job_hash, partition, rows[partition], settings, carried, size)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        counted = list(pool.map(check, range(layout.partitions)))
+    for one in counted:
+        problems += one.problems
+    total = Verification(
+        parts=int(found.committed.sum()),
+        rows=sum(one.rows for one in counted),
+        ok=sum(one.ok for one in counted),
+        failed=sum(one.failed for one in counted),
+        problems=problems,
+    )
+    total.problems.extend(_check_manifest(folder, layout, job_hash, found, total))
+    return total
+
+
+def clean(folder: Folder, layout: Layout | None = None, everything: bool = False) -> list[str]:
+    """Deletes what finished runs may leave behind; the keys deleted.
+
+    That is, what is staged for partitions that are committed, temporary files of writes long dead, unfinished
+    multipart uploads. `everything` deletes all that batchrun owns: parts of any plan and the whole of _job/.
+    Files of others in data/ are never touched.
+    """
+    keys = folder.list()
+    folder.abort_uploads()
+    if everything:
+        leftovers = [key for key in keys if is_part(key) or key.startswith(JOB_FOLDER)]
+    else:
+        leftovers = [*_swept(keys, layout), *_stale(folder, keys)]
+    folder.delete(leftovers)
+    return sorted(leftovers)
+
+
+def _swept(keys: Iterable[str], layout: Layout | None) -> Iterator[str]:
+    if layout is None:
+        return
+    committed = {layout.partition_of_part(key) for key in keys if key.startswith(DATA)} - {None}
+    for key in keys:
+        if key.startswith(STAGE) and layout.partition_of_chunk(key) in committed:
+            yield key
+
+
+def _stale(folder: Folder, keys: Iterable[str]) -> Iterator[str]:
+    for key in keys:
+        if key.startswith(TEMPORARY):
+            written = folder.modified(key)
+            if written is not None and time.time() - written > STALE_SECONDS:
+                yield key
+
+
+@dataclass(slots=True)
+class _Counted:
+    rows: int = 0
+    ok: int = 0
+    failed: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def _check_part(
+    folder: Folder,
+    layout: Layout,
+    job_hash: str,
+    partition: int,
+    rows: int,
+    settings: OutputSettings,
+    carried: Carried | None,
+    size: int,
+) -> _Counted:
+    key = layout.part(partition)
+    counted = _Counted()
+    if not size:
+        counted.problems.append(f"{key}: missing")
+        return counted
+    try:
+        summary = part.inspect(folder, key, size)
+        file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
+        expected = None if carried is None else _Rows(carried(partition))
+        for batch in file.iter_batches():
+            _count(counted, batch, settings)
+            if expected is not None:
+                counted.problems += [
+                    f"{key}: {problem}" for problem in _differences(batch, expected, counted.rows)
+                ]
+    except (BatchrunError, FileNotFoundError, pa.ArrowException, OSError, KeyError) as error:
+        counted.problems.append(f"{key}: {error}")
+        return counted
+    if problem := manifest.disagreement(summary, layout, job_hash, partition, rows):
+        counted.problems.append(f"{key}: {problem}")
+    if (counted.rows, counted.ok, counted.failed) != (summary.rows, summary.ok, summary.failed):
+        counted.problems.append(
+            f"{key}: {counted.rows} rows, {counted.ok} ok, {counted.failed} failed where it says "
+            f"{summary.rows}, {summary.ok}, {summary.failed}"
+        )
+    return counted
+
+
+def _count(counted: _Counted, batch: pa.RecordBatch, settings: OutputSettings) -> None:
+    status = batch.column(settings.column("status"))
+    counted.rows += batch.num_rows
+    counted.ok += pc.sum(pc.equal(status, "ok"), min_count=0).as_py()
+    counted.failed += pc.sum(pc.equal(status, "failed"), min_count=0).as_py()
+
+
+def _differences(batch: pa.RecordBatch, expected: _Rows, end: int) -> Iterator[str]:
+    first = end - batch.num_rows
+    input_rows = expected.take(batch.num_rows)
+    if input_rows.num_rows != batch.num_rows:
+        yield f"more rows than the input from row {first + input_rows.num_rows} on"
+        return
+    for name in input_rows.column_names:
+        if not _same(pa.chunked_array([batch.column(name)]), input_rows[name]):
+            yield f"column {name} differs from the input in rows {first} to {end - 1}"
+
+
+def _same(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
+    # Arrow holds NaN unequal to itself; as text it is not.
+    return a.type == b.type and (a.equals(b) or repr(a.to_pylist()) == repr(b.to_pylist()))
+
+
+class _Rows:
+    """Batches of any size, taken again by row count."""
+
+    def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
+        self.batches = iter(batches)
+        self.rest: pa.Table | None = None
+
+    def take(self, rows: int) -> pa.Table:
+        held = [] if self.rest is None else [self.rest]
+        while (
+            sum(table.num_rows for table in held) < rows and (batch := next(self.batches, None)) is not None
+        ):
+            held.append(pa.Table.from_batches([batch]))
+        table = pa.concat_tables(held) if held else pa.table({})
+        self.rest = table.slice(rows)
+        return table.slice(0, rows)
+
+
+def _check_manifest(
+    folder: Folder, layout: Layout, job_hash: str, found: state.State, total: Verification
+) -> Iterator[str]:
+    try:
+        written = manifest.read(folder)
+    except BatchrunError as error:
+        yield str(error)
+        return
+    if written is None:
+        yield "no manifest: the run has not finished"
+        return
+    if (written.plan_hash, written.job_hash) != (layout.plan_hash, job_hash):
+        yield "the manifest is of another job or plan"
+    if (written.rows, written.ok, written.failed) != (total.rows, total.ok, total.failed):
+        yield f"the manifest counts {written.rows} rows, {written.ok} ok, {written.failed} failed"
+    if not written.describes(found):
+        yield "the manifest lists other parts than are there"

@@ -1,0 +1,6 @@
+"""One folder of objects on any fsspec filesystem. Paths of an output are joined in here and nowhere else."""
+
+from batchrun.storage.folder import Folder
+from batchrun.storage.store import NotFound
+
+__all__ = ["Folder", "NotFound"]

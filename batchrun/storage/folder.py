@@ -1,0 +1,187 @@
+"""A folder by URL: whole objects in and out, put-if-absent, and patience with a store that is busy."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import fsspec.core
+import tenacity
+from fsspec.implementations.local import LocalFileSystem
+
+from batchrun.errors import OutputError, StorageError
+from batchrun.storage.faults import is_transient, is_unauthorised, one_line
+from batchrun.storage.local import LocalStore
+from batchrun.storage.remote import RemoteStore
+from batchrun.storage.store import Data, NotFound, Store, Unconditional
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+# Seconds. The n-th wait is a random one up to FIRST_WAIT * 2**n, never above LONGEST_WAIT.
+FIRST_WAIT = 0.5
+LONGEST_WAIT = 30.0
+PATIENCE = 300.0
+PROBE_PATIENCE = 15.0
+
+
+class Folder:
+    """Small and picklable; all folders of a process with the same URL share one client.
+
+    Keys are relative, with "/" between names. Any call may raise StorageError: after `PATIENCE` seconds of
+    jittered back-off where the store is only busy, at once where waiting cannot help. An object is only written
+    as one complete put, since an exception inside an open fsspec writer publishes what was written so far.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        self.url = url
+        self.storage_options = dict(storage_options or {})
+
+    @property
+    def name(self) -> str:
+        """The URL for a person's eyes, without a user's password."""
+        return re.sub(r"://[^/@]*@", "://", self.url)
+
+    def where(self, key: str) -> str:
+        """The key's full place, for a person's eyes."""
+        return f"{self.name.rstrip('/')}/{key}"
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Every key that starts with `prefix`, at any depth, and its size in bytes; never a cached listing."""
+        parent = prefix.rpartition("/")[0]
+        found = self._patiently(prefix, lambda store: store.find(parent))
+        return {key: size for key, size in found.items() if key.startswith(prefix)}
+
+    def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The object's bytes, or its bytes [start, end). Raises NotFound, a FileNotFoundError."""
+        return self._patiently(key, lambda store: store.read(key, start, end))
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object, None where there is none: asked of the store anew."""
+        return self._patiently(key, lambda store: store.size(key))
+
+    def exists(self, key: str) -> bool:
+        return self.size(key) is not None
+
+    def modified(self, key: str) -> float | None:
+        """When the object was written, by the store's clock (Unix seconds); None where it cannot say."""
+        return self._patiently(key, lambda store: store.modified(key))
+
+    def put(self, key: str, data: Data) -> None:
+        """Writes the whole object, from bytes or from a local file, in place of what was there."""
+        self._patiently(key, lambda store: store.put(key, data))
+
+    def put_if_absent(self, key: str, data: Data) -> bool:
+        """Writes the whole object unless the key is there; whether this call is known to have written it.
+
+        False may also mean that an earlier try of this very call succeeded and its acknowledgement was lost: who
+        must know reads the object. A store without conditional create is asked first, then written to.
+        """
+        try:
+            return self._patiently(key, lambda store: store.create(key, data))
+        except Unconditional:
+            if self.exists(key):
+                return False
+            self.put(key, data)
+            return True
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Deletes the objects, in batches where the store can; a missing one is fine."""
+        batch = [*keys]
+        if batch:
+            self._patiently(batch[0], lambda store: store.delete(batch))
+
+    def probe(self) -> bool:
+        """Tries a write, a conditional create and a delete; whether the store honours the condition.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        key = f"_job/probe-{uuid.uuid4().hex}"
+        try:
+            self._patiently(key, lambda store: store.put(key, b"first"), PROBE_PATIENCE)
+            try:
+                return not self._patiently(key, lambda store: store.create(key, b"second"), PROBE_PATIENCE)
+            except Unconditional:
+                return False
+            finally:
+                self.delete([key])
+        except StorageError as error:
+            raise OutputError(f"cannot be written to: {error.what}", self.name, error.fix) from error
+
+    def abort_uploads(self) -> int:
+        """Aborts unfinished multipart uploads below this folder (S3 bills for them); how many there were."""
+        return self._patiently("", lambda store: store.abort_uploads())
+
+    def _patiently(self, key: str, action: Callable[[Store], T], patience: float | None = None) -> T:
+        renewed = False
+
+        def once() -> T:
+            nonlocal renewed
+            try:
+                return action(_store(self.url, self.storage_options))
+            except Exception as error:
+                if renewed or not is_unauthorised(error):
+                    raise
+            renewed = True
+            return action(_store(self.url, self.storage_options, renew=True))
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_transient),
+            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
+            stop=tenacity.stop_after_delay(PATIENCE if patience is None else patience),
+            before_sleep=lambda state: self._note(key, state),
+            reraise=True,
+        )
+        try:
+            return retrying(once)
+        except (Unconditional, NotFound):
+            raise
+        except Exception as error:
+            # Built-in errors but OSError are bugs of the program, and stay what they are.
+            if isinstance(error, OSError) or type(error).__module__ != "builtins":
+                raise self._explained(error, key) from error
+            raise
+
+    def _note(self, key: str, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        log.warning("%s: %s, trying again", self.where(key), one_line(error))
+
+    def _explained(self, error: Exception, key: str) -> StorageError:
+        what, where = one_line(error), self.where(key)
+        if is_transient(error):
+            return StorageError(f"the store kept failing ({what})", where, "run again to go on from here")
+        if is_unauthorised(error):
+            return StorageError(
+                f"access denied ({what})", where, "check the credentials and what they may do"
+            )
+        if isinstance(error, FileNotFoundError):
+            return StorageError(
+                f"no such bucket or folder ({what})", where, "create it, or correct output.path"
+            )
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StorageError("no space left", where, "free some and run again to go on from here")
+        return StorageError(what, where, "check output.path and output.storage_options")
+
+
+_stores: dict[tuple[int, str, str], Store] = {}
+_stores_lock = threading.Lock()
+
+
+def _store(url: str, options: Mapping[str, Any], renew: bool = False) -> Store:
+    """The process's store for a URL; `renew` builds its client again, so that it reads new credentials."""
+    place = (os.getpid(), url, json.dumps(options, sort_keys=True, default=repr))
+    with _stores_lock:
+        if renew or place not in _stores:
+            own = {"use_listings_cache": False, "skip_instance_cache": True}
+            fs, root = fsspec.core.url_to_fs(url, **{**own, **options})
+            _stores[place] = LocalStore(root) if isinstance(fs, LocalFileSystem) else RemoteStore(fs, root)
+        return _stores[place]

@@ -1,0 +1,124 @@
+"""A folder on any fsspec filesystem but the local one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from fsspec.implementations.memory import MemoryFileSystem
+
+from batchrun.storage.faults import http_status
+from batchrun.storage.store import Data, NotFound, Unconditional
+
+AZURE = {"abfs", "abfss", "az"}
+# Keys there need no folder made first, and making one may make a bucket.
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", *AZURE}
+
+
+class RemoteStore:
+    """Whole-object calls only (`pipe_file`, `put_file`, `cat_file`), and never a cached listing."""
+
+    # memory:// looks first and writes later; within its one process a lock makes that one step.
+    memory_lock = threading.Lock()
+
+    def __init__(self, fs: Any, root: str) -> None:
+        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+        self.fs = fs
+        self.root = root.rstrip("/")
+        self.in_memory = isinstance(fs, MemoryFileSystem)
+        self.needs_folders = not (self.in_memory or protocols & OBJECT_STORES)
+        # s3fs sends If-None-Match, gcsfs ifGenerationMatch=0; adlfs knows `mode` only in late versions.
+        self.if_absent: dict[str, Any] = {"overwrite": False} if protocols & AZURE else {"mode": "create"}
+
+    def find(self, parent: str) -> dict[str, int]:
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.find(self._path(parent), detail=True)
+        except FileNotFoundError:
+            return {}
+        skip = len(self.root) + 1
+        files = ((name[skip:], info["size"]) for name, info in found.items() if info["type"] == "file")
+        # S3 consoles mark empty folders by an object whose name ends in a slash.
+        return {key: int(size or 0) for key, size in files if key and not key.endswith("/")}
+
+    def read(self, key: str, start: int | None, end: int | None) -> bytes:
+        try:
+            return self.fs.cat_file(self._path(key), start=start, end=end)
+        except FileNotFoundError as error:
+            raise NotFound(key) from error
+
+    def size(self, key: str) -> int | None:
+        self.fs.invalidate_cache()
+        try:
+            info = self.fs.info(self._path(key))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def modified(self, key: str) -> float | None:
+        self.fs.invalidate_cache()
+        try:
+            return self.fs.modified(self._path(key)).timestamp()
+        except (FileNotFoundError, NotImplementedError):
+            return None
+
+    def put(self, key: str, data: Data) -> None:
+        self._write(key, data)
+
+    def create(self, key: str, data: Data) -> bool:
+        if self.in_memory:
+            with self.memory_lock:
+                if self.size(key) is not None:
+                    return False
+                self._write(key, data)
+                return True
+        try:
+            self._write(key, data, **self.if_absent)
+        except FileExistsError:
+            return False
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise Unconditional(str(error)) from error
+        except OSError as error:
+            # Stores that name no condition in the answer's body reach us as a plain EINVAL.
+            if http_status(error) == 412:
+                return False
+            if http_status(error) == 501:
+                raise Unconditional(str(error)) from error
+            raise
+        return True
+
+    def delete(self, keys: Sequence[str]) -> None:
+        try:
+            self.fs.rm([self._path(key) for key in keys])
+        except FileNotFoundError:
+            for key in keys:
+                with suppress(FileNotFoundError):
+                    self.fs.rm_file(self._path(key))
+
+    def abort_uploads(self) -> int:
+        if not hasattr(self.fs, "list_multipart_uploads"):
+            return 0
+        bucket, key, _ = self.fs.split_path(self.root)
+        below = f"{key}/" if key else ""
+        found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=below)
+        uploads = [(upload["Key"], upload["UploadId"]) for upload in found.get("Uploads", [])]
+        for name, upload_id in uploads:
+            with suppress(FileNotFoundError):
+                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload_id)
+        return len(uploads)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}".rstrip("/")
+
+    def _write(self, key: str, data: Data, **how: Any) -> None:
+        path = self._path(key)
+        if self.needs_folders:
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if isinstance(data, bytes):
+            self.fs.pipe_file(path, data, **how)
+        elif self.in_memory:
+            self.fs.pipe_file(path, data.read_bytes(), **how)
+        else:
+            self.fs.put_file(str(data), path, **how)

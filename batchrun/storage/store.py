@@ -1,0 +1,41 @@
+"""What a folder needs of one kind of storage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+Data = bytes | Path
+
+
+class NotFound(FileNotFoundError):
+    """The key that was to be read is not there. A missing bucket is a plain FileNotFoundError."""
+
+
+class Unconditional(Exception):
+    """The store has no conditional create at all."""
+
+
+class Store(Protocol):
+    """Keys relative to one folder. Each call is a single try and raises what its library raises."""
+
+    def find(self, parent: str) -> dict[str, int]:
+        """Keys and sizes of all objects below the folder `parent` ("" is all), empty where it is missing."""
+        ...
+
+    def read(self, key: str, start: int | None, end: int | None) -> bytes: ...
+
+    def size(self, key: str) -> int | None: ...
+
+    def modified(self, key: str) -> float | None: ...
+
+    def put(self, key: str, data: Data) -> None: ...
+
+    def create(self, key: str, data: Data) -> bool:
+        """Puts unless the key is there, in one step; False where it was. May raise Unconditional."""
+        ...
+
+    def delete(self, keys: Sequence[str]) -> None: ...
+
+    def abort_uploads(self) -> int: ...
