@@ -31,7 +31,9 @@ class Settings(BaseModel):
 class InputSettings(Settings):
     path: str | list[str] = Field(description="a file, folder, glob, or a list of them, on any fsspec URL")
     columns: list[str] | None = Field(None, description="columns carried into the output; all by default")
-    filters: list[Any] | None = Field(None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]")
+    filters: list[Any] | None = Field(
+        None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]"
+    )
     limit: int | None = Field(None, ge=1, description="the first so many rows only")
     cast: dict[str, str] = Field(default_factory=dict, description="column: type, where files differ")
     skip_bad_files: bool = Field(False, description="leave unreadable files out, recorded in the plan")
@@ -52,7 +54,9 @@ class PromptSettings(Settings):
     messages: list[Message] | None = Field(None, description="Jinja messages through the chat template")
     column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
     chat_template: str | None = Field(None, description="used instead of the tokenizer's own chat template")
-    truncate: Literal["left", "right"] | None = Field(None, description="the side cut off a prompt that is too long")
+    truncate: Literal["left", "right"] | None = Field(
+        None, description="the side cut off a prompt that is too long"
+    )
     empty: Literal["fail", "send"] = Field("fail", description="what an empty prompt becomes")
     max_bytes: int = Field(1 << 20, ge=1, description="a longer rendered prompt is never tokenized whole")
 
@@ -93,7 +97,9 @@ class GenerationSettings(Settings):
 
 class EngineSettings(Settings):
     kind: str = Field("auto", description="auto, padded, paged, or module:Class of an engine of your own")
-    batch_tokens: int | None = Field(None, ge=1, description="padded: prompt + new tokens of one batch, padding included")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="padded: prompt + new tokens of one batch, padding included"
+    )
     window_rows: int = Field(8192, ge=1, description="padded: rows ordered by length together")
 
     @field_validator("kind")
@@ -106,7 +112,9 @@ class EngineSettings(Settings):
 
 class OutputSettings(Settings):
     path: str = Field(description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it")
-    columns: dict[str, str] = Field(default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}"
+    )
     rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
     bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
@@ -165,15 +173,21 @@ class Job(Settings):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise JobError(f"cannot read the job file ({error})", str(path), "give the path of a YAML file") from None
+            raise JobError(
+                f"cannot read the job file ({error})", str(path), "give the path of a YAML file"
+            ) from None
         return cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
 
     @classmethod
-    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "job", base: Path | None = None) -> Job:
+    def parse(
+        cls, text: str, overrides: Sequence[str] = (), where: str = "job", base: Path | None = None
+    ) -> Job:
         """The same from YAML text; `base` is the folder that relative paths start from."""
         tree = _parse_yaml(text, where)
         if not isinstance(tree, dict):
-            raise JobError("a job file is a mapping of sections", where, f"start with {', '.join(cls.model_fields)}")
+            raise JobError(
+                "a job file is a mapping of sections", where, f"start with {', '.join(cls.model_fields)}"
+            )
         for override in overrides:
             _apply(tree, override)
         tree = _expand(tree, where)
@@ -248,9 +262,13 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is not text", key_node.start_mark
+            )
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} stands twice", key_node.start_mark
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -308,7 +326,11 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    shown = "" if "storage_options" in name or isinstance(error["input"], dict | BaseModel) else f" (got {error['input']!r})"
+    shown = (
+        ""
+        if "storage_options" in name or isinstance(error["input"], dict | BaseModel)
+        else f" (got {error['input']!r})"
+    )
     return f"{name or 'job'}: {message}{shown}"
 
 
@@ -316,7 +338,11 @@ def _keys_beside(location: list[str]) -> list[str]:
     model: type[BaseModel] = Job
     for part in location[:-1]:
         field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        if (
+            field is None
+            or not isinstance(field.annotation, type)
+            or not issubclass(field.annotation, BaseModel)
+        ):
             return ["role", "content"]
         model = field.annotation
     return list(model.model_fields)

@@ -108,7 +108,9 @@ class EngineStats:
     @property
     def padding_efficiency(self) -> float:
         """Real tokens / computed tokens, 1.0 before anything was computed."""
-        return (self.prompt_tokens + self.output_tokens) / self.computed_tokens if self.computed_tokens else 1.0
+        return (
+            (self.prompt_tokens + self.output_tokens) / self.computed_tokens if self.computed_tokens else 1.0
+        )
 
 
 class Engine(Protocol):
