@@ -1,0 +1,1 @@
+"""Parquet footers to partitions; a partition to record batches."""

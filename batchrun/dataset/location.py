@@ -1,0 +1,157 @@
+"""Where data files lie: fsspec URLs to listed files, and one listed file to an open Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+from pyarrow.fs import LocalFileSystem as NativeFileSystem
+
+from batchrun.errors import InputError
+
+# What stores call the thing that changes when an object's bytes change, the most telling one first.
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "generation",
+    "md5Hash",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
+
+
+class Found(NamedTuple):
+    """A listed file: its full path or URL, its size in bytes, and its version (ETag or modification time)."""
+
+    path: str
+    size: int
+    version: str
+
+
+def find_files(paths: Sequence[str], storage_options: Mapping[str, Any]) -> list[Found]:
+    """The files that paths, folders and globs name, each once, sorted by path.
+
+    In folders these are the `*.parquet` at any depth; whatever starts with `_` or `.` is left out there and in
+    globs, as every Parquet reader does.
+
+    Raises:
+        InputError: a path that names nothing, or a store that cannot be listed.
+    """
+    found = {file.path: file for path in paths for file in _expand(path, storage_options)}
+    return [found[path] for path in sorted(found)]
+
+
+def stat(path: str, storage_options: Mapping[str, Any]) -> Found:
+    """The file as the store has it now, past every cache. FileNotFoundError when it is gone."""
+    fs, inner = filesystem(path, storage_options)
+    fs.invalidate_cache(inner)
+    return _found(path, fs.info(inner))
+
+
+def filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path inside it."""
+    protocol = path.partition("://")[0] if "://" in path else "file"
+    try:
+        return fsspec.url_to_fs(path, **storage_options)
+    except (ImportError, ValueError) as error:
+        fix = "install its fsspec package, such as batchrun[s3], batchrun[gcs] or batchrun[azure]"
+        raise InputError(f"no access to {protocol}:// paths ({error})", path, fix) from None
+
+
+def native_filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[FileSystem, str]:
+    """The same for pyarrow: its own file system on a local disk, fsspec's everywhere else."""
+    fs, inner = filesystem(path, storage_options)
+    return (NativeFileSystem() if isinstance(fs, LocalFileSystem) else PyFileSystem(FSSpecHandler(fs))), inner
+
+
+@contextmanager
+def open_parquet(path: str, storage_options: Mapping[str, Any], **how: Any) -> Iterator[pq.ParquetFile]:
+    """An open Parquet file; `how` goes to `pyarrow.parquet.ParquetFile`."""
+    fs, inner = filesystem(path, storage_options)
+    if isinstance(fs, LocalFileSystem):
+        with pq.ParquetFile(inner, **how) as parquet:
+            yield parquet
+    else:
+        # Columns are read in turns: a read-ahead cache shared by them would fetch everything several times.
+        with fs.open(inner, "rb", cache_type="none") as file, pq.ParquetFile(file, **how) as parquet:
+            yield parquet
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether pyarrow means the file's bytes: it raises its own errors or an OSError without a number, while
+    disks and networks give theirs a number or a type of its own."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
+
+
+def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
+    fs, inner = filesystem(path, storage_options)
+    fs.invalidate_cache()
+    try:
+        files = _list(fs, inner)
+    except OSError as error:
+        raise InputError(
+            f"cannot be listed ({type(error).__name__}: {error})", path, "check path and access"
+        ) from None
+    if not files:
+        raise InputError(
+            "no file matches", path, "give a Parquet file, a folder with *.parquet in it, or a glob"
+        )
+    # A store may list an object without its size (HTTP folders do): only asking for it by name tells.
+    return [
+        _found(_full(path, fs, name), info if info.get("size") is not None else fs.info(name))
+        for name, info in files.items()
+    ]
+
+
+def _list(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, dict[str, Any]]:
+    if fs.isfile(inner):
+        return {inner: fs.info(inner)}
+    if fs.isdir(inner):
+        return _in_folder(fs, inner)
+    files: dict[str, dict[str, Any]] = {}
+    for name, info in fs.glob(inner, detail=True).items():
+        if _hidden(name.rstrip("/").rpartition("/")[2]):
+            continue
+        if info["type"] == "directory":
+            files |= _in_folder(fs, name)
+        else:
+            files[name] = info
+    return files
+
+
+def _in_folder(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
+    start = len(folder.rstrip("/")) + 1
+    return {
+        name: info
+        for name, info in fs.find(folder, detail=True).items()
+        if name.endswith(".parquet") and not any(_hidden(part) for part in name[start:].split("/"))
+    }
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(("_", "."))
+
+
+def _found(path: str, info: Mapping[str, Any]) -> Found:
+    version = next((str(info[key]).strip('"') for key in _VERSION_KEYS if info.get(key) is not None), "")
+    return Found(path, int(info["size"]), version)
+
+
+def _full(asked: str, fs: fsspec.AbstractFileSystem, inner: str) -> str:
+    if isinstance(fs, LocalFileSystem):
+        return inner
+    if "::" not in asked:
+        return str(fs.unstrip_protocol(inner))
+    links = asked.split("::")
+    place = next(i for i, link in enumerate(links) if "://" in link)
+    links[place] = f"{links[place].partition('://')[0]}://{inner.lstrip('/')}"
+    return "::".join(links)

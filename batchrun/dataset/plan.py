@@ -1,0 +1,241 @@
+"""The plan: a dataset cut into partitions, the same on every machine and in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.dataset.count import Counter, Piece, all_pieces, limited, shortened
+from batchrun.dataset.filters import filter_columns, parse_filters
+from batchrun.dataset.source import DataFile, Skipped, read_source
+from batchrun.errors import OutputError
+from batchrun.job import InputSettings, stable_hash
+
+
+class Slice(NamedTuple):
+    """Consecutive rows of one row group: `num_rows` physical ones from `first_row` on, of which `rows` pass the
+    filters. `file` is the place in the plan's files."""
+
+    file: int
+    row_group: int
+    first_row: int
+    num_rows: int
+    rows: int
+
+
+class Partition(NamedTuple):
+    """What one task works off: a few slices, and how many rows they give together."""
+
+    index: int
+    slices: tuple[Slice, ...]
+    rows: int
+
+
+class Plan:
+    """The partitions of one dataset.
+
+    `files` are sorted by path, `schema` holds the carried and the needed columns, `skipped` the files left out.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[DataFile],
+        schema: pa.Schema,
+        partitions: Sequence[Partition],
+        skipped: Sequence[Skipped] = (),
+    ) -> None:
+        self.files, self.schema = list(files), schema
+        self.partitions, self.skipped = list(partitions), list(skipped)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows that pass the filters and the limit: exactly as many as the output will have."""
+        return sum(partition.rows for partition in self.partitions)
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex SHA-256 of what the plan was made of (path, size, version, rows per group) and of how it is cut."""
+        files = [[f.path, f.size, f.version, f.group_rows] for f in self.files]
+        return stable_hash([files, [[p.rows, p.slices] for p in self.partitions]])
+
+    def files_of(self, partition: Partition) -> dict[int, DataFile]:
+        """The files that a partition reads, by the numbers its slices use: all that has to go along with it."""
+        return {part.file: self.files[part.file] for part in partition.slices}
+
+    def to_parquet(self) -> bytes:
+        """The plan as one Parquet file, a row per data file with its slices nested in it."""
+        parts = [(p.index, *s) for p in self.partitions for s in p.slices]
+        numbers = np.array(parts, dtype=np.int64).reshape(-1, 6)
+        ends = np.searchsorted(numbers[:, 1], np.arange(len(self.files) + 1))
+        names = ("partition", "row_group", "first_row", "num_rows", "rows")
+        slices = pa.StructArray.from_arrays([pa.array(numbers[:, i]) for i in (0, 2, 3, 4, 5)], names=names)
+        table = pa.table(
+            {
+                "path": pa.array([f.path for f in self.files], pa.string()),
+                "size": pa.array([f.size for f in self.files], pa.int64()),
+                "version": pa.array([f.version for f in self.files], pa.string()),
+                "group_rows": pa.array([f.group_rows for f in self.files], pa.list_(pa.int64())),
+                "group_bytes": pa.array([f.group_bytes for f in self.files], pa.list_(pa.int64())),
+                "slices": pa.ListArray.from_arrays(pa.array(ends, pa.int32()), slices),
+            }
+        )
+        skipped = pa.table(
+            {
+                "path": pa.array([s.path for s in self.skipped], pa.string()),
+                "reason": pa.array([s.reason for s in self.skipped], pa.string()),
+            }
+        )
+        table = table.replace_schema_metadata(
+            {
+                "schema": self.schema.serialize().to_pybytes(),
+                "skipped": _ipc(skipped),
+                "partitions": str(len(self.partitions)),
+                "hash": self.hash,
+            }
+        )
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_parquet(cls, data: bytes) -> Plan:
+        """The plan that `to_parquet` gave.
+
+        Raises:
+            OutputError: the bytes are damaged or no plan.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            about = table.schema.metadata
+            schema = pa.ipc.read_schema(pa.py_buffer(about[b"schema"]))
+            skipped = pa.ipc.open_stream(about[b"skipped"]).read_all().to_pylist()
+            plan = cls(
+                _files(table),
+                schema,
+                _partitions(table, int(about[b"partitions"])),
+                [Skipped(**s) for s in skipped],
+            )
+            if plan.hash.encode() != about[b"hash"]:
+                raise ValueError("its hash does not match")
+            return plan
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OutputError(
+                f"the stored plan is damaged ({reason})",
+                "_job/plan.parquet",
+                "restore it, or use another output.path",
+            ) from None
+
+
+def make_plan(
+    settings: InputSettings, needed: Sequence[str], rows_per_part: int, bytes_per_part: int
+) -> Plan:
+    """Reads the footers (and with filters the columns they test) and cuts the dataset into partitions.
+
+    `needed` are the columns that the prompt reads. A partition has at most `rows_per_part` rows that pass the
+    filters, and at most `bytes_per_part` uncompressed bytes of row groups read for it. The plan of a dataset
+    without rows has one empty partition, so that one part carries the schema.
+
+    Raises:
+        InputError: see `read_source` and `parse_filters`.
+    """
+    tested = filter_columns(settings.filters)
+    source = read_source(settings, list(dict.fromkeys([*needed, *tested])))
+    filters = parse_filters(settings.filters, source.schema)
+    pieces: Iterable[Piece] = all_pieces(source.files, rows_per_part, bytes_per_part)
+    cut = shortened
+    if filters is not None:
+        counter = Counter(source.files, source.schema, filters, settings)
+        pieces, cut = counter.count(list(pieces)), counter.cut
+    partitions = _pack(limited(pieces, settings.limit, cut), rows_per_part, bytes_per_part)
+    return Plan(source.files, source.schema, partitions, source.skipped)
+
+
+def difference(old: Plan, new: Plan) -> list[str]:
+    """What changed between two plans of one dataset, a line each; empty when they are the same."""
+    before, after = ({file.path: file for file in plan.files} for plan in (old, new))
+    lines = [f"removed: {path}" for path in before if path not in after]
+    lines += [f"added: {path}" for path in after if path not in before]
+    for path in before:
+        if path in after and (reason := _change(before[path], after[path])):
+            lines.append(f"changed: {path} ({reason})")
+    if not lines and old.hash != new.hash:
+        lines.append(
+            f"the same files, cut differently: {len(old.partitions)} partitions of {old.rows} rows, "
+            f"now {len(new.partitions)} of {new.rows}"
+        )
+    return sorted(lines)
+
+
+def _change(old: DataFile, new: DataFile) -> str:
+    if old.size != new.size:
+        return f"{old.size} bytes, now {new.size}"
+    if old.version != new.version:
+        return f"version {old.version}, now {new.version}"
+    if old.group_rows != new.group_rows:
+        return f"{old.rows} rows in {len(old.group_rows)} row groups, now {new.rows} in {len(new.group_rows)}"
+    return ""
+
+
+def _pack(pieces: Iterable[Piece], rows_per_part: int, bytes_per_part: int) -> list[Partition]:
+    partitions: list[Partition] = []
+    slices: list[Slice] = []
+    rows = size = 0
+    for piece in pieces:
+        if slices and (rows + piece.rows > rows_per_part or size + piece.bytes > bytes_per_part):
+            partitions.append(Partition(len(partitions), tuple(slices), rows))
+            slices, rows, size = [], 0, 0
+        _append(slices, piece)
+        rows, size = rows + piece.rows, size + piece.bytes
+    if slices or not partitions:
+        partitions.append(Partition(len(partitions), tuple(slices), rows))
+    return partitions
+
+
+def _append(slices: list[Slice], piece: Piece) -> None:
+    """Pieces of one row group become one slice, so that the group is read in one pass; a gap between them holds
+    no row that passes the filters."""
+    if slices and slices[-1][:2] == (piece.file, piece.row_group):
+        last = slices.pop()
+        num_rows = piece.first_row + piece.num_rows - last.first_row
+        slices.append(last._replace(num_rows=num_rows, rows=last.rows + piece.rows))
+    else:
+        slices.append(Slice(piece.file, piece.row_group, piece.first_row, piece.num_rows, piece.rows))
+
+
+def _ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _files(table: pa.Table) -> list[DataFile]:
+    names = ("path", "size", "version", "group_rows", "group_bytes")
+    rows = zip(*(table[name].to_pylist() for name in names), strict=True)
+    return [
+        DataFile(path, size, version, tuple(counts), tuple(sizes))
+        for path, size, version, counts, sizes in rows
+    ]
+
+
+def _partitions(table: pa.Table, count: int) -> list[Partition]:
+    nested = table["slices"].combine_chunks()
+    files = np.repeat(np.arange(len(nested)), np.diff(nested.offsets.to_numpy())).tolist()
+    flat = nested.flatten()
+    owner = flat.field("partition").to_numpy()
+    numbers = (flat.field(name).to_pylist() for name in ("row_group", "first_row", "num_rows", "rows"))
+    slices = [Slice(*values) for values in zip(files, *numbers, strict=True)]
+    ends = np.searchsorted(owner, np.arange(count + 1)).tolist()
+    return list(_regroup(slices, ends))
+
+
+def _regroup(slices: Sequence[Slice], ends: Sequence[int]) -> Iterator[Partition]:
+    for index, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
+        own = tuple(slices[start:stop])
+        yield Partition(index, own, sum(part.rows for part in own))

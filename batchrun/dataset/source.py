@@ -1,0 +1,217 @@
+"""Input paths to data files with their footers read, and one schema for all of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+
+from batchrun.dataset.location import Found, find_files, is_damage, open_parquet
+from batchrun.errors import InputError
+from batchrun.job import InputSettings, nearest
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A Parquet file as it was planned: path or URL, size in bytes, version (ETag or modification time), and for
+    every row group its rows and its uncompressed bytes."""
+
+    path: str
+    size: int
+    version: str
+    group_rows: tuple[int, ...]
+    group_bytes: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.group_rows)
+
+
+class Skipped(NamedTuple):
+    """A file that was left out, and why."""
+
+    path: str
+    reason: str
+
+
+class Source(NamedTuple):
+    """All files of a dataset, sorted by path, and the schema that they share."""
+
+    files: list[DataFile]
+    schema: pa.Schema
+    skipped: list[Skipped]
+
+
+def read_source(settings: InputSettings, needed: Sequence[str]) -> Source:
+    """Lists the input's files, reads their footers concurrently and holds their schemas against each other.
+
+    The schema has the carried columns (`settings.columns`, or all) and then those of `needed` that are not among
+    them, every one nullable, with the types of `settings.cast` where it names one. A carried column that some
+    files lack is null there; a needed one has to be in all of them.
+
+    Raises:
+        InputError: no file matches; files that are no Parquet (every one is named, unless `skip_bad_files`);
+            columns that stand twice, are missing, or differ in type; a cast that cannot be.
+    """
+    found = find_files(settings.paths, settings.storage_options)
+    footers = list(
+        concurrently(lambda file: _read_footer(file, settings.storage_options), found, remote=_remote(found))
+    )
+    good = [(file, schema) for file, schema, reason in footers if not reason]
+    bad = [Skipped(file.path, reason) for file, _, reason in footers if reason]
+    if bad and not (settings.skip_bad_files and good):
+        names = "; ".join(f"{file.path}: {file.reason}" for file in bad)
+        raise InputError(
+            f"{len(bad)} of {len(footers)} files cannot be read as Parquet: {names}",
+            "input.path",
+            "mend or remove them, or set input.skip_bad_files" if good else "give Parquet files",
+        )
+    return Source([file for file, _ in good], _shared_schema(good, settings, needed), bad)
+
+
+def concurrently(work: Callable[[T], U], items: Sequence[T], remote: bool) -> Iterable[U]:
+    """`map` over threads, in order: many where a network is waited for, a few where a disk is."""
+    workers = 32 if remote else min(8, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="footers")
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def parse_type(name: str) -> pa.DataType:
+    """A pyarrow type from its name as pyarrow prints it: int64, string, date32, timestamp[us, tz=UTC],
+    decimal128(10, 2), list<string>.
+
+    Raises:
+        ValueError: no such type.
+    """
+    name = name.strip()
+    if match := re.fullmatch(r"timestamp\[(s|ms|us|ns), *tz=([^\]]+)\]", name):
+        return pa.timestamp(match[1], match[2].strip())
+    if match := re.fullmatch(r"decimal(?:128)?\((\d+), *(-?\d+)\)", name):
+        return pa.decimal128(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(large_)?list<(?:(?:item|element): *)?(.+)>", name):
+        return (pa.large_list if match[1] else pa.list_)(parse_type(match[2]))
+    return pa.type_for_alias(name)
+
+
+def _remote(found: Sequence[Found]) -> bool:
+    return any("://" in file.path for file in found)
+
+
+def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataFile, pa.Schema, str]:
+    """The planned file and its schema, or the reason why there is none."""
+    try:
+        with open_parquet(file.path, storage_options) as parquet:
+            footer, schema = parquet.metadata, parquet.schema_arrow
+            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+            rows = tuple(group.num_rows for group in groups)
+            sizes = tuple(group.total_byte_size for group in groups)
+            return DataFile(file.path, file.size, file.version, rows, sizes), schema, ""
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise InputError(
+                f"cannot be opened ({type(error).__name__}: {error})", file.path, "check access and try again"
+            ) from None
+        reason = "it is empty" if file.size == 0 else str(error).splitlines()[0]
+        return DataFile(file.path, file.size, file.version, (), ()), pa.schema([]), reason
+
+
+def _shared_schema(
+    files: Sequence[tuple[DataFile, pa.Schema]], settings: InputSettings, needed: Sequence[str]
+) -> pa.Schema:
+    shapes = _distinct(files)
+    _refuse_duplicates(shapes)
+    known = list(dict.fromkeys(name for schema, _ in shapes for name in schema.names))
+    wanted = list(dict.fromkeys([*(known if settings.columns is None else settings.columns), *needed]))
+    for name in [*wanted, *settings.cast]:
+        if name not in known:
+            raise InputError(f"no input file has a column {name!r}{nearest(name, known)}", "input")
+    _refuse_missing(shapes, needed)
+    casts = {name: _cast_type(name, text) for name, text in settings.cast.items()}
+    return pa.schema([pa.field(name, _column_type(name, shapes, casts.get(name))) for name in wanted])
+
+
+def _distinct(files: Sequence[tuple[DataFile, pa.Schema]]) -> list[tuple[pa.Schema, list[str]]]:
+    """Each different schema once, with the paths of its files: thousands of files mostly share one."""
+    shapes: dict[bytes, tuple[pa.Schema, list[str]]] = {}
+    for file, schema in files:
+        bare = schema.remove_metadata()
+        shapes.setdefault(bare.serialize().to_pybytes(), (bare, []))[1].append(file.path)
+    return list(shapes.values())
+
+
+def _refuse_duplicates(shapes: Sequence[tuple[pa.Schema, list[str]]]) -> None:
+    faults = []
+    for schema, paths in shapes:
+        if len(set(schema.names)) < len(schema.names):
+            names = sorted({name for name in schema.names if schema.names.count(name) > 1})
+            faults.append(f"{', '.join(map(repr, names))} in {_some(paths)}")
+    if faults:
+        raise InputError(
+            f"column names that stand twice: {'; '.join(faults)}", "input", "rename one of the two"
+        )
+
+
+def _refuse_missing(shapes: Sequence[tuple[pa.Schema, list[str]]], needed: Sequence[str]) -> None:
+    faults = []
+    for name in needed:
+        if paths := [path for schema, paths in shapes if name not in schema.names for path in paths]:
+            faults.append(f"{name!r} in {_some(paths)}")
+    if faults:
+        raise InputError(
+            f"columns that the prompt or the filters need are missing: {'; '.join(faults)}",
+            "input",
+            "add them, or leave those files out of input.path",
+        )
+
+
+def _column_type(
+    name: str, shapes: Sequence[tuple[pa.Schema, list[str]]], cast: pa.DataType | None
+) -> pa.DataType:
+    types: dict[pa.DataType, list[str]] = {}
+    for schema, paths in shapes:
+        if name in schema.names:
+            types.setdefault(schema.field(name).type, []).extend(paths)
+    if cast is None:
+        if len(types) > 1:
+            shown = "; ".join(f"{kind} in {_some(paths)}" for kind, paths in types.items())
+            raise InputError(
+                f"column {name!r} differs between files: {shown}",
+                "input",
+                f"set input.cast: {{{name}: TYPE}}",
+            )
+        return next(iter(types))
+    for kind, paths in types.items():
+        try:
+            pa.nulls(0, kind).cast(cast)
+        except pa.ArrowException:
+            raise InputError(
+                f"column {name!r} is {kind} in {_some(paths)}, not to be cast to {cast}", "input.cast"
+            ) from None
+    return cast
+
+
+def _cast_type(name: str, text: str) -> pa.DataType:
+    try:
+        return parse_type(text)
+    except ValueError:
+        raise InputError(
+            f"column {name!r}: {text!r} is no type",
+            "input.cast",
+            "use pyarrow's names: string, int64, timestamp[us]",
+        ) from None
+
+
+def _some(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more

@@ -1,0 +1,295 @@
+"""A model reference to a local folder that is safe to load, and what its files say about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from batchrun.errors import ModelError
+from batchrun.job import ModelSettings, stable_hash
+
+_SAFE_WEIGHTS = ("*.safetensors",)
+_PLAIN = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CODE = ("*.py",)
+
+_BLOCK = 64 << 10
+_BLOCKS = 64
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
+# Some configurations write "no limit" as a huge number.
+_UNBOUNDED = 1 << 30
+
+
+class ModelFolder(NamedTuple):
+    """A model on the local disk. `fingerprint` is a hex hash of what its files and its tokenizer's hold."""
+
+    path: str
+    fingerprint: str
+    tokenizer_path: str
+
+
+def resolve(settings: ModelSettings) -> ModelFolder:
+    """Finds the model and its tokenizer, from the hub or an fsspec URL once into a cache, and looks at the files.
+
+    Raises:
+        ModelError: nothing is there; config.json or the weights are missing; it brings code of its own or pickled
+            weights that the job does not allow.
+    """
+    path = _local_folder(settings.name, settings, weights=True)
+    tokenizer_path = path
+    if settings.tokenizer is not None:
+        tokenizer_path = _local_folder(settings.tokenizer, settings, weights=False)
+    _refuse_missing_config(path, settings)
+    for folder in dict.fromkeys((path, tokenizer_path)):
+        _refuse_remote_code(folder, settings)
+    _refuse_pickle(path, settings)
+    fingerprint = _fingerprint(path, settings, weights=True)
+    if tokenizer_path != path:
+        fingerprint = stable_hash([fingerprint, _fingerprint(tokenizer_path, settings, weights=False)])
+    return ModelFolder(path, fingerprint, tokenizer_path)
+
+
+def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, without a word to the network.
+
+    Raises:
+        ModelError: there is none, or transformers cannot load it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder.tokenizer_path, trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever a tokenizer's files make transformers and its helpers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"its tokenizer cannot be loaded ({reason})",
+            folder.tokenizer_path,
+            "set model.tokenizer to another one",
+        ) from None
+
+
+def context_length(config: Any) -> int | None:
+    """The most tokens, prompt and answer together, that a transformers configuration allows; None: any number."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for key in _CONTEXT_KEYS:
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value > 0:
+            return value if value < _UNBOUNDED else None
+    return None
+
+
+def stop_token_ids(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer, ascending: those of generation_config.json, config.json and the tokenizer."""
+    config = _read_json(Path(folder.path) / "config.json")
+    sources = (
+        _read_json(Path(folder.path) / "generation_config.json").get("eos_token_id"),
+        config.get("eos_token_id"),
+        (config.get("text_config") or {}).get("eos_token_id"),
+        tokenizer.eos_token_id,
+    )
+    ids: set[int] = set()
+    for source in sources:
+        ids.update(source if isinstance(source, list) else [source] if source is not None else [])
+    return tuple(sorted(ids))
+
+
+def _local_folder(name: str, settings: ModelSettings, weights: bool) -> str:
+    local = os.path.expanduser(name.removeprefix("file://"))
+    if os.path.isdir(local):
+        return os.path.abspath(local)
+    if "://" in name and not name.startswith("file://"):
+        return _downloaded(name, settings, weights)
+    if name.startswith((".", "~")) or os.path.isabs(local) or name.count("/") > 1:
+        raise ModelError("no such folder", name, "give a model's folder, a hub id, or an fsspec URL")
+    return _from_hub(name, settings, weights)
+
+
+def _from_hub(name: str, settings: ModelSettings, weights: bool) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = _patterns(settings, weights)
+    # The model's revision says nothing about a tokenizer from another repository.
+    revision = settings.revision if name == settings.name else None
+
+    def snapshot(patterns: Sequence[str]) -> str:
+        # Folders inside a repository hold other formats and checkpoints of the same weights.
+        return snapshot_download(
+            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+
+    try:
+        path = snapshot(patterns)
+        if weights and settings.allow_pickle and not _chosen(os.listdir(path), _SAFE_WEIGHTS):
+            snapshot(_PICKLED)
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            "no such local folder, not in the local cache, and the hub cannot be reached",
+            name,
+            "download it beforehand (hf download) or give a folder or an fsspec URL",
+        ) from None
+    except HFValidationError:
+        raise ModelError(
+            "no such folder, and no hub id", name, "give a folder, a hub id, or an fsspec URL"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot be had from the hub ({type(error).__name__}: {reason})",
+            name,
+            "check name, revision and HF_TOKEN",
+        ) from None
+    return path
+
+
+def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
+    """The local copy of a folder behind an fsspec URL, named after its listing: a changed folder is another copy.
+
+    A copy appears under its name by one rename of a complete folder, so any number of processes may try at once.
+    """
+    try:
+        fs, root = fsspec.url_to_fs(url, **settings.storage_options)
+        fs.invalidate_cache(root)
+        listing = _listing(fs, root, settings, weights) if fs.isdir(root) else {}
+    except (ImportError, ValueError, OSError) as error:
+        raise ModelError(
+            f"cannot be listed ({type(error).__name__}: {error})", url, "check path and access"
+        ) from None
+    if not listing:
+        raise ModelError("no model's folder is there", url, "give the URL of a folder with config.json in it")
+    versions = [
+        [name, info["size"], str(info.get("ETag") or info.get("mtime"))] for name, info in listing.items()
+    ]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchrun" / "models"
+    target = cache / stable_hash([url, versions])[:32]
+    if target.is_dir():
+        return str(target)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=cache, ignore_cleanup_errors=True) as made:
+        copy = Path(made) / "model"
+        copy.mkdir()
+        try:
+            for name in listing:
+                fs.get_file(f"{root.rstrip('/')}/{name}", str(copy / name))
+            copy.rename(target)
+        except OSError as error:
+            # Another process was first: a rename never replaces a folder with files in it.
+            if not target.is_dir():
+                reason = f"{type(error).__name__}: {error}"
+                raise ModelError(
+                    f"cannot be downloaded ({reason})", url, "check access and disk space"
+                ) from None
+    return str(target)
+
+
+def _listing(
+    fs: fsspec.AbstractFileSystem, root: str, settings: ModelSettings, weights: bool
+) -> dict[str, Mapping[str, Any]]:
+    entries = {info["name"].rstrip("/").rpartition("/")[2]: info for info in fs.ls(root, detail=True)}
+    files = {name: info for name, info in entries.items() if info["type"] == "file"}
+    return {name: files[name] for name in _used_files(list(files), settings, weights)}
+
+
+def _used_files(names: Sequence[str], settings: ModelSettings, weights: bool) -> list[str]:
+    """Those of a folder's files that loading reads, sorted; pickled weights only where there are no safe ones."""
+    patterns = _patterns(settings, weights)
+    if weights and settings.allow_pickle and not _chosen(names, _SAFE_WEIGHTS):
+        patterns += _PICKLED
+    return sorted(_chosen(names, patterns))
+
+
+def _patterns(settings: ModelSettings, weights: bool) -> tuple[str, ...]:
+    return _PLAIN + (_SAFE_WEIGHTS if weights else ()) + (_CODE if settings.trust_remote_code else ())
+
+
+def _chosen(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if not name.startswith(".") and any(fnmatch(name, p) for p in patterns)]
+
+
+def _refuse_missing_config(path: str, settings: ModelSettings) -> None:
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ModelError(
+            "no config.json in the model's folder", settings.name, "give a folder in transformers' layout"
+        )
+
+
+def _refuse_remote_code(path: str, settings: ModelSettings) -> None:
+    if settings.trust_remote_code:
+        return
+    for name in ("config.json", "tokenizer_config.json"):
+        if _read_json(Path(path) / name).get("auto_map"):
+            raise ModelError(
+                f"{name} asks to run Python code that comes with the model (auto_map)",
+                path,
+                "read that code, then set model.trust_remote_code: true",
+            )
+
+
+def _refuse_pickle(path: str, settings: ModelSettings) -> None:
+    names = os.listdir(path)
+    if _chosen(names, _SAFE_WEIGHTS):
+        return
+    if not settings.allow_pickle:
+        pickled = ", ".join(sorted(_chosen(names, _PICKLED)))
+        found = (
+            f"its only weights are pickled, which can run code ({pickled})"
+            if pickled
+            else "no *.safetensors weights"
+        )
+        raise ModelError(
+            found,
+            settings.name,
+            "convert them to safetensors, or set model.allow_pickle: true if you trust the source",
+        )
+    if not _chosen(names, _PICKLED):
+        raise ModelError("no weights in the model's folder", settings.name, "add model.safetensors")
+
+
+def _fingerprint(path: str, settings: ModelSettings, weights: bool) -> str:
+    """Hex SHA-256 of names, sizes and contents, the same wherever the folder lies. Weights are sampled."""
+    digest = hashlib.sha256()
+    for name in _used_files(os.listdir(path), settings, weights):
+        file = Path(path) / name
+        size = file.stat().st_size
+        digest.update(f"{name}\n{size}\n".encode())
+        sampled = bool(_chosen([name], _SAFE_WEIGHTS + _PICKLED))
+        for block in _blocks(file, size, sampled):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file: Path, size: int, sampled: bool) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        if not sampled or size <= _BLOCK * _BLOCKS:
+            yield from iter(lambda: stream.read(1 << 20), b"")
+            return
+        for i in range(_BLOCKS):  # the first block starts the file, the last one ends it
+            stream.seek((size - _BLOCK) * i // (_BLOCKS - 1))
+            yield stream.read(_BLOCK)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file, empty where there is no file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"not readable as JSON ({error})", str(path), "restore the file") from None
+    return value if isinstance(value, dict) else {}

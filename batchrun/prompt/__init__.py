@@ -1,0 +1,1 @@
+"""A row to token ids: template, chat template, limits."""

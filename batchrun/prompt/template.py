@@ -1,0 +1,90 @@
+"""The job's Jinja templates: what columns they read, and a row's text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from batchrun.errors import FaultCode, InputError, JobError, RowFault
+from batchrun.job import PromptSettings, nearest
+
+
+class NullPrinted(Exception):
+    """A template prints a value that is null: the row has no prompt, rather than one with "None" in it."""
+
+
+class RowTemplate:
+    """A Jinja text over a row's columns, in a sandbox: templates come with job files, and those are shared.
+
+    `where` is the setting it stands in, for errors; `columns` are the names that it reads.
+
+    Raises:
+        JobError: a syntax error, with its line.
+    """
+
+    def __init__(self, source: str, where: str) -> None:
+        self.where = where
+        try:
+            tree = _ENVIRONMENT.parse(source)
+            self.columns = sorted(meta.find_undeclared_variables(tree))
+            template = _ENVIRONMENT.from_string(source)
+        except TemplateSyntaxError as error:
+            raise JobError(f"line {error.lineno}: {error.message}", where, "mend the template") from None
+        except TemplateError as error:
+            raise JobError(str(error), where, "mend the template") from None
+        self._template = template
+
+    def render(self, row: dict[str, Any]) -> str | RowFault:
+        """The row's text, or the row's fault."""
+        try:
+            return self._template.render(row)
+        except NullPrinted:
+            return RowFault(FaultCode.NULL_PROMPT, f"{self.where} prints a null value")
+        except Exception as error:  # a template runs the job's own expressions: they may raise anything
+            return RowFault(FaultCode.TEMPLATE_ERROR, f"{type(error).__name__}: {error}")
+
+
+def prompt_columns(settings: PromptSettings) -> list[str]:
+    """The columns that the prompt reads: what a plan needs to know before it knows any schema.
+
+    Raises:
+        JobError: a template with a syntax error.
+    """
+    if settings.column is not None:
+        return [settings.column]
+    return list(dict.fromkeys(name for template in row_templates(settings) for name in template.columns))
+
+
+def row_templates(settings: PromptSettings) -> list[RowTemplate]:
+    """The job's templates: one for a text, one for each message, none for a ready column."""
+    if settings.template is not None:
+        return [RowTemplate(settings.template, "prompt.template")]
+    messages = settings.messages or []
+    return [RowTemplate(m.content, f"prompt.messages[{i}].content") for i, m in enumerate(messages)]
+
+
+def check_columns(columns: Sequence[str], schema: pa.Schema) -> None:
+    """Raises:
+    InputError: names the columns that are not in the schema.
+    """
+    missing = [name for name in columns if name not in schema.names]
+    if missing:
+        hints = "; ".join(f"{name!r}{nearest(name, schema.names)}" for name in missing)
+        raise InputError(f"the prompt reads columns that the input does not have: {hints}", "prompt")
+
+
+def _printed(value: Any) -> Any:
+    if value is None:
+        raise NullPrinted
+    return value
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=StrictUndefined, finalize=_printed, keep_trailing_newline=True, autoescape=False
+)
+# Any other global would hide a column of its name.
+_ENVIRONMENT.globals = {name: _ENVIRONMENT.globals[name] for name in ("range", "namespace")}
