@@ -84,7 +84,7 @@ def run(
 @app.command()
 def status(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
-) -> None:  # noqa: B006
+) -> None:
     """Tell how far the output is, from the store alone."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
@@ -97,7 +97,7 @@ def status(
 @app.command()
 def verify(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
-) -> None:  # noqa: B006
+) -> None:
     """Read everything back: rows in = rows ok + rows failed, part by part."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import threading
@@ -13,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from distributed import Client, Future
 
 from batchrun.cluster import connect
@@ -20,16 +22,17 @@ from batchrun.dataset.plan import Plan, difference
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
 from batchrun.job import Job
-from batchrun.output import layout
-from batchrun.output.identity import pin
+from batchrun.output import identity, manifest, state
+from batchrun.output.layout import PLAN
 from batchrun.output.lease import Lease
-from batchrun.output.manifest import Manifest, read_manifest, write_manifest
-from batchrun.output.state import scan
+from batchrun.output.manifest import Manifest
 from batchrun.prepare import Prepared, prepare
 from batchrun.report.progress import Progress, Watch, silent
 from batchrun.report.result import RunResult
-from batchrun.storage import Folder
-from batchrun.worker import BatchrunPlugin, Tally, TaskReceipt, WorkOrder, request_stop, run_partition
+from batchrun.storage import NotFound
+from batchrun.worker import BatchrunPlugin, Tally, Task, TaskReceipt, WorkOrder, request_stop, run_partition
+
+log = logging.getLogger(__name__)
 
 WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
 POLL = 1.0  # seconds between two looks at the workers' counters
@@ -62,25 +65,53 @@ def run(
     """
     started = time.monotonic()
     prepared = prepare(job if isinstance(job, Job) else Job.load(job))
+    done = _finished(prepared)
+    if done is not None:
+        return _result(prepared, done, time.monotonic() - started)
     folder = prepared.folder
-    manifest = read_manifest(folder, prepared.identity)
-    if manifest is not None:
-        return _result(prepared, manifest, time.monotonic() - started, None)
-    folder.probe()
-    with Lease(folder, force=force), ExitStack() as stack:
-        pin(
-            folder,
-            prepared.identity,
-            prepared.plan.to_parquet(),
-            lambda old: _plan_difference(old, prepared.plan),
+    if not folder.probe():
+        log.warning(
+            "%s ignores conditional puts: two drivers at once may write a part twice, alike", folder.name
         )
+    with Lease(folder, force=force), ExitStack() as stack:
+        _pin(prepared)
         dispatch = Dispatch(prepared, stop or threading.Event(), watch)
         if dispatch.todo:
             if client is None:
                 client = stack.enter_context(connect(prepared.job.cluster))
             dispatch.execute(client)
-        manifest = write_manifest(folder, prepared.identity, prepared.plan)
-    return _result(prepared, manifest, time.monotonic() - started, dispatch)
+        rows = [partition.rows for partition in prepared.plan.partitions]
+        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows)
+    return _result(prepared, done, time.monotonic() - started, dispatch)
+
+
+def _finished(prepared: Prepared) -> Manifest | None:
+    """The manifest of an output that is complete already, for which nothing is to be written, not even a lease.
+
+    Raises:
+        ChangedError: the output was made from other inputs or another job.
+    """
+    if identity.read(prepared.folder) is None:
+        return None
+    _pin(prepared)
+    written = manifest.read(prepared.folder)
+    if written is None or not written.describes(state.scan(prepared.folder, prepared.layout)):
+        return None
+    return written
+
+
+def _pin(prepared: Prepared) -> None:
+    folder, plan = prepared.folder, prepared.plan
+
+    def input_changes() -> list[str]:
+        try:
+            return difference(Plan.from_parquet(folder.read(PLAN)), plan)
+        except NotFound:
+            return []
+
+    identity.pin(folder, prepared.identity, input_changes)
+    if not folder.exists(PLAN):
+        folder.put_if_absent(PLAN, plan.to_parquet())
 
 
 class Dispatch:
@@ -88,19 +119,21 @@ class Dispatch:
 
     def __init__(self, prepared: Prepared, stop: threading.Event, watch: Watch) -> None:
         self.plan, self.job, self.folder = prepared.plan, prepared.job, prepared.folder
+        self.layout = prepared.layout
         self.order = WorkOrder(
             run=uuid.uuid4().hex,
             job=prepared.job,
             schema=prepared.plan.schema,
-            plan_hash=prepared.identity.plan_hash,
+            layout=prepared.layout,
             job_hash=prepared.identity.job_hash,
-            partitions=len(prepared.plan.partitions),
-            fingerprint=prepared.model.fingerprint,
+            model_fingerprint=prepared.model.fingerprint,
         )
         self.stop, self.watch = stop, watch
-        state = scan(self.folder, self.order.plan_hash, self.order.partitions)
-        self.todo = deque(i for i in range(self.order.partitions) if i not in state.committed)
-        self.rows_committed = sum(self.plan.partitions[i].rows for i in state.committed)
+        found = state.scan(self.folder, self.layout)
+        found.refuse_foreign(self.folder)
+        self.todo = deque(np.flatnonzero(~found.committed).tolist())
+        rows = np.array([partition.rows for partition in self.plan.partitions])
+        self.rows_committed = int(rows[found.committed].sum())
         self.flying: dict[Future, int] = {}
         self.finished: queue.Queue[Future] = queue.Queue()
         self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
@@ -136,11 +169,12 @@ class Dispatch:
         slots = sum(worker["nthreads"] for worker in workers.values())
         while self.todo and len(self.flying) < max(1, math.ceil(WINDOW * slots)):
             index = self.todo.popleft()
+            partition = self.plan.partitions[index]
             future = client.submit(
                 run_partition,
                 self.order,
-                self.plan.task(index),
-                key=f"batchrun-{self.order.plan_hash[:8]}-{index:05d}-{uuid.uuid4().hex[:8]}",
+                Task(partition, self.plan.files_of(partition)),
+                key=f"batchrun-{self.layout.plan_hash[:8]}-{index:05d}-{uuid.uuid4().hex[:8]}",
                 pure=False,
                 retries=0,
             )
@@ -180,7 +214,7 @@ class Dispatch:
         Dask's own suspicion blames every task that shared a worker with the guilty one.
         """
         strikes, chunks_before = self.strikes.get(index, (0, 0))
-        chunks = len(self.folder.list(layout.stage_prefix(index, self.order.partitions)))
+        chunks = len(self.folder.list(self.layout.stage(index)))
         strikes = 1 if chunks > chunks_before else strikes + 1
         if strikes >= STRIKES:
             raise BatchrunError(
@@ -210,8 +244,8 @@ class Dispatch:
         self.watch(
             Progress(
                 seconds=time.monotonic() - self.started,
-                partitions=self.order.partitions,
-                partitions_done=self.order.partitions - len(self.todo) - len(self.flying),
+                partitions=self.layout.partitions,
+                partitions_done=self.layout.partitions - len(self.todo) - len(self.flying),
                 rows=self.plan.rows,
                 rows_done=min(covered, self.plan.rows),
                 rows_failed=live.failed,
@@ -252,10 +286,9 @@ class Dispatch:
         client.cancel(list(self.flying))
 
     def _safe(self) -> str:
-        state = scan(self.folder, self.order.plan_hash, self.order.partitions)
-        return (
-            f"{len(state.committed)} of {self.order.partitions} parts committed, {len(state.streaming)} begun"
-        )
+        found = state.scan(self.folder, self.layout)
+        committed, begun = int(found.committed.sum()), int(found.streaming.sum())
+        return f"{committed:,} of {self.layout.partitions:,} parts committed, {begun} begun"
 
     def _add(self, tally: Tally) -> None:
         _sum(self.total, tally)
@@ -285,24 +318,22 @@ def _one_line(error: BaseException | None) -> str:
     )
 
 
-def _plan_difference(old: bytes, new: Plan) -> list[str]:
-    return difference(Plan.from_parquet(old), new)
-
-
-def _result(prepared: Prepared, manifest: Manifest, seconds: float, dispatch: Dispatch | None) -> RunResult:
+def _result(
+    prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatch | None = None
+) -> RunResult:
     return RunResult(
-        output=prepared.folder.url,
-        rows=manifest.rows,
-        ok=manifest.ok,
-        failed=manifest.failed,
-        parts=len(manifest.parts),
-        prompt_tokens=manifest.prompt_tokens,
-        output_tokens=manifest.output_tokens,
-        errors=manifest.errors,
+        output=prepared.folder.name,
+        rows=done.rows,
+        ok=done.ok,
+        failed=done.failed,
+        parts=len(done.parts),
+        prompt_tokens=done.prompt_tokens,
+        output_tokens=done.output_tokens,
+        errors=done.errors,
         seconds=seconds,
         requests=dispatch.total.requests if dispatch else 0,
         reused=dispatch.total.reused if dispatch else 0,
         engines=list(dispatch.engines.values()) if dispatch else [],
-        part_keys=[part.key for part in manifest.parts],
+        part_keys=[part.key for part in done.parts],
         storage_options=prepared.job.output.storage_options,
     )

@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Any
 
-from batchrun.dataset.plan import Plan, make_plan
+import pyarrow as pa
+from transformers import AutoConfig
+
+import batchrun
+from batchrun.dataset.plan import Partition, Plan, make_plan
 from batchrun.dataset.reader import read_partition
 from batchrun.engine.protocol import EngineSpec, Sampling
-from batchrun.errors import OutputError
+from batchrun.errors import ModelError, OutputError
 from batchrun.job import OUTPUT_COLUMNS, Job, stable_hash
 from batchrun.model import ModelFolder, context_length, load_tokenizer, resolve, stop_token_ids
 from batchrun.output.identity import Identity
+from batchrun.output.layout import Layout
+from batchrun.prompt.detokenizer import Detokenizer
+from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import PromptBuilder, check_sample
+from batchrun.storage import Folder
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-# Without a limit in the model's config, a context that bounds memory and that no prompt of a sane job reaches.
+# Where a model's config names no limit: bounds memory, and no prompt of a sane job reaches it.
 UNBOUNDED_CONTEXT = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Texts:
+    """Between text and token ids for one job: the same on the driver and on every worker."""
+
+    builder: PromptBuilder
+    detokenizer: Detokenizer
+    engine: EngineSpec
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A job that was checked: what the driver hands out, what workers need, and what pins the output."""
 
     job: Job
     plan: Plan
     model: ModelFolder
-    builder: PromptBuilder
-    context: int
-    engine: EngineSpec
-    identity: Identity
+    texts: Texts
 
-    @property
-    def carried(self) -> list[str]:
-        """The input columns that stand in the output, in the input's order."""
-        return carried_columns(self.job, self.plan.schema)
+    @cached_property
+    def folder(self) -> Folder:
+        return Folder(self.job.output.path, self.job.output.storage_options)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(self.plan.hash, len(self.plan.partitions))
+
+    @cached_property
+    def identity(self) -> Identity:
+        settings = self.job.deciding()
+        return Identity(
+            plan_hash=self.plan.hash,
+            job_hash=stable_hash([settings, self.model.fingerprint]),
+            settings=settings,
+            model_fingerprint=self.model.fingerprint,
+            batchrun_version=batchrun.__version__,
+        )
 
 
 def prepare(job: Job) -> Prepared:
@@ -47,40 +74,78 @@ def prepare(job: Job) -> Prepared:
     Raises:
         Refused: the first thing wrong with the job, its input or its model, each with the fix.
     """
-    plan = make_plan(job)
+    plan = make_plan(
+        job.input, prompt_columns(job.prompt), job.output.rows_per_part, job.output.bytes_per_part
+    )
     _check_output_columns(job, plan.schema)
     model = resolve(job.model)
-    builder, context = build_prompts(job, model, plan.schema)
-    check_sample(builder, sample_batches(job, plan, builder.columns, rows=100))
-    return Prepared(
-        job, plan, model, builder, context, engine_spec(job, model, context), identify(job, plan, model)
-    )
+    texts = open_texts(job, model, plan.schema)
+    check_sample(texts.builder, _first_rows(job, plan, texts.builder.columns))
+    return Prepared(job, plan, model, texts)
 
 
-def build_prompts(job: Job, model: ModelFolder, schema: pa.Schema) -> tuple[PromptBuilder, int]:
-    """The job's prompt builder and the context (tokens) it fills; the same on the driver and on every worker."""
-    context = context_length(model) or UNBOUNDED_CONTEXT
+def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
+    """Loads the tokenizer and compiles the prompt.
+
+    Raises:
+        Refused: a template that is wrong, columns that are missing, a tokenizer that cannot do what the job asks.
+    """
     tokenizer = load_tokenizer(model, job.model)
-    return PromptBuilder(job.prompt, tokenizer, context, job.generation.max_new_tokens, schema), context
+    context = _context(model, job)
+    stop_ids = stop_token_ids(model, tokenizer)
+    builder = PromptBuilder(job.prompt, tokenizer, context, job.generation.max_new_tokens, schema)
+    detokenizer = Detokenizer(tokenizer, job.generation.stop, stop_ids)
+    return Texts(builder, detokenizer, _engine_spec(job, model, context, stop_ids))
+
+
+def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """A partition's input rows again, in order, `columns` only."""
+    batches = read_partition(
+        partition.slices,
+        plan.files_of(partition),
+        plan.schema,
+        columns,
+        job.input.filters,
+        job.input.cast,
+        job.input.storage_options,
+    )
+    return (batch.records for batch in batches)
 
 
 def carried_columns(job: Job, schema: pa.Schema) -> list[str]:
-    return schema.names if job.input.columns is None else [n for n in schema.names if n in job.input.columns]
+    """The input columns that stand in the output, in the input's order."""
+    return [name for name in schema.names if job.input.columns is None or name in job.input.columns]
 
 
-def sample_batches(job: Job, plan: Plan, columns: list[str], rows: int):  # type: ignore[no-untyped-def]
-    """Batches of the first `rows` rows of the plan, over as many partitions as it takes."""
-    left = rows
+def _first_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     for partition in plan.partitions:
-        for batch in read_partition(plan.task(partition), columns, job.input, batch_rows=min(left, 1024)):
-            yield batch
-            left -= batch.num_rows
-            if left <= 0:
-                return
+        yield from rows_of(job, plan, partition, columns)
 
 
-def engine_spec(job: Job, model: ModelFolder, context: int) -> EngineSpec:
+def _context(model: ModelFolder, job: Job) -> int:
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            model.path, trust_remote_code=job.model.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"its config cannot be read ({reason})", model.path, "check config.json and transformers' version"
+        ) from None
+    return context_length(config) or UNBOUNDED_CONTEXT
+
+
+def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int, ...]) -> EngineSpec:
     generation = job.generation
+    sampling = Sampling(
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k,
+        min_p=generation.min_p,
+        repetition_penalty=generation.repetition_penalty,
+        stop=tuple(generation.stop),
+        seed=generation.seed,
+    )
     return EngineSpec(
         kind=job.engine.kind,
         model_path=model.path,
@@ -88,41 +153,31 @@ def engine_spec(job: Job, model: ModelFolder, context: int) -> EngineSpec:
         dtype=job.model.dtype,
         device="auto",
         trust_remote_code=job.model.trust_remote_code,
-        sampling=Sampling(
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            top_k=generation.top_k,
-            min_p=generation.min_p,
-            repetition_penalty=generation.repetition_penalty,
-            stop=tuple(generation.stop),
-            seed=generation.seed,
-        ),
-        stop_token_ids=tuple(stop_token_ids(model)),
+        allow_pickle=job.model.allow_pickle,
+        sampling=sampling,
+        stop_token_ids=stop_ids,
         max_context=context,
         options=job.engine.model_dump(exclude={"kind"}),
     )
 
 
-def identify(job: Job, plan: Plan, model: ModelFolder) -> Identity:
-    deciding = job.deciding()
-    deciding["model"]["fingerprint"] = model.fingerprint
-    return Identity(job_hash=stable_hash(deciding), plan_hash=plan.hash, settings=deciding)
-
-
 def _check_output_columns(job: Job, schema: pa.Schema) -> None:
     carried = carried_columns(job, schema)
-    names = [job.output.column(name) for name in OUTPUT_COLUMNS]
-    for standard, name in zip(OUTPUT_COLUMNS, names, strict=True):
-        if name in carried:
-            free = next(
-                c for c in (f"{name}_{i}" if i else f"model_{name}" for i in range(99)) if c not in carried
-            )
+    taken = [*carried, *(job.output.column(name) for name in OUTPUT_COLUMNS)]
+    for standard in OUTPUT_COLUMNS:
+        name = job.output.column(standard)
+        if taken.count(name) > 1:
+            free = next(c for c in _names_like(standard) if c not in taken)
             raise OutputError(
-                f"output column {name!r} is the name of an input column",
+                f"output column {name!r} has the name of another column",
                 "output.columns",
                 f"add `output.columns: {{{standard}: {free}}}`, or leave it out of input.columns",
             )
-        if names.count(name) > 1:
-            raise OutputError(
-                f"two output columns are named {name!r}", "output.columns", "give each its own name"
-            )
+
+
+def _names_like(name: str) -> Iterator[str]:
+    yield f"model_{name}"
+    number = 2
+    while True:
+        yield f"model_{name}_{number}"
+        number += 1

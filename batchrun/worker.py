@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,17 +20,19 @@ import numpy as np
 import pyarrow as pa
 from distributed import Worker, WorkerPlugin, get_worker
 
-from batchrun.dataset.plan import PartitionTask
-from batchrun.dataset.reader import read_partition
+from batchrun.dataset.plan import Partition
+from batchrun.dataset.reader import Batch, read_partition
+from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.errors import ChangedError, RowFault
 from batchrun.job import Job
-from batchrun.model import load_tokenizer, resolve
+from batchrun.model import resolve
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
-from batchrun.prepare import build_prompts, carried_columns, engine_spec
-from batchrun.prompt.tokens import Detokenizer, PromptBuilder
+from batchrun.output.layout import Layout
+from batchrun.prepare import Texts, carried_columns, open_texts
+from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.storage import Folder
 
 ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
@@ -46,10 +48,29 @@ class WorkOrder:
     run: str
     job: Job
     schema: pa.Schema
-    plan_hash: str
+    layout: Layout
     job_hash: str
-    partitions: int
-    fingerprint: str
+    model_fingerprint: str
+
+    def read(self, task: Task, columns: Sequence[str]) -> Iterator[Batch]:
+        settings = self.job.input
+        return read_partition(
+            task.partition.slices,
+            task.files,
+            self.schema,
+            columns,
+            settings.filters,
+            settings.cast,
+            settings.storage_options,
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One partition and the files that it reads, by the numbers its slices use."""
+
+    partition: Partition
+    files: dict[int, DataFile]
 
 
 @dataclass
@@ -81,93 +102,84 @@ class TaskReceipt:
     engine: EngineStats | None
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What a worker builds once for a job and keeps: tokenizer, prompts, the engine's specification."""
-
-    builder: PromptBuilder
-    detokenizer: Detokenizer
-    spec: EngineSpec
-
-
 _lock = threading.Lock()
-_tools: dict[tuple[str, str], Tools] = {}
+_texts: dict[str, Texts] = {}
 _engines: dict[str, EngineProcess] = {}
 _running: dict[int, Tally] = {}
 _stopped_runs: set[str] = set()
 _leaving = threading.Event()
 
 
-def run_partition(order: WorkOrder, task: PartitionTask) -> TaskReceipt:
+def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     """Brings one partition to its committed part, or as far as it gets before it is told to stop.
 
     Raises:
         BatchrunError: a fault of storage, input or engine. What was staged stays.
     """
-    job = order.job
+    job, partition = order.job, task.partition
     still_wanted = _wanted_check(order.run)
+    tally = Tally(order.run, partition.index)
     folder = Folder(job.output.path, job.output.storage_options)
     attempt = Attempt(
         folder,
-        plan_hash=order.plan_hash,
-        job_hash=order.job_hash,
-        partition=task.index,
-        partitions=order.partitions,
-        rows=task.rows,
-        attempt=uuid.uuid4().hex[:12],
-        limits=job.output,
+        order.layout,
+        order.job_hash,
+        partition.index,
+        partition.rows,
+        uuid.uuid4().hex[:12],
+        job.output,
     )
-    tally = Tally(order.run, task.index)
     stats = None
 
     def receipt(part: Receipt | None) -> TaskReceipt:
         return TaskReceipt(get_worker().address, part, tally, stats)
 
-    if attempt.open():
-        return receipt(attempt.receipt)
-    tally.reused = task.rows - int(attempt.missing.sum())
+    if part := attempt.open():
+        return receipt(part)
+    tally.reused = attempt.restored
     _running[id(tally)] = tally
     try:
-        if attempt.missing.any():
-            tools = _tools_for(order)
-            engine = _engine_for(tools.spec)
-            _generate(order, task, attempt, tools, engine, tally, still_wanted)
+        if not attempt.covered:
+            texts = _texts_for(order)
+            engine = _engine_for(texts.engine)
+            _generate(order, task, attempt, texts, engine, tally, still_wanted)
             stats = engine.stats()
         if not attempt.covered:
             attempt.flush()
             return receipt(None)
         columns = carried_columns(job, order.schema)
-        carried = (batch.data for batch in read_partition(task, columns, job.input))
-        schema = pa.schema([order.schema.field(name) for name in columns])
-        return receipt(attempt.seal(carried, schema, job.output))
+        carried = (batch.records for batch in order.read(task, columns))
+        return receipt(attempt.seal(carried, pa.schema([order.schema.field(name) for name in columns])))
     finally:
         del _running[id(tally)]
 
 
 def _generate(
     order: WorkOrder,
-    task: PartitionTask,
+    task: Task,
     attempt: Attempt,
-    tools: Tools,
+    texts: Texts,
     engine: EngineProcess,
     tally: Tally,
     still_wanted: Callable[[], bool],
 ) -> None:
-    missing = attempt.missing
-    lengths = np.zeros(task.rows, dtype=np.int32)
+    missing = np.zeros(task.partition.rows, dtype=bool)
+    missing[attempt.missing] = True
+    lengths = np.zeros(task.partition.rows, dtype=np.int32)
     done: list[Completion] = []
     faults: list[tuple[int, RowFault]] = []
 
     def requests() -> Iterator[Request]:
         max_new_tokens = order.job.generation.max_new_tokens
-        for batch in read_partition(task, tools.builder.columns, order.job.input):
-            wanted = np.flatnonzero(missing[batch.first : batch.first + batch.data.num_rows])
+        for batch in order.read(task, texts.builder.columns):
+            wanted = np.flatnonzero(missing[batch.first : batch.first + batch.records.num_rows])
             if not len(wanted):
                 continue
-            data = batch.data if len(wanted) == batch.data.num_rows else batch.data.take(pa.array(wanted))
+            whole = len(wanted) == batch.records.num_rows
+            records = batch.records if whole else batch.records.take(pa.array(wanted))
             rows = (batch.first + wanted).tolist()
             seeds = batch.row_ids[wanted].view(np.int64).tolist()
-            for row, seed, prompt in zip(rows, seeds, tools.builder.build(data), strict=True):
+            for row, seed, prompt in zip(rows, seeds, texts.builder.build(records), strict=True):
                 if isinstance(prompt, RowFault):
                     faults.append((row, prompt))
                     continue
@@ -176,7 +188,7 @@ def _generate(
                 yield Request(row, prompt, max_new_tokens, seed)
 
     def settle() -> None:
-        for answers in (_answers(done, lengths, tools.detokenizer), _faulty(faults)):
+        for answers in (_answers(done, lengths, texts.detokenizer), _faulty(faults)):
             if answers is not None:
                 _count(tally, answers)
                 attempt.add(answers)
@@ -261,23 +273,19 @@ def _count(tally: Tally, answers: pa.Table) -> None:
         ]
 
 
-def _tools_for(order: WorkOrder) -> Tools:
-    key = (order.job_hash, order.plan_hash)
+def _texts_for(order: WorkOrder) -> Texts:
     with _lock:
-        if key not in _tools:
-            job = order.job
-            model = resolve(job.model)
-            if model.fingerprint != order.fingerprint:
-                raise ChangedError("the model on this worker differs from the driver's", job.model.name,
-                                   "give every machine the same model folder")  # fmt: skip
-            builder, context = build_prompts(job, model, order.schema)
-            spec = engine_spec(job, model, context)
-            detokenizer = Detokenizer(
-                load_tokenizer(model, job.model), job.generation.stop, spec.stop_token_ids
-            )
-            _tools.clear()  # one job at a time is the rule, and tokenizers are large
-            _tools[key] = Tools(builder, detokenizer, spec)
-        return _tools[key]
+        if order.job_hash not in _texts:
+            model = resolve(order.job.model)
+            if model.fingerprint != order.model_fingerprint:
+                raise ChangedError(
+                    "the model on this worker differs from the driver's",
+                    order.job.model.name,
+                    "give every machine the same model folder",
+                )
+            _texts.clear()  # a worker runs one job at a time as a rule, and tokenizers are large
+            _texts[order.job_hash] = open_texts(order.job, model, order.schema)
+        return _texts[order.job_hash]
 
 
 def _engine_for(spec: EngineSpec) -> EngineProcess:

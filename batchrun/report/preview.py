@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchrun.dataset.reader import read_partition
 from batchrun.errors import RowFault
-from batchrun.prepare import Prepared, prepare
 from batchrun.job import Job
+from batchrun.prepare import Prepared, prepare, rows_of
 from batchrun.report.summary import token_sample
 
 SAMPLED_PARTITIONS = 10
@@ -24,35 +23,34 @@ def preview(job: Job) -> dict[str, Any]:
     plan = prepared.plan
     lengths, faults = _sample(prepared)
     return {
-        "output": prepared.folder.url,
+        "output": prepared.folder.name,
         "files": len(plan.files),
         "rows": plan.rows,
-        "bytes": plan.bytes,
+        "bytes": sum(sum(file.group_bytes) for file in plan.files),
         "partitions": len(plan.partitions),
-        "largest_partition": max((p.rows for p in plan.partitions), default=0),
+        "largest_partition": max(partition.rows for partition in plan.partitions),
         "plan_hash": plan.hash,
-        "skipped": list(plan.skipped),
-        "context": prepared.context,
+        "skipped": [f"{skipped.path} ({skipped.reason})" for skipped in plan.skipped],
+        "context": prepared.texts.engine.max_context,
         "prompt_tokens": token_sample(lengths, faults, plan.rows),
     }
 
 
 def _sample(prepared: Prepared) -> tuple[list[int], list[str]]:
-    partitions = prepared.plan.partitions
-    step = max(1, len(partitions) // SAMPLED_PARTITIONS)
-    chosen = partitions[::step][:SAMPLED_PARTITIONS]
+    plan, builder = prepared.plan, prepared.texts.builder
+    step = max(1, len(plan.partitions) // SAMPLED_PARTITIONS)
+    chosen = plan.partitions[::step][:SAMPLED_PARTITIONS]
     lengths: list[int] = []
     faults: list[str] = []
     for partition in chosen:
         left = SAMPLED_ROWS // len(chosen)
-        task = prepared.plan.task(partition.index)
-        for batch in read_partition(task, prepared.builder.columns, prepared.job.input, batch_rows=256):
-            for built in prepared.builder.build(batch.data.slice(0, left)):
+        for records in rows_of(prepared.job, plan, partition, builder.columns):
+            for built in builder.build(records.slice(0, left)):
                 if isinstance(built, RowFault):
                     faults.append(str(built))
                 else:
                     lengths.append(len(built))
-            left -= batch.data.num_rows
+            left -= records.num_rows
             if left <= 0:
                 break
     return lengths, faults
