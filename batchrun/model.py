@@ -45,11 +45,12 @@ class ModelFolder(NamedTuple):
 
 
 def resolve(settings: ModelSettings) -> ModelFolder:
-    """Finds the model and its tokenizer, from the hub or an fsspec URL once into a cache, and looks at the files.
+    """Finds the model and its tokenizer, from the hub or an fsspec URL once into a cache, and looks at the
+    files.
 
     Raises:
-        ModelError: nothing is there; config.json or the weights are missing; it brings code of its own or pickled
-            weights that the job does not allow.
+        ModelError: nothing is there; config.json or the weights are missing; it brings code of its own or
+            pickled weights that the job does not allow.
     """
     path = _local_folder(settings.name, settings, weights=True)
     tokenizer_path = path
@@ -85,7 +86,8 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
 
 
 def context_length(config: Any) -> int | None:
-    """The most tokens, prompt and answer together, that a transformers configuration allows; None: any number."""
+    """The most tokens, prompt and answer together, that a transformers configuration allows; None: any
+    number."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for key in _CONTEXT_KEYS:
         value = getattr(text, key, None)
@@ -95,7 +97,8 @@ def context_length(config: Any) -> int | None:
 
 
 def stop_token_ids(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer, ascending: those of generation_config.json, config.json and the tokenizer."""
+    """The tokens that end an answer, ascending: those of generation_config.json, config.json and the
+    tokenizer."""
     config = _read_json(Path(folder.path) / "config.json")
     sources = (
         _read_json(Path(folder.path) / "generation_config.json").get("eos_token_id"),
@@ -159,9 +162,11 @@ def _from_hub(name: str, settings: ModelSettings, weights: bool) -> str:
 
 
 def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
-    """The local copy of a folder behind an fsspec URL, named after its listing: a changed folder is another copy.
+    """The local copy of a folder behind an fsspec URL, named after its listing: a changed folder is another
+    copy.
 
-    A copy appears under its name by one rename of a complete folder, so any number of processes may try at once.
+    A copy appears under its name by one rename of a complete folder, so any number of processes may try at
+    once.
     """
     try:
         fs, root = fsspec.url_to_fs(url, **settings.storage_options)
@@ -207,7 +212,8 @@ def _listing(
 
 
 def _used_files(names: Sequence[str], settings: ModelSettings, weights: bool) -> list[str]:
-    """Those of a folder's files that loading reads, sorted; pickled weights only where there are no safe ones."""
+    """Those of a folder's files that loading reads, sorted; pickled weights only where there are no safe
+    ones."""
     patterns = _patterns(settings, weights)
     if weights and settings.allow_pickle and not _chosen(names, _SAFE_WEIGHTS):
         patterns += _PICKLED

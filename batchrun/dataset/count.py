@@ -24,8 +24,8 @@ _COUNT_ROWS = 1 << 16
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of one row group that no partition splits: `num_rows` physical ones, `rows` of them pass
-    the filters; `bytes` is its share of the group's uncompressed bytes."""
+    """Consecutive rows of one row group that no partition splits: `num_rows` physical ones, `rows` of them
+    pass the filters; `bytes` is its share of the group's uncompressed bytes."""
 
     file: int
     row_group: int
@@ -71,7 +71,8 @@ class Counter:
         self.schema = pa.schema([schema.field(name) for name in filters.columns])
 
     def count(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
-        """The pieces that some row passes, in order, each with its exact `rows`. Files are read concurrently."""
+        """The pieces that some row passes, in order, each with its exact `rows`. Files are read
+        concurrently."""
         by_file: dict[int, list[Piece]] = {}
         for piece in pieces:
             by_file.setdefault(piece.file, []).append(piece)
@@ -117,7 +118,8 @@ class Counter:
             start += batch.num_rows
 
     def _possible_groups(self, file: DataFile) -> set[int]:
-        """The row groups that their statistics do not rule out; those of a column that is cast say nothing."""
+        """The row groups that their statistics do not rule out; those of a column that is cast say
+        nothing."""
         if any(name in self.settings.cast for name in self.filters.columns):
             return set(range(len(file.group_rows)))
         fs, inner = native_filesystem(file.path, self.settings.storage_options)

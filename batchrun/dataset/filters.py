@@ -52,8 +52,8 @@ class Term(NamedTuple):
 
 
 class Filters:
-    """Conditions in disjunctive normal form, with the meaning that `pyarrow.parquet.read_table(filters=)` gives
-    them: a row is kept when all terms of any group hold; an unknown (null) comparison does not hold."""
+    """Conditions in disjunctive normal form, with the meaning that `pyarrow.parquet.read_table(filters=)`
+    gives them: a row is kept when all terms of any group hold; an unknown (null) comparison does not hold."""
 
     def __init__(self, groups: list[list[Term]]) -> None:
         self.groups = groups
@@ -73,11 +73,12 @@ class Filters:
 
 
 def parse_filters(filters: list[Any] | None, schema: pa.Schema) -> Filters | None:
-    """Filters from the job's lists `[[column, op, value], ...]` (all hold), or a list of such lists (any holds).
+    """Filters from the job's lists `[[column, op, value], ...]` (all hold), or a list of such lists (any
+    holds).
 
     Raises:
-        InputError: names the condition that has the wrong shape, an unknown column or operator, or a value that
-            cannot be compared with its column.
+        InputError: names the condition that has the wrong shape, an unknown column or operator, or a value
+            that cannot be compared with its column.
     """
     if not filters:
         return None

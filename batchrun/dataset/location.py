@@ -40,8 +40,8 @@ class Found(NamedTuple):
 def find_files(paths: Sequence[str], storage_options: Mapping[str, Any]) -> list[Found]:
     """The files that paths, folders and globs name, each once, sorted by path.
 
-    In folders these are the `*.parquet` at any depth; whatever starts with `_` or `.` is left out there and in
-    globs, as every Parquet reader does.
+    In folders these are the `*.parquet` at any depth; whatever starts with `_` or `.` is left out there and
+    in globs, as every Parquet reader does.
 
     Raises:
         InputError: a path that names nothing, or a store that cannot be listed.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +20,8 @@ from batchrun.job import InputSettings, stable_hash
 
 
 class Slice(NamedTuple):
-    """Consecutive rows of one row group: `num_rows` physical ones from `first_row` on, of which `rows` pass the
-    filters. `file` is the place in the plan's files."""
+    """Consecutive rows of one row group: `num_rows` physical ones from `first_row` on, of which `rows` pass
+    the filters. `file` is the place in the plan's files."""
 
     file: int
     row_group: int
@@ -28,7 +30,8 @@ class Slice(NamedTuple):
     rows: int
 
 
-class Partition(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Partition:
     """What one task works off: a few slices, and how many rows they give together."""
 
     index: int
@@ -39,7 +42,8 @@ class Partition(NamedTuple):
 class Plan:
     """The partitions of one dataset.
 
-    `files` are sorted by path, `schema` holds the carried and the needed columns, `skipped` the files left out.
+    `files` are sorted by path, `schema` holds the carried and the needed columns, `skipped` the files left
+    out.
     """
 
     def __init__(
@@ -59,12 +63,14 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """Hex SHA-256 of what the plan was made of (path, size, version, rows per group) and of how it is cut."""
+        """Hex SHA-256 of what the plan was made of (path, size, version, rows per group) and of how it is
+        cut."""
         files = [[f.path, f.size, f.version, f.group_rows] for f in self.files]
         return stable_hash([files, [[p.rows, p.slices] for p in self.partitions]])
 
     def files_of(self, partition: Partition) -> dict[int, DataFile]:
-        """The files that a partition reads, by the numbers its slices use: all that has to go along with it."""
+        """The files that a partition reads, by the numbers its slices use: all that has to go along with
+        it."""
         return {part.file: self.files[part.file] for part in partition.slices}
 
     def to_parquet(self) -> bytes:
@@ -198,8 +204,8 @@ def _pack(pieces: Iterable[Piece], rows_per_part: int, bytes_per_part: int) -> l
 
 
 def _append(slices: list[Slice], piece: Piece) -> None:
-    """Pieces of one row group become one slice, so that the group is read in one pass; a gap between them holds
-    no row that passes the filters."""
+    """Pieces of one row group become one slice, so that the group is read in one pass; a gap between them
+    holds no row that passes the filters."""
     if slices and slices[-1][:2] == (piece.file, piece.row_group):
         last = slices.pop()
         num_rows = piece.first_row + piece.num_rows - last.first_row
@@ -236,6 +242,6 @@ def _partitions(table: pa.Table, count: int) -> list[Partition]:
 
 
 def _regroup(slices: Sequence[Slice], ends: Sequence[int]) -> Iterator[Partition]:
-    for index, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
+    for index, (start, stop) in enumerate(pairwise(ends)):
         own = tuple(slices[start:stop])
         yield Partition(index, own, sum(part.rows for part in own))

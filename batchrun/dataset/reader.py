@@ -23,9 +23,10 @@ from batchrun.errors import ChangedError, CorruptInput, FaultCode, RowFault
 class Batch(NamedTuple):
     """Consecutive rows of a partition.
 
-    `first` is the place of its first row among the partition's rows, `records` the rows, and `row_ids` (rows,)
-    uint64 a stable number of each: it depends on the row's file, row group and place there alone, not on how the
-    dataset is cut. With a `fault` the rows could not be read, and every value in `records` is null.
+    `first` is the place of its first row among the partition's rows, `records` the rows, and `row_ids`
+    (rows,) uint64 a stable number of each: it depends on the row's file, row group and place there alone, not
+    on how the dataset is cut. With a `fault` the rows could not be read, and every value in `records` is
+    null.
     """
 
     first: int
@@ -45,11 +46,13 @@ def read_partition(
     batch_rows: int = 1024,
     salvage: bool = False,
 ) -> Iterator[Batch]:
-    """The rows of a partition's slices, in order, `batch_rows` or fewer at a time, with `columns` as `schema` has them.
+    """The rows of a partition's slices, in order, `batch_rows` or fewer at a time, with `columns` as `schema`
+    has them.
 
     `files`, `schema` are the plan's (`plan.files_of(partition)`, `plan.schema`); `filters`, `cast` and
-    `storage_options` the job's. Memory stays flat however large a row group is. With `salvage`, the rows of a slice
-    from its first undecodable page on come as batches of nulls with a fault, and the slices after it are read.
+    `storage_options` the job's. Memory stays flat however large a row group is. With `salvage`, the rows of a
+    slice from its first undecodable page on come as batches of nulls with a fault, and the slices after it
+    are read.
 
     Raises:
         ChangedError: a file is gone or another than was planned, or gives another number of rows.
@@ -72,8 +75,9 @@ def read_partition(
 
 
 def row_ids(path: str, row_group: int, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """(rows,) A 64-bit number for each place in a row group: a hash of path and group, mixed with the row's number by
-    the finalizer of splitmix64 (Steele, Lea, Flood 2014: Fast Splittable Pseudorandom Number Generators)."""
+    """(rows,) A 64-bit number for each place in a row group: a hash of path and group, mixed with the row's
+    number by the finalizer of splitmix64 (Steele, Lea, Flood 2014: Fast Splittable Pseudorandom Number
+    Generators)."""
     start = hashlib.blake2b(f"{path}\n{row_group}".encode(), digest_size=8).digest()
     z = np.uint64(int.from_bytes(start, "little")) + (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(
         0x9E3779B97F4A7C15
@@ -128,8 +132,8 @@ class _Reader(NamedTuple):
                 return
 
     def _lost(self, file: DataFile, part: Slice, done: int, fault: RowFault) -> Iterator[Batch]:
-        """The rest of a slice as nulls. Which physical rows they were is unknown where filters chose them: their
-        ids count from the slice's first row on."""
+        """The rest of a slice as nulls. Which physical rows they were is unknown where filters chose them:
+        their ids count from the slice's first row on."""
         schema = pa.schema([self.schema.field(name) for name in self.columns])
         for first in range(done, part.rows, self.batch_rows):
             count = min(self.batch_rows, part.rows - first)

@@ -21,8 +21,8 @@ U = TypeVar("U")
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A Parquet file as it was planned: path or URL, size in bytes, version (ETag or modification time), and for
-    every row group its rows and its uncompressed bytes."""
+    """A Parquet file as it was planned: path or URL, size in bytes, version (ETag or modification time), and
+    for every row group its rows and its uncompressed bytes."""
 
     path: str
     size: int
@@ -53,9 +53,9 @@ class Source(NamedTuple):
 def read_source(settings: InputSettings, needed: Sequence[str]) -> Source:
     """Lists the input's files, reads their footers concurrently and holds their schemas against each other.
 
-    The schema has the carried columns (`settings.columns`, or all) and then those of `needed` that are not among
-    them, every one nullable, with the types of `settings.cast` where it names one. A carried column that some
-    files lack is null there; a needed one has to be in all of them.
+    The schema has the carried columns (`settings.columns`, or all) and then those of `needed` that are not
+    among them, every one nullable, with the types of `settings.cast` where it names one. A carried column
+    that some files lack is null there; a needed one has to be in all of them.
 
     Raises:
         InputError: no file matches; files that are no Parquet (every one is named, unless `skip_bad_files`);
@@ -163,10 +163,10 @@ def _refuse_duplicates(shapes: Sequence[tuple[pa.Schema, list[str]]]) -> None:
 
 
 def _refuse_missing(shapes: Sequence[tuple[pa.Schema, list[str]]], needed: Sequence[str]) -> None:
-    faults = []
-    for name in needed:
-        if paths := [path for schema, paths in shapes if name not in schema.names for path in paths]:
-            faults.append(f"{name!r} in {_some(paths)}")
+    lacking = {
+        name: [p for schema, paths in shapes if name not in schema.names for p in paths] for name in needed
+    }
+    faults = [f"{name!r} in {_some(paths)}" for name, paths in lacking.items() if paths]
     if faults:
         raise InputError(
             f"columns that the prompt or the filters need are missing: {'; '.join(faults)}",

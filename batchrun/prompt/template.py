@@ -14,7 +14,26 @@ from batchrun.job import PromptSettings, nearest
 
 
 class NullPrinted(Exception):
-    """A template prints a value that is null: the row has no prompt, rather than one with "None" in it."""
+    """A template makes text of a value that is null."""
+
+
+class _Null:
+    """A null column: false, equal to none, and never text. Plain None would become "None" in any filter."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _Null)
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+    def __str__(self) -> str:
+        raise NullPrinted
+
+
+NULL = _Null()
 
 
 class RowTemplate:
@@ -39,7 +58,7 @@ class RowTemplate:
         self._template = template
 
     def render(self, row: dict[str, Any]) -> str | RowFault:
-        """The row's text, or the row's fault."""
+        """The row's text, or the row's fault. Null columns stand in `row` as NULL."""
         try:
             return self._template.render(row)
         except NullPrinted:
@@ -83,8 +102,15 @@ def _printed(value: Any) -> Any:
     return value
 
 
+def _as_json(value: object) -> None:
+    if not isinstance(value, _Null):
+        raise TypeError(f"{type(value).__name__} is not JSON serializable")
+
+
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=StrictUndefined, finalize=_printed, keep_trailing_newline=True, autoescape=False
 )
 # Any other global would hide a column of its name.
 _ENVIRONMENT.globals = {name: _ENVIRONMENT.globals[name] for name in ("range", "namespace")}
+_ENVIRONMENT.tests["none"] = lambda value: value is None or value is NULL
+_ENVIRONMENT.policies["json.dumps_kwargs"] = {"default": _as_json, "ensure_ascii": False}

@@ -1,0 +1,36 @@
+"""Generated token ids to the text of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from batchrun.engine.protocol import TokenIds
+
+
+class Detokenizer:
+    """Decodes answers: without the stop token that ended them, without special tokens, cut before the first
+    of the `stop` texts."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], stop_token_ids: Iterable[int]) -> None:
+        self._tokenizer, self._stop, self._ending = tokenizer, tuple(stop), frozenset(stop_token_ids)
+        self._fast = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+
+    def decode(self, answers: Sequence[TokenIds]) -> list[str]:
+        """(answers,) texts of int32 arrays of token ids; spaces are left as they were generated."""
+        ids = [self._without_ending(answer.tolist()) for answer in answers]
+        if self._fast is not None:
+            texts = self._fast.decode_batch(ids, skip_special_tokens=True)
+        else:
+            texts = [
+                self._tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                for row in ids
+            ]
+        return [self._before_stop(text) for text in texts] if self._stop else texts
+
+    def _without_ending(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] in self._ending else ids
+
+    def _before_stop(self, text: str) -> str:
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        return text[: min(places)] if places else text

@@ -1,0 +1,68 @@
+"""Text to token ids, by the fast tokenizer's own batch call where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from batchrun.engine.protocol import TokenIds
+
+# A tokenized text takes over a hundred bytes per token until its ids are copied out.
+_CHUNK_CHARS = 2 << 20
+
+
+class Encoder:
+    """`frame` is how many special tokens the tokenizer puts before and after a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._fast = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        if self._fast is not None:
+            # tokenizer.json may carry the settings of its training.
+            self._fast.no_truncation()
+            self._fast.no_padding()
+        bare, framed = self.encode(["a"], False)[0], self.encode(["a"], True)[0]
+        self.frame = _frame(bare.tolist(), framed.tolist())
+
+    def encode(self, texts: Sequence[str], special_tokens: bool) -> list[TokenIds]:
+        """(texts,) int32 arrays of token ids, with the tokenizer's special tokens around them or without."""
+        if self._fast is None:
+            encoded = (self.tokenizer.encode(text, add_special_tokens=special_tokens) for text in texts)
+            return [np.array(ids, dtype=np.int32) for ids in encoded]
+        return [
+            np.array(encoding.ids, dtype=np.int32)
+            for chunk in _chunks(texts)
+            for encoding in self._fast.encode_batch_fast(chunk, add_special_tokens=special_tokens)
+        ]
+
+    def drop(self, text: str, count: int, side: str) -> str:
+        """The text without its first ("left") or last ("right") `count` tokens."""
+        if self._fast is None:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            return self.tokenizer.decode(ids[count:] if side == "left" else ids[: max(0, len(ids) - count)])
+        offsets = self._fast.encode(text, add_special_tokens=False).offsets
+        if count >= len(offsets):
+            return ""
+        return text[offsets[count][0] :] if side == "left" else text[: offsets[-count - 1][1]]
+
+
+def _frame(bare: list[int], framed: list[int]) -> tuple[int, int]:
+    for before in range(len(framed) - len(bare) + 1):
+        if framed[before : before + len(bare)] == bare:
+            return before, len(framed) - len(bare) - before
+    return 0, 0
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        if chunk and size + len(text) > _CHUNK_CHARS:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(text)
+        size += len(text)
+    if chunk:
+        yield chunk
