@@ -43,7 +43,7 @@ err = Console(stderr=True, soft_wrap=True)
 
 
 @app.command()
-def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:  # noqa: B006
+def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
     """Show partitions, rows, bytes and prompt lengths on a sample; writes nothing."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
@@ -57,7 +57,7 @@ def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, 
 @app.command()
 def run(
     job_file: JobFile,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     address: Annotated[str | None, typer.Option(help="of a running Dask scheduler")] = None,
     force: Annotated[bool, typer.Option(help="run although another driver seems to be at work")] = False,
     as_json: AsJson = False,
@@ -111,7 +111,7 @@ def verify(
 @app.command()
 def clean(
     job_file: JobFile,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     everything: Annotated[
         bool, typer.Option("--all", help="the answers too: the next run starts from nothing")
     ] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
     Raises:
         BatchrunError: no scheduler answers at the address.
     """
+    # That a worker left, came or closed a connection is the driver's news to tell, in the run's own words.
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     with dask.config.set(DASK_CONFIG):
         if settings.address is not None:
             try:
@@ -54,7 +57,7 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
             SpecCluster(
                 workers=_local_workers(settings),
                 scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}},
-                silence_logs=40,  # logging.ERROR: a worker that left is the driver's news to tell
+                silence_logs=logging.ERROR,
             ) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
@@ -78,6 +81,7 @@ def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
             "memory_limit": settings.memory_limit,
             "host": "127.0.0.1",
             "dashboard": False,
+            "silence_logs": logging.ERROR,
             "env": env,
         }
         workers[i] = {"cls": Nanny, "options": options}

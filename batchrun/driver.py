@@ -230,7 +230,7 @@ class Dispatch:
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
         flying = set(self.flying.values())
         live = Tally(
-            self.order.run, -1, **{f: getattr(self.total, f) for f in SUMMED}, examples=[*self.total.examples]
+            self.order.run, -1, **{f: getattr(self.total, f) for f in SUMMED}, examples=self.total.examples
         )
         covered = self.rows_committed
         for address, worker in workers.items():
@@ -294,7 +294,7 @@ class Dispatch:
         _sum(self.total, tally)
 
     def _see_engine(self, worker: str, stats: EngineStats | None) -> None:
-        if stats is None:
+        if stats is None or not stats.pid:  # not loaded yet
             return
         key = (worker, stats.pid)
         if key not in self.engines or self.engines[key].requests <= stats.requests:

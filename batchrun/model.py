@@ -9,13 +9,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from batchrun.errors import ModelError
 from batchrun.job import ModelSettings, stable_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SAFE_WEIGHTS = ("*.safetensors",)
 _PLAIN = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
@@ -72,6 +74,8 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
     Raises:
         ModelError: there is none, or transformers cannot load it.
     """
+    from transformers import AutoTokenizer  # seconds: not on the event loop that imports a worker's task
+
     try:
         return AutoTokenizer.from_pretrained(
             folder.tokenizer_path, trust_remote_code=settings.trust_remote_code, local_files_only=True

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-from transformers import AutoConfig
 
 import batchrun
 from batchrun.dataset.plan import Partition, Plan, make_plan
@@ -123,6 +122,8 @@ def _first_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.Rec
 
 
 def _context(model: ModelFolder, job: Job) -> int:
+    from transformers import AutoConfig  # seconds: not on the event loop that imports a worker's task
+
     try:
         config: Any = AutoConfig.from_pretrained(
             model.path, trust_remote_code=job.model.trust_remote_code, local_files_only=True

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ class Tally:
     requests: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    examples: list[str] = field(default_factory=list)
+    examples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -267,10 +267,10 @@ def _count(tally: Tally, answers: pa.Table) -> None:
     tally.output_tokens += int(np.sum(answers["output_tokens"].to_numpy()))
     if len(tally.examples) < EXAMPLES and len(errors):
         failed = answers.filter(answers["error"].is_valid()).slice(0, EXAMPLES - len(tally.examples))
-        tally.examples += [
+        tally.examples += tuple(
             f"partition {tally.partition}, row {row}: {error}"
             for row, error in zip(failed["row"].to_pylist(), failed["error"].to_pylist(), strict=True)
-        ]
+        )
 
 
 def _texts_for(order: WorkOrder) -> Texts:
@@ -321,7 +321,7 @@ def _wanted_check(run: str) -> Callable[[], bool]:
     return check
 
 
-def request_stop(run: str) -> None:
+async def request_stop(run: str) -> None:
     """Run on every worker when the driver was interrupted: tasks of this run flush and return."""
     _stopped_runs.add(run)
 

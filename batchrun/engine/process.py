@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any, cast
@@ -49,7 +49,7 @@ class EngineProcess:
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
-    def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion | None]:
+    def generate(self, requests: Iterator[Request | None]) -> Generator[Completion | None, None, None]:
         """A completion for each request exactly once, in any order; may run in several threads at once.
 
         Pulls `requests` only while there is room, of which every running call gets an equal share. Yields
@@ -77,6 +77,11 @@ class EngineProcess:
     def stats(self) -> EngineStats:
         """The newest counters that arrived from the present process: at most 0.2 s old while it works."""
         return self._child.stats if self._child else EngineStats()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call of `generate` is running."""
+        return self._child is None or not self._child.streams
 
     @property
     def pid(self) -> int | None:
