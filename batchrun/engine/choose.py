@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any, cast
 
 from batchrun.engine.protocol import Engine, EngineSpec
@@ -20,6 +21,9 @@ def load_engine(spec: EngineSpec) -> Engine:
         JobError: there is no such class, or it is no engine.
         ModelError: the model cannot be loaded.
     """
+    if spec.kind not in ("auto", *BUILT_IN):
+        return _find(spec.kind).load(spec)
+    spec = _placed(spec)
     if spec.kind != "auto":
         return _find(spec.kind).load(spec)
     reason = why_not_paged(spec)
@@ -36,6 +40,15 @@ def why_not_paged(spec: EngineSpec) -> str | None:
     except JobError as error:
         return error.what
     return cast(str | None, paged.unsupported(spec))
+
+
+def _placed(spec: EngineSpec) -> EngineSpec:
+    """`device` "auto" is the one GPU that this process was given, or the CPU."""
+    if spec.device != "auto":
+        return spec
+    import torch  # only here: an engine of the user's own need not use it
+
+    return replace(spec, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _find(kind: str) -> type[Engine]:

@@ -59,7 +59,7 @@ class Server:
 
     def _run(self, spec: EngineSpec) -> None:
         started = time.monotonic()
-        self.engine = load_engine(_placed(spec))
+        self.engine = load_engine(spec)
         self.engine.stats.load_seconds = time.monotonic() - started
         for completion in self.engine.generate(self._requests()):
             self.in_hand -= 1
@@ -129,15 +129,6 @@ class Server:
             return None
         stats = self.engine.stats
         return replace(stats, pid=os.getpid(), gauges=dict(stats.gauges), notes=list(stats.notes))
-
-
-def _placed(spec: EngineSpec) -> EngineSpec:
-    """`device` "auto" is the one GPU that this process was given, or the CPU."""
-    if spec.device != "auto":
-        return spec
-    import torch  # only here: an engine of the user's own need not use it
-
-    return replace(spec, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _last_line(error: BaseException) -> str:
