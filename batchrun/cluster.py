@@ -11,7 +11,7 @@ from typing import Any
 import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster
 
-from batchrun.errors import BatchrunError
+from batchrun.errors import ClusterError
 from batchrun.job import ClusterSettings
 
 # Set on purpose, each for a reason that cost somebody a night:
@@ -36,16 +36,16 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
     """Yields a client of the cluster that the job asks for; a local cluster ends with the context.
 
     Raises:
-        BatchrunError: no scheduler answers at the address.
+        ClusterError: no scheduler answers at the address.
     """
     # That a worker left, came or closed a connection is the driver's news to tell, in the run's own words.
     logging.getLogger("distributed").setLevel(logging.ERROR)
     with dask.config.set(DASK_CONFIG):
         if settings.address is not None:
             try:
-                client = Client(settings.address, timeout="30s", set_as_default=False)
+                client = Client(settings.address, timeout="15s", set_as_default=False)
             except (OSError, TimeoutError, ValueError) as error:
-                raise BatchrunError(
+                raise ClusterError(
                     f"no Dask scheduler answers ({type(error).__name__})",
                     settings.address,
                     "start one with `dask scheduler`, or leave cluster.address out for a local cluster",
@@ -68,7 +68,7 @@ def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
     gpus = visible_gpus()
     count = settings.workers or max(1, len(gpus))
     if gpus and count > len(gpus):
-        raise BatchrunError(
+        raise ClusterError(
             f"{count} workers asked for, {len(gpus)} GPUs visible",
             "cluster.workers",
             "a GPU takes one worker",

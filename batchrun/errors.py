@@ -57,6 +57,10 @@ class OutputError(Refused):
     """The destination: not writable, full of foreign files, or a column name that is taken."""
 
 
+class ClusterError(Refused):
+    """No Dask scheduler or workers to run on."""
+
+
 class ChangedError(Refused):
     """Inputs or job differ from what earlier runs into this output were made of. `where` is the output."""
 

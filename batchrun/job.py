@@ -295,7 +295,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
         tree = tree[key]
-    tree[keys[-1]] = _parse_yaml(text, f"--set {path}")
+    try:
+        tree[keys[-1]] = _parse_yaml(text, f"--set {path}")
+    except JobError:
+        tree[keys[-1]] = text  # a template's braces are no YAML; a shell already quotes, so the text is meant
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")

@@ -1,0 +1,35 @@
+"""Models that many tests use, made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client
+from tiny_models import make_model
+
+from batchrun.cluster import connect
+from batchrun.job import ClusterSettings
+from jobs import environment
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer llama and its byte tokenizer."""
+    return make_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Client]:
+    """A client of a local cluster that many runs share; its worker finds the tests' own engines."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
+    try:
+        with connect(ClusterSettings()) as client:
+            yield client
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before

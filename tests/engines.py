@@ -1,0 +1,74 @@
+"""Engines for tests of the runner: cheap, and what they were asked stays on disk for counting."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Self
+
+import numpy as np
+
+from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.errors import FaultCode, RowFault
+
+LOG = "BATCHRUN_TEST_LOG"  # a folder: one file per engine process, a line per request: time, row seed
+DELAY = "BATCHRUN_TEST_DELAY"  # seconds per row
+
+
+class EchoEngine:
+    """Answers with the prompt's first tokens, slowly and in a shuffled order."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.stats = EngineStats(engine="echo", device="cpu")
+        self.delay = float(os.environ.get(DELAY, "0"))
+        folder = os.environ.get(LOG)
+        self.log = open(f"{folder}/{os.getpid()}-{time.time_ns()}", "a", buffering=1) if folder else None  # noqa: SIM115
+
+    @classmethod
+    def load(cls, spec: EngineSpec) -> Self:
+        return cls(spec)
+
+    def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        waiting: list[Request] = []
+        more = True
+        while more or waiting:
+            while more and len(waiting) < 8:
+                request = next(requests, StopIteration)
+                if request is StopIteration:
+                    more = False
+                elif request is None:
+                    break
+                else:
+                    waiting.append(request)
+                    self.stats.requests += 1
+                    if self.log:
+                        self.log.write(f"{time.time()} {request.row_seed}\n")
+            if waiting:
+                time.sleep(self.delay)
+                yield self.answer(waiting.pop(len(waiting) // 2))
+
+    def answer(self, request: Request) -> Completion:
+        ids = request.token_ids[: request.max_new_tokens]
+        self.stats.completions += 1
+        self.stats.prompt_tokens += len(request.token_ids)
+        self.stats.output_tokens += len(ids)
+        return Completion(request.id, ids, "length")
+
+
+class FailingEngine(EchoEngine):
+    """Every row but the shortest prompts ends in a fault, as under a model that is broken."""
+
+    def answer(self, request: Request) -> Completion:
+        if len(request.token_ids) < 4:
+            return super().answer(request)
+        fault = RowFault(FaultCode.BAD_LOGITS, "not a number")
+        return Completion(request.id, np.array([], np.int32), "error", fault)
+
+
+class SecondsEngine(EchoEngine):
+    """Takes seconds over every row, so that a run is surely still at work when it is interrupted."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.delay = max(self.delay, 0.2)

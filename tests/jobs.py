@@ -1,0 +1,101 @@
+"""Whole jobs for tests: a dataset, a tiny model, a job file, and the command run as its user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from batchrun.job import Job
+
+TESTS = Path(__file__).parent
+ECHO = "engines:EchoEngine"
+
+
+def dataset(rows: int) -> pa.Table:
+    """Rows of many types; `text` is unique, so that an answer shows which row it belongs to."""
+    return _dataset(rows + 2).slice(0, rows)
+
+
+def _dataset(rows: int) -> pa.Table:
+    return pa.table(
+        {
+            "id": pa.array([None if i % 7 == 3 else i // 2 for i in range(rows)], pa.int64()),
+            "text": [f"row {i} " + "x" * (i % 13) for i in range(rows)],
+            "tags": pa.array([[str(i % 3)] * (i % 4) for i in range(rows)], pa.list_(pa.string())),
+            "place": pa.array([{"x": i, "y": None} for i in range(rows)]),
+            "kind": pa.array(["a", "b"] * (rows // 2) + ["a"] * (rows % 2)).dictionary_encode(),
+            "at": pa.array([i * 1_000_000 for i in range(rows)], pa.timestamp("us", tz="Europe/Berlin")),
+        }
+    )
+
+
+def write_job(folder: Path, model: Path, rows: int = 60, row_group: int = 10, **sections: Any) -> Path:
+    """in.parquet and job.yaml in `folder`; `sections` are merged into the job's."""
+    pq.write_table(dataset(rows), folder / "in.parquet", row_group_size=row_group)
+    job: dict[str, Any] = {
+        "input": {"path": "in.parquet"},
+        "prompt": {"template": "{{ text }}"},
+        "model": {"name": str(model)},
+        "generation": {"max_new_tokens": 64},
+        "engine": {"kind": ECHO},
+        "output": {"path": "out", "rows_per_part": 20, "flush_rows": 4, "flush_seconds": 0.3},
+    }
+    for name, values in sections.items():
+        job[name] = {**job.get(name, {}), **values}
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def start(*words: str, **env: str) -> subprocess.Popen[str]:
+    """`batchrun WORDS` in a process group of its own, as from a shell."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "batchrun", *words],
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def batchrun(*words: str, **env: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    process = start(*words, **env)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def answers(path: Path) -> pa.Table:
+    """The whole output as any reader sees it, parts in order of their names."""
+    files = sorted((path / "data").iterdir())
+    return pa.concat_tables([pq.read_table(file) for file in files])
+
+
+def check_complete(path: Path, rows: int) -> pa.Table:
+    """The output holds each row once, in order, beside its own echo and its untouched input columns."""
+    table = answers(path)
+    expected = dataset(rows)
+    assert table.select(expected.column_names).equals(expected)
+    assert table["answer"].to_pylist() == expected["text"].to_pylist()
+    assert set(table["status"].to_pylist()) <= {"ok"}
+    manifest = json.loads((path / "_job/manifest.json").read_text())
+    assert (manifest["rows"], manifest["ok"], manifest["failed"]) == (rows, rows, 0)
+    return table
+
+
+def load(path: Path, *overrides: str) -> Job:
+    return Job.load(path, overrides)

@@ -1,0 +1,165 @@
+"""A killed run loses nothing: SIGKILL to driver, worker and engine at random moments of real runs."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from batchrun.dataset.plan import Plan
+from batchrun.dataset.reader import read_partition
+from batchrun.output import chunk, identity
+from batchrun.output.layout import PLAN, STAGE, Layout
+from batchrun.report.status import verify
+from batchrun.storage import Folder
+from jobs import batchrun, check_complete, load, start, write_job
+
+KILLS = 20
+ROWS = 400
+RUNS = 4  # runs that end by a kill of the driver; the other kills hit workers and engines of a living run
+
+
+class Watcher:
+    """Knows from the outside which rows are staged or committed, and what engines were asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output, self.log = Folder(str(folder / "out")), folder / "log"
+        self.job = load(folder / "job.yaml")
+        self.log.mkdir()
+        self.durable: dict[int, float] = {}  # row seed: when it was first seen to be durable
+        self.plan: Plan | None = None
+
+    def look(self) -> None:
+        """Notes the rows that are durable at this moment."""
+        if self.plan is None:
+            if not self.output.exists(PLAN):
+                return
+            self.plan = Plan.from_parquet(self.output.read(PLAN))
+            self.seeds = [self._seeds(i) for i in range(len(self.plan.partitions))]
+        now = time.time()
+        pinned = identity.read(self.output)
+        layout = Layout(pinned.plan_hash, len(self.plan.partitions))
+        for key in self.output.list():
+            if (i := layout.partition_of_part(key)) is not None:
+                self._note(self.seeds[i], now)
+            elif key.startswith(STAGE) and (i := layout.partition_of_chunk(key)) is not None:
+                try:
+                    data = self.output.read(key)
+                except FileNotFoundError:
+                    continue  # swept meanwhile: its part is there, and seen the next time
+                origin = chunk.Origin(pinned.plan_hash, pinned.job_hash, i)
+                rows = chunk.decode(data, origin, len(self.seeds[i]))["row"].to_pylist()
+                self._note([self.seeds[i][row] for row in rows], now)
+
+    def requests(self) -> list[tuple[float, int]]:
+        """(when, row seed) of every request that any engine process was given."""
+        lines = [line for file in self.log.iterdir() for line in file.read_text().splitlines()]
+        pairs = [line.split() for line in lines if re.fullmatch(r"[\d.]+ -?\d+", line)]
+        return [(float(when), int(seed)) for when, seed in pairs]
+
+    def _note(self, seeds: list[int], now: float) -> None:
+        for seed in seeds:
+            self.durable.setdefault(seed, now)
+
+    def _seeds(self, index: int) -> list[int]:
+        assert self.plan is not None
+        partition = self.plan.partitions[index]
+        settings = self.job.input
+        batches = read_partition(
+            partition.slices,
+            self.plan.files_of(partition),
+            self.plan.schema,
+            ["text"],
+            None,
+            settings.cast,
+            {},
+        )
+        return [seed for batch in batches for seed in batch.row_ids.view("int64").tolist()]
+
+
+def family(process: subprocess.Popen[str]) -> dict[str, list[psutil.Process]]:
+    """The run's living processes by what they are."""
+    found: dict[str, list[psutil.Process]] = {
+        "driver": [psutil.Process(process.pid)],
+        "worker": [],
+        "engine": [],
+    }
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            words = " ".join(child.cmdline())
+        except psutil.Error:
+            continue
+        if "batchrun.engine.server" in words:
+            found["engine"].append(child)
+        elif "spawn_main" in words:
+            found["worker"].append(child)
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_twenty_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothing_staged(
+    tmp_path, tiny_llama
+):
+    seed = int(os.environ.get("BATCHRUN_TEST_SEED", time.time_ns() % 10**6))
+    print(f"BATCHRUN_TEST_SEED={seed}")
+    rng = random.Random(seed)
+    job = write_job(
+        tmp_path, tiny_llama, rows=ROWS, row_group=50, output={"rows_per_part": 50, "flush_rows": 4}
+    )
+    watcher = Watcher(tmp_path)
+    environment = {"BATCHRUN_TEST_LOG": str(watcher.log), "BATCHRUN_TEST_DELAY": "0.15"}
+    kills = {"driver": 0, "worker": 0, "engine": 0}
+    pids: set[int] = set()
+    process = start("run", str(job), **environment)
+    while sum(kills.values()) < KILLS:
+        moment = time.monotonic() + rng.uniform(0.5, 3.0)
+        while time.monotonic() < moment:
+            watcher.look()
+            time.sleep(0.1)
+        assert process.poll() is None, f"seed {seed}: {process.communicate()}"
+        members = family(process)
+        pids |= {member.pid for group in members.values() for member in group}
+        # A driver may die at any moment; workers and engines once there is an engine at work.
+        kinds = ["driver"] if kills["driver"] < RUNS else []
+        kinds += ["worker", "engine"] if members["engine"] else []
+        if not kinds:
+            continue
+        kind = rng.choice(kinds)
+        watcher.look()
+        rng.choice(members[kind]).send_signal(signal.SIGKILL)
+        kills[kind] += 1
+        if kind == "driver":
+            process.communicate()
+            wait_gone(pids)
+            watcher.look()
+            process = start("run", str(job), **environment)
+    while process.poll() is None:
+        watcher.look()
+        time.sleep(0.2)
+    _, err = process.communicate()
+    if process.returncode != 0:  # its last partitions were struck three times without progress
+        assert process.returncode == 1, f"seed {seed}: {err}"
+        code, _, err = batchrun("run", str(job), **environment)
+        assert code == 0, f"seed {seed}: {err}"
+    check_complete(tmp_path / "out", ROWS)
+    assert verify(load(job)).found.passed
+    again = [(when, row) for when, row in watcher.requests() if when > watcher.durable.get(row, float("inf"))]
+    assert not again, f"seed {seed}: {len(again)} rows generated again that were staged"
+    asked = len(watcher.requests())
+    assert asked >= ROWS
+    print(f"kills {kills}, {asked} requests for {ROWS} rows, {len(watcher.durable)} rows seen durable")
+
+
+def wait_gone(pids: set[int], seconds: float = 20.0) -> None:
+    """No worker or engine outlives its driver: an orphan would keep the GPU's memory."""
+    deadline = time.monotonic() + seconds
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        assert time.monotonic() < deadline, "a worker or an engine outlived its driver"
+        time.sleep(0.1)
