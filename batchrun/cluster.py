@@ -39,7 +39,7 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
         ClusterError: no scheduler answers at the address.
     """
     # That a worker left, came or closed a connection is the driver's news to tell, in the run's own words.
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with dask.config.set(DASK_CONFIG):
         if settings.address is not None:
             try:
@@ -57,7 +57,7 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
             SpecCluster(
                 workers=_local_workers(settings),
                 scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}},
-                silence_logs=logging.ERROR,
+                silence_logs=logging.CRITICAL,
             ) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
@@ -81,7 +81,7 @@ def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
             "memory_limit": settings.memory_limit,
             "host": "127.0.0.1",
             "dashboard": False,
-            "silence_logs": logging.ERROR,
+            "silence_logs": logging.CRITICAL,
             "env": env,
         }
         workers[i] = {"cls": Nanny, "options": options}

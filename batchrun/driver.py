@@ -222,6 +222,7 @@ class Dispatch:
                 self.folder.url,
                 "look at the engine's message; the same command tries again",
             )
+        log.warning("partition %d lost its attempt to %s; it goes on", index, _one_line(error))
         self.strikes[index] = (strikes, chunks)
         self.todo.append(index)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from batchrun.dataset.reader import Batch, read_partition
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
-from batchrun.errors import ChangedError, RowFault
+from batchrun.errors import ChangedError, EngineDied, RowFault
 from batchrun.job import Job
 from batchrun.model import resolve
 from batchrun.output.attempt import Attempt, Receipt
@@ -35,8 +36,11 @@ from batchrun.prepare import Texts, carried_columns, open_texts
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.storage import Folder
 
+log = logging.getLogger(__name__)
+
 ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
 EXAMPLES = 5
+STRIKES = 3  # engine processes in a row that died before they finished a row
 WANTED_EVERY = 0.5  # seconds between two looks at whether the task is still wanted
 FLUSH_ON_EXIT = 8.0  # seconds that a worker told to leave waits for its tasks to stage what they hold
 
@@ -140,10 +144,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     _running[id(tally)] = tally
     try:
         if not attempt.covered:
-            texts = _texts_for(order)
-            engine = _engine_for(texts.engine)
-            _generate(order, task, attempt, texts, engine, tally, still_wanted)
-            stats = engine.stats()
+            stats = _generate_all(order, task, attempt, tally, still_wanted)
         if not attempt.covered:
             attempt.flush()
             return receipt(None)
@@ -152,6 +153,25 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         return receipt(attempt.seal(carried, pa.schema([order.schema.field(name) for name in columns])))
     finally:
         del _running[id(tally)]
+
+
+def _generate_all(
+    order: WorkOrder, task: Task, attempt: Attempt, tally: Tally, still_wanted: Callable[[], bool]
+) -> EngineStats:
+    """Generates what is missing; goes on with a new engine process after one died, as long as rows get done."""
+    texts = _texts_for(order)
+    engine = _engine_for(texts.engine)
+    deaths = 0
+    while not attempt.covered and still_wanted():
+        before = tally.rows
+        try:
+            _generate(order, task, attempt, texts, engine, tally, still_wanted)
+        except EngineDied as error:
+            deaths = 1 if tally.rows > before else deaths + 1
+            if deaths >= STRIKES:
+                raise
+            log.warning("partition %d: %s; a new engine goes on", tally.partition, error.what)
+    return engine.stats()
 
 
 def _generate(
@@ -196,16 +216,18 @@ def _generate(
         faults.clear()
         attempt.maybe_flush()
 
-    with contextlib.closing(engine.generate(requests())) as completions:
-        for completion in completions:
-            if completion is not None:
-                done.append(completion)
-                if len(done) < ANSWER_BATCH:
-                    continue
-            settle()
-            if not still_wanted():
-                break
-    settle()
+    try:
+        with contextlib.closing(engine.generate(requests())) as completions:
+            for completion in completions:
+                if completion is not None:
+                    done.append(completion)
+                    if len(done) < ANSWER_BATCH:
+                        continue
+                settle()
+                if not still_wanted():
+                    break
+    finally:  # also when the engine died: what was finished before is not generated again
+        settle()
 
 
 def _answers(done: list[Completion], lengths: np.ndarray, detokenizer: Detokenizer) -> pa.Table | None:

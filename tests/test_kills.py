@@ -123,7 +123,12 @@ def test_twenty_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothin
         while time.monotonic() < moment:
             watcher.look()
             time.sleep(0.1)
-        assert process.poll() is None, f"seed {seed}: {process.communicate()}"
+        if process.poll() is not None:
+            # Killed so often that a partition made no progress: given up, and resumable like any other end.
+            _, err = process.communicate()
+            assert "without progress" in err, f"seed {seed}: {err}"
+            process = start("run", str(job), **environment)
+            continue
         members = family(process)
         pids |= {member.pid for group in members.values() for member in group}
         # A driver may die at any moment; workers and engines once there is an engine at work.
