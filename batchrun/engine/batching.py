@@ -14,7 +14,7 @@ from batchrun.engine.protocol import Request
 
 # More rows than this make a step slower without making its weights any cheaper.
 MAX_ROWS = 1024
-# An eighth of the budget keeps the device busy; from there on, rows must have nine tenths of the batch's width.
+# An eighth of the budget keeps the device busy; from there on, rows must have nine tenths of its width.
 # Real share of 8,192 lognormal prompts with 8 new tokens: 0.974 to 0.979 at a CPU's budget of 16,384 padded
 # tokens, 0.698 to 0.913 at a large GPU's of 500,000.
 TIGHTNESS, ENOUGH = 0.9, 1 / 8
