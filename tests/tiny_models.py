@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -52,6 +56,14 @@ CONFIGS = {
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     ),
 }  # fmt: skip
+
+
+@functools.cache
+def model_folder(name: str) -> Path:
+    """The folder of the random model `name`, made once per test session."""
+    folder = Path(tempfile.mkdtemp(prefix=f"tiny-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_model(name, folder)
 
 
 def make_model(name: str, folder: Path, seed: int = 0) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,6 +14,10 @@ from batchrun.engine.protocol import Request
 
 # More rows than this make a step slower without making its weights any cheaper.
 MAX_ROWS = 1024
+# An eighth of the budget keeps the device busy; from there on, rows must have nine tenths of its width.
+# Real share of 8,192 lognormal prompts with 8 new tokens: 0.974 to 0.979 at a CPU's budget of 16,384 padded
+# tokens, 0.698 to 0.913 at a large GPU's of 500,000.
+TIGHTNESS, ENOUGH = 0.9, 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +67,23 @@ def take_batch(waiting: deque[Request], budget: int, equal_lengths: bool = False
         budget: padded tokens, counted with the longest prompt and the largest limit of the batch.
         equal_lengths: cut where the prompt's length changes, for models that padding would change.
     """
-    count = sum(1 for _ in _fitting(waiting, budget, equal_lengths))
-    return Batch([waiting.popleft() for _ in range(count)])
-
-
-def _fitting(waiting: Iterable[Request], budget: int, equal_lengths: bool) -> Iterator[Request]:
-    longest = limit = 0
-    first: Request | None = None
-    for rows, request in enumerate(islice(waiting, MAX_ROWS), start=1):
-        first = first or request
+    longest = limit = rows = 0
+    for request in islice(waiting, MAX_ROWS):
         longest, limit = max(longest, len(request.token_ids)), max(limit, request.max_new_tokens)
-        unequal = equal_lengths and longest != len(request.token_ids)
-        if rows > 1 and (
-            rows * (longest + limit) > budget or unequal or _limit_class(request) != _limit_class(first)
+        if rows and (
+            (rows + 1) * (longest + limit) > budget
+            or _limit_class(request) != _limit_class(waiting[0])
+            or (equal_lengths and len(request.token_ids) != longest)
+            or _wastes(len(request.token_ids) + limit, longest + limit, rows, budget)
         ):
-            return
-        yield request
+            break
+        rows += 1
+    return Batch([waiting.popleft() for _ in range(rows)])
+
+
+def _wastes(own: int, width: int, rows: int, budget: int) -> bool:
+    """Whether the row is too short for a batch that is large enough to go without it."""
+    return own < TIGHTNESS * width and rows * width > ENOUGH * budget
 
 
 def _limit_class(request: Request) -> int:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from batchrun.engine.protocol import EngineSpec
 from batchrun.errors import ModelError
 
 # What transformers, safetensors and torch raise for a folder that they cannot make a model of.
-LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError)
+LOADING_ERRORS = (
+    *(OSError, EOFError, ValueError, KeyError, AttributeError, ImportError, RuntimeError),
+    *(SafetensorError, UnpicklingError),
+)
 
 
 def load_config(spec: EngineSpec) -> Any:
@@ -61,17 +66,19 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
             use_safetensors=None if spec.allow_pickle else True,
             trust_remote_code=spec.trust_remote_code,
             local_files_only=True,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
             **({"device_map": {"": spec.device}} if straight else {}),
         )
-    except torch.OutOfMemoryError:
-        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # the machine's fault, not the model's
     except LOADING_ERRORS as error:
         raise _model_error(error, spec) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    # transformers gives these random values, with no more than a warning if they are missing altogether.
+    random = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if random:
         raise ModelError(
-            f"weights are incomplete: {len(missing)} missing, such as {missing[0]}",
+            f"{len(random)} weights are missing or of another shape, such as {random[0]}",
             spec.model_path,
             "copy the whole model, and check that config.json belongs to it",
         )

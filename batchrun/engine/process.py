@@ -64,13 +64,13 @@ class EngineProcess:
         try:
             more = True
             while more or stream.pending:
-                batch: list[Request] = []
+                patience = PATIENCE_SECONDS
                 room = stream.reserve() if more else 0
                 if room:
                     batch, more = _collect(requests, room)
                     stream.send(batch, room)
-                starved = room > 0 and not batch and more
-                yield from stream.take(0 if batch else STARVED_SECONDS if starved else PATIENCE_SECONDS)
+                    patience = STARVED_SECONDS if more and not batch else 0
+                yield from stream.take(patience)
         finally:
             stream.close()
 

@@ -21,6 +21,10 @@ from batchrun.engine.noise import gumbel
 from batchrun.engine.protocol import Request, Sampling
 from batchrun.engine.stopping import StopStrings
 
+# On a CPU, noise for so many (row, token) pairs at a time stays in the cache: 84 instead of 298 ms for 256 rows
+# of 32,000 tokens on one core.
+CACHED_NOISE = 1 << 17
+
 
 class BatchState(StoppingCriteria):
     """The rows' ends, kept on the device; `generate` asks after every step which rows are done.
@@ -87,8 +91,11 @@ class GumbelNoise(LogitsProcessor):
         self.seed, self.state = seed, state
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        positions = torch.full_like(self.state.row_seeds, self.state.steps)
-        return scores + gumbel(self.seed, self.state.row_seeds, positions, scores.shape[-1])
+        vocab = scores.shape[-1]
+        rows = max(1, CACHED_NOISE // vocab) if scores.device.type == "cpu" else len(scores)
+        for part, row_seeds in zip(scores.split(rows), self.state.row_seeds.split(rows), strict=True):
+            part += gumbel(self.seed, row_seeds, torch.full_like(row_seeds, self.state.steps), vocab)
+        return scores
 
 
 def logits_processors(sampling: Sampling, state: BatchState) -> list[LogitsProcessor]:
