@@ -22,8 +22,8 @@ NOT_THERE = (FileNotFoundError, NotADirectoryError)
 class LocalStore:
     """Objects come into place by a rename, or a hard link, of a synced temporary file.
 
-    `link` fails where the name is taken, on network file systems too. fsspec's own local `mode="create"` looks
-    first and writes later, so that several callers win.
+    `link` fails where the name is taken, on network file systems too. fsspec's own local `mode="create"`
+    looks first and writes later, so that several callers win.
     """
 
     def __init__(self, root: str) -> None:

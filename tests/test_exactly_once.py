@@ -1,0 +1,299 @@
+"""The invariants of the output, under every interleaving, crash and fault that a search finds.
+
+The real code runs in threads that stop before each request to the store until the search lets one of them go on, so
+a schedule is a list of choices and a failure is replayed exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faulty import FaultyStore, new_store
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from parts import JOB_HASH, SCHEMA, answers, attempt, carried, layout, unique
+
+from batchrun.errors import BatchrunError
+from batchrun.output import chunk, identity, manifest, state, verify
+from batchrun.output.chunk import BadChunk, Origin
+from batchrun.output.identity import Identity
+from batchrun.output.layout import MANIFEST, STAGE
+from batchrun.storage import Folder, folder
+
+
+class Crash(BaseException):
+    """The process is gone: nothing catches this, and no request gets through any more."""
+
+
+class Actor:
+    """A process of the model: it runs until its next request and waits there to be told what becomes of it."""
+
+    def __init__(self, store: FaultyStore, work: Callable[[Actor], object]) -> None:
+        self.store = store
+        self.work = work
+        self.request: tuple[str, str] | None = None
+        self.verdict: str | None = None
+        self.crashed = False
+        self.done = False
+        self.error: BaseException | None = None
+        self.seen: set[str] = set()
+        self.listed: dict[int, set[int]] = {}
+        self._go = threading.Semaphore(0)
+        self._stopped = threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        self._stopped.acquire()
+
+    def _run(self) -> None:
+        try:
+            self.work(self)
+        except Crash:
+            self.crashed = True
+        except BatchrunError as error:
+            self.error = error
+        except BaseException as error:  # handed to the search, which fails on it
+            self.error = error
+        self.done = True
+        self.request = None
+        self._stopped.release()
+
+    def ask(self, operation: str, key: str) -> str | None:
+        """Called in the actor's thread: what becomes of this request."""
+        if self.crashed:
+            raise Crash
+        self.request = (operation, key)
+        self._stopped.release()
+        self._go.acquire()
+        if self.verdict == "crash":
+            self.crashed = True
+            raise Crash
+        return self.verdict
+
+    def advance(self, verdict: str | None = None) -> None:
+        self.verdict = verdict
+        self._go.release()
+        self._stopped.acquire()
+
+    def finish(self) -> None:
+        while not self.done:
+            self.advance()
+
+
+VERDICTS = st.sampled_from([None] * 8 + ["crash", "crash after", "crash within", "reset", "lost", "busy", "stale", "truncate"])
+
+
+class ExactlyOnce(RuleBasedStateMachine):
+    @initialize(rows=st.lists(st.integers(0, 6), min_size=1, max_size=3), conditional=st.booleans())
+    def start(self, rows: list[int], conditional: bool) -> None:
+        name = unique()
+        self.rows = rows
+        self.plan = layout(len(rows))
+        self.store = new_store(name)
+        self.store.conditional = conditional
+        self.store.gate = self.gate
+        self.store.after = self.observe
+        self.root = f"{name}/out"
+        self.folder = Folder(f"faulty://{self.root}")
+        self.actors: list[Actor] = []
+        self.started = 0
+        self.checked: dict[str, bytes] = {}
+        self.covered: dict[int, set[int]] = {i: set() for i in range(len(rows))}
+        self.failures: list[str] = []
+        self.doomed: Actor | None = None
+
+    # What an actor does
+
+    def one_attempt(self, actor: Actor, partition: int, who: str, flush_rows: int, step: int) -> None:
+        rows = self.rows[partition]
+        one = attempt(self.folder, self.plan, partition, rows, who, flush_rows=flush_rows)
+        actor.listed.pop(partition, None)
+        if one.open() is not None:
+            return
+        missing = one.missing[::-1]
+        again = actor.listed[partition] & set(missing.tolist())
+        if again:
+            self.failures.append(f"{who} generates {again} of {partition} again")
+        for start in range(0, len(missing), step):
+            one.add(answers(partition, missing[start : start + step], who))
+            one.maybe_flush()
+        one.seal(carried(partition, rows), SCHEMA)
+
+    def one_run(self, actor: Actor, who: str, flush_rows: int, step: int) -> None:
+        identity.pin(self.folder, Identity(self.plan.plan_hash, JOB_HASH, {"a": 1}, "model", "0", created="now"))
+        committed = state.scan(self.folder, self.plan).committed
+        for partition in range(len(self.rows)):
+            if not committed[partition]:
+                self.one_attempt(actor, partition, f"{who}.{partition}", flush_rows, step)
+        manifest.write(self.folder, self.plan, JOB_HASH, self.rows)
+
+    # The search
+
+    @rule(data=st.data(), flush_rows=st.integers(1, 4), step=st.integers(1, 3))
+    @precondition(lambda self: sum(not a.done for a in self.actors) < 4)
+    def start_attempt(self, data: st.DataObject, flush_rows: int, step: int) -> None:
+        partition = data.draw(st.integers(0, len(self.rows) - 1))
+        who = self.name()
+        self.spawn(lambda actor: self.one_attempt(actor, partition, who, flush_rows, step))
+
+    @rule(flush_rows=st.integers(1, 4), step=st.integers(1, 3))
+    @precondition(lambda self: sum(not a.done for a in self.actors) < 4)
+    def start_run(self, flush_rows: int, step: int) -> None:
+        who = self.name()
+        self.spawn(lambda actor: self.one_run(actor, who, flush_rows, step))
+
+    @rule()
+    @precondition(lambda self: sum(not a.done for a in self.actors) < 4)
+    def start_clean(self) -> None:
+        self.spawn(lambda actor: verify.clean(self.folder, self.plan))
+
+    @rule(data=st.data(), requests=st.integers(1, 6), verdict=VERDICTS)
+    @precondition(lambda self: any(not a.done for a in self.actors))
+    def go_on(self, data: st.DataObject, requests: int, verdict: str | None) -> None:
+        actor = data.draw(st.sampled_from([a for a in self.actors if not a.done]))
+        for _ in range(requests - 1):
+            if not actor.done:
+                self.advance(actor, None)
+        if not actor.done:
+            self.advance(actor, verdict)
+
+    def advance(self, actor: Actor, verdict: str | None) -> None:
+        assert actor.request is not None
+        operation, key = actor.request
+        staging = operation == "put" and STAGE in key
+        if verdict in ("truncate", "crash within") and not staging:
+            verdict = {"truncate": "reset", "crash within": "crash"}[verdict]
+        if verdict in ("crash after", "crash within"):
+            actor.crashed = True
+            verdict = "lost" if verdict == "crash after" else "truncate"
+        actor.advance(verdict)
+
+    def spawn(self, work: Callable[[Actor], object]) -> None:
+        self.starting = True
+        self.actors.append(Actor.__new__(Actor))
+        self.actors[-1].__init__(self.store, work)
+
+    def name(self) -> str:
+        self.started += 1
+        return f"a{self.started}"
+
+    def gate(self, operation: str, key: str) -> str | None:
+        return self.me().ask(operation, key)
+
+    def me(self) -> Actor:
+        current = threading.current_thread()
+        return next(a for a in self.actors if a.__dict__.get("thread") is current)
+
+    # What must hold
+
+    def observe(self, operation: str, key: str, result: Any) -> None:
+        """Right after a request took effect, before anybody else's next one."""
+        actor = self.me()
+        key = key.removeprefix(f"{self.root}/")
+        if operation == "info":
+            actor.seen.add(key)
+        if operation == "find":
+            actor.seen.update(name.removeprefix(f"{self.root}/") for name in result)
+            for partition in range(len(self.rows)):
+                if key.rstrip("/") == self.plan.stage(partition).rstrip("/"):
+                    actor.listed.setdefault(partition, self.staged(partition))
+        if operation == "delete" and (partition := self.plan.partition_of_chunk(key)) is not None:
+            part = self.plan.part(partition)
+            if part not in actor.seen or f"{self.root}/{part}" not in self.store.objects:
+                self.failures.append(f"{key} deleted before its part was seen")
+
+    def staged(self, partition: int) -> set[int]:
+        rows: set[int] = set()
+        for key, data in self.store.objects.items():
+            if f"/{self.plan.stage(partition)}" in key:
+                try:
+                    table = chunk.decode(data, Origin(self.plan.plan_hash, JOB_HASH, partition), self.rows[partition])
+                except BadChunk:
+                    continue
+                rows.update(table["row"].to_pylist())
+        return rows
+
+    @invariant()
+    def parts_are_whole_and_of_the_plan(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        keys = {f"{self.root}/{self.plan.part(i)}": i for i in range(len(self.rows))}
+        for key, data in self.store.objects.items():
+            if "/data/" not in key or self.checked.get(key) is data:
+                continue
+            assert key in keys
+            self.check_part(keys[key], data)
+            self.checked[key] = data
+
+    def check_part(self, partition: int, data: bytes) -> None:
+        table = pq.read_table(pa.BufferReader(data))
+        rows = self.rows[partition]
+        assert table["id"].to_pylist() == [f"{partition}/{row}" for row in range(rows)]
+        assert [answer.split(" ")[0] for answer in table["answer"].to_pylist()] == table["id"].to_pylist()
+
+    @invariant()
+    def durable_coverage_never_shrinks(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for partition, before in self.covered.items():
+            there = f"{self.root}/{self.plan.part(partition)}" in self.store.objects
+            now = set(range(self.rows[partition])) if there else self.staged(partition)
+            assert before <= now
+            self.covered[partition] = now
+
+    @invariant()
+    def a_manifest_means_that_all_parts_are_there(self) -> None:
+        if hasattr(self, "store") and f"{self.root}/{MANIFEST}" in self.store.objects:
+            for partition in range(len(self.rows)):
+                assert f"{self.root}/{self.plan.part(partition)}" in self.store.objects
+
+    @invariant()
+    def nobody_misbehaved(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        assert not self.failures
+        for actor in self.actors:
+            assert actor.error is None or isinstance(actor.error, BatchrunError), repr(actor.error)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for actor in self.actors:
+            while not actor.done:
+                self.advance(actor, "crash")
+        self.spawn(lambda actor: self.one_run(actor, self.name(), 2, 2))
+        self.actors[-1].finish()
+        assert self.actors[-1].error is None
+        self.parts_are_whole_and_of_the_plan()
+        assert len(self.checked) == len(self.rows)
+        self.a_repeated_run_writes_nothing()
+
+    def a_repeated_run_writes_nothing(self) -> None:
+        objects = dict(self.store.objects)
+        first = len(self.store.requests)
+        self.spawn(lambda actor: self.one_run(actor, self.name(), 2, 2))
+        self.actors[-1].finish()
+        assert self.actors[-1].error is None
+        assert {operation for operation, _ in self.store.requests[first:]} <= {"find", "info", "read"}
+        assert self.store.objects == objects
+        assert json.loads(objects[f"{self.root}/{MANIFEST}"])["rows"] == sum(self.rows)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "FIRST_WAIT", 0)
+
+
+ExactlyOnce.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestExactlyOnce = ExactlyOnce.TestCase
