@@ -1,6 +1,6 @@
 """`faulty://name/...`: an object store in memory whose every request can be made to go wrong, on purpose.
 
-What it assumes of a real store: one put is one step, so an object under a key is one that some put was given in full.
+What it assumes of a real store: one put is one step, so an object is always one that some put was given in full.
 `truncate` breaks even that, for the tests of readers that must notice. A request is named by its operation
 ("find", "info", "read", "put", "create", "delete") and key.
 """
@@ -22,7 +22,7 @@ from fsspec.spec import AbstractFileSystem
 
 FAULTS = ("reset", "lost", "busy", "truncate", "stale", "full", "denied")
 
-# Given an operation and its key: None lets the request through, else the name of a fault. It may also block, or raise.
+# Given an operation and its key: None lets the request through, else a fault. It may also block, or raise.
 Gate = Callable[[str, str], str | None]
 
 
@@ -48,7 +48,9 @@ class FaultyStore:
     def counts(self) -> Counter[str]:
         return Counter(operation for operation, _ in self.requests)
 
-    def request(self, operation: str, key: str, effect: Callable[[dict[str, bytes]], Any], prefix: Any = None) -> Any:
+    def request(
+        self, operation: str, key: str, effect: Callable[[dict[str, bytes]], Any], prefix: Any = None
+    ) -> Any:
         """One request: `effect` on the objects, or the fault in place of it, before it, or after it."""
         fault = self._scripted(operation, key)
         if fault is None and self.gate is not None:
@@ -104,7 +106,9 @@ class FaultyFileSystem(AbstractFileSystem):
     def _store(self, path: str) -> FaultyStore:
         return stores[path.split("/")[0]]
 
-    def find(self, path: str, maxdepth: Any = None, withdirs: bool = False, detail: bool = False, **kw: Any) -> Any:
+    def find(
+        self, path: str, maxdepth: Any = None, withdirs: bool = False, detail: bool = False, **kw: Any
+    ) -> Any:
         def effect(objects: dict[str, bytes]) -> Any:
             names = sorted(key for key in objects if key.startswith(f"{path}/"))
             return {n: {"name": n, "size": len(objects[n]), "type": "file"} for n in names}
@@ -147,7 +151,9 @@ class FaultyFileSystem(AbstractFileSystem):
 
         store.request("create" if mode == "create" else "put", path, put, put_prefix)
 
-    def put_file(self, lpath: str, rpath: str, callback: Any = None, mode: str = "overwrite", **kw: Any) -> None:
+    def put_file(
+        self, lpath: str, rpath: str, callback: Any = None, mode: str = "overwrite", **kw: Any
+    ) -> None:
         with open(os.fspath(lpath), "rb") as file:
             self.pipe_file(rpath, file.read(), mode=mode)
 

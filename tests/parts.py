@@ -1,4 +1,4 @@
-"""Tiny plans for the tests of the output: partitions of numbered rows, and answers that say whose they are."""
+"""Tiny plans for the tests of the output: partitions of numbered rows, answers that say whose they are."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The invariants of the output, under every interleaving, crash and fault that a search finds.
 
-The real code runs in threads that stop before each request to the store until the search lets one of them go on, so
-a schedule is a list of choices and a failure is replayed exactly.
+The real code runs in threads that stop before each request to the store until the search lets one of them go on.
+So a schedule is a list of choices, and a failure is replayed exactly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faulty import FaultyStore, new_store
-from hypothesis import HealthCheck, settings
+from faulty import new_store
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, layout, unique
@@ -33,10 +34,9 @@ class Crash(BaseException):
 
 
 class Actor:
-    """A process of the model: it runs until its next request and waits there to be told what becomes of it."""
+    """A process of the model: it runs up to its next request, and waits there for what becomes of it."""
 
-    def __init__(self, store: FaultyStore, work: Callable[[Actor], object]) -> None:
-        self.store = store
+    def __init__(self, work: Callable[[Actor], object]) -> None:
         self.work = work
         self.request: tuple[str, str] | None = None
         self.verdict: str | None = None
@@ -48,6 +48,8 @@ class Actor:
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
         self.thread.start()
         self._stopped.acquire()
 
@@ -86,7 +88,18 @@ class Actor:
             self.advance()
 
 
-VERDICTS = st.sampled_from([None] * 8 + ["crash", "crash after", "crash within", "reset", "lost", "busy", "stale", "truncate"])
+VERDICTS = st.sampled_from(
+    [None] * 8 + ["crash", "crash after", "crash within", "reset", "lost", "busy", "stale", "truncate"]
+)
+
+
+class OneThread(contextlib.nullcontext):
+    """In place of a thread pool: an actor is one thread."""
+
+    def __enter__(self) -> OneThread:
+        return self
+
+    map = staticmethod(map)
 
 
 class ExactlyOnce(RuleBasedStateMachine):
@@ -106,7 +119,6 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.checked: dict[str, bytes] = {}
         self.covered: dict[int, set[int]] = {i: set() for i in range(len(rows))}
         self.failures: list[str] = []
-        self.doomed: Actor | None = None
 
     # What an actor does
 
@@ -126,7 +138,9 @@ class ExactlyOnce(RuleBasedStateMachine):
         one.seal(carried(partition, rows), SCHEMA)
 
     def one_run(self, actor: Actor, who: str, flush_rows: int, step: int) -> None:
-        identity.pin(self.folder, Identity(self.plan.plan_hash, JOB_HASH, {"a": 1}, "model", "0", created="now"))
+        identity.pin(
+            self.folder, Identity(self.plan.plan_hash, JOB_HASH, {"a": 1}, "model", "0", created="now")
+        )
         committed = state.scan(self.folder, self.plan).committed
         for partition in range(len(self.rows)):
             if not committed[partition]:
@@ -135,23 +149,22 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     # The search
 
-    @rule(data=st.data(), flush_rows=st.integers(1, 4), step=st.integers(1, 3))
+    @rule(
+        kind=st.sampled_from(["attempt", "attempt", "attempt", "run", "run", "clean"]),
+        partition=st.integers(0, 2),
+        flush_rows=st.integers(1, 4),
+        step=st.integers(1, 3),
+    )
     @precondition(lambda self: sum(not a.done for a in self.actors) < 4)
-    def start_attempt(self, data: st.DataObject, flush_rows: int, step: int) -> None:
-        partition = data.draw(st.integers(0, len(self.rows) - 1))
+    def start_actor(self, kind: str, partition: int, flush_rows: int, step: int) -> None:
         who = self.name()
-        self.spawn(lambda actor: self.one_attempt(actor, partition, who, flush_rows, step))
-
-    @rule(flush_rows=st.integers(1, 4), step=st.integers(1, 3))
-    @precondition(lambda self: sum(not a.done for a in self.actors) < 4)
-    def start_run(self, flush_rows: int, step: int) -> None:
-        who = self.name()
-        self.spawn(lambda actor: self.one_run(actor, who, flush_rows, step))
-
-    @rule()
-    @precondition(lambda self: sum(not a.done for a in self.actors) < 4)
-    def start_clean(self) -> None:
-        self.spawn(lambda actor: verify.clean(self.folder, self.plan))
+        if kind == "attempt":
+            some = partition % len(self.rows)
+            self.spawn(lambda actor: self.one_attempt(actor, some, who, flush_rows, step))
+        elif kind == "run":
+            self.spawn(lambda actor: self.one_run(actor, who, flush_rows, step))
+        else:
+            self.spawn(lambda actor: verify.clean(self.folder, self.plan))
 
     @rule(data=st.data(), requests=st.integers(1, 6), verdict=VERDICTS)
     @precondition(lambda self: any(not a.done for a in self.actors))
@@ -175,9 +188,9 @@ class ExactlyOnce(RuleBasedStateMachine):
         actor.advance(verdict)
 
     def spawn(self, work: Callable[[Actor], object]) -> None:
-        self.starting = True
-        self.actors.append(Actor.__new__(Actor))
-        self.actors[-1].__init__(self.store, work)
+        actor = Actor(work)
+        self.actors.append(actor)
+        actor.start()
 
     def name(self) -> str:
         self.started += 1
@@ -188,7 +201,7 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     def me(self) -> Actor:
         current = threading.current_thread()
-        return next(a for a in self.actors if a.__dict__.get("thread") is current)
+        return next(a for a in self.actors if a.thread is current)
 
     # What must hold
 
@@ -213,7 +226,9 @@ class ExactlyOnce(RuleBasedStateMachine):
         for key, data in self.store.objects.items():
             if f"/{self.plan.stage(partition)}" in key:
                 try:
-                    table = chunk.decode(data, Origin(self.plan.plan_hash, JOB_HASH, partition), self.rows[partition])
+                    table = chunk.decode(
+                        data, Origin(self.plan.plan_hash, JOB_HASH, partition), self.rows[partition]
+                    )
                 except BadChunk:
                     continue
                 rows.update(table["row"].to_pylist())
@@ -286,12 +301,14 @@ class ExactlyOnce(RuleBasedStateMachine):
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "FIRST_WAIT", 0)
+    monkeypatch.setattr(manifest, "ThreadPoolExecutor", OneThread)
 
 
 ExactlyOnce.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=400,
+    phases=[Phase.generate],
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
