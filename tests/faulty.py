@@ -1,6 +1,6 @@
 """`faulty://name/...`: an object store in memory whose every request can be made to go wrong, on purpose.
 
-What it assumes of a real store: one put is one step, so an object is always one that some put was given in full.
+What it assumes of a real store: one put is one step, so every object is one that some put was given in full.
 `truncate` breaks even that, for the tests of readers that must notice. A request is named by its operation
 ("find", "info", "read", "put", "create", "delete") and key.
 """
@@ -65,14 +65,12 @@ class FaultyStore:
                 raise OSError(errno.ENOSPC, "no space left on device")
             if fault == "denied":
                 raise PermissionError(errno.EACCES, "ExpiredToken")
-            if fault == "stale":
-                return effect(dict(self.previous))
             before = dict(self.objects)
             try:
                 if fault == "truncate":
                     prefix(self.objects)
                     raise ConnectionResetError(errno.ECONNRESET, "reset in the middle of the body")
-                result = effect(self.objects)
+                result = effect(dict(self.previous) if fault == "stale" else self.objects)
             finally:
                 if self.objects != before:
                     self.previous = before
