@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -69,6 +70,7 @@ def wrap_client(place: Folder, method: str, around: object) -> None:
     fs.connect()
     original = getattr(fs._s3, method)
 
+    @functools.wraps(original)
     async def wrapped(**kw: object) -> object:
         return await around(original, **kw)  # type: ignore[operator]
 
@@ -237,5 +239,4 @@ def test_how_many_requests_a_partition_costs_on_s3(place: Folder) -> None:
 
     fs._s3.meta.events.register("before-call.s3", note)
     commit(place, layout(1), 0, 6)
-    assert requests.count("PutObject") == 1
-    assert len(requests) <= 8, requests
+    assert requests == ["ListObjectsV2", "HeadObject", "PutObject", "HeadObject"]

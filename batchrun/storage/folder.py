@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from batchrun.errors import OutputError, StorageError
 from batchrun.storage.faults import is_transient, is_unauthorised, one_line
 from batchrun.storage.local import LocalStore
-from batchrun.storage.remote import RemoteStore
+from batchrun.storage.remote import remote_store
 from batchrun.storage.store import Data, NotFound, Store, Unconditional
 
 T = TypeVar("T")
@@ -183,5 +183,5 @@ def _store(url: str, options: Mapping[str, Any], renew: bool = False) -> Store:
         if renew or place not in _stores:
             own = {"use_listings_cache": False, "skip_instance_cache": True}
             fs, root = fsspec.core.url_to_fs(url, **{**own, **options})
-            _stores[place] = LocalStore(root) if isinstance(fs, LocalFileSystem) else RemoteStore(fs, root)
+            _stores[place] = LocalStore(root) if isinstance(fs, LocalFileSystem) else remote_store(fs, root)
         return _stores[place]
