@@ -18,7 +18,7 @@ import pytest
 from faulty import new_store
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, layout, unique
 
 from batchrun.errors import BatchrunError
@@ -92,6 +92,14 @@ VERDICTS = st.sampled_from(
     [None] * 8 + ["crash", "crash after", "crash within", "reset", "lost", "busy", "stale", "truncate"]
 )
 
+# What it does, at which partition, and how many rows it stages and generates at once.
+ACTORS = st.tuples(
+    st.sampled_from(["attempt", "attempt", "attempt", "run", "run", "clean"]),
+    st.integers(0, 2),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+
 
 class OneThread(contextlib.nullcontext):
     """In place of a thread pool: an actor is one thread."""
@@ -103,8 +111,12 @@ class OneThread(contextlib.nullcontext):
 
 
 class ExactlyOnce(RuleBasedStateMachine):
-    @initialize(rows=st.lists(st.integers(0, 6), min_size=1, max_size=3), conditional=st.booleans())
-    def start(self, rows: list[int], conditional: bool) -> None:
+    @initialize(
+        rows=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+        actors=st.lists(ACTORS, min_size=2, max_size=4),
+        conditional=st.booleans(),
+    )
+    def start(self, rows: list[int], actors: list[tuple[str, int, int, int]], conditional: bool) -> None:
         name = unique()
         self.rows = rows
         self.plan = layout(len(rows))
@@ -119,6 +131,8 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.checked: dict[str, bytes] = {}
         self.covered: dict[int, set[int]] = {i: set() for i in range(len(rows))}
         self.failures: list[str] = []
+        for actor in actors:
+            self.start_one(*actor)
 
     # What an actor does
 
@@ -149,32 +163,26 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     # The search
 
-    @rule(
-        kind=st.sampled_from(["attempt", "attempt", "attempt", "run", "run", "clean"]),
-        partition=st.integers(0, 2),
-        flush_rows=st.integers(1, 4),
-        step=st.integers(1, 3),
-    )
-    @precondition(lambda self: sum(not a.done for a in self.actors) < 4)
-    def start_actor(self, kind: str, partition: int, flush_rows: int, step: int) -> None:
-        who = self.name()
-        if kind == "attempt":
-            some = partition % len(self.rows)
-            self.spawn(lambda actor: self.one_attempt(actor, some, who, flush_rows, step))
-        elif kind == "run":
-            self.spawn(lambda actor: self.one_run(actor, who, flush_rows, step))
-        else:
-            self.spawn(lambda actor: verify.clean(self.folder, self.plan))
+    @rule(actor=ACTORS)
+    def start_actor(self, actor: tuple[str, int, int, int]) -> None:
+        if sum(not one.done for one in self.actors) < 4:
+            self.start_one(*actor)
 
-    @rule(data=st.data(), requests=st.integers(1, 6), verdict=VERDICTS)
-    @precondition(lambda self: any(not a.done for a in self.actors))
-    def go_on(self, data: st.DataObject, requests: int, verdict: str | None) -> None:
-        actor = data.draw(st.sampled_from([a for a in self.actors if not a.done]))
-        for _ in range(requests - 1):
-            if not actor.done:
-                self.advance(actor, None)
-        if not actor.done:
-            self.advance(actor, verdict)
+    def start_one(self, kind: str, partition: int, flush_rows: int, step: int) -> None:
+        who, some = self.name(), partition % len(self.rows)
+        work: dict[str, Callable[[Actor], object]] = {
+            "attempt": lambda actor: self.one_attempt(actor, some, who, flush_rows, step),
+            "run": lambda actor: self.one_run(actor, who, flush_rows, step),
+            "clean": lambda actor: verify.clean(self.folder, self.plan),
+        }
+        self.spawn(work[kind])
+
+    @rule(which=st.integers(0, 3), requests=st.integers(1, 6), verdict=VERDICTS)
+    def go_on(self, which: int, requests: int, verdict: str | None) -> None:
+        for request in range(requests):
+            alive = [actor for actor in self.actors if not actor.done]
+            if alive:
+                self.advance(alive[which % len(alive)], verdict if request == requests - 1 else None)
 
     def advance(self, actor: Actor, verdict: str | None) -> None:
         assert actor.request is not None
