@@ -59,7 +59,7 @@ def read(folder: Folder) -> Identity | None:
         OutputError: job.json is damaged.
         ChangedError: another version of batchrun wrote it in another format.
     """
-    where = f"{folder.name.rstrip('/')}/{JOB}"
+    where = folder.where(JOB)
     try:
         values = document.decode(folder.read(JOB))
         if values["format"] != FORMAT:

@@ -78,8 +78,12 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=HEARTBEAT)
-        if self._is_ours():
-            self.folder.delete([LEASE])
+        try:
+            if self._is_ours():
+                self.folder.delete([LEASE])
+        except BatchrunError as problem:
+            # It expires by itself, and must not hide why the run ended.
+            log.warning("the lease could not be given back: %s", problem)
 
     def _acquire(self) -> None:
         if self.folder.put_if_absent(LEASE, self._document()) or self._is_ours():

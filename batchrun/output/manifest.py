@@ -83,7 +83,7 @@ def read(folder: Folder) -> Manifest | None:
     except NotFound:
         return None
     except (Damaged, KeyError, TypeError) as error:
-        where = f"{folder.name.rstrip('/')}/{MANIFEST}"
+        where = folder.where(MANIFEST)
         raise OutputError(f"damaged ({error})", where, "delete it and run again") from error
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchrun.errors import ChangedError, OutputError
+from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output.chunk import ANSWERS
 from batchrun.storage import Folder, NotFound
 
@@ -98,6 +98,7 @@ def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
     Raises:
         FileNotFoundError: there is no such part.
         OutputError: it is no whole part of batchrun's.
+        StorageError: it vanished in between.
     """
     size = folder.size(key) if size is None else size
     if size is None:
@@ -106,9 +107,9 @@ def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
         metadata = _read_footer(folder, key, size)
         values = json.loads(metadata.metadata[b"batchrun"])
         summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
+    except NotFound as error:
+        raise StorageError("it was there and is gone", folder.where(key), "run again") from error
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise damaged(folder, key, "not a whole part of batchrun's") from error
     if metadata.num_rows != summary.rows or summary.ok + summary.failed != summary.rows:
         raise damaged(folder, key, f"{metadata.num_rows} rows where its own count says {summary.rows}")
@@ -116,7 +117,7 @@ def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
 
 
 def damaged(folder: Folder, key: str, what: str) -> OutputError:
-    return OutputError(what, f"{folder.name.rstrip('/')}/{key}", "delete this file and run again")
+    return OutputError(what, folder.where(key), "delete this file and run again")
 
 
 def _beside(

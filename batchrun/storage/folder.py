@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from batchrun.errors import OutputError, StorageError
 from batchrun.storage.faults import is_transient, is_unauthorised, one_line
 from batchrun.storage.local import LocalStore
-from batchrun.storage.remote import RemoteStore
+from batchrun.storage.remote import remote_store
 from batchrun.storage.store import Data, NotFound, Store, Unconditional
 
 T = TypeVar("T")
@@ -37,8 +37,8 @@ class Folder:
     """Small and picklable; all folders of a process with the same URL share one client.
 
     Keys are relative, with "/" between names. Any call may raise StorageError: after `PATIENCE` seconds of
-    jittered back-off where the store is only busy, at once where waiting cannot help. An object is only written
-    as one complete put, since an exception inside an open fsspec writer publishes what was written so far.
+    jittered back-off where the store is only busy, at once where waiting cannot help. An object is written as
+    one complete put, since an exception inside an open fsspec writer publishes what was written so far.
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
@@ -55,7 +55,7 @@ class Folder:
         return f"{self.name.rstrip('/')}/{key}"
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        """Every key that starts with `prefix`, at any depth, and its size in bytes; never a cached listing."""
+        """Every key that starts with `prefix`, at any depth, and its size in bytes; never cached."""
         parent = prefix.rpartition("/")[0]
         found = self._patiently(prefix, lambda store: store.find(parent))
         return {key: size for key, size in found.items() if key.startswith(prefix)}
@@ -72,7 +72,7 @@ class Folder:
         return self.size(key) is not None
 
     def modified(self, key: str) -> float | None:
-        """When the object was written, by the store's clock (Unix seconds); None where it cannot say."""
+        """When the object was written, by the store's clock (Unix time); None where it cannot say."""
         return self._patiently(key, lambda store: store.modified(key))
 
     def put(self, key: str, data: Data) -> None:
@@ -82,8 +82,8 @@ class Folder:
     def put_if_absent(self, key: str, data: Data) -> bool:
         """Writes the whole object unless the key is there; whether this call is known to have written it.
 
-        False may also mean that an earlier try of this very call succeeded and its acknowledgement was lost: who
-        must know reads the object. A store without conditional create is asked first, then written to.
+        False may also mean that an earlier try of this very call succeeded and its acknowledgement was lost:
+        who must know reads the object. A store without conditional create is asked first, then written to.
         """
         try:
             return self._patiently(key, lambda store: store.create(key, data))
@@ -183,5 +183,5 @@ def _store(url: str, options: Mapping[str, Any], renew: bool = False) -> Store:
         if renew or place not in _stores:
             own = {"use_listings_cache": False, "skip_instance_cache": True}
             fs, root = fsspec.core.url_to_fs(url, **{**own, **options})
-            _stores[place] = LocalStore(root) if isinstance(fs, LocalFileSystem) else RemoteStore(fs, root)
+            _stores[place] = LocalStore(root) if isinstance(fs, LocalFileSystem) else remote_store(fs, root)
         return _stores[place]

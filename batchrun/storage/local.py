@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,8 +23,8 @@ NOT_THERE = (FileNotFoundError, NotADirectoryError)
 class LocalStore:
     """Objects come into place by a rename, or a hard link, of a synced temporary file.
 
-    `link` fails where the name is taken, on network file systems too. fsspec's own local `mode="create"` looks
-    first and writes later, so that several callers win.
+    `link` fails where the name is taken, on network file systems too. fsspec's own local `mode="create"`
+    looks first and writes later, so that several callers win.
     """
 
     def __init__(self, root: str) -> None:
@@ -89,9 +90,10 @@ class LocalStore:
 
     def _status(self, key: str) -> os.stat_result | None:
         try:
-            return (self.root / key).stat()
+            status = (self.root / key).stat()
         except NOT_THERE:
             return None
+        return status if stat.S_ISREG(status.st_mode) else None
 
     @contextmanager
     def _temporary(self, data: Data) -> Iterator[Path]:

@@ -35,7 +35,7 @@ class RemoteStore:
     def find(self, parent: str) -> dict[str, int]:
         self.fs.invalidate_cache()
         try:
-            found = self.fs.find(self._path(parent), detail=True)
+            found = self._listing(parent)
         except FileNotFoundError:
             return {}
         skip = len(self.root) + 1
@@ -98,16 +98,10 @@ class RemoteStore:
                     self.fs.rm_file(self._path(key))
 
     def abort_uploads(self) -> int:
-        if not hasattr(self.fs, "list_multipart_uploads"):
-            return 0
-        bucket, key, _ = self.fs.split_path(self.root)
-        below = f"{key}/" if key else ""
-        found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=below)
-        uploads = [(upload["Key"], upload["UploadId"]) for upload in found.get("Uploads", [])]
-        for name, upload_id in uploads:
-            with suppress(FileNotFoundError):
-                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload_id)
-        return len(uploads)
+        return 0
+
+    def _listing(self, parent: str) -> dict[str, dict[str, Any]]:
+        return self.fs.find(self._path(parent), detail=True)
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}".rstrip("/")
@@ -122,3 +116,35 @@ class RemoteStore:
             self.fs.pipe_file(path, data.read_bytes(), **how)
         else:
             self.fs.put_file(str(data), path, **how)
+
+
+class S3Store(RemoteStore):
+    """S3 without the requests that s3fs spends on telling a missing file from a folder."""
+
+    def size(self, key: str) -> int | None:
+        bucket, name, _ = self.fs.split_path(self._path(key))
+        try:
+            return int(
+                self.fs.call_s3("head_object", self.fs.req_kw, Bucket=bucket, Key=name)["ContentLength"]
+            )
+        except FileNotFoundError:
+            return None
+
+    def abort_uploads(self) -> int:
+        bucket, key, _ = self.fs.split_path(self.root)
+        below = f"{key}/" if key else ""
+        found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=below)
+        uploads = [(upload["Key"], upload["UploadId"]) for upload in found.get("Uploads", [])]
+        for name, upload_id in uploads:
+            with suppress(FileNotFoundError):
+                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload_id)
+        return len(uploads)
+
+    def _listing(self, parent: str) -> dict[str, dict[str, Any]]:
+        if not parent:
+            return super()._listing(parent)
+        return self.fs.find(self.root, prefix=f"{parent}/", detail=True)
+
+
+def remote_store(fs: Any, root: str) -> RemoteStore:
+    return S3Store(fs, root) if hasattr(fs, "call_s3") else RemoteStore(fs, root)

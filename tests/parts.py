@@ -1,0 +1,80 @@
+"""Tiny plans for the tests of the output: partitions of numbered rows, answers that say whose they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from batchrun.job import OutputSettings
+from batchrun.output.attempt import Attempt, Receipt
+from batchrun.output.chunk import ANSWERS
+from batchrun.output.layout import Layout
+from batchrun.storage import Folder
+
+PLAN_HASH = "abcdef0123456789" * 4
+JOB_HASH = "0123456789abcdef" * 4
+SCHEMA = pa.schema([pa.field("id", pa.string()), pa.field("n", pa.int64())])
+
+_names = itertools.count()
+
+
+def unique(prefix: str = "store") -> str:
+    return f"{prefix}-{next(_names)}"
+
+
+def layout(partitions: int) -> Layout:
+    return Layout(PLAN_HASH, partitions)
+
+
+def settings(**kw: object) -> OutputSettings:
+    return OutputSettings(**{"path": "unused", "compression": "none", **kw})
+
+
+def carried(partition: int, rows: int, batch_rows: int = 2) -> Iterator[pa.RecordBatch]:
+    """The partition's input: ids that name partition and offset; every third number is null."""
+    table = pa.table(
+        {
+            "id": [f"{partition}/{row}" for row in range(rows)],
+            "n": pa.array([None if row % 3 == 2 else row for row in range(rows)], pa.int64()),
+        },
+        schema=SCHEMA,
+    )
+    return iter(table.to_batches(max_chunksize=batch_rows))
+
+
+def answers(partition: int, rows: Iterable[int], who: str = "", failed: Sequence[int] = ()) -> pa.Table:
+    """Answers to these offsets, in this order."""
+    offsets = [int(row) for row in rows]
+    bad = np.isin(offsets, list(failed)) if offsets else np.zeros(0, bool)
+    return pa.table(
+        {
+            "row": offsets,
+            "answer": [None if b else f"{partition}/{r} by {who}" for r, b in zip(offsets, bad, strict=True)],
+            "finish_reason": ["error" if b else "stop" for b in bad],
+            "prompt_tokens": [3] * len(offsets),
+            "output_tokens": [0 if b else 2 for b in bad],
+            "status": ["failed" if b else "ok" for b in bad],
+            "error": ["PROMPT_TOO_LONG: 9: of 8" if b else None for b in bad],
+        },
+        schema=ANSWERS,
+    )
+
+
+def attempt(folder: Folder, plan: Layout, partition: int, rows: int, who: str, **kw: object) -> Attempt:
+    return Attempt(folder, plan, JOB_HASH, partition, rows, who, settings(**kw))
+
+
+def commit(folder: Folder, plan: Layout, partition: int, rows: int, who: str = "a", **kw: object) -> Receipt:
+    """A whole attempt, two rows at a time."""
+    one = attempt(folder, plan, partition, rows, who, **kw)
+    receipt = one.open()
+    if receipt is not None:
+        return receipt
+    missing = one.missing
+    for start in range(0, len(missing), 2):
+        one.add(answers(partition, missing[start : start + 2], who))
+        one.maybe_flush()
+    return one.seal(carried(partition, rows), SCHEMA)

@@ -1,0 +1,327 @@
+"""The invariants of the output, under every interleaving, crash and fault that a search finds.
+
+The real code runs in threads that stop before each request to the store until the search lets one go on.
+So a schedule is a list of choices, and a failure is replayed exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faulty import new_store
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from parts import JOB_HASH, SCHEMA, answers, attempt, carried, layout, unique
+
+from batchrun.errors import BatchrunError
+from batchrun.output import chunk, identity, manifest, state, verify
+from batchrun.output.chunk import BadChunk, Origin
+from batchrun.output.identity import Identity
+from batchrun.output.layout import MANIFEST, STAGE
+from batchrun.storage import Folder, folder
+
+
+class Crash(BaseException):
+    """The process is gone: nothing catches this, and no request gets through any more."""
+
+
+class Actor:
+    """A process of the model: it runs up to its next request, and waits there for what becomes of it."""
+
+    def __init__(self, work: Callable[[Actor], object]) -> None:
+        self.work = work
+        self.request: tuple[str, str] | None = None
+        self.verdict: str | None = None
+        self.crashed = False
+        self.done = False
+        self.error: BaseException | None = None
+        self.seen: set[str] = set()
+        self.listed: dict[int, set[int]] = {}
+        self._go = threading.Semaphore(0)
+        self._stopped = threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+        self._stopped.acquire()
+
+    def _run(self) -> None:
+        try:
+            self.work(self)
+        except Crash:
+            self.crashed = True
+        except BatchrunError as error:
+            self.error = error
+        except BaseException as error:  # handed to the search, which fails on it
+            self.error = error
+        self.done = True
+        self.request = None
+        self._stopped.release()
+
+    def ask(self, operation: str, key: str) -> str | None:
+        """Called in the actor's thread: what becomes of this request."""
+        if self.crashed:
+            raise Crash
+        self.request = (operation, key)
+        self._stopped.release()
+        self._go.acquire()
+        if self.verdict == "crash":
+            self.crashed = True
+            raise Crash
+        return self.verdict
+
+    def advance(self, verdict: str | None = None) -> None:
+        self.verdict = verdict
+        self._go.release()
+        self._stopped.acquire()
+
+    def finish(self) -> None:
+        while not self.done:
+            self.advance()
+
+
+VERDICTS = st.sampled_from(
+    [None] * 8 + ["crash", "crash after", "crash within", "reset", "lost", "busy", "stale", "truncate"]
+)
+
+# What it does, at which partition, and how many rows it stages and generates at once.
+ACTORS = st.tuples(
+    st.sampled_from(["attempt", "attempt", "attempt", "run", "run", "clean"]),
+    st.integers(0, 2),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+
+
+class OneThread(contextlib.nullcontext):
+    """In place of a thread pool: an actor is one thread."""
+
+    def __enter__(self) -> OneThread:
+        return self
+
+    map = staticmethod(map)
+
+
+class ExactlyOnce(RuleBasedStateMachine):
+    @initialize(
+        rows=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+        actors=st.lists(ACTORS, min_size=2, max_size=4),
+        conditional=st.booleans(),
+    )
+    def start(self, rows: list[int], actors: list[tuple[str, int, int, int]], conditional: bool) -> None:
+        name = unique()
+        self.rows = rows
+        self.plan = layout(len(rows))
+        self.store = new_store(name)
+        self.store.conditional = conditional
+        self.store.gate = self.gate
+        self.store.after = self.observe
+        self.root = f"{name}/out"
+        self.folder = Folder(f"faulty://{self.root}")
+        self.actors: list[Actor] = []
+        self.started = 0
+        self.checked: dict[str, bytes] = {}
+        self.covered: dict[int, set[int]] = {i: set() for i in range(len(rows))}
+        self.failures: list[str] = []
+        for actor in actors:
+            self.start_one(*actor)
+
+    # What an actor does
+
+    def one_attempt(self, actor: Actor, partition: int, who: str, flush_rows: int, step: int) -> None:
+        rows = self.rows[partition]
+        one = attempt(self.folder, self.plan, partition, rows, who, flush_rows=flush_rows)
+        actor.listed.pop(partition, None)
+        if one.open() is not None:
+            return
+        missing = one.missing[::-1]
+        again = actor.listed[partition] & set(missing.tolist())
+        if again:
+            self.failures.append(f"{who} generates {again} of {partition} again")
+        for start in range(0, len(missing), step):
+            one.add(answers(partition, missing[start : start + step], who))
+            one.maybe_flush()
+        one.seal(carried(partition, rows), SCHEMA)
+
+    def one_run(self, actor: Actor, who: str, flush_rows: int, step: int) -> None:
+        identity.pin(
+            self.folder, Identity(self.plan.plan_hash, JOB_HASH, {"a": 1}, "model", "0", created="now")
+        )
+        committed = state.scan(self.folder, self.plan).committed
+        for partition in range(len(self.rows)):
+            if not committed[partition]:
+                self.one_attempt(actor, partition, f"{who}.{partition}", flush_rows, step)
+        manifest.write(self.folder, self.plan, JOB_HASH, self.rows)
+
+    # The search
+
+    @rule(actor=ACTORS)
+    def start_actor(self, actor: tuple[str, int, int, int]) -> None:
+        if sum(not one.done for one in self.actors) < 4:
+            self.start_one(*actor)
+
+    def start_one(self, kind: str, partition: int, flush_rows: int, step: int) -> None:
+        who, some = self.name(), partition % len(self.rows)
+        work: dict[str, Callable[[Actor], object]] = {
+            "attempt": lambda actor: self.one_attempt(actor, some, who, flush_rows, step),
+            "run": lambda actor: self.one_run(actor, who, flush_rows, step),
+            "clean": lambda actor: verify.clean(self.folder, self.plan),
+        }
+        self.spawn(work[kind])
+
+    @rule(which=st.integers(0, 3), requests=st.integers(1, 6), verdict=VERDICTS)
+    def go_on(self, which: int, requests: int, verdict: str | None) -> None:
+        for request in range(requests):
+            alive = [actor for actor in self.actors if not actor.done]
+            if alive:
+                self.advance(alive[which % len(alive)], verdict if request == requests - 1 else None)
+
+    def advance(self, actor: Actor, verdict: str | None) -> None:
+        assert actor.request is not None
+        operation, key = actor.request
+        staging = operation == "put" and STAGE in key
+        if verdict in ("truncate", "crash within") and not staging:
+            verdict = {"truncate": "reset", "crash within": "crash"}[verdict]
+        if verdict == "stale" and operation not in ("find", "info"):
+            verdict = None
+        if verdict in ("crash after", "crash within"):
+            actor.crashed = True
+            verdict = "lost" if verdict == "crash after" else "truncate"
+        actor.advance(verdict)
+
+    def spawn(self, work: Callable[[Actor], object]) -> None:
+        actor = Actor(work)
+        self.actors.append(actor)
+        actor.start()
+
+    def name(self) -> str:
+        self.started += 1
+        return f"a{self.started}"
+
+    def gate(self, operation: str, key: str) -> str | None:
+        return self.me().ask(operation, key)
+
+    def me(self) -> Actor:
+        current = threading.current_thread()
+        return next(a for a in self.actors if a.thread is current)
+
+    # What must hold
+
+    def observe(self, operation: str, key: str, result: Any) -> None:
+        """Right after a request took effect, before anybody else's next one."""
+        actor = self.me()
+        key = key.removeprefix(f"{self.root}/")
+        if operation == "info":
+            actor.seen.add(key)
+        if operation == "find":
+            actor.seen.update(name.removeprefix(f"{self.root}/") for name in result)
+            for partition in range(len(self.rows)):
+                if key.rstrip("/") == self.plan.stage(partition).rstrip("/"):
+                    actor.listed.setdefault(partition, self.staged(partition, result))
+        if operation == "delete" and (partition := self.plan.partition_of_chunk(key)) is not None:
+            part = self.plan.part(partition)
+            if part not in actor.seen or f"{self.root}/{part}" not in self.store.objects:
+                self.failures.append(f"{key} deleted before its part was seen")
+
+    def staged(self, partition: int, keys: Collection[str] | None = None) -> set[int]:
+        """Rows that are durable in whole chunks, or in those of them that `keys` names."""
+        rows: set[int] = set()
+        for key, data in self.store.objects.items():
+            if f"/{self.plan.stage(partition)}" in key and (keys is None or key in keys):
+                try:
+                    table = chunk.decode(
+                        data, Origin(self.plan.plan_hash, JOB_HASH, partition), self.rows[partition]
+                    )
+                except BadChunk:
+                    continue
+                rows.update(table["row"].to_pylist())
+        return rows
+
+    @invariant()
+    def parts_are_whole_and_of_the_plan(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        keys = {f"{self.root}/{self.plan.part(i)}": i for i in range(len(self.rows))}
+        for key, data in self.store.objects.items():
+            if "/data/" not in key or self.checked.get(key) is data:
+                continue
+            assert key in keys
+            self.check_part(keys[key], data)
+            self.checked[key] = data
+
+    def check_part(self, partition: int, data: bytes) -> None:
+        table = pq.read_table(pa.BufferReader(data))
+        rows = self.rows[partition]
+        assert table["id"].to_pylist() == [f"{partition}/{row}" for row in range(rows)]
+        assert [answer.split(" ")[0] for answer in table["answer"].to_pylist()] == table["id"].to_pylist()
+
+    @invariant()
+    def durable_coverage_never_shrinks(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for partition, before in self.covered.items():
+            there = f"{self.root}/{self.plan.part(partition)}" in self.store.objects
+            now = set(range(self.rows[partition])) if there else self.staged(partition)
+            assert before <= now
+            self.covered[partition] = now
+
+    @invariant()
+    def a_manifest_means_that_all_parts_are_there(self) -> None:
+        if hasattr(self, "store") and f"{self.root}/{MANIFEST}" in self.store.objects:
+            for partition in range(len(self.rows)):
+                assert f"{self.root}/{self.plan.part(partition)}" in self.store.objects
+
+    @invariant()
+    def nobody_misbehaved(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        assert not self.failures
+        for actor in self.actors:
+            assert actor.error is None or isinstance(actor.error, BatchrunError), repr(actor.error)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for actor in self.actors:
+            while not actor.done:
+                self.advance(actor, "crash")
+        self.spawn(lambda actor: self.one_run(actor, self.name(), 2, 2))
+        self.actors[-1].finish()
+        assert self.actors[-1].error is None
+        self.parts_are_whole_and_of_the_plan()
+        assert len(self.checked) == len(self.rows)
+        self.a_repeated_run_writes_nothing()
+
+    def a_repeated_run_writes_nothing(self) -> None:
+        objects = dict(self.store.objects)
+        first = len(self.store.requests)
+        self.spawn(lambda actor: self.one_run(actor, self.name(), 2, 2))
+        self.actors[-1].finish()
+        assert self.actors[-1].error is None
+        assert {operation for operation, _ in self.store.requests[first:]} <= {"find", "info", "read"}
+        assert self.store.objects == objects
+        assert json.loads(objects[f"{self.root}/{MANIFEST}"])["rows"] == sum(self.rows)
+
+
+@pytest.fixture(autouse=True)
+def _one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "FIRST_WAIT", 0)
+    monkeypatch.setattr(manifest, "ThreadPoolExecutor", OneThread)
+
+
+ExactlyOnce.TestCase.settings = settings(
+    max_examples=300,
+    phases=[Phase.generate],
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestExactlyOnce = ExactlyOnce.TestCase
