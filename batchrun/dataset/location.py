@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import fsspec
@@ -97,7 +98,7 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
     fs.invalidate_cache()
     try:
         files = _list(fs, inner)
-    except OSError as error:
+    except Exception as error:  # every store's client has errors of its own
         raise InputError(
             f"cannot be listed ({type(error).__name__}: {error})", path, "check path and access"
         ) from None
@@ -142,8 +143,10 @@ def _hidden(name: str) -> bool:
 
 
 def _found(path: str, info: Mapping[str, Any]) -> Found:
-    version = next((str(info[key]).strip('"') for key in _VERSION_KEYS if info.get(key) is not None), "")
-    return Found(path, int(info["size"]), version)
+    version = next((info[key] for key in _VERSION_KEYS if info.get(key) is not None), "")
+    if isinstance(version, datetime):  # listings and single answers of one store may differ in this
+        version = version.timestamp()
+    return Found(path, int(info["size"]), str(version).strip('"'))
 
 
 def _full(asked: str, fs: fsspec.AbstractFileSystem, inner: str) -> str:
