@@ -182,7 +182,7 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
         [name, info["size"], str(info.get("ETag") or info.get("mtime"))] for name, info in listing.items()
     ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchrun" / "models"
-    target = cache / stable_hash([url, versions])[:32]
+    target = cache / stable_hash([url.rstrip("/"), versions])[:32]
     if target.is_dir():
         return str(target)
     cache.mkdir(parents=True, exist_ok=True)
