@@ -177,18 +177,28 @@ def test_several_at_once_download_one_copy_without_a_trace_of_the_others(
 ) -> None:
     fs = fsspec.filesystem("memory")
     fs.put(str(model) + "/", "/models/shared/", recursive=True)
-    together, get_file = threading.Barrier(3), MemoryFileSystem.get_file
+    together, one, get_file = threading.Barrier(3), threading.Lock(), MemoryFileSystem.get_file
 
     def get_together(self: Any, source: str, *rest: Any) -> None:
         if source.endswith("/config.json"):
             together.wait(30)  # all of them have seen that there is no copy yet
-        get_file(self, source, *rest)
+        with one:  # readers of one file in memory share its position
+            get_file(self, source, *rest)
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", get_together)
     with ThreadPoolExecutor(3) as pool:
         found = set(pool.map(resolve, [settings_of("memory://models/shared")] * 3))
     cache = tmp_path / "cache" / "batchrun" / "models"
     assert [str(p) for p in cache.iterdir()] == [folder.path for folder in found]
+
+
+def test_a_download_that_arrives_short_is_no_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").put(str(model) + "/", "/models/short/", recursive=True)
+    monkeypatch.setattr(
+        MemoryFileSystem, "get_file", lambda self, source, target: Path(target).write_bytes(b"{}")
+    )
+    with pytest.raises(ModelError, match=r"arrived with 2 of \d+ bytes"):
+        resolve(settings_of("memory://models/short"))
 
 
 def test_a_download_that_breaks_off_leaves_nothing_behind(

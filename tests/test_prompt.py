@@ -69,7 +69,8 @@ def test_messages_go_through_the_chat_template_once() -> None:
     messages = [Message(role="system", content="Be brief."), Message(role="user", content="Q: {{ q }}")]
     (row,) = build(batch, messages=messages)
     assert text_of(row) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ: Why?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nQ: Why?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -199,6 +200,12 @@ def test_invalid_utf8_in_one_message_is_the_fault_of_its_row_alone() -> None:
         [pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), items)], ["chat"]
     )
     assert codes(build(batch, column="chat")) == [None, "INVALID_UTF8", None]
+
+
+def test_half_a_surrogate_pair_is_the_fault_of_its_row_alone() -> None:
+    batch = batch_of(t=["a", "b"])
+    template = "{{ t }}{% if t == 'a' %}{{ '\\ud83d' }}{% endif %}"
+    assert codes(build(batch, template=template)) == ["INVALID_UTF8", None]
 
 
 def test_a_template_error_is_the_fault_of_its_row_alone() -> None:

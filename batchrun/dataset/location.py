@@ -58,6 +58,14 @@ def stat(path: str, storage_options: Mapping[str, Any]) -> Found:
     return _found(path, fs.info(inner))
 
 
+def version_of(info: Mapping[str, Any]) -> str:
+    """What fsspec's answer about a file says about its content's version; empty when it says nothing."""
+    version = next((info[key] for key in _VERSION_KEYS if info.get(key) is not None), "")
+    if isinstance(version, datetime):  # listings and single answers of one store may differ in this
+        version = version.timestamp()
+    return str(version).strip('"')
+
+
 def filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a path or URL, and the path inside it."""
     protocol = path.partition("://")[0] if "://" in path else "file"
@@ -143,10 +151,7 @@ def _hidden(name: str) -> bool:
 
 
 def _found(path: str, info: Mapping[str, Any]) -> Found:
-    version = next((info[key] for key in _VERSION_KEYS if info.get(key) is not None), "")
-    if isinstance(version, datetime):  # listings and single answers of one store may differ in this
-        version = version.timestamp()
-    return Found(path, int(info["size"]), str(version).strip('"'))
+    return Found(path, int(info["size"]), version_of(info))
 
 
 def _full(asked: str, fs: fsspec.AbstractFileSystem, inner: str) -> str:

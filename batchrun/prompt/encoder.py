@@ -21,9 +21,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self._fast = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         if self._fast is not None:
-            # tokenizer.json may carry the settings of its training.
-            self._fast.no_truncation()
-            self._fast.no_padding()
+            # tokenizer.json may carry the settings of its training; another thread may be encoding already.
+            if self._fast.truncation is not None:
+                self._fast.no_truncation()
+            if self._fast.padding is not None:
+                self._fast.no_padding()
         self.frame = self._find_frame()
 
     def encode(self, texts: Sequence[str], special_tokens: bool) -> list[TokenIds]:
