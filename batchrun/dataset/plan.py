@@ -168,8 +168,10 @@ def carried_columns(settings: InputSettings, plan: Plan) -> list[str]:
 
 
 def check_output_names(carried: Sequence[str], output: OutputSettings) -> None:
-    """Raises:
-    OutputError: an output column has the name of a carried one or of another output column; suggests one.
+    """Refuses output columns whose names are taken, by a carried column or by another output column.
+
+    Raises:
+        OutputError: suggests a free name.
     """
     taken = list(carried)
     for column in OUTPUT_COLUMNS:

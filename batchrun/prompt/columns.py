@@ -73,8 +73,10 @@ def holds_messages(kind: pa.DataType) -> bool:
 
 
 def check_prompt_column(name: str, kind: pa.DataType) -> None:
-    """Raises:
-    InputError: the column holds neither texts nor lists of messages.
+    """Refuses a ready column of which no row could be a prompt.
+
+    Raises:
+        InputError: the column holds neither texts nor lists of messages.
     """
     if not holds_text(kind) and not holds_messages(kind):
         raise InputError(
