@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
 
+from batchrun.dataset.location import version_of
 from batchrun.errors import ModelError
 from batchrun.job import ModelSettings, stable_hash
 
@@ -176,17 +177,15 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
         fs, root = fsspec.url_to_fs(url, **settings.storage_options)
         fs.invalidate_cache(root)
         listing = _listing(fs, root, settings, weights) if fs.isdir(root) else {}
-    except (ImportError, ValueError, OSError) as error:
+    except Exception as error:  # every store's client has errors of its own
         raise ModelError(
             f"cannot be listed ({type(error).__name__}: {error})", url, "check path and access"
         ) from None
     if not listing:
         raise ModelError("no model's folder is there", url, "give the URL of a folder with config.json in it")
-    versions = [
-        [name, info["size"], str(info.get("ETag") or info.get("mtime"))] for name, info in listing.items()
-    ]
+    versions = [[name, info["size"], version_of(info)] for name, info in listing.items()]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchrun" / "models"
-    target = cache / stable_hash([url, versions])[:32]
+    target = cache / stable_hash([url.rstrip("/"), versions])[:32]
     if target.is_dir():
         return str(target)
     cache.mkdir(parents=True, exist_ok=True)
@@ -194,10 +193,12 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
         copy = Path(made) / "model"
         copy.mkdir()
         try:
-            for name in listing:
+            for name, info in listing.items():
                 fs.get_file(f"{root.rstrip('/')}/{name}", str(copy / name))
+                if (size := (copy / name).stat().st_size) != info["size"]:
+                    raise OSError(f"{name} arrived with {size} of {info['size']} bytes")
             copy.rename(target)
-        except OSError as error:
+        except Exception as error:  # every store's client has errors of its own
             # Another process was first: a rename never replaces a folder with files in it.
             if not target.is_dir():
                 reason = f"{type(error).__name__}: {error}"

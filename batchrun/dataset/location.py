@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import fsspec
@@ -57,6 +58,14 @@ def stat(path: str, storage_options: Mapping[str, Any]) -> Found:
     return _found(path, fs.info(inner))
 
 
+def version_of(info: Mapping[str, Any]) -> str:
+    """What fsspec's answer about a file says about its content's version; empty when it says nothing."""
+    version = next((info[key] for key in _VERSION_KEYS if info.get(key) is not None), "")
+    if isinstance(version, datetime):  # listings and single answers of one store may differ in this
+        version = version.timestamp()
+    return str(version).strip('"')
+
+
 def filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a path or URL, and the path inside it."""
     protocol = path.partition("://")[0] if "://" in path else "file"
@@ -97,7 +106,7 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
     fs.invalidate_cache()
     try:
         files = _list(fs, inner)
-    except OSError as error:
+    except Exception as error:  # every store's client has errors of its own
         raise InputError(
             f"cannot be listed ({type(error).__name__}: {error})", path, "check path and access"
         ) from None
@@ -142,8 +151,7 @@ def _hidden(name: str) -> bool:
 
 
 def _found(path: str, info: Mapping[str, Any]) -> Found:
-    version = next((str(info[key]).strip('"') for key in _VERSION_KEYS if info.get(key) is not None), "")
-    return Found(path, int(info["size"]), version)
+    return Found(path, int(info["size"]), version_of(info))
 
 
 def _full(asked: str, fs: fsspec.AbstractFileSystem, inner: str) -> str:

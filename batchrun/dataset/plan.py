@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from batchrun.dataset.count import Counter, Piece, all_pieces, limited, shortene
 from batchrun.dataset.filters import filter_columns, parse_filters
 from batchrun.dataset.source import DataFile, Skipped, read_source
 from batchrun.errors import OutputError
-from batchrun.job import InputSettings, stable_hash
+from batchrun.job import OUTPUT_COLUMNS, InputSettings, OutputSettings, stable_hash
 
 
 class Slice(NamedTuple):
@@ -162,6 +162,30 @@ def make_plan(
     return Plan(source.files, source.schema, partitions, source.skipped)
 
 
+def carried_columns(settings: InputSettings, plan: Plan) -> list[str]:
+    """The input columns that stand in the output, in its order."""
+    return plan.schema.names if settings.columns is None else list(dict.fromkeys(settings.columns))
+
+
+def check_output_names(carried: Sequence[str], output: OutputSettings) -> None:
+    """Refuses output columns whose names are taken, by a carried column or by another output column.
+
+    Raises:
+        OutputError: suggests a free name.
+    """
+    taken = list(carried)
+    for column in OUTPUT_COLUMNS:
+        name = output.column(column)
+        if name in taken:
+            free = next(f"{column}_{i}" for i in count(2) if f"{column}_{i}" not in taken)
+            raise OutputError(
+                f"the name {name!r} of the {column} column is taken",
+                "output.columns",
+                f"set output.columns: {{{column}: {free}}}",
+            )
+        taken.append(name)
+
+
 def difference(old: Plan, new: Plan) -> list[str]:
     """What changed between two plans of one dataset, a line each; empty when they are the same."""
     before, after = ({file.path: file for file in plan.files} for plan in (old, new))
@@ -230,14 +254,14 @@ def _files(table: pa.Table) -> list[DataFile]:
     ]
 
 
-def _partitions(table: pa.Table, count: int) -> list[Partition]:
+def _partitions(table: pa.Table, total: int) -> list[Partition]:
     nested = table["slices"].combine_chunks()
     files = np.repeat(np.arange(len(nested)), np.diff(nested.offsets.to_numpy())).tolist()
     flat = nested.flatten()
     owner = flat.field("partition").to_numpy()
     numbers = (flat.field(name).to_pylist() for name in ("row_group", "first_row", "num_rows", "rows"))
     slices = [Slice(*values) for values in zip(files, *numbers, strict=True)]
-    ends = np.searchsorted(owner, np.arange(count + 1)).tolist()
+    ends = np.searchsorted(owner, np.arange(total + 1)).tolist()
     return list(_regroup(slices, ends))
 
 

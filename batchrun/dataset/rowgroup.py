@@ -59,11 +59,11 @@ def read_group(
 
 
 def _column(batch: pa.RecordBatch, field: pa.Field, cast: Container[str], where: str) -> pa.Array:
-    if field.name not in batch.schema.names:
-        return pa.nulls(batch.num_rows, field.type)
-    values = batch.column(field.name)
+    values = batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows)
     if values.type == field.type:
         return values
+    if pa.types.is_null(values.type):
+        return pa.nulls(batch.num_rows, field.type)
     if field.name not in cast:
         raise ChangedError(
             f"column {field.name!r} was planned as {field.type} and is now {values.type}", where

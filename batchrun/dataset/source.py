@@ -117,7 +117,7 @@ def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataF
             rows = tuple(group.num_rows for group in groups)
             sizes = tuple(group.total_byte_size for group in groups)
             return DataFile(file.path, file.size, file.version, rows, sizes), schema, ""
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # every store's client has errors of its own
         if not is_damage(error):
             raise InputError(
                 f"cannot be opened ({type(error).__name__}: {error})", file.path, "check access and try again"
@@ -182,6 +182,8 @@ def _column_type(
     for schema, paths in shapes:
         if name in schema.names:
             types.setdefault(schema.field(name).type, []).extend(paths)
+    if len(types) > 1:
+        types.pop(pa.null(), None)  # what writers give a column without any value: it fits every type
     if cast is None:
         if len(types) > 1:
             shown = "; ".join(f"{kind} in {_some(paths)}" for kind, paths in types.items())

@@ -30,7 +30,7 @@ def conversations(array: pa.Array) -> list[list[Message] | RowFault | None]:
     """(rows,) lists of messages from a list<struct<role, content, ...>> column; None for a null, a RowFault
     where a message has a null or undecodable field. Fields other than role and content are left out where
     they are null."""
-    if not (types.is_list(array.type) or types.is_large_list(array.type)):
+    if types.is_fixed_size_list(array.type):
         array = array.cast(pa.large_list(array.type.value_type))
     offsets = array.offsets.to_numpy()
     items = array.values.slice(offsets[0], offsets[-1] - offsets[0])
@@ -65,15 +65,18 @@ def holds_text(kind: pa.DataType) -> bool:
 
 def holds_messages(kind: pa.DataType) -> bool:
     """Whether a column of this type holds lists of structs with the texts role and content."""
-    if not hasattr(kind, "value_type") or not types.is_struct(kind.value_type):
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    if not is_list or not types.is_struct(kind.value_type):
         return False
     item = kind.value_type
     return all(item.get_field_index(n) >= 0 and holds_text(item.field(n).type) for n in ("role", "content"))
 
 
 def check_prompt_column(name: str, kind: pa.DataType) -> None:
-    """Raises:
-    InputError: the column holds neither texts nor lists of messages.
+    """Refuses a ready column of which no row could be a prompt.
+
+    Raises:
+        InputError: the column holds neither texts nor lists of messages.
     """
     if not holds_text(kind) and not holds_messages(kind):
         raise InputError(

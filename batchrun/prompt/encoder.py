@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ class Encoder:
         self.tokenizer = tokenizer
         self._fast = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         if self._fast is not None:
-            # tokenizer.json may carry the settings of its training.
-            self._fast.no_truncation()
-            self._fast.no_padding()
-        bare, framed = self.encode(["a"], False)[0], self.encode(["a"], True)[0]
-        self.frame = _frame(bare.tolist(), framed.tolist())
+            # tokenizer.json may carry the settings of its training; another thread may be encoding already.
+            if self._fast.truncation is not None:
+                self._fast.no_truncation()
+            if self._fast.padding is not None:
+                self._fast.no_padding()
+        self.frame = self._find_frame()
 
     def encode(self, texts: Sequence[str], special_tokens: bool) -> list[TokenIds]:
         """(texts,) int32 arrays of token ids, with the tokenizer's special tokens around them or without."""
@@ -38,21 +40,30 @@ class Encoder:
         ]
 
     def drop(self, text: str, count: int, side: str) -> str:
-        """The text without its first ("left") or last ("right") `count` tokens."""
+        """The text without its first ("left") or last ("right") `count` tokens, at least a character shorter:
+        a character of several tokens goes with the first of them."""
         if self._fast is None:
             ids = self.tokenizer.encode(text, add_special_tokens=False)
-            return self.tokenizer.decode(ids[count:] if side == "left" else ids[: max(0, len(ids) - count)])
-        offsets = self._fast.encode(text, add_special_tokens=False).offsets
-        if count >= len(offsets):
-            return ""
-        return text[offsets[count][0] :] if side == "left" else text[: offsets[-count - 1][1]]
+            kept = self.tokenizer.decode(ids[count:] if side == "left" else ids[: max(0, len(ids) - count)])
+        else:
+            offsets = self._fast.encode(text, add_special_tokens=False).offsets
+            if count >= len(offsets):
+                return ""
+            kept = text[offsets[count - 1][1] :] if side == "left" else text[: offsets[-count][0]]
+        if len(kept) < len(text):
+            return kept
+        return text[1:] if side == "left" else text[:-1]
 
-
-def _frame(bare: list[int], framed: list[int]) -> tuple[int, int]:
-    for before in range(len(framed) - len(bare) + 1):
-        if framed[before : before + len(bare)] == bare:
-            return before, len(framed) - len(bare) - before
-    return 0, 0
+    def _find_frame(self) -> tuple[int, int]:
+        """Encodes a text with and without special tokens: the first one that has any token of its own."""
+        vocabulary = islice(self.tokenizer.get_vocab(), 100)
+        special = set(self.tokenizer.all_special_tokens)
+        for probe in ("a", *(token for token in vocabulary if token not in special)):
+            bare, framed = (self.encode([probe], with_them)[0].tolist() for with_them in (False, True))
+            for before in range(len(framed) - len(bare) + 1 if bare else 0):
+                if framed[before : before + len(bare)] == bare:
+                    return before, len(framed) - len(bare) - before
+        return 0, 0
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -87,8 +87,10 @@ def row_templates(settings: PromptSettings) -> list[RowTemplate]:
 
 
 def check_columns(columns: Sequence[str], schema: pa.Schema) -> None:
-    """Raises:
-    InputError: names the columns that are not in the schema.
+    """Refuses a prompt over columns that are not there.
+
+    Raises:
+        InputError: names them, each with the nearest that is.
     """
     missing = [name for name in columns if name not in schema.names]
     if missing:

@@ -55,8 +55,8 @@ class PromptBuilder:
         rows = self._source.rows(batch)
         built: list[Any] = [row if isinstance(row, RowFault) else self._text(row) for row in rows]
         for i, text in enumerate(built):
-            # No character takes more than four bytes, so most texts need no encoding to be measured.
-            if isinstance(text, str) and len(text) * 4 > self._settings.max_bytes:
+            # A short text in ASCII, as most are, is known to be good without a copy of it.
+            if isinstance(text, str) and (len(text) > self._settings.max_bytes or not text.isascii()):
                 rows[i], built[i] = self._bounded(rows[i], text)
         texts = [i for i, text in enumerate(built) if isinstance(text, str)]
         encoded = self._encoder.encode([built[i] for i in texts], self._source.special_tokens)
@@ -70,8 +70,12 @@ class PromptBuilder:
         return self._source.text(row)
 
     def _bounded(self, row: Any, text: str) -> tuple[Any, str | RowFault]:
-        """The row and its text cut to `max_bytes`, so that no text of any length reaches the tokenizer."""
-        limit, side, size = self._settings.max_bytes, self._settings.truncate, _bytes(text)
+        """The row and its text cut to `max_bytes`: a longer one never reaches the tokenizer."""
+        limit, side = self._settings.max_bytes, self._settings.truncate
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:  # an escape in a template wrote half of a surrogate pair
+            return row, RowFault(FaultCode.INVALID_UTF8, str(error))
         if size <= limit:
             return row, text
         fault = RowFault(FaultCode.PROMPT_TOO_LONG, f"{size} bytes, and prompt.max_bytes is {limit}")
@@ -84,7 +88,7 @@ class PromptBuilder:
             shorter = self._source.text(row)
             if isinstance(shorter, RowFault):
                 return row, shorter
-            text, size = shorter, _bytes(shorter)
+            text, size = shorter, len(shorter.encode())
         return row, text
 
     def _fitted(self, row: Any, ids: TokenIds) -> TokenIds | RowFault:
@@ -152,11 +156,7 @@ def check_sample(builder: PromptBuilder, batches: Iterable[pa.RecordBatch], rows
         )
 
 
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
-
-
 def _drop_bytes(text: str, count: int, side: str) -> str:
-    data = text.encode("utf-8", "surrogatepass")
+    data = text.encode()
     kept = data[count:] if side == "left" else data[: max(0, len(data) - count)]
     return kept.decode("utf-8", "ignore")
