@@ -247,6 +247,23 @@ def test_a_store_that_ignores_conditions_is_found_out() -> None:
     assert place.list() == {}
 
 
+class Namesakes:
+    """A listing as gcsfs gives it of a folder that is not there, and as S3 consoles fill it."""
+
+    protocol = "gs"
+
+    def invalidate_cache(self) -> None:
+        pass
+
+    def find(self, path: str, detail: bool) -> dict[str, dict[str, object]]:
+        names = ["bucket/out2/data/a", "bucket/out/data/", "bucket/out/data/b"]
+        return {name: {"name": name, "size": 1, "type": "file"} for name in names}
+
+
+def test_a_listing_holds_no_namesakes_and_no_marks_of_folders() -> None:
+    assert RemoteStore(Namesakes(), "bucket/out").find("") == {"data/b": 1}
+
+
 # What the libraries' errors mean
 
 
