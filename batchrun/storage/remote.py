@@ -39,8 +39,8 @@ class RemoteStore:
         except FileNotFoundError:
             return {}
         below = f"{self.root}/"
-        # gcsfs looks a missing folder up as a prefix and finds its namesakes. S3 consoles mark empty folders by
-        # objects whose names end in a slash.
+        # gcsfs looks a missing folder up as a prefix and finds its namesakes. S3 consoles mark empty folders
+        # by objects whose names end in a slash.
         return {
             name.removeprefix(below): int(info["size"] or 0)
             for name, info in found.items()
