@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+from faulty import FaultyStore, new_store, stores
 
 from batchrun.job import OutputSettings
 from batchrun.output.attempt import Attempt, Receipt
@@ -23,6 +24,16 @@ _names = itertools.count()
 
 def unique(prefix: str = "store") -> str:
     return f"{prefix}-{next(_names)}"
+
+
+def faulty_folder() -> tuple[Folder, FaultyStore]:
+    """A folder in a fresh store, and the store."""
+    name = unique()
+    return Folder(f"faulty://{name}/out"), new_store(name)
+
+
+def store_of(place: Folder) -> FaultyStore:
+    return stores[place.url.split("/")[2]]
 
 
 def layout(partitions: int) -> Layout:

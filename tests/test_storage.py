@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
-from faulty import new_store
-from parts import unique
+from parts import faulty_folder, unique
 from s3fs.errors import translate_boto_error
 
 from batchrun.errors import OutputError, StorageError
@@ -34,9 +33,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
         return Folder(str(tmp_path / "out"))
     if request.param == "memory":
         return Folder(f"memory://{unique()}/out")
-    name = unique()
-    new_store(name)
-    return Folder(f"faulty://{name}/out")
+    return faulty_folder()[0]
 
 
 def test_a_folder_that_is_not_there_is_empty(place: Folder) -> None:
@@ -177,11 +174,14 @@ def test_a_read_only_destination_is_refused_with_the_fix() -> None:
     assert caught.value.fix
 
 
-def test_a_missing_bucket_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = unique()
-    new_store(name).gate = lambda operation, key: (_ for _ in ()).throw(FileNotFoundError("bucket"))
+def test_a_missing_bucket_is_named() -> None:
+    def no_bucket(operation: str, key: str) -> None:
+        raise FileNotFoundError("bucket")
+
+    place, store = faulty_folder()
+    store.gate = no_bucket
     with pytest.raises(OutputError, match="no such bucket or folder"):
-        Folder(f"faulty://{name}/out").probe()
+        place.probe()
 
 
 def test_a_password_in_the_url_is_never_shown() -> None:
@@ -191,13 +191,8 @@ def test_a_password_in_the_url_is_never_shown() -> None:
 # Bad days
 
 
-def busy_folder() -> tuple[Folder, object]:
-    name = unique()
-    return Folder(f"faulty://{name}/out"), new_store(name)
-
-
 def test_a_busy_store_is_waited_for() -> None:
-    place, store = busy_folder()
+    place, store = faulty_folder()
     store.script("put", "a", *["busy", "reset"] * 5)
     store.script("find", "", "busy", "reset")
     place.put("a", b"1")
@@ -207,14 +202,14 @@ def test_a_busy_store_is_waited_for() -> None:
 
 def test_patience_ends_with_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "PATIENCE", 0.0)
-    place, store = busy_folder()
+    place, store = faulty_folder()
     store.script("put", "a", "busy", "busy")
     with pytest.raises(StorageError, match="the store kept failing"):
         place.put("a", b"1")
 
 
 def test_no_space_is_not_waited_for() -> None:
-    place, store = busy_folder()
+    place, store = faulty_folder()
     store.script("put", "a", "full")
     with pytest.raises(StorageError, match="no space left"):
         place.put("a", b"1")
@@ -222,7 +217,7 @@ def test_no_space_is_not_waited_for() -> None:
 
 
 def test_expired_credentials_build_a_new_client_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    place, store = busy_folder()
+    place, store = faulty_folder()
     place.put("a", b"1")
     clients = []
     build = folder.fsspec.core.url_to_fs
@@ -239,17 +234,34 @@ def test_expired_credentials_build_a_new_client_once(monkeypatch: pytest.MonkeyP
 
 
 def test_a_lost_acknowledgement_of_a_create_says_not_known() -> None:
-    place, store = busy_folder()
+    place, store = faulty_folder()
     store.script("create", "a", "lost")
     assert place.put_if_absent("a", b"1") is False
     assert place.read("a") == b"1"
 
 
 def test_a_store_that_ignores_conditions_is_found_out() -> None:
-    place, store = busy_folder()
+    place, store = faulty_folder()
     store.conditional = False
     assert place.probe() is False
     assert place.list() == {}
+
+
+class Namesakes:
+    """A listing as gcsfs gives it of a folder that is not there, and as S3 consoles fill it."""
+
+    protocol = "gs"
+
+    def invalidate_cache(self) -> None:
+        pass
+
+    def find(self, path: str, detail: bool) -> dict[str, dict[str, object]]:
+        names = ["bucket/out2/data/a", "bucket/out/data/", "bucket/out/data/b"]
+        return {name: {"name": name, "size": 1, "type": "file"} for name in names}
+
+
+def test_a_listing_holds_no_namesakes_and_no_marks_of_folders() -> None:
+    assert RemoteStore(Namesakes(), "bucket/out").find("") == {"data/b": 1}
 
 
 # What the libraries' errors mean

@@ -38,10 +38,14 @@ class RemoteStore:
             found = self._listing(parent)
         except FileNotFoundError:
             return {}
-        skip = len(self.root) + 1
-        files = ((name[skip:], info["size"]) for name, info in found.items() if info["type"] == "file")
-        # S3 consoles mark empty folders by an object whose name ends in a slash.
-        return {key: int(size or 0) for key, size in files if key and not key.endswith("/")}
+        below = f"{self.root}/"
+        # gcsfs looks a missing folder up as a prefix and finds its namesakes. S3 consoles mark empty folders
+        # by objects whose names end in a slash.
+        return {
+            name.removeprefix(below): int(info["size"] or 0)
+            for name, info in found.items()
+            if info["type"] == "file" and name.startswith(below) and not name.endswith("/")
+        }
 
     def read(self, key: str, start: int | None, end: int | None) -> bytes:
         try:
