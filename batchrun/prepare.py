@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 import batchrun
-from batchrun.dataset.plan import Partition, Plan, make_plan
+from batchrun.dataset.plan import Partition, Plan, carried_columns, check_output_names, make_plan
 from batchrun.dataset.reader import read_partition
 from batchrun.engine.protocol import EngineSpec, Sampling
-from batchrun.errors import ModelError, OutputError
-from batchrun.job import OUTPUT_COLUMNS, Job, stable_hash
+from batchrun.errors import ModelError
+from batchrun.job import Job, stable_hash
 from batchrun.model import ModelFolder, context_length, load_tokenizer, resolve, stop_token_ids
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
@@ -76,7 +76,7 @@ def prepare(job: Job) -> Prepared:
     plan = make_plan(
         job.input, prompt_columns(job.prompt), job.output.rows_per_part, job.output.bytes_per_part
     )
-    _check_output_columns(job, plan.schema)
+    check_output_names(carried_columns(job.input, plan.schema), job.output)
     model = resolve(job.model)
     texts = open_texts(job, model, plan.schema)
     check_sample(texts.builder, _first_rows(job, plan, texts.builder.columns))
@@ -109,11 +109,6 @@ def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) 
         job.input.storage_options,
     )
     return (batch.records for batch in batches)
-
-
-def carried_columns(job: Job, schema: pa.Schema) -> list[str]:
-    """The input columns that stand in the output, in the input's order."""
-    return [name for name in schema.names if job.input.columns is None or name in job.input.columns]
 
 
 def _first_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -160,25 +155,3 @@ def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int
         max_context=context,
         options=job.engine.model_dump(exclude={"kind"}),
     )
-
-
-def _check_output_columns(job: Job, schema: pa.Schema) -> None:
-    carried = carried_columns(job, schema)
-    taken = [*carried, *(job.output.column(name) for name in OUTPUT_COLUMNS)]
-    for standard in OUTPUT_COLUMNS:
-        name = job.output.column(standard)
-        if taken.count(name) > 1:
-            free = next(c for c in _names_like(standard) if c not in taken)
-            raise OutputError(
-                f"output column {name!r} has the name of another column",
-                "output.columns",
-                f"add `output.columns: {{{standard}: {free}}}`, or leave it out of input.columns",
-            )
-
-
-def _names_like(name: str) -> Iterator[str]:
-    yield f"model_{name}"
-    number = 2
-    while True:
-        yield f"model_{name}_{number}"
-        number += 1

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from distributed import Worker, WorkerPlugin, get_worker
 
-from batchrun.dataset.plan import Partition
+from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.reader import Batch, read_partition
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
@@ -32,7 +32,7 @@ from batchrun.model import resolve
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
 from batchrun.output.layout import Layout
-from batchrun.prepare import Texts, carried_columns, open_texts
+from batchrun.prepare import Texts, open_texts
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.storage import Folder
 
@@ -148,7 +148,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         if not attempt.covered:
             attempt.flush()
             return receipt(None)
-        columns = carried_columns(job, order.schema)
+        columns = carried_columns(job.input, order.schema)
         carried = (batch.records for batch in order.read(task, columns))
         return receipt(attempt.seal(carried, pa.schema([order.schema.field(name) for name in columns])))
     finally:

@@ -59,6 +59,10 @@ class EchoEngine:
 class FailingEngine(EchoEngine):
     """Every row but the shortest prompts ends in a fault, as under a model that is broken."""
 
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.delay = 0.005
+
     def answer(self, request: Request) -> Completion:
         if len(request.token_ids) < 4:
             return super().answer(request)

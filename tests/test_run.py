@@ -22,6 +22,7 @@ from batchrun.errors import (
     OutputError,
     TooManyFaults,
 )
+from batchrun.job import OUTPUT_COLUMNS
 from batchrun.report.status import clean, verify
 from jobs import answers, batchrun, check_complete, dataset, load, start, write_job
 
@@ -121,12 +122,21 @@ def test_no_rows_are_a_success_with_one_part_that_carries_the_schema(tmp_path, t
     assert verify(load(job)).found.passed
 
 
+def test_no_carried_columns_and_a_constant_prompt_still_give_every_row(tmp_path, tiny_llama, cluster):
+    job = write_job(tmp_path, tiny_llama, input={"columns": []}, prompt={"template": "hello"})
+    assert library.run(job, client=cluster).ok == ROWS
+    table = answers(tmp_path / "out")
+    assert table.column_names == list(OUTPUT_COLUMNS)
+    assert table["answer"].to_pylist() == ["hello"] * ROWS
+    assert verify(load(job)).found.passed
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
         ("input.path=none-*.parquet", InputError, "none-"),
         ("prompt.template={{ txet }}", InputError, "did you mean 'text'"),
-        ("output.columns={answer: text}", OutputError, "model_answer"),
+        ("output.columns={answer: text}", OutputError, "answer_2"),
         ("model.name=/nowhere/model", ModelError, "no such folder"),
         ("output.path=/proc/answers", OutputError, "cannot be written to"),
     ],

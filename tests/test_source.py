@@ -137,7 +137,7 @@ def test_duplicate_column_names_are_refused(tmp_path: Path) -> None:
 def test_an_output_name_that_an_input_column_has_is_refused_with_another(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"text": ["x"], "answer": ["y"], "answer_2": ["z"]})
     settings = InputSettings(path=str(tmp_path))
-    carried = carried_columns(settings, plan_of(settings))
+    carried = carried_columns(settings, plan_of(settings).schema)
     with pytest.raises(OutputError, match=r"'answer' .* is taken; set output.columns: \{answer: answer_3\}"):
         check_output_names(carried, OutputSettings(path="o"))
     check_output_names(carried, OutputSettings(path="o", columns={"answer": "answer_3"}))

@@ -162,9 +162,9 @@ def make_plan(
     return Plan(source.files, source.schema, partitions, source.skipped)
 
 
-def carried_columns(settings: InputSettings, plan: Plan) -> list[str]:
-    """The input columns that stand in the output, in its order."""
-    return plan.schema.names if settings.columns is None else list(dict.fromkeys(settings.columns))
+def carried_columns(settings: InputSettings, schema: pa.Schema) -> list[str]:
+    """The columns of a plan's schema that stand in the output, in its order."""
+    return schema.names if settings.columns is None else list(dict.fromkeys(settings.columns))
 
 
 def check_output_names(carried: Sequence[str], output: OutputSettings) -> None:

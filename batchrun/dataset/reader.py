@@ -60,7 +60,9 @@ def read_partition(
         InputError: a value that cannot be cast as the job asks.
     """
     tested = parse_filters(filters, schema)
-    read = pa.schema([schema.field(name) for name in dict.fromkeys([*columns, *filter_columns(filters)])])
+    wanted = dict.fromkeys([*columns, *filter_columns(filters)])
+    # Rows of no columns at all could not be counted.
+    read = pa.schema([schema.field(name) for name in wanted or schema.names[:1]])
     reader = _Reader(read, list(columns), tested, cast, batch_rows, salvage)
     first = 0
     for number, own in groupby(slices, key=lambda part: part.file):

@@ -133,6 +133,7 @@ def _shared_schema(
     _refuse_duplicates(shapes)
     known = list(dict.fromkeys(name for schema, _ in shapes for name in schema.names))
     wanted = list(dict.fromkeys([*(known if settings.columns is None else settings.columns), *needed]))
+    wanted = wanted or known[:1]  # rows of no columns could not be counted
     for name in [*wanted, *settings.cast]:
         if name not in known:
             raise InputError(f"no input file has a column {name!r}{nearest(name, known)}", "input")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from batchrun.dataset.plan import Plan
+from batchrun.dataset.plan import Plan, carried_columns
 from batchrun.errors import ExitCode, OutputError
 from batchrun.job import Job
 from batchrun.output import identity, lease, manifest, state
@@ -15,7 +15,7 @@ from batchrun.output.layout import PLAN, Layout
 from batchrun.output.verify import Verification
 from batchrun.output.verify import clean as clean_folder
 from batchrun.output.verify import verify as verify_folder
-from batchrun.prepare import carried_columns, rows_of
+from batchrun.prepare import rows_of
 from batchrun.report.summary import size
 from batchrun.storage import Folder, NotFound
 
@@ -119,14 +119,14 @@ def verify(job: Job) -> Checked:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
     folder, pinned, plan, layout = _open(job)
-    columns = carried_columns(job, plan.schema)
+    columns = carried_columns(job.input, plan.schema)
     found = verify_folder(
         folder,
         layout,
         pinned.job_hash,
         [partition.rows for partition in plan.partitions],
         job.output,
-        lambda index: rows_of(job, plan, plan.partitions[index], columns),
+        (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if columns else None,
     )
     return Checked(folder.name, found)
 
