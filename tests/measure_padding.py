@@ -2,8 +2,8 @@
 
     python tests/measure_padding.py MODEL_FOLDER DATA.parquet COLUMN [--rows 2000] [--new-tokens 16] [--device cuda]
 
-Both runs see the same rows, the same budget of padded tokens and the same loaded model, in alternation; the best of
-`--repeats` counts.
+Both see the same rows, the same budget of padded tokens, the same rules for cutting a batch and the same loaded
+model, in alternation; the best of `--repeats` counts.
 """
 
 from __future__ import annotations
@@ -61,12 +61,16 @@ def measure(engine: PaddedEngine, requests: list[Request]) -> tuple[float, Engin
 def read_requests(args: argparse.Namespace) -> list[Request]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     texts = pq.read_table(args.data, columns=[args.column])[args.column].slice(0, args.rows).to_pylist()
-    encoded = tokenizer([text for text in texts if text], truncation=True, max_length=args.max_prompt)["input_ids"]
+    encoded = tokenizer([text for text in texts if text], truncation=True, max_length=args.max_prompt)[
+        "input_ids"
+    ]
     return [Request(i, np.array(ids, np.int32), args.new_tokens) for i, ids in enumerate(encoded)]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a folder with model and tokenizer")
     parser.add_argument("data", help="a Parquet file")
     parser.add_argument("column", help="its text column")
