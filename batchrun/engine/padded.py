@@ -21,6 +21,8 @@ from batchrun.engine.steps import BatchState, logits_processors
 from batchrun.engine.stopping import StopStrings
 from batchrun.errors import FaultCode, ModelError, RowFault
 
+# A small model's CPU time for 120 rows of about 250 tokens: 6.3 s with batches of 1,024 padded tokens,
+# 5.0 s with 4,096, 4.6 s with 16,384.
 CPU_BATCH_TOKENS = 16384
 NO_TOKENS = np.empty(0, np.int32)
 

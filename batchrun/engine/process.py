@@ -194,11 +194,11 @@ class _Child:
         try:
             with self._sending:
                 self._connection.send(message)
-        except OSError:
+        except OSError as error:
             # The process is gone; the receiver is about to know why.
             self._receiver.join(STOP_SECONDS)
             self.check()
-            raise
+            raise EngineDied(f"the engine's process does not listen any more ({error})") from error
 
     def check(self) -> None:
         """Raises what the process ended with, if it has."""
