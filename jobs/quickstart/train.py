@@ -1,6 +1,9 @@
 """Trains the quickstart's tokenizer and model on endless fresh order lines and writes them to model/.
 
 A few minutes on one GPU: `python train.py --minutes 5`. It also runs on a CPU, where it needs hours.
+
+The weights beside it took 4.8 minutes on one H200, with dates that came in seasons, and then 13 on a CPU with
+dates of all seasons (`--start model --minutes 13 --blocks 4 --rate 4e-4 --seed 2`).
 """
 
 from __future__ import annotations
