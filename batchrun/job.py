@@ -85,7 +85,7 @@ class GenerationSettings(Settings):
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
     stop: list[str] = Field(default_factory=list, description="texts that end an answer; not part of it")
-    seed: int = 0
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
 
     @field_validator("stop")
     @classmethod

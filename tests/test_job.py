@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
 import string
@@ -132,9 +133,5 @@ def test_a_job_file_changed_at_random_is_a_job_or_a_typed_error(seed):
         text[at : at + rng.randint(0, 3)] = rng.choices(
             string.printable + "é\x00{}[]&*!|>", k=rng.randint(0, 3)
         )
-    try:
-        job = Job.parse("".join(text))
-    except BatchrunError as error:
-        assert str(error)
-    else:
-        assert job.output.path
+    with contextlib.suppress(BatchrunError):
+        assert Job.parse("".join(text)).output.path
