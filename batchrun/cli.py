@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.console import Console
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.job import OUTPUT_COLUMNS, Job
 from batchrun.report.redact import Redactor
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 app = typer.Typer(
     name="batchrun",
@@ -75,8 +78,8 @@ def run(
         with progress.show(err) as watch:
             result = driver.run(job, force=force, stop=stop, watch=watch)
         if not as_json and result.rows:
-            columns = _columns_to_show(job, result.sample(1).schema.names)
-            out.print(summary.rows_table(result.sample(summary.SHOWN_ROWS), columns), markup=False)
+            sample = result.sample(summary.SHOWN_ROWS)
+            out.print(summary.rows_table(sample, _columns_to_show(job, sample)), markup=False)
         _print(result.to_json(), summary.run_lines(result), as_json, redact)
         raise typer.Exit(result.exit_code)
 
@@ -133,10 +136,16 @@ def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
     return job
 
 
-def _columns_to_show(job: Job, names: list[str]) -> list[str]:
-    own = {job.output.column(name) for name in ("answer", "status", "error")}
-    carried = [n for n in names if n not in {job.output.column(c) for c in OUTPUT_COLUMNS}]
-    return [*carried[:3], *(n for n in names if n in own)]
+def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
+    """What the prompt was made of and what became of it, as far as both are in the output."""
+    from batchrun.prompt.template import prompt_columns
+
+    own = [job.output.column(name) for name in OUTPUT_COLUMNS]
+    carried = [name for name in table.schema.names if name not in own]
+    asked = [name for name in prompt_columns(job.prompt) if name in carried]
+    error = job.output.column("error")
+    answer = [job.output.column("answer")] + ([error] if table[error].null_count < table.num_rows else [])
+    return [*(asked or carried)[:2], *answer]
 
 
 def _print(value: dict[str, Any], lines: list[str], as_json: bool, redact: Redactor) -> None:

@@ -316,9 +316,11 @@ def _start(descriptor: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def _environment() -> dict[str, str]:
-    """The worker's own, but all cores for the model: a Dask nanny leaves each library one thread."""
+    """The worker's own, less what a Dask nanny sets for a worker's sake and costs a model dearly: one thread for
+    each library, and an allocator that hands every large tensor's memory back to the kernel."""
     threads = str(available_cores())
-    return os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if name != "MALLOC_TRIM_THRESHOLD_"}
+    return inherited | {
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHOWN_ROWS = 5
-CELL = 120  # characters of a value that are shown
+CELL = 160  # characters of a value that are shown
 
 
 def size(count: float) -> str:
