@@ -56,7 +56,15 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
         with (
             SpecCluster(
                 workers=_local_workers(settings),
-                scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}},
+                scheduler={
+                    "cls": Scheduler,
+                    "options": {
+                        "dashboard": False,
+                        "dashboard_address": "127.0.0.1:0",
+                        "host": "127.0.0.1",
+                        "port": 0,
+                    },
+                },
                 silence_logs=logging.CRITICAL,
             ) as cluster,
             Client(cluster, set_as_default=False) as client,
@@ -81,6 +89,7 @@ def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
             "memory_limit": settings.memory_limit,
             "host": "127.0.0.1",
             "dashboard": False,
+            "dashboard_address": "127.0.0.1:0",
             "silence_logs": logging.CRITICAL,
             "env": env,
         }

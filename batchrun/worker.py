@@ -297,7 +297,9 @@ def _count(tally: Tally, answers: pa.Table) -> None:
 
 def _texts_for(order: WorkOrder) -> Texts:
     with _lock:
-        if order.job_hash not in _texts:
+        # Budgets of the engine decide no output, yet a living worker must heed a change of them.
+        key = f"{order.job_hash} {order.job.engine.model_dump_json()}"
+        if key not in _texts:
             model = resolve(order.job.model)
             if model.fingerprint != order.model_fingerprint:
                 raise ChangedError(
@@ -306,8 +308,8 @@ def _texts_for(order: WorkOrder) -> Texts:
                     "give every machine the same model folder",
                 )
             _texts.clear()  # a worker runs one job at a time as a rule, and tokenizers are large
-            _texts[order.job_hash] = open_texts(order.job, model, order.schema)
-        return _texts[order.job_hash]
+            _texts[key] = open_texts(order.job, model, order.schema)
+        return _texts[key]
 
 
 def _engine_for(spec: EngineSpec) -> EngineProcess:

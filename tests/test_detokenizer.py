@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer
 
 from batchrun.prompt.detokenizer import Detokenizer
-from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 

@@ -316,3 +316,12 @@ def test_flash_attention_agrees_with_sdpa_by_logits():
         logits[attention] = output.logits[0].float()
     difference = torch.linalg.norm(logits["flash_attention_2"] - logits["sdpa"], dim=-1)
     assert (difference < 0.05 * torch.linalg.norm(logits["sdpa"], dim=-1)).all()
+
+
+def test_cancelled_rows_cost_no_model_run() -> None:
+    padded = engine()
+    asked = [Request(i, np.array([5, 6, 7 + i], np.int32), 4, cancelled=i % 2 == 1) for i in range(10)]
+    found = answers(padded, asked)
+    assert sorted(found) == list(range(10))
+    assert {i for i, c in found.items() if c.finish_reason == "cancelled"} == {1, 3, 5, 7, 9}
+    assert padded.stats.prompt_tokens == 3 * 5

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import batches_of, plan_of, rows_of, write
 
 from batchrun.dataset.location import find_files
 from batchrun.dataset.plan import Partition, Plan, Slice, difference
 from batchrun.dataset.source import DataFile
 from batchrun.errors import InputError, OutputError
 from batchrun.job import InputSettings
-from tests.tiny import batches_of, plan_of, rows_of, write
 
 BOUNDED = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CHATML, NO_SYSTEM, byte_tokenizer
 from transformers import ByT5Tokenizer
 
 from batchrun.errors import FaultCode, InputError, JobError, ModelError, RowFault
@@ -16,7 +17,6 @@ from batchrun.job import Message, PromptSettings
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.tokens import PromptBuilder, check_sample
-from tests.tiny import CHATML, NO_SYSTEM, byte_tokenizer
 
 ROLE_CONTENT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -9,10 +9,10 @@ from typing import Any
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from tiny import plan_of, rows_of, write
 
 from batchrun.errors import ChangedError, InputError
 from batchrun.job import InputSettings
-from tests.tiny import plan_of, rows_of, write
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,10 @@ class PaddedEngine:
             self.stats.requests += len(waiting)
             while waiting:
                 batch = take_batch(waiting, self.budget, self._equal_lengths)
+                if dropped := {request.id for request in batch.requests if request.cancelled}:
+                    yield from (request.no_answer() for request in batch.requests if request.id in dropped)
+                    waiting.extendleft(r for r in reversed(batch.requests) if r.id not in dropped)
+                    continue
                 completions = self._run(batch)
                 if completions is not None:
                     self.stats.completions += len(completions)

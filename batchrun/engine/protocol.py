@@ -17,19 +17,24 @@ from batchrun.errors import RowFault
 TokenIds = NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """A row as token ids.
 
     `id` is unique among the requests in flight and comes back in the completion. `row_seed` is the row's own
     64-bit number, the same in every run: with the job's seed and the position it decides the sampling noise.
     `token_ids` (prompt length,) is never empty, and `len(token_ids) + max_new_tokens` fits the model's context.
+    Once `cancelled` is set nobody waits for the answer: an engine may complete it at once with `no_answer`.
     """
 
     id: int
     token_ids: TokenIds
     max_new_tokens: int
     row_seed: int = 0
+    cancelled: bool = False
+
+    def no_answer(self) -> Completion:
+        return Completion(self.id, np.empty(0, np.int32), "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,8 @@ class Completion:
     """What one request became.
 
     `token_ids` (output length,) holds every generated token, the ending stop token included. `finish_reason` is
-    "stop" (a stop token or a stop string), "length" (`max_new_tokens` were generated) or "error" (see `fault`).
+    "stop" (a stop token or a stop string), "length" (`max_new_tokens` were generated), "error" (see `fault`) or
+    "cancelled", which nobody sees.
     A stop string ends generation at the token that completes it; the text is cut where it is decoded.
     """
 

@@ -38,7 +38,7 @@ class Server:
         self.inbox: queue.SimpleQueue[RequestPack] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[Completion | Failed] = queue.SimpleQueue()
         self.cancelled: set[int] = set()
-        self.in_hand = 0
+        self.in_hand: dict[int, Request] = {}
         self.engine: Engine | None = None
 
     def serve(self) -> None:
@@ -62,21 +62,21 @@ class Server:
         self.engine = load_engine(spec)
         self.engine.stats.load_seconds = time.monotonic() - started
         for completion in self.engine.generate(self._requests()):
-            self.in_hand -= 1
+            del self.in_hand[completion.id]
             self.outbox.put(completion)
         raise EngineError("the engine stopped while requests were still coming", spec.kind)
 
     def _requests(self) -> Iterator[Request | None]:
         while True:
             try:
-                pack = self.inbox.get(block=self.in_hand == 0)
+                pack = self.inbox.get(block=not self.in_hand)
             except queue.Empty:
                 yield None
                 continue
             for request in pack.unpack():
                 if pack.stream in self.cancelled:
                     break
-                self.in_hand += 1
+                self.in_hand[request.id] = request
                 yield request
 
     def _read(self) -> None:
@@ -84,12 +84,17 @@ class Server:
             while True:
                 message = self.connection.recv()
                 if isinstance(message, Cancel):
-                    self.cancelled.add(message.stream)
+                    self._cancel(message.stream)
                 else:
                     self.inbox.put(message)
         except (EOFError, OSError):
             # The parent is gone. The engine may be deep in the model: only the whole process can leave.
             os._exit(0)
+
+    def _cancel(self, stream: int) -> None:
+        self.cancelled.add(stream)
+        for request in list(self.in_hand.values()):
+            request.cancelled = request.cancelled or request.id >> PLACE_BITS == stream
 
     def _send(self) -> None:
         try:
@@ -113,7 +118,7 @@ class Server:
             failed = last if isinstance(last, Failed) else None
             completions = [c for c in items if isinstance(c, Completion) and not self._is_cancelled(c)]
             now = time.monotonic()
-            behind = bool(items) and now < stats_due and self.in_hand > 0
+            behind = bool(items) and now < stats_due and bool(self.in_hand)
             self.connection.send(CompletionPack.pack(completions, None if behind else self._stats()))
             stats_due = stats_due if behind else now + STATS_SECONDS
             if failed:
