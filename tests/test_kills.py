@@ -22,8 +22,8 @@ from batchrun.storage import Folder
 from jobs import batchrun, check_complete, load, start, write_job
 
 KILLS = 20
-ROWS = 400
-RUNS = 4  # runs that end by a kill of the driver; the other kills hit workers and engines of a living run
+ROWS = 240
+RUNS = 3  # runs that end by a kill of the driver; the other kills hit workers and engines of a living run
 
 
 class Watcher:
@@ -111,15 +111,15 @@ def test_twenty_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothin
     print(f"BATCHRUN_TEST_SEED={seed}")
     rng = random.Random(seed)
     job = write_job(
-        tmp_path, tiny_llama, rows=ROWS, row_group=50, output={"rows_per_part": 50, "flush_rows": 4}
+        tmp_path, tiny_llama, rows=ROWS, row_group=30, output={"rows_per_part": 30, "flush_rows": 4}
     )
     watcher = Watcher(tmp_path)
-    environment = {"BATCHRUN_TEST_LOG": str(watcher.log), "BATCHRUN_TEST_DELAY": "0.15"}
+    environment = {"BATCHRUN_TEST_LOG": str(watcher.log), "BATCHRUN_TEST_DELAY": "0.1"}
     kills = {"driver": 0, "worker": 0, "engine": 0}
     pids: set[int] = set()
     process = start("run", str(job), **environment)
     while sum(kills.values()) < KILLS:
-        moment = time.monotonic() + rng.uniform(0.5, 3.0)
+        moment = time.monotonic() + rng.uniform(0.2, 1.5)
         while time.monotonic() < moment:
             watcher.look()
             time.sleep(0.1)
