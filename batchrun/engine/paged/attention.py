@@ -140,8 +140,10 @@ def paged_attention(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) ->
     _write(key, value, keys, values, batch.places)
     needs, sinks = cache.layers[number], cache.sinks[number]
     if batch.starts is None:
-        return cache.provider.decode(query, keys, values, batch, needs, sinks)[None]
-    return cache.provider.prefill(query, key, value, keys, values, batch, needs, sinks)[None]
+        out = cache.provider.decode(query, keys, values, batch, needs, sinks)
+    else:
+        out = cache.provider.prefill(query, key, value, keys, values, batch, needs, sinks)
+    return out.contiguous()[None]
 
 
 @paged_attention.register_fake
@@ -161,11 +163,12 @@ AttentionInterface.register(IMPLEMENTATION, _attention_function)
 
 def choose(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> Provider:
     """The fastest provider that can do what all of the model's layers need."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and layers[0].head_dim <= 256:
-        if importlib.util.find_spec("flash_attn") and torch.cuda.get_device_capability(device) >= (8, 0):
-            from batchrun.engine.paged.flash import FlashAttention
+    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    ampere = half and torch.cuda.get_device_capability(device) >= (8, 0)
+    if ampere and layers[0].head_dim <= 256 and importlib.util.find_spec("flash_attn"):
+        from batchrun.engine.paged.flash import FlashAttention
 
-            return FlashAttention()
+        return FlashAttention()
     return GatheredPages()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchrun.engine.paged.sampler import Sampler
+
 
 def compile_layers(model: nn.Module, attention: list[nn.Module]) -> int:
     """Compiles the layers that hold the attention modules, each when it first runs. Gives how many were found.
@@ -28,14 +30,32 @@ def compile_layers(model: nn.Module, attention: list[nn.Module]) -> int:
     return len(layers)
 
 
+def compile_sampler(sampler: Sampler) -> None:
+    """Compiles the drawing of tokens, whose many passes over rows x vocabulary would each go through memory."""
+    choose = torch.compile(sampler.choose, fullgraph=True)
+
+    def call(logits: Tensor, row_seeds: Tensor, positions: Tensor, seen: Tensor | None = None) -> Tensor:
+        # A single row would be compiled for itself.
+        spare = 1 if len(logits) == 1 else 0
+        given = [logits, row_seeds, positions, *([] if seen is None else [seen])]
+        given = [torch.cat([x, x]) if spare else x for x in given]
+        for x in given:
+            torch._dynamo.mark_dynamic(x, 0)
+        return choose(*given)[: len(logits)]
+
+    sampler.choose = call  # type: ignore[method-assign]
+
+
 def _dynamic(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Says which sizes vary, so that the first number of tokens is not compiled for itself alone."""
+    """Says which sizes vary when it is first called, so that no number of tokens is compiled for itself alone."""
+    compiled = False
 
     def call(hidden: Tensor, *arguments: Any, **named: Any) -> Any:
-        tokens = hidden.shape[1]
-        _mark(hidden, tokens)
-        for argument in (*arguments, *named.values()):
-            _mark(argument, tokens)
+        nonlocal compiled
+        if not compiled:
+            for argument in (hidden, *arguments, *named.values()):
+                _mark(argument, hidden.shape[1])
+            compiled = True
         return forward(hidden, *arguments, **named)
 
     return call

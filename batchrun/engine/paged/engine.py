@@ -14,7 +14,7 @@ import torch
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged.architecture import Unsupported, check_positions, unsupported
 from batchrun.engine.paged.attention import Cache
-from batchrun.engine.paged.compiling import compile_layers
+from batchrun.engine.paged.compiling import compile_layers, compile_sampler
 from batchrun.engine.paged.memory import Budget, affordable_pages
 from batchrun.engine.paged.pool import Pool
 from batchrun.engine.paged.projections import join_projections
@@ -48,15 +48,18 @@ class PagedEngine:
         cache = Cache(model.requires_grad_(False), page_size, dtype, device)
         if device.type == "cuda":
             join_projections(model)
+        sampler = Sampler(spec.sampling)
         if budget.compile:
             compile_layers(model, cache.modules)
+            if not sampler.greedy:
+                compile_sampler(sampler)
         self._stops = frozenset(spec.stop_token_ids)
         self._strings = StopStrings(spec)
         self._longer_strings = StopStrings(spec)
         self._longer_strings.tail += budget.decode_steps
         self._window, self._steps = budget.window_rows, budget.decode_steps
         self._runner = Runner(
-            model, cache, Sampler(spec.sampling), sorted(self._stops), budget.max_rows, self._steps, device
+            model, cache, sampler, sorted(self._stops), budget.max_rows, self._steps, device
         )
 
         def warm_up() -> None:

@@ -170,7 +170,7 @@ class Pool:
                 count[page] += 1
         assert count == self._holders, "reference counts differ from the rows' page lists"
         held = sum(1 for holders in count if holders)
-        assert count[TRASH] == 0 and TRASH not in self._idle and TRASH not in self._free, (
+        assert TRASH not in {*self._idle, *self._free} and not count[TRASH], (
             "the trash page is in use"
         )
         assert len(set(self._free)) == len(self._free), "a page is free twice"

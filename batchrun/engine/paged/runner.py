@@ -23,6 +23,7 @@ NONE = -1
 
 _BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _ALIGN = 8
+NARROW_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class Runner:
         self._model, self._sampler, self._device = model, sampler, device
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._memory_pool: Any = None
+        self._capturing: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._widest = 1
         self._trash_slot = max_rows
         slots = max_rows + 1
 
@@ -137,11 +140,7 @@ class Runner:
     def decode(self, work: Round) -> Pending:
         """Runs a round and gives its tokens."""
         trunk = work.trunk if self.cache.cascades and len(work.rows) >= CASCADE_ROWS else 0
-        shape = Shape(
-            rows=_bucket(len(work.rows)),
-            pages=_power_of_two(work.tables.shape[1] - trunk),
-            trunk=_power_of_two(trunk) if trunk else 0,
-        )
+        shape = self._shape(len(work.rows), work.tables.shape[1] - trunk, trunk)
         step = self._graph(shape) if self._device.type == "cuda" else None
         self._upload(shape, work.slots, work.tables, trunk)
         for _ in range(work.steps):
@@ -152,6 +151,15 @@ class Runner:
         self.computed_tokens += shape.rows * work.steps
         self.launches += 1
         return self._back(work.rows, self._sampled[: work.steps, : shape.rows])
+
+    def _shape(self, rows: int, pages: int, trunk: int) -> Shape:
+        """Few different shapes. Only few rows share out a row's pages to several blocks, so that the width matters."""
+        self._widest = max(self._widest, pages)
+        return Shape(
+            rows=_bucket(rows),
+            pages=_power_of_two(pages if rows <= NARROW_ROWS else self._widest),
+            trunk=_power_of_two(trunk) if trunk else 0,
+        )
 
     def warm_up(self, prefill_tokens: int, max_context: int) -> None:
         """Runs the largest pack and the largest decode step that may come, on the trash page and slot."""
@@ -168,15 +176,20 @@ class Runner:
         self.computed_tokens = self.launches = 0
 
     def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
-        """The captured decode step of a shape; captured, on rows of the trash slot, when it is first wanted."""
+        """The captured decode step of a shape; captured, on rows of the trash slot, when it is first wanted.
+
+        Not through `torch.cuda.graph`, which empties the allocator's cache each time.
+        """
         if shape not in self._graphs:
             self._upload(shape, np.zeros(0, np.int32), np.zeros((0, 0), np.int32), 0)
             self._decode_step(shape)  # compiles what is not compiled yet, which a capture cannot
-            self._step.zero_()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory_pool):
+            here, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
+            self._capturing.wait_stream(here)
+            with torch.cuda.stream(self._capturing):
+                graph.capture_begin(pool=self._memory_pool, capture_error_mode="thread_local")
                 self._decode_step(shape)
+                graph.capture_end()
+            here.wait_stream(self._capturing)
             self._memory_pool = graph.pool()
             self._graphs[shape] = graph
         return self._graphs[shape]
