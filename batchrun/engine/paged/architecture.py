@@ -61,6 +61,8 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
     positions = torch.arange(4, device=device)[None]
     last = torch.zeros(1, dtype=torch.long, device=device)
     model.set_attn_implementation(_PROBE)  # type: ignore[operator]
+    # With one, some models look into every input for padding, which makes the host wait for the device.
+    model.config.pad_token_id = None  # type: ignore[union-attr]
     try:
         with torch.no_grad():
             logits = model(

@@ -102,7 +102,6 @@ class Cache:
         layer = self.layers[0]
         self.memory = torch.empty(0)
         shape = (len(self.layers), 2, pages, self.page_size, layer.kv_heads, layer.head_dim)
-        # Zeros, since kernels multiply what lies behind a row's end by a probability of 0: it must be finite.
         self.memory = torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     def copy(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
@@ -202,6 +201,9 @@ class GatheredPages:
         tables = batch.tables.long()
         own_keys, own_values = (x[tables].flatten(1, 2) for x in (keys, values))
         places = (batch.lengths - 1).long()[:, None]
+        # A row's last page keeps what earlier rows left behind its end, which need not be finite.
+        behind = torch.arange(own_values.shape[1], device=query.device) > places
+        own_values.masked_fill_(behind[:, :, None, None], 0)
         return _attend(query[:, None], own_keys, own_values, places, layer, sinks)[:, 0]
 
 

@@ -83,4 +83,4 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
 
 @top_p_threshold.register_fake
 def _(probabilities: Tensor, top_p: float) -> Tensor:
-    return probabilities.new_empty(len(probabilities), 1)
+    return probabilities.new_empty(probabilities.shape[0], 1)
