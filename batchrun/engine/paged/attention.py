@@ -202,8 +202,8 @@ class GatheredPages:
         own_keys, own_values = (x[tables].flatten(1, 2) for x in (keys, values))
         places = (batch.lengths - 1).long()[:, None]
         # A row's last page keeps what earlier rows left behind its end, which need not be finite.
-        behind = torch.arange(own_values.shape[1], device=query.device) > places
-        own_values.masked_fill_(behind[:, :, None, None], 0)
+        behind = (torch.arange(own_keys.shape[1], device=query.device) > places)[:, :, None, None]
+        own_keys, own_values = own_keys.masked_fill(behind, 0), own_values.masked_fill(behind, 0)
         return _attend(query[:, None], own_keys, own_values, places, layer, sinks)[:, 0]
 
 
