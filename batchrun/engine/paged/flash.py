@@ -14,6 +14,7 @@ from batchrun.engine.paged.attention import Batch
 class FlashAttention:
     name = "flash-attn 2"
     cascades = True
+    own_decode = True
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
@@ -32,11 +33,15 @@ class FlashAttention:
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
     ) -> Tensor:
         options = _options(layer)
-        out, lse = flash_attn_with_kvcache(
-            query[:, None], keys, values, cache_seqlens=batch.lengths, block_table=batch.tables,
-            num_splits=_splits(batch, layer, keys), return_softmax_lse=True, **options,
-        )  # fmt: skip
-        out, lse = out[:, 0], lse[:, :, 0]
+        splits = _splits(batch, layer, keys)
+        if splits == 1 and self.own_decode:
+            out, lse = kernels.decode(query, keys, values, batch.tables, batch.lengths, layer)
+        else:
+            out, lse = flash_attn_with_kvcache(
+                query[:, None], keys, values, cache_seqlens=batch.lengths, block_table=batch.tables,
+                num_splits=splits, return_softmax_lse=True, **options,
+            )  # fmt: skip
+            out, lse = out[:, 0], lse[:, :, 0]
         if batch.trunk is not None:
             # All rows' queries are one long query over the common pages: those are read once, not once per row.
             trunk, trunk_lse, _ = flash_attn_varlen_func(
