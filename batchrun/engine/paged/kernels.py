@@ -96,7 +96,10 @@ def join(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -
 def _top_p(probabilities, lowest, size, top_p, BLOCK: tl.constexpr):
     row = probabilities + tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
-    low, high = 0, 0x3F800001  # the bits of 0 and of what follows 1; floats between are in the order of their bits
+    low, high = (
+        0,
+        0x3F800001,
+    )  # the bits of 0 and of what follows 1; floats between are in the order of their bits
     for _ in range(31):
         middle = low + (high - low) // 2
         mass = tl.zeros((BLOCK,), tl.float32)
@@ -117,7 +120,9 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
     """
     probabilities = probabilities.contiguous()
     lowest = torch.empty(len(probabilities), 1, dtype=torch.float32, device=probabilities.device)
-    _top_p[(len(probabilities),)](probabilities, lowest, probabilities.shape[1], top_p, BLOCK=4096, num_warps=8)
+    _top_p[(len(probabilities),)](
+        probabilities, lowest, probabilities.shape[1], top_p, BLOCK=4096, num_warps=8
+    )
     return lowest
 
 
@@ -133,7 +138,9 @@ def _decode(
     column = tl.arange(0, COLUMNS)
     own = member < GROUP
     inside = column < SIZE
-    places = query + row.to(tl.int64) * query_row + (head * GROUP + member[:, None]) * query_head + column[None, :]
+    places = (
+        query + row.to(tl.int64) * query_row + (head * GROUP + member[:, None]) * query_head + column[None, :]
+    )
     q = tl.load(places, mask=own[:, None] & inside[None, :], other=0.0)
     top = tl.full((16,), float("-inf"), tl.float32)
     total = tl.zeros((16,), tl.float32)
@@ -157,13 +164,19 @@ def _decode(
         higher = tl.maximum(top, tl.max(score, axis=1))
         shrink = tl.exp2(top - higher)
         weight = tl.exp2(score - higher[:, None])
-        v = tl.load(values + offset[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        v = tl.load(
+            values + offset[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0
+        )
         sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
         total = total * shrink + tl.sum(weight, axis=1)
         top = higher
     place = row.to(tl.int64) * KV_HEADS * GROUP + head * GROUP + member
     mean = sums / total[:, None]
-    tl.store(out + place[:, None] * SIZE + column[None, :], mean.to(out.dtype.element_ty), mask=own[:, None] & inside[None, :])
+    tl.store(
+        out + place[:, None] * SIZE + column[None, :],
+        mean.to(out.dtype.element_ty),
+        mask=own[:, None] & inside[None, :],
+    )
     tl.store(lse + place, (top + tl.log2(total)) * 0.6931471805599453, mask=own)
 
 

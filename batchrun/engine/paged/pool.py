@@ -170,9 +170,8 @@ class Pool:
                 count[page] += 1
         assert count == self._holders, "reference counts differ from the rows' page lists"
         held = sum(1 for holders in count if holders)
-        assert TRASH not in {*self._idle, *self._free} and not count[TRASH], (
-            "the trash page is in use"
-        )
+        assert not count[TRASH], "the trash page is held"
+        assert TRASH not in {*self._idle, *self._free}, "the trash page can be taken"
         assert len(set(self._free)) == len(self._free), "a page is free twice"
         assert not set(self._free) & set(self._idle), "a page is free and idle"
         assert held + self.available == self.pages, "pages have leaked"
