@@ -100,7 +100,13 @@ class EngineSettings(Settings):
     batch_tokens: int | None = Field(
         None, ge=1, description="padded: prompt + new tokens of one batch, padding included"
     )
-    window_rows: int = Field(8192, ge=1, description="padded: rows ordered by length together")
+    window_rows: int = Field(8192, ge=1, description="rows looked ahead at, and ordered by length together")
+    max_rows: int | None = Field(None, ge=1, description="paged: rows that decode at once; 2048 on a GPU")
+    prefill_tokens: int | None = Field(None, ge=1, description="paged: prompt tokens computed at once")
+    decode_steps: int = Field(8, ge=1, le=64, description="paged: steps between two looks at the results")
+    memory_fraction: float = Field(0.9, gt=0, lt=1, description="paged: share of the GPU's memory to use")
+    cache_tokens: int | None = Field(None, ge=1, description="paged: at most so many tokens of keys and values")
+    compile: bool = Field(True, description="paged: torch.compile for the model on a GPU")
 
     @field_validator("kind")
     @classmethod

@@ -1,0 +1,293 @@
+"""`batchrun bench`: what this machine makes of a model and a distribution of lengths, engine against engine.
+
+Weights and tokens are random, so a row costs only by its lengths, and no model needs to be downloaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import pkgutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import transformers
+
+from batchrun.engine.choose import BUILT_IN
+from batchrun.engine.protocol import EngineSpec, EngineStats, Request
+from batchrun.errors import EngineError, JobError, ModelError
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960, "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "model_type": "llama", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Models by name, for who has none at hand. "tiny" is for machines without a GPU."""
+
+# name: prompt tokens (median, spread, least, most), new tokens (the same), tokens that begin every prompt
+_LENGTHS = {
+    "summarise": ((450, 0.8, 16, 3000), (100, 0.7, 8, 600), 0),
+    "extract": ((120, 0.5, 16, 600), (50, 0.5, 8, 200), 600),
+    "write": ((64, 0.5, 8, 256), (400, 0.6, 32, 1500), 0),
+}
+WORKLOADS = tuple(_LENGTHS)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Rows to run: token ids, and how many tokens each is to generate, exactly."""
+
+    name: str
+    prompts: list[list[int]]
+    new_tokens: list[int]
+
+    @classmethod
+    def named(cls, name: str, rows: int, vocabulary: int, seed: int = 0) -> Self:
+        """One of WORKLOADS: skewed lengths (log-normal), the same ones for the same seed on every machine."""
+        if name not in _LENGTHS:
+            raise JobError(f"no workload {name!r}", "bench", f"use {', '.join(WORKLOADS)}")
+        prompt, new, common = _LENGTHS[name]
+        rng = np.random.default_rng(seed)
+        prompt_lengths, new_lengths = _skewed(rng, rows, *prompt), _skewed(rng, rows, *new)
+        lowest, highest = min(1000, vocabulary // 4), vocabulary - min(2000, vocabulary // 4)
+        start = rng.integers(lowest, highest, common).tolist()
+        prompts = [start + rng.integers(lowest, highest, length).tolist() for length in prompt_lengths]
+        return cls(name, prompts, new_lengths)
+
+    def requests(self, other_tokens: int = 0) -> list[Request]:
+        """`other_tokens` makes prompts that share nothing with those of another number."""
+        return [
+            Request(i, np.array(prompt, np.int32) + other_tokens, new, i)
+            for i, (prompt, new) in enumerate(zip(self.prompts, self.new_tokens, strict=True))
+        ]
+
+    @property
+    def longest(self) -> int:
+        return max(len(p) + n for p, n in zip(self.prompts, self.new_tokens, strict=True))
+
+    @property
+    def common(self) -> int:
+        """Tokens that begin every prompt."""
+        first, last = (
+            min(self.prompts),
+            max(self.prompts),
+        )  # in the order of tokens, so all others are between
+        return next(
+            (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+            min(len(first), len(last)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What the machine was measured to do: matrix operations and memory bytes per second."""
+
+    operations: float
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One engine's run over a workload, everything warm. `floor_seconds` is what the ceilings allow at best."""
+
+    engine: str
+    workload: str
+    rows: int
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    first_row_seconds: float
+    floor_seconds: float
+    stats: EngineStats
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+    @property
+    def roofline_share(self) -> float:
+        return self.floor_seconds / self.seconds
+
+
+def bench(
+    model: str | Path,
+    workload: Workload | str,
+    rows: int = 200,
+    engines: Sequence[str] = ("paged", "padded"),
+    device: str | None = None,
+    dtype: str = "auto",
+    options: dict[str, object] | None = None,
+    seed: int = 0,
+) -> list[Measured]:
+    """Runs a workload through each engine and times it, from the first request to the last completion.
+
+    Args:
+        model: a name of SHAPES, or a local folder with a config.json (its weights are not read).
+        workload: a name of WORKLOADS (then `rows` and `seed` count), or rows of a job.
+        engines: kinds, as in the job file.
+        device: a GPU where there is one, by default.
+        options: engine settings, as in the job file.
+
+    Raises:
+        JobError: an unknown workload or engine. ModelError: no such model. EngineError: a row was not answered.
+    """
+    for kind in engines:
+        if kind not in BUILT_IN:
+            raise JobError(f"no engine {kind!r} to measure", "bench", f"use {', '.join(BUILT_IN)}")
+    config = _config(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    vocabulary = config.get_text_config().vocab_size
+    if isinstance(workload, str):
+        workload = Workload.named(workload, rows, vocabulary, seed)
+    ceilings = measure_ceilings(device, getattr(torch, dtype))
+    spec = EngineSpec(
+        "",
+        str(model),
+        str(model),
+        dtype=dtype,
+        device=device,
+        max_context=workload.longest,
+        options=options or {},
+    )
+    return [_measure(kind, spec, config, workload, ceilings) for kind in engines]
+
+
+def format_results(results: Sequence[Measured]) -> str:
+    """A table for people."""
+    lines = [
+        f"{'engine':8} {'workload':10} {'rows':>6} {'tokens in':>10} {'out':>9} {'seconds':>8} {'out/s':>8} "
+        f"{'padding eff.':>12} {'roofline':>8} {'first row':>9}"
+    ]
+    lines += [
+        f"{r.engine:8} {r.workload:10} {r.rows:6} {r.prompt_tokens:10} {r.output_tokens:9} {r.seconds:8.2f} "
+        f"{r.tokens_per_second:8.0f} {r.stats.padding_efficiency:12.1%} {r.roofline_share:8.1%} "
+        f"{r.first_row_seconds:8.2f}s"
+        for r in results
+    ]
+    last = results[-1].stats
+    notes = dict.fromkeys(note for r in results for note in r.stats.notes)
+    lines.append(
+        f"{last.device}, {last.dtype}; " + ", ".join(f"{r.engine}: {r.stats.attention}" for r in results)
+    )
+    return "\n".join([*lines, *notes])
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """A large matrix product and a large copy, the best of a few."""
+    gpu = device != "cpu"
+    size, width = (8192, 1 << 30) if gpu else (1024, 1 << 26)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    product = _fastest(lambda: torch.mm(a, b), gpu)
+    source = torch.empty(width, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copied = _fastest(lambda: target.copy_(source), gpu)
+    return Ceilings(operations=2 * size**3 / product, bytes=2 * width / copied)
+
+
+def floor_seconds(config: Any, workload: Workload, ceilings: Ceilings, bytes_per_number: int) -> float:
+    """The least time for a workload: every product once, every key and value read once per new token.
+
+    What begins every prompt is computed once and, since all rows can read it together, read once per step.
+    """
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    embedding = model.get_input_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters()) - embedding * (1 if text.tie_word_embeddings else 2)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * kv_heads * head_dim * bytes_per_number
+    prompts = np.array([len(p) for p in workload.prompts]) - workload.common
+    new = np.array(workload.new_tokens)
+    computed = workload.common + prompts.sum() + new.sum()
+    attended = (prompts * (workload.common + prompts / 2)).sum() + (
+        new * (workload.common + prompts + new / 2)
+    ).sum()
+    operations = 2 * body * computed + 2 * embedding * new.sum()
+    operations += 4 * text.num_hidden_layers * text.num_attention_heads * head_dim * attended
+    steps = int(new.max())
+    weights = (body + embedding) * bytes_per_number
+    read = token_bytes * ((new * (prompts + new / 2)).sum() + steps * workload.common) + steps * weights
+    return float(operations / ceilings.operations + read / ceilings.bytes)
+
+
+def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceilings: Ceilings) -> Measured:
+    torch.manual_seed(0)
+    dtype = getattr(torch, spec.dtype)
+    with torch.device(spec.device):
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    running = pkgutil.resolve_name(BUILT_IN[kind])(spec, model)
+    # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
+    _run(running, workload.requests(other_tokens=1))
+    before = copy.deepcopy(running.stats)
+    seconds, first, counts = _run(running, workload.requests())
+    if counts != workload.new_tokens:
+        raise EngineError("not every row was given as many tokens as asked for", kind, "report this as a bug")
+    for name in ("requests", "completions", "prompt_tokens", "output_tokens", "computed_tokens", "batches"):
+        setattr(running.stats, name, getattr(running.stats, name) - getattr(before, name))
+    prompt_tokens = sum(len(p) for p in workload.prompts)
+    floor = floor_seconds(config, workload, ceilings, dtype.itemsize)
+    stats = copy.deepcopy(running.stats)
+    return Measured(
+        kind, workload.name, len(counts), prompt_tokens, sum(counts), seconds, first, floor, stats
+    )
+
+
+def _run(engine: Any, requests: list[Request]) -> tuple[float, float, list[int]]:
+    """Seconds to the last and to the first completion, and each row's number of tokens."""
+    counts = [0] * len(requests)
+    first = 0.0
+    started = time.perf_counter()
+    feed: Iterator[Request] = iter(requests)
+    for completion in engine.generate(feed):
+        first = first or time.perf_counter() - started
+        counts[completion.id] = len(completion.token_ids)
+    return time.perf_counter() - started, first, counts
+
+
+def _config(model: str | Path) -> Any:
+    if str(model) in SHAPES:
+        return transformers.AutoConfig.for_model(**SHAPES[str(model)])
+    try:
+        return transformers.AutoConfig.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        what = f"no model configuration ({str(error).splitlines()[0]})"
+        raise ModelError(what, str(model), f"give a local folder, or one of {', '.join(SHAPES)}") from error
+
+
+def _skewed(
+    rng: np.random.Generator, count: int, median: float, spread: float, least: int, most: int
+) -> list[int]:
+    drawn = np.exp(rng.normal(np.log(median), spread, count))
+    return [int(x) for x in np.clip(np.round(drawn), least, most)]
+
+
+def _fastest(work: Any, gpu: bool) -> float:
+    best = float("inf")
+    for _ in range(5):
+        if gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best

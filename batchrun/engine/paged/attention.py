@@ -1,0 +1,250 @@
+"""The one attention room: a custom operator that models call, and the providers that compute it over pages."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from batchrun.engine.paged.architecture import Layer, attention_layers
+
+IMPLEMENTATION = "batchrun_paged"
+"""The name under which transformers finds the attention function."""
+
+CASCADE_ROWS = 16
+"""Rows from which the pages that all have in common are read once for all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """Pages that begin every row of a decode step; the step's own `tables` and `lengths` start after them.
+
+    `table` (1, pages) int32; `ends` (2,) int32: 0 and how many tokens the trunk has; `starts` (2,) int32: 0 and how
+    many rows there are.
+    """
+
+    table: Tensor
+    ends: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Where the tokens of one model call stand in the pool.
+
+    `places` (tokens,) int64 is where each token's key and value go, page * page size + offset. `tables` (rows, pages)
+    int32 and `lengths` (rows,) int32 are each row's pages and tokens, this call's included. A decode step has one
+    token per row. A prefill has `starts` (rows + 1,) int32, where each row's tokens begin in the pack, `ends`
+    (rows + 1,) int32, the running sum of `lengths`, and the longest of both; `fresh` when no row has older tokens.
+    """
+
+    places: Tensor
+    tables: Tensor
+    lengths: Tensor
+    starts: Tensor | None = None
+    ends: Tensor | None = None
+    longest_query: int = 1
+    longest: int = 0
+    fresh: bool = False
+    trunk: Trunk | None = None
+
+
+class Provider(Protocol):
+    """Attention over pages. `keys` and `values` are (pages, page size, kv heads, head size) of one layer; query, key
+    and value are (tokens, heads, head size); `sinks` (query heads,) are logits without a value, where a model has
+    them. Gives (tokens, query heads, head size)."""
+
+    name: str
+    cascades: bool
+
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
+        sinks: Tensor | None,
+    ) -> Tensor: ...  # fmt: skip
+
+    def decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
+    ) -> Tensor: ...
+
+
+class Cache:
+    """The key/value pool's memory, and the model's attention layers bound to it."""
+
+    def __init__(self, model: nn.Module, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        found = attention_layers(model)
+        self.layers = [layer for _, layer in found]
+        self.sinks = [getattr(module, "sinks", None) for module, _ in found]
+        self.modules = [module for module, _ in found]
+        self.page_size = page_size
+        self.provider = choose(self.layers, dtype, device)
+        self.cascades = self.provider.cascades and not any(layer.window for layer in self.layers)
+        self._dtype, self._device = dtype, device
+        for number, module in enumerate(self.modules):
+            # A tensor, not a number: one compiled layer then serves all of them.
+            module.batchrun_layer = torch.tensor(number)  # type: ignore[assignment]
+        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        self.allocate(1)
+
+    @property
+    def page_bytes(self) -> int:
+        layer = self.layers[0]
+        return len(self.layers) * 2 * self.page_size * layer.kv_heads * layer.head_dim * self._dtype.itemsize
+
+    def allocate(self, pages: int) -> None:
+        """Memory for `pages` pages; the content of the pages before is lost."""
+        layer = self.layers[0]
+        self.memory = torch.empty(0)
+        shape = (len(self.layers), 2, pages, self.page_size, layer.kv_heads, layer.head_dim)
+        self.memory = torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def copy(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
+        """The first `tokens` tokens of each source page, in all layers, to its target page."""
+        self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
+
+
+@contextmanager
+def using(cache: Cache, batch: Batch) -> Iterator[None]:
+    """Model calls inside attend over `cache` as `batch` says."""
+    global _current
+    before, _current = _current, (cache, batch)
+    try:
+        yield
+    finally:
+        _current = before
+
+
+_current: tuple[Cache, Batch] | None = None
+
+
+@torch.library.custom_op("batchrun::paged_attention", mutates_args=())
+def paged_attention(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) -> Tensor:
+    """Writes keys and values to the pool, then attends over it.
+
+    The pool is reached through `using`, not through arguments: a compiled graph neither depends on its size nor
+    copies it, and one graph serves every layer. query (1, heads, tokens, size) -> (1, tokens, heads, size).
+    """
+    assert _current is not None, "a paged model was called outside its engine"
+    cache, batch = _current
+    number = int(layer)
+    keys, values = cache.memory[number, 0], cache.memory[number, 1]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    key, value = _packed(key), _packed(value)
+    _write(key, value, keys, values, batch.places)
+    needs, sinks = cache.layers[number], cache.sinks[number]
+    if batch.starts is None:
+        out = cache.provider.decode(query, keys, values, batch, needs, sinks)
+    else:
+        out = cache.provider.prefill(query, key, value, keys, values, batch, needs, sinks)
+    return out.contiguous()[None]
+
+
+@paged_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) -> Tensor:
+    batch, heads, tokens, size = query.shape
+    return query.new_empty(batch, tokens, heads, size)
+
+
+def _attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **needs: Any
+) -> tuple[Tensor, None]:
+    return paged_attention(query, key, value, module.batchrun_layer), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention_function)
+
+
+def choose(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> Provider:
+    """The fastest provider that can do what all of the model's layers need."""
+    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    ampere = half and torch.cuda.get_device_capability(device) >= (8, 0)
+    if ampere and layers[0].head_dim <= 256 and importlib.util.find_spec("flash_attn"):
+        from batchrun.engine.paged.flash import FlashAttention
+
+        return FlashAttention()
+    return GatheredPages()
+
+
+class GatheredPages:
+    """Plain attention over a copy of each row's pages: any device, any dtype, and the reference for the others."""
+
+    name = "sdpa over gathered pages"
+    cascades = False
+
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        assert batch.starts is not None
+        out = torch.empty_like(query)
+        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
+        for row, length in enumerate(lengths):
+            begin, end = starts[row], starts[row + 1]
+            if end > begin:
+                table = batch.tables[row, : -(-length // keys.shape[1])].long()
+                own_keys, own_values = (x[table].flatten(0, 1)[:length] for x in (keys, values))
+                places = torch.arange(length - (end - begin), length, device=query.device)
+                out[begin:end] = _attend(
+                    query[begin:end][None], own_keys[None], own_values[None], places[None], layer, sinks
+                )[0]
+        return out
+
+    def decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
+    ) -> Tensor:
+        tables = batch.tables.long()
+        own_keys, own_values = (x[tables].flatten(1, 2) for x in (keys, values))
+        places = (batch.lengths - 1).long()[:, None]
+        # A row's last page keeps what earlier rows left behind its end, which need not be finite.
+        behind = (torch.arange(own_keys.shape[1], device=query.device) > places)[:, :, None, None]
+        own_keys, own_values = own_keys.masked_fill(behind, 0), own_values.masked_fill(behind, 0)
+        return _attend(query[:, None], own_keys, own_values, places, layer, sinks)[:, 0]
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, layer: Layer, sinks: Tensor | None
+) -> Tensor:
+    """query (rows, q, heads, size) at `places` (rows, q) over keys (rows, k, kv heads, size) at 0, 1, 2, ..."""
+    behind = places[:, :, None] - torch.arange(keys.shape[1], device=query.device)
+    seen = behind >= 0
+    if layer.window is not None:
+        seen &= behind < layer.window
+    query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+    seen = seen[:, None]
+    if layer.softcap is None and sinks is None:
+        out = functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=seen, scale=layer.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    scores = (query @ keys.transpose(2, 3)).float() * layer.scale
+    if layer.softcap is not None:
+        scores = torch.tanh(scores / layer.softcap) * layer.softcap
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : keys.shape[2]].to(query.dtype)
+    return (weights @ values).transpose(1, 2)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """A token's heads side by side, as the kernels want them; a copy only if they are not."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> None:
+    if keys.is_cuda:
+        from batchrun.engine.paged import kernels
+
+        kernels.write(key, value, keys, values, places)
+    else:
+        keys.flatten(0, 1).index_copy_(0, places, key)
+        values.flatten(0, 1).index_copy_(0, places, value)

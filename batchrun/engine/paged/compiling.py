@@ -1,0 +1,70 @@
+"""torch.compile for a model's layers: one compiled layer, for any number of tokens, serves all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchrun.engine.paged.sampler import Sampler
+
+
+def compile_layers(model: nn.Module, attention: list[nn.Module]) -> int:
+    """Compiles the layers that hold the attention modules, each when it first runs. Gives how many were found.
+
+    Layer by layer, because tracing one takes a second and a model of 30 layers half a minute; what is lost is the
+    fusion of the addition at a layer's end with the norm at the next one's start.
+    """
+    wanted = {id(module) for module in attention}
+    layers = [
+        layer
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList) and len(stack) == len(attention)
+        for layer in stack
+        if any(id(module) in wanted for module in layer.modules())
+    ]
+    for layer in layers:
+        layer.forward = _dynamic(torch.compile(layer.forward, fullgraph=True))
+    return len(layers)
+
+
+def compile_sampler(sampler: Sampler) -> None:
+    """Compiles the drawing of tokens, whose many passes over rows x vocabulary would each go through memory."""
+    choose = torch.compile(sampler.choose, fullgraph=True)
+
+    def call(logits: Tensor, row_seeds: Tensor, positions: Tensor, seen: Tensor | None = None) -> Tensor:
+        # A single row would be compiled for itself.
+        spare = 1 if len(logits) == 1 else 0
+        given = [logits, row_seeds, positions, *([] if seen is None else [seen])]
+        given = [torch.cat([x, x]) if spare else x for x in given]
+        for x in given:
+            torch._dynamo.mark_dynamic(x, 0)
+        return choose(*given)[: len(logits)]
+
+    sampler.choose = call  # type: ignore[method-assign]
+
+
+def _dynamic(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Says which sizes vary when it is first called, so that no number of tokens is compiled for itself alone."""
+    compiled = False
+
+    def call(hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+        nonlocal compiled
+        if not compiled:
+            for argument in (hidden, *arguments, *named.values()):
+                _mark(argument, hidden.shape[1])
+            compiled = True
+        return forward(hidden, *arguments, **named)
+
+    return call
+
+
+def _mark(argument: Any, tokens: int) -> None:
+    if isinstance(argument, Tensor):
+        if argument.ndim > 1 and argument.shape[1] == tokens:
+            torch._dynamo.mark_dynamic(argument, 1)
+    elif isinstance(argument, tuple | list):
+        for part in argument:
+            _mark(part, tokens)

@@ -1,0 +1,86 @@
+"""From logits to tokens, on the device: greedy, or drawn with noise that belongs to the row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchrun.engine.noise import gumbel
+from batchrun.engine.protocol import Sampling
+
+BAD = -2
+"""In place of a token where the logits hold no number to choose by."""
+
+
+class Sampler:
+    """Chooses each row's next token, in the order of transformers' own processors: repetition penalty, temperature,
+    top-k, top-p, min-p, then a draw."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self.greedy = sampling.temperature == 0
+        self.penalizes = sampling.repetition_penalty != 1
+
+    def choose(
+        self, logits: Tensor, row_seeds: Tensor, positions: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
+        """The next token of each row, or BAD.
+
+        Args:
+            logits: (rows, vocabulary).
+            row_seeds, positions: (rows,) int64, the rows' own numbers and how many tokens each has generated.
+            seen: (rows, vocabulary) bool, the tokens of the row so far; wanted if `penalizes`.
+        """
+        if seen is not None:
+            logits = penalize(logits.float(), seen, self._sampling.repetition_penalty)
+        if self.greedy:
+            best, token = logits.max(dim=-1)
+            return torch.where(best.isfinite(), token, BAD)
+        logits = logits.float()
+        usable = logits.amax(dim=-1).isfinite()
+        noise = gumbel(self._sampling.seed, row_seeds, positions, logits.shape[1])
+        drawn = (self.warp(logits) + noise).argmax(dim=-1)
+        return torch.where(usable, drawn, BAD)
+
+    def warp(self, logits: Tensor) -> Tensor:
+        """Logits at the sampling's temperature, minus infinity where a token is not to be drawn. float32."""
+        wanted = self._sampling
+        logits = logits / wanted.temperature
+        if 0 < wanted.top_k < logits.shape[-1]:
+            lowest = logits.topk(wanted.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < lowest, float("-inf"))
+        if wanted.top_p < 1:
+            probabilities = logits.softmax(dim=-1)
+            logits = logits.masked_fill(
+                probabilities < top_p_threshold(probabilities, wanted.top_p), float("-inf")
+            )
+        if wanted.min_p > 0:
+            probabilities = logits.softmax(dim=-1)
+            lowest = wanted.min_p * probabilities.amax(dim=-1, keepdim=True)
+            logits = logits.masked_fill(probabilities < lowest, float("-inf"))
+        return logits
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes tokens that stand in the row already less likely (Keskar et al., "CTRL", 2019)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+@torch.library.custom_op("batchrun::top_p_threshold", mutates_args=())
+def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
+    """The smallest probability (rows, 1) among the fewest tokens that add up to `top_p` (Holtzman et al., 2020).
+
+    Tokens as likely as the last one needed are kept as well. probabilities: (rows, vocabulary) float32.
+    """
+    if probabilities.is_cuda:
+        from batchrun.engine.paged import kernels
+
+        return kernels.top_p_threshold(probabilities, top_p)
+    ordered = probabilities.sort(dim=-1, descending=True).values
+    needed = (ordered.cumsum(dim=-1) < top_p).sum(dim=-1, keepdim=True)
+    return ordered.gather(1, needed.clamp(max=ordered.shape[1] - 1))
+
+
+@top_p_threshold.register_fake
+def _(probabilities: Tensor, top_p: float) -> Tensor:
+    return probabilities.new_empty(probabilities.shape[0], 1)

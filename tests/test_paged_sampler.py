@@ -1,0 +1,94 @@
+"""Which tokens may be drawn, how often, and with whose noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from batchrun.engine.paged.sampler import BAD, Sampler, penalize
+from batchrun.engine.protocol import Sampling
+
+SETTINGS = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=1.3, top_k=7),
+    Sampling(temperature=1.0, top_p=0.8),
+    Sampling(temperature=1.0, min_p=0.1),
+    Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02),
+]
+
+
+def _logits(rows: int, vocabulary: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_the_tokens_that_may_be_drawn_are_those_of_transformers(sampling: Sampling) -> None:
+    logits = _logits(200, 500)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    expected = warpers(None, logits)
+    torch.testing.assert_close(Sampler(sampling).warp(logits), expected)
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling: Sampling) -> None:
+    draws, vocabulary = 40_000, 24
+    logits = _logits(1, vocabulary)
+    sampler = Sampler(sampling)
+    tokens = sampler.choose(
+        logits.expand(draws, -1), torch.arange(draws), torch.zeros(draws, dtype=torch.long)
+    )
+    exact = sampler.warp(logits)[0].softmax(dim=0).double()
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    assert counts[exact == 0].sum() == 0
+    likely = exact * draws >= 5
+    expected = exact[likely] * draws
+    chi_square = float(((counts[likely] - expected) ** 2 / expected).sum())
+    freedom = int(likely.sum()) - 1
+    # A value above this mean plus five standard deviations is no chance.
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5 + 5
+
+
+def test_a_row_draws_the_same_token_in_every_batch() -> None:
+    sampler = Sampler(Sampling(temperature=1.0, top_p=0.95, seed=11))
+    logits, seeds, positions = _logits(50), torch.arange(50) * 7919, torch.arange(50) % 9
+    together = sampler.choose(logits, seeds, positions)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    assert sampler.choose(logits[order], seeds[order], positions[order]).tolist() == together[order].tolist()
+    alone = [
+        int(sampler.choose(logits[i : i + 1], seeds[i : i + 1], positions[i : i + 1])) for i in range(50)
+    ]
+    assert alone == together.tolist()
+    assert sampler.choose(logits, seeds, positions + 1).tolist() != together.tolist()
+
+
+def test_the_penalty_is_that_of_transformers() -> None:
+    logits, tokens = _logits(5), torch.tensor(np.random.default_rng(0).integers(0, 64, (5, 9)))
+    seen = torch.zeros(5, 64, dtype=torch.bool).scatter(1, tokens, True)
+    torch.testing.assert_close(
+        penalize(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits)
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_give_no_token(temperature: float) -> None:
+    logits = _logits(4)
+    logits[1, 3] = float("nan")
+    logits[2] = float("-inf")
+    row = torch.arange(4)
+    tokens = Sampler(Sampling(temperature=temperature)).choose(logits, row, row)
+    assert (tokens == BAD).tolist() == [False, True, True, False]

@@ -1,0 +1,221 @@
+"""Pages, rows and rounds without a model: a device of plain lists checks what every row would read."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchrun.engine.paged.pool import Pool
+from batchrun.engine.paged.queue import Queue, Row
+from batchrun.engine.paged.scheduler import OutputLengths, Round, Scheduler, Segment
+from batchrun.engine.protocol import Request
+
+
+def _request(number: int, tokens: list[int], new: int) -> Request:
+    return Request(number, np.array(tokens, np.int32), new)
+
+
+class Device:
+    """Pages that hold the tokens whose keys and values a real device would hold there."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.size = page_size
+        self.memory = [[-1] * page_size for _ in range(pages)]
+
+    def prefill(self, pack: list[Segment]) -> None:
+        copies = [(s, list(self.memory[s.copy_from])) for s in pack if s.copied]
+        for segment, source in copies:
+            self.memory[segment.copy_to][: segment.copied] = source[: segment.copied]
+        for segment in pack:
+            for place in range(segment.start, segment.stop):
+                self.write(segment.row.pages, place, int(segment.row.prompt[place]))
+        for segment in pack:
+            self.check(segment.row.pages, segment.row.prompt[: segment.stop].tolist())
+
+    def write(self, pages: list[int], place: int, token: int) -> None:
+        self.memory[pages[place // self.size]][place % self.size] = token
+
+    def check(self, pages: list[int], tokens: list[int]) -> None:
+        read = [self.memory[pages[i // self.size]][i % self.size] for i in range(len(tokens))]
+        assert read == tokens, "a row reads keys that are not its own"
+
+
+class Run:
+    """Drives a scheduler as the engine does, one round behind, with rows that stop when chance says so."""
+
+    def __init__(self, scheduler: Scheduler, device: Device, rng: random.Random, stop_chance: float) -> None:
+        self.scheduler, self.device, self.rng, self.stop_chance = scheduler, device, rng, stop_chance
+        self.ended: dict[int, int] = {}
+        self.behind: list[tuple[Row, list[int]]] = []
+        self.said: dict[Row, list[int]] = {}
+        self.stopped: set[Row] = set()
+
+    def say(self, row: Row) -> int:
+        """The device's next token of a row, which the host knows only after `read`."""
+        token = self.rng.randrange(5)
+        self.said.setdefault(row, []).append(token)
+        if self.rng.random() < self.stop_chance:
+            self.stopped.add(row)
+        return token
+
+    def prefill(self, pack: list[Segment]) -> None:
+        self.device.prefill(pack)
+        self.behind += [(s.row, [self.say(s.row)]) for s in pack if s.complete]
+        self.scheduler.launched_pack()
+
+    def decode(self, work: Round) -> None:
+        results = []
+        for row, table in zip(work.rows, work.tables.tolist(), strict=True):
+            new: list[int] = []
+            known = row.request.token_ids.tolist() + self.said[row]
+            assert table[: work.trunk] == work.tables[0, : work.trunk].tolist()
+            for _ in range(work.steps):
+                if row in self.stopped or len(known) > row.last:
+                    break
+                assert len(known) - 1 >= work.trunk * self.device.size
+                self.device.write(table, len(known) - 1, known[-1])
+                self.device.check(table, known)
+                new.append(self.say(row))
+                known.append(new[-1])
+            results.append((row, new))
+        self.read()
+        self.behind = results
+
+    def read(self) -> None:
+        for row, tokens in self.behind:
+            if row.done:
+                continue
+            row.output += tokens
+            full = len(row.output) == row.request.max_new_tokens
+            if full or (row in self.stopped and row.output == self.said[row]):
+                self.ended[row.request.id] = self.ended.get(row.request.id, 0) + 1
+                self.scheduler.finish(row)
+        self.behind = []
+
+    def turn(self, steps: int) -> bool:
+        while self.scheduler.worth_a_pack() and (pack := self.scheduler.next_pack()):
+            self.prefill(pack)
+            self.scheduler.check()
+        if self.scheduler.short_of_pages(steps):
+            self.read()
+        work = self.scheduler.next_round(steps)
+        if work is None:
+            self.read()
+        else:
+            self.decode(work)
+        self.scheduler.check()
+        return bool(len(self.scheduler.queue) or self.scheduler.active or self.behind)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**9),
+    page_size=st.sampled_from([4, 16]),
+    pages=st.integers(8, 40),
+    max_rows=st.integers(1, 12),
+    prefill_tokens=st.integers(4, 60),
+    steps=st.integers(1, 16),
+    certain=st.booleans(),
+)
+def test_under_any_schedule_rows_read_their_own_tokens_no_page_leaks_and_each_row_ends_once(
+    seed: int, page_size: int, pages: int, max_rows: int, prefill_tokens: int, steps: int, certain: bool
+) -> None:
+    rng = random.Random(seed)
+    pool = Pool(pages, page_size)
+    context = min(120, (pages - 1) * page_size)
+    scheduler = Scheduler(pool, max_rows, prefill_tokens, context, OutputLengths(certain))
+    run = Run(scheduler, Device(pages, page_size), rng, 0.0 if certain else rng.choice([0.0, 0.05, 0.3]))
+    prefixes = [[rng.randrange(5) for _ in range(rng.randrange(context // 2))] for _ in range(3)]
+    waiting = []
+    for number in range(rng.randrange(1, 40)):
+        prompt = (rng.choice(prefixes) + [rng.randrange(5) for _ in range(rng.randrange(1, 20))])[
+            : context - 1
+        ]
+        waiting.append(_request(number, prompt, rng.randrange(1, min(30, context - len(prompt)) + 1)))
+    going = True
+    while waiting or going:
+        for _ in range(rng.randrange(4)):
+            if waiting:
+                request = waiting.pop()
+                assert scheduler.fits(request)
+                scheduler.add(request)
+        going = run.turn(steps)
+    assert set(run.ended.values()) == {1}
+    assert len(run.ended) == scheduler._admissions - scheduler.evictions
+    assert pool.available == pool.pages
+
+
+def test_rows_are_served_longest_first_and_groups_as_a_whole() -> None:
+    queue = Queue()
+    shared = list(range(80))
+    for number, length in enumerate([3, 9, 5]):
+        queue.push(Row.of(_request(number, [7] * length, 1)))
+    for number, length in enumerate([2, 1, 6], start=10):
+        queue.push(Row.of(_request(number, shared + [9] * length, 1)))
+    queue.push(Row.of(_request(20, [8] * 100, 1)))
+    order = []
+    while len(queue):
+        first = queue.peek()
+        assert queue.pop() is first
+        order.append(first.request.id)
+    assert order == [20, 12, 10, 11, 1, 2, 0]
+
+
+def test_an_evicted_row_comes_first_with_its_output() -> None:
+    scheduler = Scheduler(Pool(29, 4), 4, 100, 68, OutputLengths(certain=False))
+    run = Run(scheduler, Device(29, 4), random.Random(0), 0.0)
+    for number in range(3):
+        scheduler.add(_request(number, [number] * 5, 60))
+    while not scheduler.evictions:
+        assert run.turn(steps=2)
+    evicted = scheduler.queue.peek()
+    assert evicted.output == run.said[evicted]
+    assert evicted.prompt.tolist() == evicted.request.token_ids.tolist() + evicted.output
+    while run.turn(steps=2):
+        pass
+    assert run.ended == {0: 1, 1: 1, 2: 1}
+
+
+def test_waiting_rows_cost_nothing_per_step() -> None:
+    def seconds_per_round(waiting: int) -> float:
+        scheduler = Scheduler(Pool(2000, 16), 64, 512, 512, OutputLengths(certain=True))
+        for number in range(waiting):
+            scheduler.add(_request(number, [number % 50] * 9, 400))
+        while scheduler.worth_a_pack() and scheduler.next_pack():
+            scheduler.launched_pack()
+        best = 1.0
+        for _ in range(30):
+            started = time.perf_counter()
+            scheduler.worth_a_pack()
+            scheduler.next_round(4)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    assert seconds_per_round(100_000) < 3 * seconds_per_round(200) + 1e-4
+
+
+def test_expected_lengths_are_learned_and_never_above_the_limit() -> None:
+    lengths = OutputLengths(certain=False)
+    for _ in range(100):
+        lengths.learn(40)
+    limits = np.array([1000, 1000, 50], np.int32)
+    expected = lengths.expect(limits, np.array([0, 500, 0], np.int32))
+    assert expected.tolist() == [76, 641, 50]
+    assert OutputLengths(certain=True).expect(limits, limits * 0).tolist() == limits.tolist()
+
+
+def test_pages_in_the_index_are_given_out_last_and_the_start_of_a_prompt_last_of_all() -> None:
+    pool = Pool(9, 4)
+    prompt = np.arange(17, dtype=np.int32)
+    pages = pool.take(4)
+    pool.index(prompt, pages, 0, 16)
+    pool.launched()
+    pool.release(pages)
+    assert pool.match(prompt).pages == tuple(pages)
+    assert not set(pool.take(4)) & set(pages)
+    assert pool.take(1) == [pages[3]]
+    assert pool.match(prompt).pages == tuple(pages[:3])
