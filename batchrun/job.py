@@ -105,7 +105,9 @@ class EngineSettings(Settings):
     prefill_tokens: int | None = Field(None, ge=1, description="paged: prompt tokens computed at once")
     decode_steps: int = Field(8, ge=1, le=64, description="paged: steps between two looks at the results")
     memory_fraction: float = Field(0.9, gt=0, lt=1, description="paged: share of the GPU's memory to use")
-    cache_tokens: int | None = Field(None, ge=1, description="paged: at most so many tokens of keys and values")
+    cache_tokens: int | None = Field(
+        None, ge=1, description="paged: at most so many tokens of keys and values"
+    )
     compile: bool = Field(True, description="paged: torch.compile for the model on a GPU")
 
     @field_validator("kind")

@@ -157,12 +157,14 @@ class PagedForHalf(InstantEngine):
 
 def test_auto_is_paged_where_it_can_and_says_why_where_it_cannot(monkeypatch):
     monkeypatch.setitem(choose.BUILT_IN, "paged", f"{__name__}:PagedForHalf")
-    assert isinstance(load_engine(spec(model_folder("llama"), "auto")), PagedForHalf)
-    fallen_back = load_engine(spec(model_folder("t5"), "auto"))
-    assert isinstance(fallen_back, PaddedEngine)
-    assert "padded engine, since t5 is an encoder-decoder model" in fallen_back.stats.notes
+    on_cpu = load_engine(spec(model_folder("llama"), "auto"))
+    assert isinstance(on_cpu, PaddedEngine)
+    assert "padded engine, since it is the faster one on a CPU" in on_cpu.stats.notes
+    llama, t5 = (replace(spec(model_folder(name), "auto"), device="cuda") for name in ("llama", "t5"))
+    assert why_not_paged(llama) is None
+    assert why_not_paged(t5) == "t5 is an encoder-decoder model"
     monkeypatch.setitem(choose.BUILT_IN, "paged", "no_such_module:PagedEngine")
-    assert "cannot be imported" in why_not_paged(spec(model_folder("llama"), "auto"))
+    assert "cannot be imported" in str(why_not_paged(llama))
 
 
 def test_the_instant_engine_answers_with_the_start_of_the_prompt():

@@ -56,3 +56,12 @@ def test_a_stopped_and_resumed_run_reads_97_of_100_orders_right_in_every_field(
     assert table["expected"].equals(pq.read_table(unseen)["expected"]), "in the input's order"
     assert set(table["finish_reason"].to_pylist()) == {"stop"}
     assert orders.score(table["answer"].to_pylist(), table["expected"].to_pylist()) >= 0.97
+
+
+def test_the_paged_engine_gives_the_padded_engines_answers(
+    unseen: Path, tmp_path: Path, cluster: Client
+) -> None:
+    for kind in ("padded", "paged"):
+        batchrun.run(job(unseen, tmp_path / kind, f"engine.kind={kind}", "input.limit=48"), client=cluster)
+    padded, paged = answers(tmp_path / "padded"), answers(tmp_path / "paged")
+    assert padded.equals(paged)

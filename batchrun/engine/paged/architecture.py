@@ -121,7 +121,9 @@ def check_positions(config: PretrainedConfig, max_context: int) -> None:
 def _needs(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, needs: dict[str, Any]
 ) -> Layer:
-    unknown = sorted(name for name, value in needs.items() if name not in _IGNORED and value is not None)
+    unknown = sorted(
+        name for name, value in needs.items() if name not in _IGNORED and value not in (None, False)
+    )
     if unknown:
         raise Unsupported(f"its attention wants {', '.join(unknown)}")
     if mask is not None:

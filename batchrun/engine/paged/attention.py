@@ -88,7 +88,7 @@ class Cache:
         self._dtype, self._device = dtype, device
         for number, module in enumerate(self.modules):
             # A tensor, not a number: one compiled layer then serves all of them.
-            module.batchrun_layer = torch.tensor(number)  # type: ignore[assignment]
+            module.batchrun_layer = torch.tensor(number)
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         self.allocate(1)
 
@@ -164,10 +164,12 @@ def choose(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> Pro
     """The fastest provider that can do what all of the model's layers need."""
     half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     ampere = half and torch.cuda.get_device_capability(device) >= (8, 0)
-    if ampere and layers[0].head_dim <= 256 and importlib.util.find_spec("flash_attn"):
+    if ampere and layers[0].head_dim <= 256 and importlib.util.find_spec("triton"):
         from batchrun.engine.paged.flash import FlashAttention
 
-        return FlashAttention()
+        provider = FlashAttention()
+        if provider.cascades or not any(layer.sinks for layer in layers):
+            return provider
     return GatheredPages()
 
 

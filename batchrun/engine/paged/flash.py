@@ -1,9 +1,15 @@
-"""FlashAttention-2 over pages (Dao, 2023), by the flash-attn package."""
+"""FlashAttention over pages on a GPU: Triton kernels of our own, and flash-attn 2 (Dao, 2023) where it is better.
+
+Measured on an H200 in bf16, microseconds, ours against flash-attn 2.8.3: decode of 1024 rows of 20 to 1500 tokens
+271 : 369 (4.4 : 3.2 TB/s); of 300 rows of 20 to 3300 tokens 261 : 322; prefill of 27 prompts of 600 tokens
+225 : 276, of 109 of 150 tokens 168 : 247, of 115 of 120 tokens behind 600 shared ones 365 : 478.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
-from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from batchrun.engine.paged import kernels
@@ -12,51 +18,75 @@ from batchrun.engine.paged.attention import Batch
 
 
 class FlashAttention:
-    name = "flash-attn 2"
-    cascades = True
-    own_decode = True
+    """flash-attn, if installed, shares out few rows' keys to many blocks, reads a common trunk once, and gives what
+    attention sinks need."""
+
+    def __init__(self) -> None:
+        self.cascades = importlib.util.find_spec("flash_attn") is not None
+        self.name = "triton and flash-attn 2" if self.cascades else "triton"
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
         sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        if batch.fresh:  # a tenth faster than through the pages
-            keys, values = key, value
+        assert batch.starts is not None
+        if sinks is None:
+            # Rows without older tokens need no detour through the pages.
+            keys, values, tables = (key, value, None) if batch.fresh else (keys, values, batch.tables)
+            return kernels.prefill(
+                query, keys, values, tables, batch.starts, batch.lengths, batch.longest_query, layer
+            )
+        from flash_attn import flash_attn_varlen_func
+
         out, lse, _ = flash_attn_varlen_func(
-            query, keys, values, batch.starts, batch.starts if batch.fresh else batch.ends,
-            batch.longest_query, batch.longest_query if batch.fresh else batch.longest,
-            block_table=None if batch.fresh else batch.tables, return_attn_probs=True, **_options(layer),
+            query, keys, values, batch.starts, batch.ends, batch.longest_query, batch.longest,
+            block_table=batch.tables, causal=True, return_attn_probs=True, **_options(layer),
         )  # fmt: skip
-        return out if sinks is None else _with_sinks(out, lse.t(), sinks)
+        return _with_sinks(out, lse.t(), sinks)
 
     def decode(
         self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
     ) -> Tensor:
-        options = _options(layer)
-        splits = _splits(batch, layer, keys)
-        if splits == 1 and self.own_decode:
+        splits = _splits(batch, layer, keys) if self.cascades else 1
+        if splits == 1:
             out, lse = kernels.decode(query, keys, values, batch.tables, batch.lengths, layer)
         else:
+            from flash_attn import flash_attn_with_kvcache
+
             out, lse = flash_attn_with_kvcache(
                 query[:, None], keys, values, cache_seqlens=batch.lengths, block_table=batch.tables,
-                num_splits=splits, return_softmax_lse=True, **options,
+                num_splits=splits, causal=True, return_softmax_lse=True, **_options(layer),
             )  # fmt: skip
             out, lse = out[:, 0], lse[:, :, 0]
         if batch.trunk is not None:
-            # All rows' queries are one long query over the common pages: those are read once, not once per row.
-            trunk, trunk_lse, _ = flash_attn_varlen_func(
-                query, keys, values, batch.trunk.starts, batch.trunk.ends,
-                len(query), batch.trunk.table.shape[1] * keys.shape[1],
-                block_table=batch.trunk.table, return_attn_probs=True, **{**options, "causal": False},
-            )  # fmt: skip
-            return kernels.join(trunk, trunk_lse, out.contiguous(), lse.contiguous())
+            out, lse = self._join_trunk(query, keys, values, batch, layer, out, lse)
         return out if sinks is None else _with_sinks(out, lse, sinks)
+
+    def _join_trunk(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: Batch,
+        layer: Layer,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """All rows' queries are one long query over the common pages: those are read once, not once per row."""
+        from flash_attn import flash_attn_varlen_func
+
+        assert batch.trunk is not None
+        trunk, trunk_lse, _ = flash_attn_varlen_func(
+            query, keys, values, batch.trunk.starts, batch.trunk.ends,
+            len(query), batch.trunk.table.shape[1] * keys.shape[1],
+            block_table=batch.trunk.table, causal=False, return_attn_probs=True, **_options(layer),
+        )  # fmt: skip
+        return kernels.join(trunk, trunk_lse, out.contiguous(), lse.contiguous())
 
 
 def _options(layer: Layer) -> dict[str, object]:
     return {
         "softmax_scale": layer.scale,
-        "causal": True,
         "window_size": (-1, -1) if layer.window is None else (layer.window - 1, 0),
         "softcap": layer.softcap or 0.0,
     }

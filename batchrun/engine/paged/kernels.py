@@ -1,6 +1,13 @@
-"""The small GPU kernels that no library has."""
+"""The engine's own GPU kernels, in Triton: attention over pages, and the small ones that no library has.
+
+The attention is FlashAttention-2's (Dao, 2023): blocks of keys into a running softmax.
+"""
+
+# mypy: disable-error-code="no-untyped-def, attr-defined"
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -9,7 +16,8 @@ from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
 
-LOG2_E = 1.4426950408889634
+_LOG2_E = 1.4426950408889634
+_QUERIES = 64
 
 
 @triton.jit
@@ -49,17 +57,9 @@ def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tens
 
 @triton.jit
 def _join(
-    first,
-    first_lse,
-    second,
-    second_lse,
-    joined,
-    heads,
-    lse_row,
-    lse_head,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    first, first_lse, second, second_lse, joined, lse, heads, lse_row, lse_head,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, head = tl.program_id(0), tl.program_id(1)
     a = tl.load(first_lse + head * lse_head + row * lse_row)
     b = tl.load(second_lse + row * heads + head)
@@ -72,9 +72,10 @@ def _join(
     y = tl.load(second + place, mask=inside).to(tl.float32)
     mixed = (x * weight_a + y * weight_b) / (weight_a + weight_b)
     tl.store(joined + place, mixed.to(joined.dtype.element_ty), mask=inside)
+    tl.store(lse + row * heads + head, top + tl.log(weight_a + weight_b))
 
 
-def join(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> Tensor:
+def join(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from the attentions over each: a mean weighted by exp(log-sum-exp).
 
     (Online softmax: Milakov and Gimelshein, 2018.)
@@ -82,14 +83,17 @@ def join(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -
     Args:
         first, second: (rows, heads, head size), contiguous.
         first_lse: (heads, rows) float32. second_lse: (rows, heads) float32, contiguous.
+
+    Returns:
+        (rows, heads, head size) and the log-sum-exp over both, (rows, heads) float32.
     """
     rows, heads, size = first.shape
-    joined = torch.empty_like(second)
+    joined, lse = torch.empty_like(second), torch.empty_like(second_lse)
     _join[(rows, heads)](
-        first, first_lse, second, second_lse, joined, heads, first_lse.stride(1), first_lse.stride(0),
+        first, first_lse, second, second_lse, joined, lse, heads, first_lse.stride(1), first_lse.stride(0),
         SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=1,
     )  # fmt: skip
-    return joined
+    return joined, lse
 
 
 @triton.jit
@@ -99,7 +103,7 @@ def _top_p(probabilities, lowest, size, top_p, BLOCK: tl.constexpr):
     low, high = (
         0,
         0x3F800001,
-    )  # the bits of 0 and of what follows 1; floats between are in the order of their bits
+    )  # the bits of 0 and of what follows 1: in between, bits are in the floats' order
     for _ in range(31):
         middle = low + (high - low) // 2
         mass = tl.zeros((BLOCK,), tl.float32)
@@ -124,6 +128,23 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
         probabilities, lowest, probabilities.shape[1], top_p, BLOCK=4096, num_warps=8
     )
     return lowest
+
+
+@triton.jit
+def _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """One block of keys into a running softmax (Milakov and Gimelshein, 2018), in powers of two."""
+    score = tl.dot(q, k) * scale
+    if SOFTCAP:  # a tanh of what the GPU has an instruction for
+        bent = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * score / softcap)) - 1.0
+        score = softcap * 1.4426950408889634 * bent
+    if MASKED:
+        score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, axis=1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp2(top - base)
+    weight = tl.exp2(score - base[:, None])
+    sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
+    return higher, total * shrink + tl.sum(weight, axis=1), sums
 
 
 @triton.jit
@@ -156,34 +177,23 @@ def _decode(
             seen = seen & (token >= length - WINDOW)
         offset = ((page * PAGE + token % PAGE) * KV_HEADS + head) * SIZE
         k = tl.load(keys + offset[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0.0)
-        score = tl.dot(q, k) * scale  # in units of log 2
-        if SOFTCAP:  # tanh, by the powers of two that the GPU has an instruction for
-            bent = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * score / softcap)) - 1.0
-            score = softcap * 1.4426950408889634 * bent
-        score = tl.where(seen[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        shrink = tl.exp2(top - higher)
-        weight = tl.exp2(score - higher[:, None])
         v = tl.load(
             values + offset[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0
         )
-        sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
-        total = total * shrink + tl.sum(weight, axis=1)
-        top = higher
+        top, total, sums = _attend(q, k, v, seen[None, :], top, total, sums, scale, softcap, SOFTCAP, True)
     place = row.to(tl.int64) * KV_HEADS * GROUP + head * GROUP + member
-    mean = sums / total[:, None]
+    written = own[:, None] & inside[None, :]
     tl.store(
         out + place[:, None] * SIZE + column[None, :],
-        mean.to(out.dtype.element_ty),
-        mask=own[:, None] & inside[None, :],
+        (sums / total[:, None]).to(out.dtype.element_ty),
+        mask=written,
     )
     tl.store(lse + place, (top + tl.log2(total)) * 0.6931471805599453, mask=own)
 
 
 def decode(
-    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, layer: Layer,
-    block: int = 128, warps: int = 4, stages: int = 2,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, layer: Layer
+) -> tuple[Tensor, Tensor]:
     """Attention of one query per row over its pages, a block of threads for each row and key head.
 
     Args:
@@ -197,12 +207,129 @@ def decode(
     rows, heads, size = query.shape
     out = torch.empty((rows, heads, size), dtype=query.dtype, device=query.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=query.device)
+    columns = triton.next_power_of_2(size)
+    block, stages = _fitting(query, columns, ((128, 2), (64, 2), (32, 2), (16, 1)), queries=16)
     _decode[(rows * layer.kv_heads,)](
         query, keys, values, tables, lengths, out, lse,
-        layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0,
+        layer.scale * (1.0 if layer.softcap else _LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), tables.stride(0),
         KV_HEADS=layer.kv_heads, GROUP=heads // layer.kv_heads, SIZE=size, PAGE=keys.shape[1],
         WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None,
-        BLOCK=block, COLUMNS=triton.next_power_of_2(size), STAGES=stages, num_warps=warps,
+        BLOCK=block, COLUMNS=columns, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out, lse
+
+
+@triton.jit
+def _prefill(
+    query, keys, values, tables, starts, lengths, out, scale, softcap,
+    query_token, query_head, key_token, value_token, table_row,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, PAGED: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    # The last queries of a row see most keys: they go first, so that no long block is left for the end.
+    block, head, row = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(starts + row)
+    count = tl.load(starts + row + 1) - begin
+    if block * QUERIES >= count:
+        return
+    length = tl.load(lengths + row)
+    member = block * QUERIES + tl.arange(0, QUERIES)
+    column = tl.arange(0, COLUMNS)
+    inside = column < SIZE
+    part = head // GROUP * SIZE + column
+    own = (member < count)[:, None] & inside[None, :]
+    token = (begin + member).to(tl.int64)
+    q = tl.load(
+        query + token[:, None] * query_token + head * query_head + column[None, :], mask=own, other=0.0
+    )
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    sums = tl.zeros((QUERIES, COLUMNS), tl.float32)
+    place = length - count + member
+    earliest = length - count + block * QUERIES
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK * BLOCK
+        whole = first
+    else:
+        whole = (earliest + 1) // BLOCK * BLOCK  # keys before it are seen by every query
+    for start in tl.range(first, whole, BLOCK, num_stages=STAGES):
+        other = start + tl.arange(0, BLOCK)
+        if PAGED:
+            page = tl.load(tables + row.to(tl.int64) * table_row + start // PAGE).to(tl.int64)
+            source = page * PAGE + other % PAGE
+        else:
+            source = (begin + other).to(tl.int64)
+        k = tl.load(keys + (source * key_token)[None, :] + part[:, None], mask=inside[:, None], other=0.0)
+        v = tl.load(values + (source * value_token)[:, None] + part[None, :], mask=inside[None, :], other=0.0)
+        top, total, sums = _attend(q, k, v, other[None, :], top, total, sums, scale, softcap, SOFTCAP, False)
+    for start in tl.range(whole, tl.minimum(earliest + QUERIES, length), BLOCK, num_stages=STAGES):
+        other = start + tl.arange(0, BLOCK)
+        there = other < length
+        if PAGED:
+            page = tl.load(tables + row.to(tl.int64) * table_row + start // PAGE).to(tl.int64)
+            source = page * PAGE + other % PAGE
+        else:
+            source = (begin + other).to(tl.int64)
+        k = tl.load(
+            keys + (source * key_token)[None, :] + part[:, None],
+            mask=there[None, :] & inside[:, None],
+            other=0.0,
+        )
+        v = tl.load(
+            values + (source * value_token)[:, None] + part[None, :],
+            mask=there[:, None] & inside[None, :],
+            other=0.0,
+        )
+        seen = other[None, :] <= place[:, None]
+        if WINDOW > 0:
+            seen = seen & (other[None, :] > place[:, None] - WINDOW)
+        top, total, sums = _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP, True)
+    target = out + (token[:, None] * HEADS + head) * SIZE + column[None, :]
+    tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), mask=own)
+
+
+def prefill(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor | None, starts: Tensor, lengths: Tensor,
+    longest_query: int, layer: Layer,
+) -> Tensor:  # fmt: skip
+    """Causal attention of packed rows, over their pages or, without `tables`, over the pack itself.
+
+    Args:
+        query: (tokens, query heads, head size), a head's numbers contiguous.
+        keys, values: (pages, page size, kv heads, head size), or (tokens, kv heads, head size) without `tables`.
+        tables: (rows, pages) int32. starts: (rows + 1,) int32, where each row's queries begin. lengths: (rows,)
+            int32, each row's keys; its queries stand at the last of them. longest_query: of any row.
+
+    Returns:
+        (tokens, query heads, head size).
+    """
+    tokens, heads, size = query.shape
+    out = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
+    columns = triton.next_power_of_2(size)
+    block, stages = _fitting(query, columns, ((64, 3), (64, 2), (32, 2), (16, 1)), queries=_QUERIES)
+    axis = 0 if tables is None else 1
+    grid = (triton.cdiv(longest_query, _QUERIES), heads, len(lengths))
+    _prefill[grid](
+        query, keys, values, lengths if tables is None else tables, starts, lengths, out,
+        layer.scale * (1.0 if layer.softcap else _LOG2_E), layer.softcap or 0.0,
+        query.stride(0), query.stride(1), keys.stride(axis), values.stride(axis),
+        0 if tables is None else tables.stride(0),
+        HEADS=heads, GROUP=heads // layer.kv_heads, SIZE=size, PAGE=1 if tables is None else keys.shape[1],
+        WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None, PAGED=tables is not None,
+        QUERIES=_QUERIES, BLOCK=block, COLUMNS=columns, STAGES=stages, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _fitting(x: Tensor, columns: int, choices: tuple[tuple[int, int], ...], queries: int) -> tuple[int, int]:
+    """The first choice of (keys in a block, blocks in flight) that leaves a quarter of the shared memory free."""
+    if not x.is_cuda:  # Triton's interpreter
+        return choices[-1]
+    device: Any = torch.cuda.get_device_properties(x.device)
+    memory = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
+    needs = [(queries + 2 * block * stages) * columns * x.itemsize for block, stages in choices]
+    fits = [choice for choice, need in zip(choices, needs, strict=True) if need <= 0.75 * memory]
+    return fits[0] if fits else choices[-1]

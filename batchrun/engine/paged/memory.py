@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 
@@ -61,5 +61,5 @@ def affordable_pages(
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         most = min(machine // 4 // cache.page_bytes, 1 + budget.max_rows * -(-max_context // cache.page_size))
     if budget.cache_tokens is not None:
-        most = min(most, 1 + cast(int, budget.cache_tokens) // cache.page_size)
+        most = min(most, 1 + budget.cache_tokens // cache.page_size)
     return max(most, 2)

@@ -1,0 +1,103 @@
+"""The GPU kernels against plain attention: in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+pytest.importorskip("triton")
+
+from batchrun.engine.paged import kernels
+from batchrun.engine.paged.architecture import Layer
+from batchrun.engine.paged.attention import Batch, GatheredPages
+from batchrun.engine.paged.sampler import top_p_threshold
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+CLOSE = {"atol": 2e-2, "rtol": 2e-2} if torch.cuda.is_available() else {"atol": 1e-5, "rtol": 1e-5}
+LAYERS = [
+    Layer(query_heads=8, kv_heads=2, head_dim=32, scale=0.2),
+    Layer(query_heads=4, kv_heads=4, head_dim=24, scale=0.2, window=20),
+    Layer(query_heads=4, kv_heads=2, head_dim=64, scale=0.15, softcap=3.0),
+]
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, DTYPE)
+
+
+def _int(values: object) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def _pages(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (
+        _random(12, 64, layer.kv_heads, layer.head_dim),
+        _random(12, 64, layer.kv_heads, layer.head_dim),
+    )
+    keys[11] = values[11] = float("nan")  # no row's own: must never be read
+    return keys, values
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_decode_is_attention_over_a_rows_own_pages(layer: Layer) -> None:
+    keys, values = _pages(layer)
+    tables, lengths = _int([[1, 11], [3, 11], [5, 6], [7, 8], [9, 10]]), _int([1, 64, 65, 100, 128])
+    query = _random(5, layer.query_heads, layer.head_dim)
+    out, lse = kernels.decode(query, keys, values, tables, lengths, layer)
+    batch = Batch(places=lengths, tables=tables, lengths=lengths)
+    expected = GatheredPages().decode(query, keys, values, batch, layer, None)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    assert lse.shape == (5, layer.query_heads)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("paged", [True, False])
+def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Layer, paged: bool) -> None:
+    new, old = [40, 7, 64, 1], [0, 70, 13, 127] if paged else [0, 0, 0, 0]
+    lengths = _int([a + b for a, b in zip(new, old, strict=True)])
+    starts = _int([0, 40, 47, 111, 112])
+    tables = _int([[1, 2], [3, 4], [5, 6], [7, 8]])
+    query = _random(112, layer.query_heads, layer.head_dim)
+    keys, values = _pages(layer)
+    batch = Batch(places=lengths, tables=tables, lengths=lengths, starts=starts)
+    if paged:
+        out = kernels.prefill(query, keys, values, tables, starts, lengths, 64, layer)
+    else:
+        # Values are a part of a wider product, as they come out of joined projections.
+        wider = _random(112, layer.kv_heads + 3, layer.head_dim)
+        own = [_random(112, layer.kv_heads, layer.head_dim), wider[:, : layer.kv_heads]]
+        places = torch.cat([tables[r, 0] * 64 + torch.arange(n, device=DEVICE) for r, n in enumerate(new)])
+        kernels.write(*own, keys, values, places.long())
+        out = kernels.prefill(query, *own, None, starts, lengths, 64, layer)
+    expected = GatheredPages().prefill(query, query, query, keys, values, batch, layer, None)
+    torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def test_attention_over_two_halves_joins_to_attention_over_the_whole() -> None:
+    query, keys, values = (_random(n, 4, 32).float() for n in (6, 31, 30))
+    keys = keys[:30]
+
+    def attend(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.einsum("rhd,khd->rhk", query, keys)
+        return torch.einsum("rhk,khd->rhd", scores.softmax(-1), values).contiguous(), scores.logsumexp(-1)
+
+    whole, whole_lse = attend(keys, values)
+    (a, a_lse), (b, b_lse) = attend(keys[:11], values[:11]), attend(keys[11:], values[11:])
+    joined, lse = kernels.join(a, a_lse.t().contiguous(), b, b_lse.contiguous())
+    torch.testing.assert_close(joined, whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lse, whole_lse, atol=1e-4, rtol=1e-4)
+
+
+def test_the_top_p_bisection_keeps_what_sorting_keeps() -> None:
+    probabilities = torch.rand(5, 900, generator=torch.Generator().manual_seed(0)).pow(8)
+    probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    for top_p in (0.1, 0.5, 0.9, 0.999):
+        sorted_kept = probabilities >= top_p_threshold(probabilities, top_p)
+        kept = probabilities.to(DEVICE) >= kernels.top_p_threshold(probabilities.to(DEVICE), top_p)
+        assert (kept.cpu() == sorted_kept).all()
