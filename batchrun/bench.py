@@ -19,7 +19,9 @@ import transformers
 
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.protocol import EngineSpec, EngineStats, Request
-from batchrun.errors import EngineError, JobError, ModelError
+from batchrun.errors import EngineError, JobError, ModelError, RowFault
+from batchrun.job import Job
+from batchrun.prepare import prepare, rows_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -168,6 +170,28 @@ def bench(
         options=options or {},
     )
     return [_measure(kind, spec, config, workload, ceilings) for kind in engines]
+
+
+def sample_job(job: Job, rows: int) -> tuple[str, Workload]:
+    """The folder of a job's model, and its first `rows` rows as a workload: each generates all it may.
+
+    Raises:
+        Refused: what a run of the job would be refused for.
+    """
+    prepared = prepare(job)
+    builder = prepared.texts.builder
+    prompts: list[list[int]] = []
+    for partition in prepared.plan.partitions:
+        for records in rows_of(job, prepared.plan, partition, builder.columns):
+            built = builder.build(records.slice(0, rows - len(prompts)))
+            prompts += [prompt.tolist() for prompt in built if not isinstance(prompt, RowFault)]
+            if len(prompts) >= rows:
+                break
+        if len(prompts) >= rows:
+            break
+    if not prompts:
+        raise JobError("no row of the job has a prompt", "bench", "check the data and the template")
+    return prepared.model.path, Workload("job", prompts, [job.generation.max_new_tokens] * len(prompts))
 
 
 def format_results(results: Sequence[Measured]) -> str:

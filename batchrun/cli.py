@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,6 +129,37 @@ def clean(
 
         deleted = clean_output(job, everything)
         _print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"], as_json, redact)
+
+
+@app.command()
+def bench(
+    job_file: Annotated[Path | None, typer.Argument(help="take model and rows from this job")] = None,
+    overrides: Overrides = [],
+    model: Annotated[
+        str, typer.Option(help="a known shape (qwen3-0.6b, llama-8b, tiny) or a folder")
+    ] = "tiny",
+    workload: Annotated[str, typer.Option(help="summarise, extract or write")] = "extract",
+    rows: Annotated[int, typer.Option(min=1, help="rows to run")] = 200,
+    engines: Annotated[list[str], typer.Option("--engine", help="paged, padded; both by default")] = [
+        "paged",
+        "padded",
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine: tokens per second, padding and share of the roofline, engine against engine."""
+    with _errors(as_json, debug) as redact:
+        from batchrun import bench as benchmark
+
+        if job_file is None:
+            results = benchmark.bench(model, workload, rows, engines)
+        else:
+            job = _load(job_file, overrides, redact)
+            folder, sample = benchmark.sample_job(job, rows)
+            options = job.engine.model_dump(exclude={"kind"})
+            results = benchmark.bench(folder, sample, engines=engines, dtype=job.model.dtype, options=options)
+        values = [asdict(result) for result in results]
+        _print({"results": values}, benchmark.format_results(results).splitlines(), as_json, redact)
 
 
 def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
