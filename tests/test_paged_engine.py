@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine, unsupported
+from batchrun.engine.paged.architecture import Unsupported, attention_layers
 from batchrun.engine.paged.compiling import compile_layers
 from batchrun.engine.paged.projections import join_projections
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
@@ -112,7 +114,7 @@ def test_greedy_tokens_equal_generate_row_by_row(
         assert completions[request.id].token_ids.tolist() == out[0, prompt.shape[1] :].tolist()
 
 
-@settings(max_examples=25, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=20, deadline=None, phases=NO_SHRINKING)
 @given(
     name=st.sampled_from(MODELS),
     seed=st.integers(0, 10**6),
@@ -313,6 +315,35 @@ def test_causal_attention_models_are_supported(name: str, folders: dict[str, Pat
     assert unsupported(_spec(folders[name])) is None
 
 
+def _others() -> dict[str, Any]:
+    """Architectures that differ in what they ask of attention: sinks, experts, joined weights, odd positions."""
+    shape = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "initializer_range": 0.4, "pad_token_id": 0, "eos_token_id": 2,
+    }  # fmt: skip
+    few = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return {
+        "gpt_oss": transformers.GptOssConfig(**shape, **few, head_dim=16, sliding_window=8),
+        "mixtral": transformers.MixtralConfig(**shape, **few),
+        "phi3": transformers.Phi3Config(**shape),
+        "gemma3": transformers.Gemma3TextConfig(**shape, head_dim=16, sliding_window=8),
+        "granite": transformers.GraniteConfig(**shape),
+        "glm4": transformers.Glm4Config(**shape, head_dim=8),
+    }
+
+
+@pytest.mark.parametrize("name", list(_others()))
+def test_greedy_tokens_of_less_common_architectures(name: str) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(_others()[name], dtype=torch.float32).eval()
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    requests = _requests(seed=15, rows=12, prefix=20)
+    engine = PagedEngine(_spec(Path(), options={"cache_tokens": 800}), model, page_size=16)
+    _check_greedy(reference, requests, _run(engine, requests))
+
+
 @pytest.mark.parametrize(("name", "word"), [("t5", "causal"), ("mamba", "attention")])
 def test_other_models_are_refused_with_the_reason(name: str, word: str, folders: dict[str, Path]) -> None:
     reason = unsupported(_spec(folders[name]))
@@ -322,6 +353,18 @@ def test_other_models_are_refused_with_the_reason(name: str, word: str, folders:
     if name == "mamba":
         with pytest.raises(ModelError, match="attention"):
             PagedEngine.load(_spec(folders[name]))
+
+
+def test_a_model_that_remembers_outside_of_attention_is_refused(tmp_path: Path) -> None:
+    config = transformers.FalconH1Config(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.4,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(Unsupported, match="outside of attention"):
+        attention_layers(model)
+    config.save_pretrained(tmp_path)
+    assert "outside of attention" in str(unsupported(_spec(tmp_path)))
 
 
 def test_an_embedding_that_changes_with_the_longest_row_is_refused(tmp_path: Path) -> None:

@@ -53,13 +53,13 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **needs: Any
     ) -> tuple[Tensor, None]:
         calls.append((module, _needs(module, query, key, value, mask, needs)))
-        return torch.zeros_like(query.transpose(1, 2)), None
+        return query.transpose(1, 2).contiguous(), None  # each token sees itself alone
 
     AttentionInterface.register(_PROBE, record)
     device = next(model.parameters()).device
-    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
-    positions = torch.arange(4, device=device)[None]
-    last = torch.zeros(1, dtype=torch.long, device=device)
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 4]], device=device)  # the same last token
+    positions = torch.arange(4, device=device).expand(2, 4)
+    last = torch.tensor([3], device=device)
     model.set_attn_implementation(_PROBE)  # type: ignore[operator]
     # With one, some models look into every input for padding, which makes the host wait for the device.
     model.config.pad_token_id = None  # type: ignore[union-attr]
@@ -76,6 +76,12 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
         raise Unsupported(f"its forward pass does not run without a cache ({_first_line(error)})") from error
     if logits.shape[1] != 1:
         raise Unsupported("it cannot give the logits of chosen positions alone")
+    if device.type == "meta":
+        mixes = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    else:
+        mixes = not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2, equal_nan=True)
+    if mixes:
+        raise Unsupported("its tokens see each other outside of attention")
     layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     if len(calls) != layers or len({id(module) for module, _ in calls}) != layers:
         raise Unsupported(f"only {len(calls)} of its {layers} layers are plain attention")

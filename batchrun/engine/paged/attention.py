@@ -19,7 +19,9 @@ IMPLEMENTATION = "batchrun_paged"
 """The name under which transformers finds the attention function."""
 
 CASCADE_ROWS = 16
-"""Rows from which the pages that all have in common are read once for all of them."""
+"""Rows from which the pages that all have in common are read once for all of them.
+
+On an H200 a step of 1024 rows of 600 tokens (Qwen3-0.6B) takes 8.7 instead of 20.9 ms when 512 are common."""
 
 
 @dataclass(frozen=True, slots=True)
