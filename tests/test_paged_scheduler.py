@@ -6,7 +6,7 @@ import random
 import time
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batchrun.engine.paged.pool import Pool
@@ -111,7 +111,8 @@ class Run:
         return bool(len(self.scheduler.queue) or self.scheduler.active or self.behind)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
+@example(seed=69, page_size=16, pages=13, max_rows=2, prefill_tokens=16, steps=5, certain=True)
 @given(
     seed=st.integers(0, 10**9),
     page_size=st.sampled_from([4, 16]),

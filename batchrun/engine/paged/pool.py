@@ -115,7 +115,8 @@ class Pool:
                 break
             pages.append(self._whole[following])
             digest = following
-        rest = tokens[len(pages) * size : min((len(pages) + 1) * size, most)]
+        # One token short of a page: a copy that filled it would leave the row's first own token on the next one.
+        rest = tokens[len(pages) * size : min((len(pages) + 1) * size - 1, most)]
         copied, source = 0, TRASH
         for page, held in self._tails.get(digest, ()):
             common = _common(rest, held)
