@@ -64,14 +64,14 @@ def run_lines(result: RunResult) -> list[str]:
 
 
 def engine_line(stats: EngineStats) -> str:
-    busy = max(stats.busy_seconds, 1e-9)
+    busy, tokens = stats.busy_seconds, stats.prompt_tokens + stats.output_tokens
+    rate = f"busy {duration(busy)} at {tokens / busy:,.0f} tokens/s, " if busy else ""
     gauges = "".join(
         f", {name.replace('_', ' ')} {value:.3g}" for name, value in sorted(stats.gauges.items())
     )
     return (
         f"engine {stats.engine} ({stats.attention}, {stats.dtype} on {stats.device}): "
-        f"{stats.prompt_tokens:,} tokens in, {stats.output_tokens:,} out, busy {duration(stats.busy_seconds)} at "
-        f"{(stats.prompt_tokens + stats.output_tokens) / busy:,.0f} tokens/s, "
+        f"{stats.prompt_tokens:,} tokens in, {stats.output_tokens:,} out, {rate}"
         f"padding efficiency {stats.padding_efficiency:.3f}{gauges}"
     )
 

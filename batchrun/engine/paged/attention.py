@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from batchrun.engine.paged.architecture import Layer, attention_layers
+from batchrun.engine.paged.architecture import Layer, attention_layers, check_sinks
 
 IMPLEMENTATION = "batchrun_paged"
 """The name under which transformers finds the attention function."""
@@ -81,6 +81,7 @@ class Cache:
 
     def __init__(self, model: nn.Module, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         found = attention_layers(model)
+        check_sinks(found, device.type)
         self.layers = [layer for _, layer in found]
         self.sinks = [getattr(module, "sinks", None) for module, _ in found]
         self.modules = [module for module, _ in found]
