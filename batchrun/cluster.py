@@ -24,6 +24,9 @@ DASK_CONFIG = {
     "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": 1,
     # Partitions in flight are few and equal, so work stealing only moves a started one's key about.
     "distributed.scheduler.work-stealing": False,
+    # Dask's profiler calls sys._current_frames() a hundred times a second, which can deadlock a process that is
+    # importing or collecting garbage in another thread (CPython gh-106883): a worker that hangs for ever, alive.
+    "distributed.worker.profile.enabled": False,
     # Long GIL-holding calls (a large Parquet footer, a template) are no reason to drop a connection.
     "distributed.comm.timeouts.connect": "60s",
     "distributed.comm.timeouts.tcp": "120s",

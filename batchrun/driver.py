@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
 POLL = 1.0  # seconds between two looks at the workers' counters
 STRIKES = 3  # attempts in a row that staged nothing new before a partition is given up
+RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 
 
@@ -149,16 +150,18 @@ class Dispatch:
             while self.todo or self.flying:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
-                if client.status not in ("running", "connecting"):
-                    raise Interrupted("the Dask scheduler went away")
+                if client.status != "running":
+                    raise ConnectionError("no connection to the Dask scheduler")
                 if time.monotonic() >= next_poll:
                     workers = self._poll(client)
                     next_poll = time.monotonic() + POLL
                 self._fill(client, workers)
                 self._settle(POLL / 4)
-        except (Interrupted, KeyboardInterrupt) as interrupt:
+        except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
+            # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
+            lost = isinstance(interrupt, OSError | TimeoutError)
+            reason = "lost the Dask scheduler" if lost else "stopped"
             self._drain(client)
-            reason = interrupt.what if isinstance(interrupt, Interrupted) else "stopped"
             raise Interrupted(f"{reason} with {self._safe()}", self.folder.url,
                               "the same command goes on from there") from None  # fmt: skip
         except BaseException:
@@ -194,7 +197,11 @@ class Dispatch:
     def _take(self, future: Future) -> None:
         index = self.flying.pop(future)
         if future.status == "finished":
-            receipt: TaskReceipt = future.result()
+            try:
+                receipt: TaskReceipt = future.result(timeout=RECEIPT)
+            except (OSError, TimeoutError) as lost:
+                self._strike(index, lost)  # its worker left with the receipt; the part may well be there
+                return
             self._add(receipt.tally)
             self._see_engine(receipt.worker, receipt.engine)
             if receipt.part is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from batchrun.errors import (
 )
 from batchrun.job import OUTPUT_COLUMNS
 from batchrun.report.status import clean, verify
-from jobs import answers, batchrun, check_complete, dataset, load, start, write_job
+from jobs import answers, batchrun, check_complete, dataset, environment, load, start, write_job
 
 ROWS = 60
 
@@ -94,6 +96,36 @@ def test_a_running_scheduler_is_used_by_its_address_and_left_running(tmp_path, t
     code, out, err = batchrun("run", str(job), "--address", cluster.scheduler.address, "--json")
     assert (code, json.loads(out)["requests"]) == (0, ROWS), err
     assert cluster.submit(lambda: 1).result() == 1, "the cluster goes on"
+    check_complete(tmp_path / "out", ROWS)
+
+
+def test_a_lost_scheduler_interrupts_the_run_and_the_same_command_goes_on(tmp_path, tiny_llama, cluster):
+    job = write_job(tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"})
+    file = str(tmp_path / "scheduler.json")
+    own = ["--scheduler-file", file, "--no-dashboard"]
+    python = [sys.executable, "-m"]
+    quiet = {"env": environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    scheduler = subprocess.Popen(
+        [*python, "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", *own], **quiet
+    )
+    worker = subprocess.Popen(
+        [*python, "distributed.cli.dask_worker", "--nthreads", "2", "--death-timeout", "30", *own], **quiet
+    )
+    try:
+        wait_until(lambda: Path(file).exists(), scheduler)
+        address = json.loads(Path(file).read_text())["address"]
+        run = start("run", str(job), "--address", address)
+        wait_until(lambda: list((tmp_path / "out").rglob("*.chunk")), run)
+        scheduler.kill()
+        _, err = run.communicate(timeout=90)
+        assert run.returncode == 4, err
+        assert "lost the Dask scheduler" in err
+    finally:
+        for process in (worker, scheduler):
+            process.kill()
+            process.wait()
+    result = library.run(load(job, "engine.kind=engines:EchoEngine"), client=cluster)
+    assert result.requests < ROWS
     check_complete(tmp_path / "out", ROWS)
 
 
