@@ -21,7 +21,7 @@ from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.protocol import EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, JobError, ModelError, RowFault
 from batchrun.job import Job
-from batchrun.prepare import prepare, rows_of
+from batchrun.prepare import all_rows, prepare
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -181,12 +181,9 @@ def sample_job(job: Job, rows: int) -> tuple[str, Workload]:
     prepared = prepare(job)
     builder = prepared.texts.builder
     prompts: list[list[int]] = []
-    for partition in prepared.plan.partitions:
-        for records in rows_of(job, prepared.plan, partition, builder.columns):
-            built = builder.build(records.slice(0, rows - len(prompts)))
-            prompts += [prompt.tolist() for prompt in built if not isinstance(prompt, RowFault)]
-            if len(prompts) >= rows:
-                break
+    for records in all_rows(job, prepared.plan, builder.columns):
+        built = builder.build(records.slice(0, rows - len(prompts)))
+        prompts += [prompt.tolist() for prompt in built if not isinstance(prompt, RowFault)]
         if len(prompts) >= rows:
             break
     if not prompts:

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,16 @@ from batchrun.prepare import Prepared, prepare
 from batchrun.report.progress import Progress, Watch, silent
 from batchrun.report.result import RunResult
 from batchrun.storage import NotFound
-from batchrun.worker import BatchrunPlugin, Tally, Task, TaskReceipt, WorkOrder, request_stop, run_partition
+from batchrun.worker import (
+    EXAMPLES,
+    BatchrunPlugin,
+    Tally,
+    Task,
+    TaskReceipt,
+    WorkOrder,
+    request_stop,
+    run_partition,
+)
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +211,7 @@ class Dispatch:
             except (OSError, TimeoutError) as lost:
                 self._strike(index, lost)  # its worker left with the receipt; the part may well be there
                 return
-            self._add(receipt.tally)
+            _sum(self.total, receipt.tally)
             self._see_engine(receipt.worker, receipt.engine)
             if receipt.part is None:
                 self.todo.append(index)
@@ -237,9 +246,7 @@ class Dispatch:
         """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
         flying = set(self.flying.values())
-        live = Tally(
-            self.order.run, -1, **{f: getattr(self.total, f) for f in SUMMED}, examples=self.total.examples
-        )
+        live = replace(self.total)
         covered = self.rows_committed
         for address, worker in workers.items():
             snapshot = worker["metrics"].get("batchrun") or {"tasks": [], "engines": []}
@@ -288,18 +295,13 @@ class Dispatch:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
                 continue
-            index = self.flying.pop(future)
-            if future.status == "finished" and future.result().part is not None:
-                self.rows_committed += self.plan.partitions[index].rows
+            del self.flying[future]
         client.cancel(list(self.flying))
 
     def _safe(self) -> str:
         found = state.scan(self.folder, self.layout)
         committed, begun = int(found.committed.sum()), int(found.streaming.sum())
         return f"{committed:,} of {self.layout.partitions:,} parts committed, {begun} begun"
-
-    def _add(self, tally: Tally) -> None:
-        _sum(self.total, tally)
 
     def _see_engine(self, worker: str, stats: EngineStats | None) -> None:
         if stats is None or not stats.pid:  # not loaded yet
@@ -315,7 +317,7 @@ SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "e
 def _sum(into: Tally, tally: Tally) -> None:
     for name in SUMMED:
         setattr(into, name, getattr(into, name) + getattr(tally, name))
-    into.examples = (into.examples + tally.examples)[:5]
+    into.examples = (into.examples + tally.examples)[:EXAMPLES]
 
 
 def _one_line(error: BaseException | None) -> str:

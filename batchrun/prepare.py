@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,8 @@ import pyarrow as pa
 
 import batchrun
 from batchrun.dataset.plan import Partition, Plan, carried_columns, check_output_names, make_plan
-from batchrun.dataset.reader import read_partition
+from batchrun.dataset.reader import Batch, read_partition
+from batchrun.dataset.source import DataFile
 from batchrun.engine.protocol import EngineSpec, Sampling
 from batchrun.errors import ModelError
 from batchrun.job import Job, stable_hash
@@ -79,7 +80,7 @@ def prepare(job: Job) -> Prepared:
     check_output_names(carried_columns(job.input, plan.schema), job.output)
     model = resolve(job.model)
     texts = open_texts(job, model, plan.schema)
-    check_sample(texts.builder, _first_rows(job, plan, texts.builder.columns))
+    check_sample(texts.builder, all_rows(job, plan, texts.builder.columns))
     return Prepared(job, plan, model, texts)
 
 
@@ -97,21 +98,24 @@ def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
     return Texts(builder, detokenizer, _engine_spec(job, model, context, stop_ids))
 
 
-def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """A partition's input rows again, in order, `columns` only."""
-    batches = read_partition(
-        partition.slices,
-        plan.files_of(partition),
-        plan.schema,
-        columns,
-        job.input.filters,
-        job.input.cast,
-        job.input.storage_options,
+def read_rows(
+    job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile], columns: Sequence[str]
+) -> Iterator[Batch]:
+    """A partition's input rows in order, `columns` only, as the job filters and casts them."""
+    settings = job.input
+    return read_partition(
+        partition.slices, files, schema, columns, settings.filters, settings.cast, settings.storage_options
     )
+
+
+def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The same where the whole plan is at hand, without the rows' ids."""
+    batches = read_rows(job, plan.schema, partition, plan.files_of(partition), columns)
     return (batch.records for batch in batches)
 
 
-def _first_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def all_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of every partition, in the plan's order; take as many as are wanted."""
     for partition in plan.partitions:
         yield from rows_of(job, plan, partition, columns)
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from distributed import Worker, WorkerPlugin, get_worker
 
 from batchrun.dataset.plan import Partition, carried_columns
-from batchrun.dataset.reader import Batch, read_partition
+from batchrun.dataset.reader import Batch
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
@@ -32,7 +32,7 @@ from batchrun.model import resolve
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
 from batchrun.output.layout import Layout
-from batchrun.prepare import Texts, open_texts
+from batchrun.prepare import Texts, open_texts, read_rows
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.storage import Folder
 
@@ -57,16 +57,7 @@ class WorkOrder:
     model_fingerprint: str
 
     def read(self, task: Task, columns: Sequence[str]) -> Iterator[Batch]:
-        settings = self.job.input
-        return read_partition(
-            task.partition.slices,
-            task.files,
-            self.schema,
-            columns,
-            settings.filters,
-            settings.cast,
-            settings.storage_options,
-        )
+        return read_rows(self.job, self.schema, task.partition, task.files, columns)
 
 
 @dataclass(frozen=True)

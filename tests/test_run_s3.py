@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
-from moto.server import ThreadedMotoServer
 
 import batchrun
 from batchrun.errors import ChangedError, Interrupted
@@ -23,15 +21,6 @@ from jobs import dataset, load, write_job
 
 ROWS = 60
 OPTIONS: dict[str, Any] = {"key": "planted-key", "secret": "planted-secret"}
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import botocore.session
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, commit, layout
 from parts import settings as output_settings
 
@@ -25,15 +23,6 @@ from batchrun.storage import Folder, NotFound, folder
 
 BUCKET = "answers"
 _names = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from tiny import plan_of, rows_of, write
 
 from batchrun.errors import ChangedError, InputError
 from batchrun.job import InputSettings
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[dict[str, Any]]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {"key": "k", "secret": "s3cret-value", "endpoint_url": f"http://{host}:{port}"}
-    server.stop()
+@pytest.fixture
+def store(endpoint: str) -> dict[str, Any]:
+    return {"key": "k", "secret": "s3cret-value", "endpoint_url": endpoint}
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from batchrun.engine.protocol import EngineStats
@@ -113,8 +112,3 @@ def token_sample(lengths: Sequence[int], faults: Sequence[str], rows: int) -> di
         "failed": len(faults),
         "examples": list(faults[:3]),
     }
-
-
-def show(console: Console, lines: Sequence[str]) -> None:
-    for text in lines:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
