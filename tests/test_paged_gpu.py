@@ -20,6 +20,10 @@ import torch
 import transformers as tf
 
 from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.architecture import Layer
+from batchrun.engine.paged.batch import Batch, Trunk
+from batchrun.engine.paged.flash import FlashAttention
+from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +85,67 @@ def test_every_token_is_the_references_choice_or_next_to_it(name: str, rows: int
     )
     assert np.mean(equal) > 0.9
     assert max(gaps) < 0.3 * np.mean(spread)
+
+
+LAYERS = {
+    "plain": Layer(query_heads=8, kv_heads=2, head_dim=128, scale=0.09),
+    "window": Layer(query_heads=8, kv_heads=2, head_dim=64, scale=0.12, window=300),
+    "softcap": Layer(query_heads=4, kv_heads=4, head_dim=256, scale=0.06, softcap=20.0),
+    "sinks": Layer(query_heads=8, kv_heads=2, head_dim=64, scale=0.12, sinks=True),
+    "sinks and window": Layer(query_heads=8, kv_heads=1, head_dim=64, scale=0.12, window=128, sinks=True),
+}
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("alone", [False, True], ids=["with flash-attn", "triton alone"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_flash_attention_gives_what_plain_attention_gives(name: str, alone: bool, rows: int) -> None:
+    layer = LAYERS[name]
+    if alone and layer.sinks:
+        pytest.skip("sinks need flash-attn")
+    flash, plain = FlashAttention(), GatheredPages()
+    if alone:
+        flash.cascades = False
+    rng = torch.Generator(DEVICE).manual_seed(rows)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE, generator=rng).bfloat16()
+
+    sinks = random(layer.query_heads) if layer.sinks else None
+    keys, values = (random(4 * rows, 256, layer.kv_heads, layer.head_dim) for _ in range(2))
+    tables = torch.randperm(4 * rows, device=DEVICE, generator=rng).int().view(rows, 4)
+    lengths = torch.randint(513, 1025, (rows,), device=DEVICE, generator=rng).int()
+
+    def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)
+
+    query = random(rows, layer.query_heads, layer.head_dim)
+    step = Batch(places=lengths.long(), tables=tables, lengths=lengths)
+    same(
+        flash.decode(query, keys, values, step, layer, sinks),
+        plain.decode(query, keys, values, step, layer, sinks),
+    )
+    if flash.cascades and layer.window is None:
+        tables[:, :2] = tables[0, :2]
+        ends = torch.tensor([0, 512], dtype=torch.int32, device=DEVICE)
+        starts = torch.tensor([0, rows], dtype=torch.int32, device=DEVICE)
+        own = Batch(places=step.places, tables=tables[:, 2:].contiguous(), lengths=lengths - 512,
+                    trunk=Trunk(tables[:1, :2].contiguous(), ends, starts))  # fmt: skip
+        same(
+            flash.decode(query, keys, values, own, layer, sinks),
+            plain.decode(query, keys, values, step, layer, sinks),
+        )
+
+    new = [1 + 37 * row % 500 for row in range(rows)]
+    starts = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=DEVICE)
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    query = random(sum(new), layer.query_heads, layer.head_dim)
+    pack = Batch(places=step.places, tables=tables, lengths=lengths, starts=starts, ends=ends,
+                 longest_query=max(new), longest=1024)  # fmt: skip
+    same(
+        flash.prefill(query, query, query, keys, values, pack, layer, sinks),
+        plain.prefill(query, query, query, keys, values, pack, layer, sinks),
+    )
 
 
 def test_sampled_tokens_are_the_same_in_another_batch() -> None:

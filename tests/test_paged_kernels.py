@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from batchrun.engine.paged import kernels
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.attention import Batch, GatheredPages
+from batchrun.engine.paged.batch import Batch
+from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.sampler import top_p_threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
