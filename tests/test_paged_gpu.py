@@ -162,6 +162,18 @@ def test_sampled_tokens_are_the_same_in_another_batch() -> None:
     assert same >= 38
 
 
+def test_rows_that_come_again_by_the_hundred_take_no_memory_for_their_copied_pages() -> None:
+    engine = PagedEngine(
+        EngineSpec("paged", "qwen3", "qwen3", device=DEVICE, options={"max_rows": 1024}), _model("qwen3")
+    )
+    first = {c.id: c.token_ids.tolist() for c in engine.generate(iter(_requests(1000, 0)))}
+    held = torch.cuda.memory_reserved()
+    again = {c.id: c.token_ids.tolist() for c in engine.generate(iter(_requests(1000, 0)))}
+    assert torch.cuda.memory_reserved() < held + (1 << 28)
+    same = np.mean([first[i][0] == again[i][0] for i in first])
+    assert same > 0.97  # a shorter prefill rounds differently
+
+
 def test_no_shape_is_compiled_twice_and_memory_stays_flat() -> None:
     engine = PagedEngine(
         EngineSpec("paged", "llama", "llama", device=DEVICE, options={"cache_tokens": 200_000}),

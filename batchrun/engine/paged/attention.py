@@ -57,7 +57,12 @@ class Cache:
 
     def copy(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
         """The first `tokens` tokens of each source page, in all layers, to its target page."""
-        self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
+        if self.memory.is_cuda:
+            from batchrun.engine.paged import kernels
+
+            kernels.copy(self.memory.flatten(4).flatten(0, 1), sources, targets, tokens)
+        else:
+            self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
 
 
 @contextmanager
