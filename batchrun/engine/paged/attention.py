@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from batchrun.engine.paged.architecture import Layer, attention_layers, check_sinks
+from batchrun.engine.paged.architecture import Layer, attention_layers
 from batchrun.engine.paged.batch import Batch, Provider
 from batchrun.engine.paged.gathered import GatheredPages
 
@@ -29,7 +29,6 @@ class Cache:
 
     def __init__(self, model: nn.Module, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         found = attention_layers(model)
-        check_sinks(found, device.type)
         self.layers = [layer for _, layer in found]
         self.sinks = [getattr(module, "sinks", None) for module, _ in found]
         self.modules = [module for module, _ in found]
