@@ -26,7 +26,7 @@ from batchrun.dataset.reader import Batch
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
-from batchrun.errors import ChangedError, EngineDied, RowFault
+from batchrun.errors import BatchrunError, ChangedError, EngineDied, RowFault
 from batchrun.job import Job
 from batchrun.model import resolve
 from batchrun.output.attempt import Attempt, Receipt
@@ -95,6 +95,7 @@ class TaskReceipt:
     part: Receipt | None
     tally: Tally
     engine: EngineStats | None
+    seconds: float
 
 
 _lock = threading.Lock()
@@ -105,12 +106,34 @@ _stopped_runs: set[str] = set()
 _leaving = threading.Event()
 
 
+def run_partitions(order: WorkOrder, tasks: Sequence[Task], seconds: float) -> list[TaskReceipt]:
+    """Works off partitions one after the other, and begins none any more after `seconds`.
+
+    Those left without a receipt, from the first one that fails on, the driver sends again one by one.
+
+    Raises:
+        BatchrunError: the first of them failed.
+    """
+    started = time.monotonic()
+    receipts = [run_partition(order, tasks[0])]
+    for task in tasks[1:]:
+        if receipts[-1].part is None or time.monotonic() - started > seconds:
+            break
+        try:
+            receipts.append(run_partition(order, task))
+        except BatchrunError as error:
+            log.warning("partition %d is tried again by itself: %s", task.partition.index, error)
+            break
+    return receipts
+
+
 def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     """Brings one partition to its committed part, or as far as it gets before it is told to stop.
 
     Raises:
         BatchrunError: a fault of storage, input or engine. What was staged stays.
     """
+    started = time.monotonic()
     job, partition = order.job, task.partition
     still_wanted = _wanted_check(order.run)
     tally = Tally(order.run, partition.index)
@@ -127,7 +150,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     stats = None
 
     def receipt(part: Receipt | None) -> TaskReceipt:
-        return TaskReceipt(get_worker().address, part, tally, stats)
+        return TaskReceipt(get_worker().address, part, tally, stats, time.monotonic() - started)
 
     if part := attempt.open():
         return receipt(part)
