@@ -23,6 +23,7 @@ from batchrun.engine.protocol import EngineStats
 from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
 from batchrun.job import Job
 from batchrun.output import identity, manifest, state
+from batchrun.output.attempt import Receipt
 from batchrun.output.layout import PLAN
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
@@ -92,7 +93,7 @@ def run(
                 client = stack.enter_context(connect(prepared.job.cluster))
             dispatch.execute(client)
         rows = [partition.rows for partition in prepared.plan.partitions]
-        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows)
+        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows, dispatch.receipts)
     return _result(prepared, done, time.monotonic() - started, dispatch)
 
 
@@ -150,6 +151,7 @@ class Dispatch:
         self.pace = math.inf  # seconds that a partition takes, as of late
         self.finished: queue.Queue[Future] = queue.Queue()
         self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
+        self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
         self.started = time.monotonic()
@@ -240,6 +242,7 @@ class Dispatch:
         if receipt.part is None:
             self.todo.append(index)
             return
+        self.receipts[index] = receipt.part
         self.rows_committed += self.plan.partitions[index].rows
         known = math.isfinite(self.pace)
         self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
