@@ -48,6 +48,7 @@ WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that join
 POLL = 1.0  # seconds between two looks at the workers' counters
 TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
 STRIKES = 3  # attempts in a row that staged nothing new before a partition is given up
+REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 
@@ -158,9 +159,9 @@ class Dispatch:
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
-        client.register_plugin(BatchrunPlugin())
         next_poll = 0.0
         try:
+            _register(client)
             while self.todo or self.flying:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
@@ -346,6 +347,17 @@ class Dispatch:
         key = (worker, stats.pid)
         if key not in self.engines or self.engines[key].requests <= stats.requests:
             self.engines[key] = stats
+
+
+def _register(client: Client) -> None:
+    """Hooks the plugin into all workers, now and later. One that dies in the midst of it fails the whole call."""
+    for more in reversed(range(REGISTRATIONS)):
+        try:
+            client.register_plugin(BatchrunPlugin())
+            return
+        except OSError:
+            if client.status != "running" or not more:
+                raise
 
 
 SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]
