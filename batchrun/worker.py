@@ -39,6 +39,7 @@ from batchrun.storage import Folder
 log = logging.getLogger(__name__)
 
 ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
+SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come
 EXAMPLES = 5
 STRIKES = 3  # engine processes in a row that died before they finished a row
 WANTED_EVERY = 0.5  # seconds between two looks at whether the task is still wanted
@@ -221,7 +222,10 @@ def _generate(
                 tally.requests += 1
                 yield Request(row, prompt, max_new_tokens, seed)
 
+    settled = time.monotonic()
+
     def settle() -> None:
+        nonlocal settled
         for answers in (_answers(done, lengths, texts.detokenizer), _faulty(faults)):
             if answers is not None:
                 _count(tally, answers)
@@ -229,13 +233,14 @@ def _generate(
         done.clear()
         faults.clear()
         attempt.maybe_flush()
+        settled = time.monotonic()
 
     try:
         with contextlib.closing(engine.generate(requests())) as completions:
             for completion in completions:
                 if completion is not None:
                     done.append(completion)
-                    if len(done) < ANSWER_BATCH:
+                    if len(done) < ANSWER_BATCH and time.monotonic() - settled < SETTLE_SECONDS:
                         continue
                 settle()
                 if not still_wanted():
