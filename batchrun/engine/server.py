@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from batchrun.engine.choose import load_engine
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, EngineStats, Request
 from batchrun.engine.wire import PLACE_BITS, Cancel, CompletionPack, Failed, RequestPack
-from batchrun.errors import BatchrunError, EngineError
+from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded
 
 STATS_SECONDS = 0.2
 PACK_ROWS = 1024
@@ -53,8 +53,8 @@ class Server:
             self.outbox.put(Failed(error))
         except BaseException as error:
             traceback.print_exc()
-            doing = "failed" if self.engine else "could not be loaded"
-            self.outbox.put(Failed(EngineError(f"engine {doing}: {_last_line(error)}", spec.model_path)))
+            kind, doing = (EngineError, "failed") if self.engine else (EngineNotLoaded, "could not be loaded")
+            self.outbox.put(Failed(kind(f"engine {doing}: {_last_line(error)}", spec.model_path)))
         sender.join()
 
     def _run(self, spec: EngineSpec) -> None:
