@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import queue
+import random
 import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Hashable
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,16 @@ from distributed import Client, Future
 from batchrun.cluster import connect
 from batchrun.dataset.plan import Plan, difference
 from batchrun.engine.protocol import EngineStats
-from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
+from batchrun.errors import (
+    BatchrunError,
+    CorruptInput,
+    EngineNotLoaded,
+    Interrupted,
+    Refused,
+    StorageError,
+    TooManyFaults,
+)
+from batchrun.generation import EXAMPLES, Tally
 from batchrun.job import Job
 from batchrun.output import identity, manifest, state
 from batchrun.output.layout import PLAN
@@ -29,14 +40,16 @@ from batchrun.output.manifest import Manifest
 from batchrun.prepare import Prepared, prepare
 from batchrun.report.progress import Progress, Watch, silent
 from batchrun.report.result import RunResult
+from batchrun.stalls import Stalls
 from batchrun.storage import NotFound
+from batchrun.suspects import STRIKES, Suspects
 from batchrun.worker import (
-    EXAMPLES,
     BatchrunPlugin,
-    Tally,
     Task,
     TaskReceipt,
     WorkOrder,
+    end_at_once,
+    examine,
     request_stop,
     run_partition,
 )
@@ -45,7 +58,6 @@ log = logging.getLogger(__name__)
 
 WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
 POLL = 1.0  # seconds between two looks at the workers' counters
-STRIKES = 3  # attempts in a row that staged nothing new before a partition is given up
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 
@@ -146,7 +158,10 @@ class Dispatch:
         self.rows_committed = int(rows[found.committed].sum())
         self.flying: dict[Future, int] = {}
         self.finished: queue.Queue[Future] = queue.Queue()
-        self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
+        self.chunks: dict[int, int] = {}  # seen of partitions whose attempts were lost
+        self.suspects, self.stalls = Suspects(), Stalls(self.job.limits.stall_seconds)
+        self.alone: dict[Future, Trial] = {}  # those of `flying` that try a suspect
+        self.workers: dict[str, Any] = {}
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
         self.started = time.monotonic()
@@ -156,15 +171,17 @@ class Dispatch:
         client.register_plugin(BatchrunPlugin())
         next_poll = 0.0
         try:
-            while self.todo or self.flying:
+            while self.todo or self.flying or self.suspects.open:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
                 if client.status != "running":
                     raise ConnectionError("no connection to the Dask scheduler")
                 if time.monotonic() >= next_poll:
-                    workers = self._poll(client)
+                    self.workers = self._poll(client)
                     next_poll = time.monotonic() + POLL
-                self._fill(client, workers)
+                self._fill(client, self.workers)
+                if self.suspects.open and not self.todo:
+                    self._try_suspects(client)
                 self._settle(POLL / 4)
         except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
             # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
@@ -193,6 +210,59 @@ class Dispatch:
             self.flying[future] = index
             future.add_done_callback(self.finished.put)
 
+    def _try_suspects(self, client: Client) -> None:
+        """Tries suspects once nothing else is in flight, one to a worker that shows first that it loads the engine."""
+        if len(self.flying) > len(self.alone):
+            return
+        for future, trial in list(self.alone.items()):
+            if trial.worker not in self.workers and not future.done():
+                self.flying.pop(future)  # it left in peace, and nothing can be said of the rows
+                del self.alone[future]
+                future.cancel()
+        tried = {trial.partition for trial in self.alone.values()}
+        idle = [worker for worker in self.workers if worker not in {t.worker for t in self.alone.values()}]
+        random.shuffle(idle)  # so that no suspect depends on one bad machine
+        for index, worker in zip([i for i in self.suspects.open if i not in tried], idle, strict=False):
+            self._submit_alone(client, Trial(index, worker, None))
+
+    def _submit_alone(self, client: Client, trial: Trial) -> None:
+        partition = self.plan.partitions[trial.partition]
+        why = f"its engine or worker died {STRIKES} times while this row was alone in it"
+        condemned = dict.fromkeys(self.suspects.open[trial.partition].condemned, why)
+        task = Task(partition, self.plan.files_of(partition), trial.rows or None, condemned)
+        future = client.submit(
+            examine if trial.rows is None else run_partition, self.order, task,
+            key=f"batchrun-alone-{self.layout.plan_hash[:8]}-{trial.partition:05d}-{uuid.uuid4().hex[:8]}",
+            workers=[trial.worker], pure=False, retries=0,
+        )  # fmt: skip
+        self.flying[future], self.alone[future] = trial.partition, trial
+        future.add_done_callback(self.finished.put)
+
+    def _take_trial(self, future: Future, trial: Trial) -> None:
+        index = trial.partition
+        if future.status == "cancelled":
+            return
+        try:
+            outcome = future.result(timeout=RECEIPT)
+        except (Refused, StorageError):
+            raise
+        except Exception as error:
+            if trial.rows is None or isinstance(error, EngineNotLoaded):
+                self.suspects.unloaded(trial.worker, self.workers, _one_line(error))
+            else:
+                log.warning(
+                    "partition %d, %d rows alone: lost to %s", index, len(trial.rows), _one_line(error)
+                )
+                self.suspects.lost_alone(index, trial.rows, _one_line(error))
+            return
+        if isinstance(outcome, TaskReceipt):
+            self._count(index, outcome)
+            if outcome.part is not None:
+                del self.suspects.open[index]
+            return
+        rows = self.suspects.next_trial(index, outcome)
+        self._submit_alone(future.client, replace(trial, rows=tuple(rows)))
+
     def _settle(self, timeout: float) -> None:
         """Takes in what finished; waits for the first one, then takes all that is there."""
         try:
@@ -204,42 +274,50 @@ class Dispatch:
             return
 
     def _take(self, future: Future) -> None:
+        if future not in self.flying:
+            return
         index = self.flying.pop(future)
+        if trial := self.alone.pop(future, None):
+            self._take_trial(future, trial)
+            return
         if future.status == "finished":
             try:
                 receipt: TaskReceipt = future.result(timeout=RECEIPT)
             except (OSError, TimeoutError) as lost:
                 self._strike(index, lost)  # its worker left with the receipt; the part may well be there
                 return
-            _sum(self.total, receipt.tally)
-            self._see_engine(receipt.worker, receipt.engine)
+            self._count(index, receipt)
             if receipt.part is None:
                 self.todo.append(index)
-            else:
-                self.rows_committed += self.plan.partitions[index].rows
-            self.strikes.pop(index, None)
             return
         error = future.exception() if future.status == "error" else None
         if isinstance(error, (Refused, StorageError, CorruptInput)):
             raise error
         self._strike(index, error)
 
+    def _count(self, index: int, receipt: TaskReceipt) -> None:
+        _sum(self.total, receipt.tally)
+        self._see_engine(receipt.worker, receipt.engine)
+        if receipt.part is not None:
+            self.rows_committed += self.plan.partitions[index].rows
+        if receipt.part is not None or receipt.tally.rows:
+            self.suspects.progress(index)
+
     def _strike(self, index: int, error: BaseException | None) -> None:
         """Judges a lost attempt by what it left in storage: one that staged something is submitted again for free.
 
         Dask's own suspicion blames every task that shared a worker with the guilty one.
         """
-        strikes, chunks_before = self.strikes.get(index, (0, 0))
         chunks = len(self.folder.list(self.layout.stage(index)))
-        strikes = 1 if chunks > chunks_before else strikes + 1
-        if strikes >= STRIKES:
-            raise BatchrunError(
-                f"partition {index} failed {STRIKES} times without progress, last with {_one_line(error)}",
-                self.folder.url,
-                "look at the engine's message; the same command tries again",
-            )
+        if chunks > self.chunks.get(index, 0):
+            self.suspects.progress(index)
+        elif isinstance(error, EngineNotLoaded):
+            self.suspects.unloaded(error.where, self.workers, _one_line(error))
+        elif self.suspects.lost(index, _one_line(error), len(self.flying) + 1):
+            log.warning("partition %d is lost again, last to %s; it is tried alone", index, _one_line(error))
+            return
         log.warning("partition %d lost its attempt to %s; it goes on", index, _one_line(error))
-        self.strikes[index] = (strikes, chunks)
+        self.chunks[index] = chunks
         self.todo.append(index)
 
     def _poll(self, client: Client) -> dict[str, Any]:
@@ -250,12 +328,15 @@ class Dispatch:
         covered = self.rows_committed
         for address, worker in workers.items():
             snapshot = worker["metrics"].get("batchrun") or {"tasks": [], "engines": []}
-            for stats in snapshot["engines"]:
-                self._see_engine(address, EngineStats(**stats))
+            engines = [EngineStats(**stats) for stats in snapshot["engines"]]
+            for stats in engines:
+                self._see_engine(address, stats)
             for tally in (Tally(**t) for t in snapshot["tasks"]):
                 if tally.run == self.order.run and tally.partition in flying:
                     covered += tally.reused + tally.rows
                     _sum(live, tally)
+                    self._end_if_stalled(client, address, tally, (snapshot["loading"], *map(_signs, engines)))
+        self.stalls.forget(flying)
         self.watch(
             Progress(
                 seconds=time.monotonic() - self.started,
@@ -272,6 +353,19 @@ class Dispatch:
         )
         self._check_faults(live)
         return workers
+
+    def _end_if_stalled(self, client: Client, worker: str, tally: Tally, engines: Hashable) -> None:
+        """Ends a worker that hangs alive; its attempts are then judged like any lost ones.
+
+        An engine at work on another attempt's rows is a sign of life, and so is one that loads.
+        """
+        signs = (worker, tally.signs, tally.requests, engines)
+        if self.stalls.stalled(tally.partition, signs, time.monotonic()):
+            limit = self.job.limits.stall_seconds
+            log.warning(
+                "partition %d: no sign of progress for %g s; its worker is restarted", tally.partition, limit
+            )
+            client.run(end_at_once, workers=[worker], wait=False, on_error="ignore")
 
     def _check_faults(self, tally: Tally) -> None:
         limits = self.job.limits
@@ -295,7 +389,7 @@ class Dispatch:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
                 continue
-            del self.flying[future]
+            self.flying.pop(future, None)
         client.cancel(list(self.flying))
 
     def _safe(self) -> str:
@@ -311,6 +405,16 @@ class Dispatch:
             self.engines[key] = stats
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A suspect alone on a worker: `rows` None while the worker shows that it can load the engine, and empty when
+    all that is left is to seal the part."""
+
+    partition: int
+    worker: str
+    rows: tuple[int, ...] | None
+
+
 SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]
 
 
@@ -318,6 +422,11 @@ def _sum(into: Tally, tally: Tally) -> None:
     for name in SUMMED:
         setattr(into, name, getattr(into, name) + getattr(tally, name))
     into.examples = (into.examples + tally.examples)[:EXAMPLES]
+
+
+def _signs(stats: EngineStats) -> Hashable:
+    tokens = (stats.output_tokens, stats.computed_tokens)
+    return (stats.pid, stats.requests, stats.completions, stats.batches, stats.steps, *tokens)
 
 
 def _one_line(error: BaseException | None) -> str:

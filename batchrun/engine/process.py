@@ -108,6 +108,15 @@ class EngineProcess:
         """The newest counters that arrived from the present process: at most 0.2 s old while it works."""
         return self._child.stats if self._child else EngineStats()
 
+    def loading_seconds(self) -> float:
+        """CPU seconds that a process has used whose model is not loaded yet; 0 otherwise."""
+        if not self._child or self._child.failure or self._child.stats.pid:
+            return 0.0
+        with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended, or this is no Linux
+            ticks = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        return 0.0
+
     @property
     def idle(self) -> bool:
         """Whether no call of `generate` is running."""

@@ -28,6 +28,7 @@ from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256
 """Tokens; flash-attn 2 wants a multiple of it."""
+CANCEL_SECONDS = 0.2  # between two looks at whether rows are still wanted
 
 
 class PagedEngine:
@@ -57,6 +58,7 @@ class PagedEngine:
         self._strings = StopStrings(spec)
         self._longer_strings = StopStrings(spec)
         self._longer_strings.tail += budget.decode_steps
+        self._looked = 0.0
         self._window, self._steps = budget.window_rows, budget.decode_steps
         self._runner = Runner(
             model, cache, sampler, sorted(self._stops), budget.max_rows, self._steps, device
@@ -108,6 +110,7 @@ class PagedEngine:
         try:
             while True:
                 yield from self._pull(feed)
+                yield from self._let_go(pending)
                 while scheduler.worth_a_pack() and (pack := scheduler.next_pack()):
                     with self._busy():
                         pending.append(runner.prefill(pack))
@@ -158,6 +161,18 @@ class PagedEngine:
                 )
                 yield self._complete(row.request, row.output, reason, fault)
 
+    def _let_go(self, pending: deque[Pending]) -> Iterator[Completion]:
+        """Rows that are not wanted any more leave with the tokens they have; looks for them now and then."""
+        now = time.monotonic()
+        if now - self._looked < CANCEL_SECONDS:
+            return
+        self._looked = now
+        if self._scheduler.unwanted:
+            yield from self._read(pending, leaving=0)
+        for row in self._scheduler.let_go():
+            self._count_output(row.request, row.output)
+            yield row.request.so_far(np.array(row.output, np.int32))
+
     def _take(self, row: Row, tokens: list[int]) -> str | None:
         """Adds a row's new tokens to its output; its finish reason, once it has one."""
         if tokens[-1] >= 0:
@@ -190,8 +205,11 @@ class PagedEngine:
         self, request: Request, output: list[int], reason: str, fault: RowFault | None
     ) -> Completion:
         self.stats.completions += 1
-        self.stats.output_tokens += len(output)
+        self._count_output(request, output)
         return Completion(request.id, np.array(output, np.int32), reason, fault)
+
+    def _count_output(self, request: Request, output: list[int]) -> None:
+        self.stats.output_tokens += max(0, len(output) - len(request.generated))
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -204,6 +222,7 @@ class PagedEngine:
     def _count(self) -> None:
         scheduler, runner, stats = self._scheduler, self._runner, self.stats
         stats.computed_tokens, stats.batches = runner.computed_tokens, runner.launches
+        stats.steps = runner.launches
         stats.prompt_tokens = scheduler.prompt_tokens - scheduler.shared_tokens
         stats.gauges |= {
             "active_rows": scheduler.active,

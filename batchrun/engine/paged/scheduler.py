@@ -202,6 +202,24 @@ class Scheduler:
         if row.slot >= 0 and row not in self._ending:
             self._release(row)
 
+    @property
+    def unwanted(self) -> bool:
+        """Whether an active row is not wanted any more."""
+        return any(row is not None and row.request.cancelled for row in self._rows)
+
+    def let_go(self) -> list[Row]:
+        """Rows that are not wanted any more leave, waiting or active; every round must have been read back before."""
+        self._release_ended()
+        gone = self.queue.take_cancelled()
+        for row in self._rows:
+            if row is not None and row.request.cancelled:
+                gone.append(row)
+                self._release(row)
+                row.done = True
+                if row is self._partial:
+                    self._partial = None
+        return gone
+
     def drop_all(self) -> None:
         """Lets every row go, waiting or active."""
         self._release_ended()
@@ -237,6 +255,7 @@ class Scheduler:
         return self.pool.pages_for(tokens) - len(match.pages) + self.pool.idle([*match.pages, *source])
 
     def _admit(self, row: Row, match: Match, start: int, tokens: int) -> Segment:
+        first = row.admitted < 0
         self._admissions += 1
         row.slot, row.admitted = self._free_slots.pop(), self._admissions
         slot = row.slot
@@ -249,7 +268,7 @@ class Scheduler:
         own = self.pool.take(self.pool.pages_for(len(row.prompt)) - len(match.pages))
         row.pages = []
         self._extend(slot, [*match.pages, *own])
-        if not row.output:
+        if first:
             self.prompt_tokens += len(row.prompt)
             self.shared_tokens += start
         return self._segment(row, start, tokens, match.source, match.copied)
