@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import queue
-import random
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from batchrun.cluster import connect
 from batchrun.dataset.plan import Plan, difference
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import (
-    BatchrunError,
     CorruptInput,
-    EngineNotLoaded,
     Interrupted,
     Refused,
     StorageError,
@@ -33,6 +30,7 @@ from batchrun.errors import (
 )
 from batchrun.generation import EXAMPLES, Tally
 from batchrun.job import Job
+from batchrun.judging import Judge, Trial
 from batchrun.output import identity, manifest, state
 from batchrun.output.layout import PLAN
 from batchrun.output.lease import Lease
@@ -42,7 +40,6 @@ from batchrun.report.progress import Progress, Watch, silent
 from batchrun.report.result import RunResult
 from batchrun.stalls import Stalls
 from batchrun.storage import NotFound
-from batchrun.suspects import STRIKES, Suspects
 from batchrun.worker import (
     BatchrunPlugin,
     Task,
@@ -158,8 +155,8 @@ class Dispatch:
         self.rows_committed = int(rows[found.committed].sum())
         self.flying: dict[Future, int] = {}
         self.finished: queue.Queue[Future] = queue.Queue()
-        self.chunks: dict[int, int] = {}  # seen of partitions whose attempts were lost
-        self.suspects, self.stalls = Suspects(), Stalls(self.job.limits.stall_seconds)
+        self.judge = Judge(self.plan, self.folder, self.layout)
+        self.stalls = Stalls(self.job.limits.stall_seconds)
         self.alone: dict[Future, Trial] = {}  # those of `flying` that try a suspect
         self.workers: dict[str, Any] = {}
         self.total = Tally(self.order.run, -1)  # of finished attempts
@@ -171,7 +168,7 @@ class Dispatch:
         client.register_plugin(BatchrunPlugin())
         next_poll = 0.0
         try:
-            while self.todo or self.flying or self.suspects.open:
+            while self.todo or self.flying or self.judge.suspects:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
                 if client.status != "running":
@@ -180,8 +177,7 @@ class Dispatch:
                     self.workers = self._poll(client)
                     next_poll = time.monotonic() + POLL
                 self._fill(client, self.workers)
-                if self.suspects.open and not self.todo:
-                    self._try_suspects(client)
+                self._try_suspects(client)
                 self._settle(POLL / 4)
         except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
             # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
@@ -199,69 +195,47 @@ class Dispatch:
         while self.todo and len(self.flying) < max(1, math.ceil(WINDOW * slots)):
             index = self.todo.popleft()
             partition = self.plan.partitions[index]
-            future = client.submit(
-                run_partition,
-                self.order,
-                Task(partition, self.plan.files_of(partition)),
-                key=f"batchrun-{self.layout.plan_hash[:8]}-{index:05d}-{uuid.uuid4().hex[:8]}",
-                pure=False,
-                retries=0,
-            )
-            self.flying[future] = index
-            future.add_done_callback(self.finished.put)
+            self._submit(client, index, run_partition, Task(partition, self.plan.files_of(partition)))
+
+    def _submit(
+        self, client: Client, index: int, work: Callable[..., Any], task: Task, **where: Any
+    ) -> Future:
+        key = f"batchrun-{self.layout.plan_hash[:8]}-{index:05d}-{uuid.uuid4().hex[:8]}"
+        future = client.submit(work, self.order, task, key=key, pure=False, retries=0, **where)
+        self.flying[future] = index
+        future.add_done_callback(self.finished.put)
+        return future
 
     def _try_suspects(self, client: Client) -> None:
-        """Tries suspects once nothing else is in flight, one to a worker that shows first that it loads the engine."""
-        if len(self.flying) > len(self.alone):
+        """Begins trials once nothing else is in flight."""
+        if self.todo or len(self.flying) > len(self.alone):
             return
         for future, trial in list(self.alone.items()):
             if trial.worker not in self.workers and not future.done():
                 self.flying.pop(future)  # it left in peace, and nothing can be said of the rows
                 del self.alone[future]
                 future.cancel()
-        tried = {trial.partition for trial in self.alone.values()}
-        idle = [worker for worker in self.workers if worker not in {t.worker for t in self.alone.values()}]
-        random.shuffle(idle)  # so that no suspect depends on one bad machine
-        for index, worker in zip([i for i in self.suspects.open if i not in tried], idle, strict=False):
-            self._submit_alone(client, Trial(index, worker, None))
+        for trial in list(self.judge.trials(self.alone.values(), self.workers)):
+            self._try(client, trial)
 
-    def _submit_alone(self, client: Client, trial: Trial) -> None:
-        partition = self.plan.partitions[trial.partition]
-        why = f"its engine or worker died {STRIKES} times while this row was alone in it"
-        condemned = dict.fromkeys(self.suspects.open[trial.partition].condemned, why)
-        task = Task(partition, self.plan.files_of(partition), trial.rows or None, condemned)
-        future = client.submit(
-            examine if trial.rows is None else run_partition, self.order, task,
-            key=f"batchrun-alone-{self.layout.plan_hash[:8]}-{trial.partition:05d}-{uuid.uuid4().hex[:8]}",
-            workers=[trial.worker], pure=False, retries=0,
-        )  # fmt: skip
-        self.flying[future], self.alone[future] = trial.partition, trial
-        future.add_done_callback(self.finished.put)
+    def _try(self, client: Client, trial: Trial) -> None:
+        work = examine if trial.rows is None else run_partition
+        task = self.judge.task(trial)
+        future = self._submit(client, trial.partition, work, task, workers=[trial.worker])
+        self.alone[future] = trial
 
     def _take_trial(self, future: Future, trial: Trial) -> None:
-        index = trial.partition
-        if future.status == "cancelled":
-            return
         try:
             outcome = future.result(timeout=RECEIPT)
         except (Refused, StorageError):
             raise
         except Exception as error:
-            if trial.rows is None or isinstance(error, EngineNotLoaded):
-                self.suspects.unloaded(trial.worker, self.workers, _one_line(error))
-            else:
-                log.warning(
-                    "partition %d, %d rows alone: lost to %s", index, len(trial.rows), _one_line(error)
-                )
-                self.suspects.lost_alone(index, trial.rows, _one_line(error))
+            self.judge.lost_alone(trial, error, self.workers)
             return
         if isinstance(outcome, TaskReceipt):
-            self._count(index, outcome)
-            if outcome.part is not None:
-                del self.suspects.open[index]
-            return
-        rows = self.suspects.next_trial(index, outcome)
-        self._submit_alone(future.client, replace(trial, rows=tuple(rows)))
+            self._count(trial.partition, outcome)
+        else:
+            self._try(future.client, self.judge.examined(trial, outcome))
 
     def _settle(self, timeout: float) -> None:
         """Takes in what finished; waits for the first one, then takes all that is there."""
@@ -278,7 +252,8 @@ class Dispatch:
             return
         index = self.flying.pop(future)
         if trial := self.alone.pop(future, None):
-            self._take_trial(future, trial)
+            if future.status != "cancelled":
+                self._take_trial(future, trial)
             return
         if future.status == "finished":
             try:
@@ -300,25 +275,13 @@ class Dispatch:
         self._see_engine(receipt.worker, receipt.engine)
         if receipt.part is not None:
             self.rows_committed += self.plan.partitions[index].rows
-        if receipt.part is not None or receipt.tally.rows:
-            self.suspects.progress(index)
+            self.judge.committed(index)
+        elif receipt.tally.rows:
+            self.judge.progress(index)
 
     def _strike(self, index: int, error: BaseException | None) -> None:
-        """Judges a lost attempt by what it left in storage: one that staged something is submitted again for free.
-
-        Dask's own suspicion blames every task that shared a worker with the guilty one.
-        """
-        chunks = len(self.folder.list(self.layout.stage(index)))
-        if chunks > self.chunks.get(index, 0):
-            self.suspects.progress(index)
-        elif isinstance(error, EngineNotLoaded):
-            self.suspects.unloaded(error.where, self.workers, _one_line(error))
-        elif self.suspects.lost(index, _one_line(error), len(self.flying) + 1):
-            log.warning("partition %d is lost again, last to %s; it is tried alone", index, _one_line(error))
-            return
-        log.warning("partition %d lost its attempt to %s; it goes on", index, _one_line(error))
-        self.chunks[index] = chunks
-        self.todo.append(index)
+        if self.judge.lost(index, error, self.workers, len(self.flying) + 1):
+            self.todo.append(index)
 
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
@@ -405,16 +368,6 @@ class Dispatch:
             self.engines[key] = stats
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A suspect alone on a worker: `rows` None while the worker shows that it can load the engine, and empty when
-    all that is left is to seal the part."""
-
-    partition: int
-    worker: str
-    rows: tuple[int, ...] | None
-
-
 SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]
 
 
@@ -427,14 +380,6 @@ def _sum(into: Tally, tally: Tally) -> None:
 def _signs(stats: EngineStats) -> Hashable:
     tokens = (stats.output_tokens, stats.computed_tokens)
     return (stats.pid, stats.requests, stats.completions, stats.batches, stats.steps, *tokens)
-
-
-def _one_line(error: BaseException | None) -> str:
-    if error is None:
-        return "a lost worker"
-    return (
-        str(error) if isinstance(error, BatchrunError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    )
 
 
 def _result(

@@ -108,10 +108,10 @@ def test_rows_that_all_crash_stop_the_run_instead_of_being_bisected_for_ever(set
 
 
 def test_an_engine_that_hangs_alive_is_ended_and_its_rows_go_on(setting):
-    one = setting("HangingEngine", limits={"stall_seconds": 8})
+    one = setting("HangingEngine", limits={"stall_seconds": 10})
     one.run()
     one.check({})
-    assert len(one.processes) == 2
+    assert len(one.processes) >= 2
 
 
 def test_doubtful_rows_are_tried_once_more_in_a_fresh_engine_and_then_fail(setting):
