@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import model_folder
 
 from batchrun.engine.padded import PaddedEngine
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, Request, Sampling
+from batchrun.errors import FaultCode
 
 NEW = 24
 SAMPLINGS = {
@@ -26,7 +28,7 @@ SAMPLINGS = {
 
 def spec(sampling: Sampling, kind: str = "padded", model: str = "llama", **options: Any) -> EngineSpec:
     folder = str(model_folder(model))
-    return EngineSpec(kind, folder, folder, sampling=sampling, max_context=256, options=options)
+    return EngineSpec(kind, folder, folder, sampling=sampling, max_context=512, options=options)
 
 
 def make(kind: str, spec: EngineSpec) -> Engine:
@@ -145,3 +147,59 @@ def test_a_caller_that_leaves_gets_the_tokens_so_far_within_two_seconds(kind):
     assert len(kept) == len(rows)
     assert {c.finish_reason for c in kept} == {"cancelled"}
     assert any(len(c.token_ids) for c in kept), "not all of them fit the paged engine's memory at once"
+
+
+class SmallDevice:
+    """In place of an engine's prefill or decode: refuses whatever is larger than it has room for."""
+
+    def __init__(self, own: Any, room: int, size: Any) -> None:
+        self.own, self.room, self.size, self.refused = own, room, size, 0
+
+    def __call__(self, work: Any) -> Any:
+        if self.size(work) > self.room:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.own(work)
+
+
+@pytest.mark.parametrize("room", [100, 20])
+def test_the_paged_engine_makes_smaller_packs_and_rounds_on_out_of_memory(room):
+    engine = make("paged", spec(SAMPLINGS["seeded"]))
+    whole = run(engine, requests(30))
+    runner = engine._runner
+    runner.prefill = SmallDevice(runner.prefill, room, lambda pack: sum(s.stop - s.start for s in pack))
+    runner.decode = SmallDevice(runner.decode, 3, lambda work: len(work.rows))
+    shared = [replace(r, id=100 + r.id, token_ids=np.concatenate([np.full(300, 9, np.int32), r.token_ids])) for r in
+              requests(3)]  # fmt: skip
+    found = run(engine, [*requests(30), *[replace(r, max_new_tokens=4) for r in shared]])
+    assert {i: c.token_ids.tolist() for i, c in found.items() if i < 100} == {
+        i: c.token_ids.tolist() for i, c in whole.items()
+    }
+    assert all(c.finish_reason != "error" for c in found.values())
+    assert 0 < runner.prefill.refused < 20
+    assert 0 < runner.decode.refused < 5
+    assert any("out of memory" in note for note in engine.stats.notes)
+    engine._scheduler.check()
+    again = make("paged", spec(SAMPLINGS["seeded"]))
+    plain = run(again, [replace(r, max_new_tokens=4) for r in shared])
+    assert {i: c.token_ids.tolist() for i, c in plain.items()} == {
+        i: found[i].token_ids.tolist() for i in plain
+    }
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode"])
+def test_a_row_that_never_fits_is_out_of_memory_and_its_neighbours_are_not(what):
+    engine = make("paged", spec(Sampling()))
+    runner, whole = engine._runner, run(engine, requests(8))
+
+    def poisoned(work: Any) -> int:
+        rows = [s.row for s in work] if what == "prefill" else work.rows
+        return int(any(row.request.id == 5 for row in rows))
+
+    setattr(runner, what, SmallDevice(getattr(runner, what), 0, poisoned))
+    found = run(engine, requests(8))
+    assert found.pop(5).fault.code == FaultCode.OUT_OF_MEMORY
+    assert {i: c.token_ids.tolist() for i, c in found.items()} == {
+        i: c.token_ids.tolist() for i, c in whole.items() if i != 5
+    }
+    engine._scheduler.check()

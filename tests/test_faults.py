@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ class Setting:
 
     def __init__(self, folder: Path, model: Path, cluster: Client, engine: str, **sections: Any) -> None:
         self.folder, self.cluster, self.name = folder, cluster, f"{engine}-{time.time_ns()}"
+        self.rows = sections.get("rows", ROWS)
         shutil.copytree(model, folder / self.name)
         output = {"rows_per_part": PART, **sections.pop("output", {})}
         self.job = write_job(
@@ -51,7 +51,7 @@ class Setting:
     def check(self, errors: dict[int, str]) -> pa.Table:
         """Every row once and in order, answered or with this code; and `verify` agrees."""
         table = answers(self.folder / "out")
-        expected = dataset(ROWS)
+        expected = dataset(self.rows)
         assert table.select(expected.column_names).equals(expected)
         codes = {i: e.split(":")[0] for i, e in enumerate(table["error"].to_pylist()) if e}
         assert codes == errors
@@ -76,16 +76,17 @@ def setting(tmp_path, tiny_llama, cluster, request):
 
 @pytest.mark.parametrize("engine", ["EngineKiller", "WorkerKiller"])
 def test_a_row_that_kills_its_engine_or_worker_is_its_own_error_and_all_others_complete(setting, engine):
-    one = setting(engine)
+    # Small, since a worker takes seconds to come back: tests/test_suspects.py bisects thousands.
+    one = setting(engine, rows=8, row_group=4, output={"rows_per_part": 4})
     result = one.run()
     assert (result.exit_code, result.errors) == (ExitCode.FAILED_ROWS, {"WORKER_CRASH": 1})
-    one.check({13: "WORKER_CRASH"})
+    one.check({5: "WORKER_CRASH"})
     # A death before which other rows got done is free, so that there may be one for each of the neighbours.
-    deaths = STRIKES + 1 + math.ceil(math.log2(PART)) + STRIKES + PART
+    deaths = STRIKES + 2 + STRIKES + 3
     assert len(one.processes) <= deaths + 1
-    # A death costs no more than the rows that were in the engine, eight of them, and the one row's own bisecting.
+    # A death costs no more than the rows that were in the engine, eight of them.
     asked = sum(len(lines) for lines in one.processes)
-    assert asked <= ROWS + deaths * 8
+    assert asked <= 8 + deaths * 8
 
 
 def test_an_engine_that_cannot_be_loaded_is_a_clear_error_and_no_rows_fault(setting):

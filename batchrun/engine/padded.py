@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from batchrun.engine.batching import Batch, by_length, take_batch
 from batchrun.engine.loading import choose_dtype, load_config, load_model
+from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, EngineStats, Request
 from batchrun.engine.steps import BatchState, logits_processors
 from batchrun.engine.stopping import StopStrings
@@ -121,7 +122,7 @@ class PaddedEngine:
             tokens = tokens[:, state.width :].to("cpu", torch.int32)
             outcomes = torch.stack([state.lengths, state.stopped, state.broken, state.cut]).cpu().numpy()
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             self._count(batch, state.steps, time.monotonic() - started)
@@ -255,14 +256,6 @@ def _default_budget(model: Any) -> int:
     )
     free, _ = torch.cuda.mem_get_info(model.device)
     return max(1, int(0.8 * free / (cache + activations)))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch has a type for CUDA's allocator alone; the CPU's and cuBLAS's say it in words."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in text for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
 
 
 def _fault(request: Request, code: FaultCode, message: str) -> Completion:
