@@ -29,10 +29,13 @@ from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Reques
 from batchrun.errors import ChangedError, EngineDied, RowFault
 from batchrun.job import Job
 from batchrun.model import resolve
+from batchrun.output import failed
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
 from batchrun.output.layout import Layout
-from batchrun.prepare import Texts, open_texts, read_rows
+from batchrun.output.replace import ReplacingAttempt
+from batchrun.output.retry import Retry
+from batchrun.prepare import Texts, open_texts, places_of, read_rows
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.storage import Folder
 
@@ -55,9 +58,20 @@ class WorkOrder:
     layout: Layout
     job_hash: str
     model_fingerprint: str
+    retry: Retry | None = None
+
+    def attempt(self, folder: Folder, partition: Partition) -> Attempt:
+        """A new attempt at the partition, or in a retry at the part that it has."""
+        place = (partition.index, partition.rows, uuid.uuid4().hex[:12], self.job.output)
+        if self.retry is None:
+            return Attempt(folder, self.layout, self.job_hash, *place)
+        return ReplacingAttempt(folder, self.layout, *place, self.retry)
 
     def read(self, task: Task, columns: Sequence[str]) -> Iterator[Batch]:
         return read_rows(self.job, self.schema, task.partition, task.files, columns)
+
+    def places(self, task: Task) -> failed.Places:
+        return lambda _: places_of(self.job, self.schema, task.partition, task.files)
 
 
 @dataclass(frozen=True)
@@ -115,15 +129,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     still_wanted = _wanted_check(order.run)
     tally = Tally(order.run, partition.index)
     folder = Folder(job.output.path, job.output.storage_options)
-    attempt = Attempt(
-        folder,
-        order.layout,
-        order.job_hash,
-        partition.index,
-        partition.rows,
-        uuid.uuid4().hex[:12],
-        job.output,
-    )
+    attempt = order.attempt(folder, partition)
     stats = None
 
     def receipt(part: Receipt | None) -> TaskReceipt:
@@ -141,7 +147,10 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
             return receipt(None)
         columns = carried_columns(job.input, order.schema)
         carried = (batch.records for batch in order.read(task, columns))
-        return receipt(attempt.seal(carried, pa.schema([order.schema.field(name) for name in columns])))
+        part = attempt.seal(carried, pa.schema([order.schema.field(name) for name in columns]))
+        if job.output.failed is not None and (part.summary.failed or order.retry is not None):
+            failed.update(folder, order.layout, partition.index, job.output, order.places(task))
+        return receipt(part)
     finally:
         del _running[id(tally)]
 

@@ -59,7 +59,7 @@ def test_keys_have_one_width_in_a_plan() -> None:
     assert layout(100_000).part(99_999) == "data/part-99999-abcdef01.parquet"
     wide = layout(100_001)
     assert wide.part(7) == "data/part-000007-abcdef01.parquet"
-    assert wide.chunk(7, 12, "who", 3) == "_job/stage/000007/12-who-3.chunk"
+    assert wide.chunk(7, 12, "who", 3) == "_job/stage/000007-abcdef01/12-who-3.chunk"
 
 
 @given(st.integers(1, 10**6), st.data())
