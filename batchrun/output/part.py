@@ -147,6 +147,17 @@ def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
     if size is None:
         raise NotFound(key)
     try:
+        return _inspect(folder, key, size)
+    except OutputError:
+        # A retry may have replaced it since its size was looked up.
+        now = folder.size(key)
+        if now in (None, size):
+            raise
+    return _inspect(folder, key, now)
+
+
+def _inspect(folder: Folder, key: str, size: int) -> Summary:
+    try:
         metadata = _read_footer(folder, key, size)
     except NotFound as error:
         raise StorageError("it was there and is gone", folder.where(key), "run again") from error
