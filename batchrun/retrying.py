@@ -56,9 +56,10 @@ def retry(
         BatchrunError: as for `run`; what was staged and replaced stays.
     """
     started = time.monotonic()
+    known = [code.value for code in FaultCode]
     for code in errors:
-        if code not in list(FaultCode):
-            raise JobError(f"no error code {code!r}{nearest(code, list(FaultCode))}", "--error")
+        if code not in known:
+            raise JobError(f"no error code {code!r}{nearest(code, known)}", "--error")
     prepared = prepare_again(job if isinstance(job, Job) else Job.load(job))
     folder, layout = prepared.folder, prepared.layout
     written = manifest.read(folder)

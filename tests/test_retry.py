@@ -36,6 +36,17 @@ def manifest_of(folder: Path) -> dict:
     return json.loads((folder / "out/_job/manifest.json").read_text())
 
 
+def replaced_since(folder: Path, before: dict[str, bytes]) -> set[str]:
+    return {name for name, data in bytes_of(folder).items() if data != before[name]}
+
+
+def staged_for_others(folder: Path, before: dict[str, bytes]) -> list[Path]:
+    """Chunks of the first retry for parts that it has not replaced yet."""
+    replaced = replaced_since(folder, before)
+    chunks = (folder / "out").rglob("*-r1/*.chunk")
+    return [chunk for chunk in chunks if f"part-{chunk.parent.name[:-3]}.parquet" not in replaced]
+
+
 def failing_job(folder: Path, model: Path, **sections: object) -> Path:
     output = {"path": "out", "rows_per_part": 20, "flush_rows": 4, "flush_seconds": 0.3, "failed": "failed"}
     limits = {"max_error_rate": 1.0}
@@ -144,9 +155,9 @@ def test_an_unfinished_output_is_not_retried(tmp_path, tiny_llama):
 
 
 def test_too_many_failures_stop_a_retry_and_the_rate_may_be_set_for_once(job, tmp_path, cluster):
-    tight = ("limits.error_sample=1", "engine.kind=engines:FailingEngine")
-    with pytest.raises(TooManyFaults):
-        library.retry(load(job, MENDED, "limits.max_error_rate=0.1", *tight), client=cluster)
+    tight = ("limits.error_sample=1", "limits.max_error_rate=0.1", "engine.kind=engines:FailingSecondsEngine")
+    with pytest.raises(TooManyFaults, match="BAD_LOGITS"):
+        library.retry(load(job, MENDED, *tight), client=cluster)
     words = [f"--set={word}" for word in (MENDED, *tight)]
     code, out, err = batchrun("retry", str(job), *words, "--max-error-rate", "1")
     assert code == 3, err
@@ -160,12 +171,9 @@ def test_too_many_failures_stop_a_retry_and_the_rate_may_be_set_for_once(job, tm
 def test_a_killed_retry_leaves_old_or_new_parts_and_goes_on(job, tmp_path, cluster):
     before = bytes_of(tmp_path)
     slow = ["--set", MENDED, "--set", "engine.kind=engines:SecondsEngine", "--set", "cluster.slots=1"]
-    process = start("retry", str(job), *slow)
+    process = start("retry", str(job), *slow, BATCHRUN_TEST_DELAY="0.6")
     deadline = time.monotonic() + 120
-    while not (
-        [name for name, data in bytes_of(tmp_path).items() if data != before[name]]
-        and list((tmp_path / "out").rglob("*-r1/*.chunk"))
-    ):
+    while not (replaced_since(tmp_path, before) and staged_for_others(tmp_path, before)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.02)
@@ -173,7 +181,7 @@ def test_a_killed_retry_leaves_old_or_new_parts_and_goes_on(job, tmp_path, clust
         library.retry(load(job, MENDED), client=cluster)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    replaced = {name for name, data in bytes_of(tmp_path).items() if data != before[name]}
+    replaced = replaced_since(tmp_path, before)
     assert 0 < len(replaced) < 3
     between = answers(tmp_path / "out")
     assert between["text"].to_pylist() == texts(), "each row once, whatever moment it is read at"
@@ -184,7 +192,7 @@ def test_a_killed_retry_leaves_old_or_new_parts_and_goes_on(job, tmp_path, clust
     assert "`batchrun retry` goes on" in "\n".join(found.lines())
     assert "a retry has not finished" in "; ".join(verify(load(job)).found.problems)
     clean(load(job))
-    assert list((tmp_path / "out").rglob("*-r1/*.chunk")), "what the retry staged is still needed"
+    assert staged_for_others(tmp_path, before), "what the retry staged is still needed"
     done = bytes_of(tmp_path)
     result = library.retry(load(job, MENDED), client=cluster)
     assert result.failed == 0

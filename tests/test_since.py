@@ -66,9 +66,9 @@ def test_each_day_is_answered_once_through_a_kill_and_a_day_without_news(tmp_pat
     now = everything_under(tmp_path / "out/data")
     assert {path: now[path] for path in first} == first, "the first day's parts are as they were"
     manifest = json.loads((tmp_path / "out/_job/manifest.json").read_text())
-    assert [(plan["parts"], plan["rows"]) for plan in manifest["plans"]] == [(3, 20)] * 3
+    assert [(plan["parts"], plan["rows"]) for plan in manifest["plans"]] == [(4, 20)] * 3
     hashes = [plan["hash"][:8] for plan in manifest["plans"]]
-    assert [Path(p).stem for p in now] == [f"part-{i:05d}-{hashes[i // 3]}" for i in range(9)]
+    assert [Path(p).stem for p in now] == [f"part-{i:05d}-{hashes[i // 4]}" for i in range(12)]
     assert verify(load(job)).found.passed
     assert "of 3 plans" in "\n".join(status(load(job)).lines())
     # Nothing new: success, and not a byte is written.
@@ -124,11 +124,11 @@ def test_without_since_a_grown_table_is_refused_and_with_it_an_old_output_grows(
 
 
 def test_failed_rows_of_several_days_are_retried_together(tmp_path, tiny_llama, cluster):
-    job = growing_job(tmp_path, tiny_llama, prompt={"max_bytes": 12}, limits={"max_error_rate": 1.0})
+    job = growing_job(tmp_path, tiny_llama, prompt={"max_bytes": 15}, limits={"max_error_rate": 1.0})
     for number in range(2):
         day(tmp_path, number)
         result = library.run(job, client=cluster)
-    failed = sum(len(text) > 12 for text in texts(40))
+    failed = sum(len(text) > 15 for text in texts(40))
     assert (result.rows, result.failed) == (40, failed)
     assert pq.read_table(tmp_path / "out/failed").num_rows == failed
     mended = load(job, "prompt.max_bytes=1000")
