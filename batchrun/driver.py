@@ -23,6 +23,7 @@ from batchrun.engine.protocol import EngineStats
 from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
 from batchrun.job import Job
 from batchrun.output import failed, identity, manifest, plans, retry, state
+from batchrun.output.attempt import Receipt
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.output.retry import Retry
@@ -37,14 +38,16 @@ from batchrun.worker import (
     TaskReceipt,
     WorkOrder,
     request_stop,
-    run_partition,
+    run_partitions,
 )
 
 log = logging.getLogger(__name__)
 
 WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
 POLL = 1.0  # seconds between two looks at the workers' counters
+TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
 STRIKES = 3  # attempts in a row that staged nothing new before a partition is given up
+REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 
@@ -96,8 +99,10 @@ def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Man
             dispatch.execute(client or stack.enter_context(connect(prepared.job.cluster)))
     folder, layout, job, plan = prepared.folder, prepared.layout, prepared.job, prepared.plan
     pinned = identity.read(folder) or prepared.identity
+    # A retry's parts may be replaced again at the same length: only a run's are what they were for good.
+    receipts = dispatch.receipts if dispatch.order.retry is None else {}
     if job.output.failed is not None:
-        found, _ = manifest.summaries(folder, layout)
+        found, _ = manifest.summaries(folder, layout, receipts)
 
         def places(index: int) -> Any:
             partition = plan.partitions[index]
@@ -105,7 +110,7 @@ def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Man
 
         failed.complete(folder, layout, found, job.output, places)
     rows = [partition.rows for partition in plan.partitions]
-    return manifest.write(folder, layout, pinned.job_hash, rows, job.output.failed)
+    return manifest.write(folder, layout, pinned.job_hash, rows, receipts, job.output.failed)
 
 
 def _uncommitted(prepared: Prepared) -> dict[int, int]:
@@ -180,19 +185,21 @@ class Dispatch:
         self.stop, self.watch = stop, watch
         self.todo = deque(work)
         self.rows_committed = self.plan.rows - sum(work.values())
-        self.parts_done = 0
-        self.flying: dict[Future, int] = {}
+        self.flying: dict[Future, list[int]] = {}
+        self.alone: set[int] = set()  # partitions that share no task any more: one that they shared was lost
+        self.pace = math.inf  # seconds that a partition takes, as of late
         self.finished: queue.Queue[Future] = queue.Queue()
         self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
+        self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
         self.started = time.monotonic()
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
-        client.register_plugin(BatchrunPlugin())
         next_poll = 0.0
         try:
+            _register(client)
             while self.todo or self.flying:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
@@ -216,19 +223,29 @@ class Dispatch:
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
         slots = sum(worker["nthreads"] for worker in workers.values())
-        while self.todo and len(self.flying) < max(1, math.ceil(WINDOW * slots)):
-            index = self.todo.popleft()
-            partition = self.plan.partitions[index]
+        window = max(1, math.ceil(WINDOW * slots))
+        while self.todo and len(self.flying) < window:
+            members = self._next(window)
+            partitions = [self.plan.partitions[index] for index in members]
             future = client.submit(
-                run_partition,
+                run_partitions,
                 self.order,
-                Task(partition, self.plan.files_of(partition)),
-                key=f"batchrun-{self.layout.plan_hash[:8]}-{index:05d}-{uuid.uuid4().hex[:8]}",
+                [Task(partition, self.plan.files_of(partition)) for partition in partitions],
+                TASK_SECONDS,
+                key=f"batchrun-{self.layout.plan_hash[:8]}-{members[0]:05d}-{uuid.uuid4().hex[:8]}",
                 pure=False,
                 retries=0,
             )
-            self.flying[future] = index
+            self.flying[future] = members
             future.add_done_callback(self.finished.put)
+
+    def _next(self, window: int) -> list[int]:
+        """The partitions of one task: one as a rule, more of tiny ones, fewer of these again towards the end."""
+        members = [self.todo.popleft()]
+        size = min(TASK_SECONDS / self.pace, len(self.todo) / (2 * window))
+        while len(members) < size and not self.alone.intersection((members[0], self.todo[0])):
+            members.append(self.todo.popleft())
+        return members
 
     def _settle(self, timeout: float) -> None:
         """Takes in what finished; waits for the first one, then takes all that is there."""
@@ -241,26 +258,47 @@ class Dispatch:
             return
 
     def _take(self, future: Future) -> None:
-        index = self.flying.pop(future)
+        members = self.flying.pop(future)
         if future.status == "finished":
             try:
-                receipt: TaskReceipt = future.result(timeout=RECEIPT)
+                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
             except (OSError, TimeoutError) as lost:
-                self._strike(index, lost)  # its worker left with the receipt; the part may well be there
+                self._lose(members, lost)  # its worker left with the receipts; the parts may well be there
                 return
-            _sum(self.total, receipt.tally)
-            self._see_engine(receipt.worker, receipt.engine)
-            if receipt.part is None:
-                self.todo.append(index)
-            else:
-                self.rows_committed += self.work[index]
-                self.parts_done += 1
-            self.strikes.pop(index, None)
+            for index, receipt in zip(members, receipts, strict=False):
+                self._book(index, receipt)
+            self._again_alone(members[len(receipts) :])
             return
         error = future.exception() if future.status == "error" else None
         if isinstance(error, (Refused, StorageError, CorruptInput)):
             raise error
-        self._strike(index, error)
+        self._lose(members, error)
+
+    def _book(self, index: int, receipt: TaskReceipt) -> None:
+        _sum(self.total, receipt.tally)
+        self._see_engine(receipt.worker, receipt.engine)
+        self.strikes.pop(index, None)
+        if receipt.part is None:
+            self.todo.append(index)
+            return
+        self.receipts[index] = receipt.part
+        self.rows_committed += self.work[index]
+        known = math.isfinite(self.pace)
+        self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
+
+    def _lose(self, members: list[int], error: BaseException | None) -> None:
+        """A lost task that several partitions shared tells nothing of any one of them."""
+        if len(members) > 1:
+            log.warning(
+                "%d partitions lost their task to %s; each goes on by itself", len(members), _one_line(error)
+            )
+            self._again_alone(members)
+        else:
+            self._strike(members[0], error)
+
+    def _again_alone(self, members: list[int]) -> None:
+        self.alone.update(members)
+        self.todo.extend(members)
 
     def _strike(self, index: int, error: BaseException | None) -> None:
         """Judges a lost attempt by what it left in storage: one that staged something is submitted again for free.
@@ -283,7 +321,7 @@ class Dispatch:
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-        flying = set(self.flying.values())
+        flying = {index for members in self.flying.values() for index in members}
         live = replace(self.total)
         covered = self.rows_committed
         for address, worker in workers.items():
@@ -298,7 +336,7 @@ class Dispatch:
             Progress(
                 seconds=time.monotonic() - self.started,
                 partitions=self.layout.partitions,
-                partitions_done=self.layout.partitions - len(self.todo) - len(self.flying),
+                partitions_done=self.layout.partitions - len(self.todo) - len(flying),
                 rows=self.plan.rows,
                 rows_done=min(covered, self.plan.rows),
                 rows_failed=live.failed,
@@ -338,7 +376,7 @@ class Dispatch:
 
     def _safe(self) -> str:
         if self.order.retry is not None:
-            return f"{self.parts_done:,} of {len(self.work):,} parts replaced"
+            return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
         found = state.scan(self.folder, self.layout)
         committed, begun = int(found.committed.sum()), int(found.streaming.sum())
         return f"{committed:,} of {self.layout.partitions:,} parts committed, {begun} begun"
@@ -349,6 +387,17 @@ class Dispatch:
         key = (worker, stats.pid)
         if key not in self.engines or self.engines[key].requests <= stats.requests:
             self.engines[key] = stats
+
+
+def _register(client: Client) -> None:
+    """Hooks the plugin into all workers, now and later. One that dies in the midst of it fails the whole call."""
+    for more in reversed(range(REGISTRATIONS)):
+        try:
+            client.register_plugin(BatchrunPlugin())
+            return
+        except OSError:
+            if client.status != "running" or not more:
+                raise
 
 
 SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]

@@ -26,7 +26,7 @@ from batchrun.dataset.reader import Batch
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
-from batchrun.errors import ChangedError, EngineDied, RowFault
+from batchrun.errors import BatchrunError, ChangedError, EngineDied, RowFault
 from batchrun.job import Job
 from batchrun.model import resolve
 from batchrun.output import failed
@@ -42,6 +42,7 @@ from batchrun.storage import Folder
 log = logging.getLogger(__name__)
 
 ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
+SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come
 EXAMPLES = 5
 STRIKES = 3  # engine processes in a row that died before they finished a row
 WANTED_EVERY = 0.5  # seconds between two looks at whether the task is still wanted
@@ -109,6 +110,7 @@ class TaskReceipt:
     part: Receipt | None
     tally: Tally
     engine: EngineStats | None
+    seconds: float
 
 
 _lock = threading.Lock()
@@ -119,12 +121,34 @@ _stopped_runs: set[str] = set()
 _leaving = threading.Event()
 
 
+def run_partitions(order: WorkOrder, tasks: Sequence[Task], seconds: float) -> list[TaskReceipt]:
+    """Works off partitions one after the other, and begins none any more after `seconds`.
+
+    Those left without a receipt, from the first one that fails on, the driver sends again one by one.
+
+    Raises:
+        BatchrunError: the first of them failed.
+    """
+    started = time.monotonic()
+    receipts = [run_partition(order, tasks[0])]
+    for task in tasks[1:]:
+        if receipts[-1].part is None or time.monotonic() - started > seconds:
+            break
+        try:
+            receipts.append(run_partition(order, task))
+        except BatchrunError as error:
+            log.warning("partition %d is tried again by itself: %s", task.partition.index, error)
+            break
+    return receipts
+
+
 def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     """Brings one partition to its committed part, or as far as it gets before it is told to stop.
 
     Raises:
         BatchrunError: a fault of storage, input or engine. What was staged stays.
     """
+    started = time.monotonic()
     job, partition = order.job, task.partition
     still_wanted = _wanted_check(order.run)
     tally = Tally(order.run, partition.index)
@@ -133,7 +157,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     stats = None
 
     def receipt(part: Receipt | None) -> TaskReceipt:
-        return TaskReceipt(get_worker().address, part, tally, stats)
+        return TaskReceipt(get_worker().address, part, tally, stats, time.monotonic() - started)
 
     if part := attempt.open():
         return receipt(part)
@@ -207,7 +231,10 @@ def _generate(
                 tally.requests += 1
                 yield Request(row, prompt, max_new_tokens, seed)
 
+    settled = time.monotonic()
+
     def settle() -> None:
+        nonlocal settled
         for answers in (_answers(done, lengths, texts.detokenizer), _faulty(faults)):
             if answers is not None:
                 _count(tally, answers)
@@ -215,13 +242,14 @@ def _generate(
         done.clear()
         faults.clear()
         attempt.maybe_flush()
+        settled = time.monotonic()
 
     try:
         with contextlib.closing(engine.generate(requests())) as completions:
             for completion in completions:
                 if completion is not None:
                     done.append(completion)
-                    if len(done) < ANSWER_BATCH:
+                    if len(done) < ANSWER_BATCH and time.monotonic() - settled < SETTLE_SECONDS:
                         continue
                 settle()
                 if not still_wanted():

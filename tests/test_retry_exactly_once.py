@@ -135,7 +135,7 @@ class Retries(RuleBasedStateMachine):
     def finish(self) -> None:
         found, _ = manifest.summaries(self.folder, self.plan)
         failed.complete(self.folder, self.plan, found, self.settings, lambda i: places(i, self.rows[i]))
-        manifest.write(self.folder, self.plan, JOB_HASH, self.rows, FAILED)
+        manifest.write(self.folder, self.plan, JOB_HASH, self.rows, failed_folder=FAILED)
 
     # The search
 

@@ -7,14 +7,16 @@ after a crash writes the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from batchrun.errors import OutputError
 from batchrun.output import document, part, retry, state
+from batchrun.output.attempt import Receipt
 from batchrun.output.document import Damaged
 from batchrun.output.layout import MANIFEST, Layout
 from batchrun.output.part import Summary
@@ -109,8 +111,12 @@ class Manifest:
         return last[0] if last and not last[0].finished else None
 
 
-def summaries(folder: Folder, layout: Layout) -> tuple[list[Summary], list[int]]:
+def summaries(
+    folder: Folder, layout: Layout, receipts: Mapping[int, Receipt] = MappingProxyType({})
+) -> tuple[list[Summary], list[int]]:
     """What every part says of itself, and its bytes, in order.
+
+    A part is read for it, unless there is a receipt (by partition) and the part is still as long as it says.
 
     Raises:
         OutputError: a part is missing, damaged or foreign: names what and where.
@@ -123,22 +129,33 @@ def summaries(folder: Folder, layout: Layout) -> tuple[list[Summary], list[int]]
         what = f"{len(missing)} of {layout.partitions} parts are missing, the first is {first}"
         raise OutputError(what, folder.name, "run again to go on from here")
     sizes = found.part_bytes.tolist()
+
+    def summary_of(partition: int) -> Summary:
+        receipt = receipts.get(partition)
+        if receipt is not None and receipt.bytes == sizes[partition]:
+            return receipt.summary
+        return part.inspect(folder, layout.part(partition), sizes[partition])
+
     with ThreadPoolExecutor(READERS) as pool:
-        read = pool.map(lambda i: part.inspect(folder, layout.part(i), sizes[i]), range(layout.partitions))
-        return list(read), sizes
+        return list(pool.map(summary_of, range(layout.partitions))), sizes
 
 
 def write(
-    folder: Folder, layout: Layout, job_hash: str, rows: Sequence[int], failed_folder: str | None = None
+    folder: Folder,
+    layout: Layout,
+    job_hash: str,
+    rows: Sequence[int],
+    receipts: Mapping[int, Receipt] = MappingProxyType({}),
+    failed_folder: str | None = None,
 ) -> Manifest:
     """Checks every part against `rows` (per partition, by the plans) and writes the manifest, once.
 
-    `job_hash` is the pinned job's; parts may also be of a retry's.
+    `job_hash` is the pinned job's; parts may also be of a retry's. `receipts` as for `summaries`.
 
     Raises:
         OutputError: a part is missing, damaged, foreign or of another length: names what and where.
     """
-    found, sizes = summaries(folder, layout)
+    found, sizes = summaries(folder, layout, receipts)
     retries = retry.read(folder)
     known = job_hashes(job_hash, retries)
     for i, summary in enumerate(found):
