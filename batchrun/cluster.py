@@ -100,6 +100,11 @@ def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
     return workers
 
 
+def dashboard(client: Client) -> str | None:
+    """The address of Dask's own dashboard, where the scheduler serves one."""
+    return client.dashboard_link if "dashboard" in client.scheduler_info(n_workers=0)["services"] else None
+
+
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, as values for CUDA_VISIBLE_DEVICES; empty on a machine without one."""
     import torch  # heavy, and only a local cluster needs to know

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from distributed import Client, Future
 
-from batchrun.cluster import connect
+from batchrun.cluster import connect, dashboard
 from batchrun.dataset.plan import Plan, difference
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
@@ -27,7 +27,10 @@ from batchrun.output.layout import PLAN
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.prepare import Prepared, prepare
-from batchrun.report.progress import Progress, Watch, silent
+from batchrun.report.gpu import Gpu
+from batchrun.report.observe import observed
+from batchrun.report.progress import Progress, Watch, WorkerView, silent
+from batchrun.report.record import SlowPartition
 from batchrun.report.result import RunResult
 from batchrun.storage import NotFound
 from batchrun.worker import (
@@ -47,6 +50,7 @@ WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that join
 POLL = 1.0  # seconds between two looks at the workers' counters
 STRIKES = 3  # attempts in a row that staged nothing new before a partition is given up
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
+SLOWEST = 10  # partitions that are named in the run's record
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 
 
@@ -87,6 +91,7 @@ def run(
         _pin(prepared)
         dispatch = Dispatch(prepared, stop or threading.Event(), watch)
         if dispatch.todo:
+            dispatch.watch = stack.enter_context(observed(prepared, dispatch.order.run, watch))
             if client is None:
                 client = stack.enter_context(connect(prepared.job.cluster))
             dispatch.execute(client)
@@ -149,11 +154,14 @@ class Dispatch:
         self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
+        self.slowest: list[SlowPartition] = []
+        self.dashboard: str | None = None
         self.started = time.monotonic()
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
         client.register_plugin(BatchrunPlugin())
+        self.dashboard = dashboard(client)
         next_poll = 0.0
         try:
             while self.todo or self.flying:
@@ -166,6 +174,7 @@ class Dispatch:
                     next_poll = time.monotonic() + POLL
                 self._fill(client, workers)
                 self._settle(POLL / 4)
+            self._show(workers)
         except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
             # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
             lost = isinstance(interrupt, OSError | TimeoutError)
@@ -212,6 +221,7 @@ class Dispatch:
                 self._strike(index, lost)  # its worker left with the receipt; the part may well be there
                 return
             _sum(self.total, receipt.tally)
+            self._see_slow(receipt)
             self._see_engine(receipt.worker, receipt.engine)
             if receipt.part is None:
                 self.todo.append(index)
@@ -245,33 +255,63 @@ class Dispatch:
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+        self._check_faults(self._show(workers))
+        return workers
+
+    def _show(self, workers: dict[str, Any]) -> Tally:
+        """Gives the watch the run's counters, those of tasks in flight included, and returns them."""
         flying = set(self.flying.values())
         live = replace(self.total)
         covered = self.rows_committed
+        crew = []
         for address, worker in workers.items():
-            snapshot = worker["metrics"].get("batchrun") or {"tasks": [], "engines": []}
-            for stats in snapshot["engines"]:
-                self._see_engine(address, EngineStats(**stats))
-            for tally in (Tally(**t) for t in snapshot["tasks"]):
-                if tally.run == self.order.run and tally.partition in flying:
-                    covered += tally.reused + tally.rows
-                    _sum(live, tally)
+            snapshot = worker["metrics"].get("batchrun") or {"tasks": [], "engines": [], "gpu": None}
+            stats = [EngineStats(**values) for values in snapshot["engines"]]
+            mine = [tally for tally in (Tally(**t) for t in snapshot["tasks"])
+                    if tally.run == self.order.run and tally.partition in flying]  # fmt: skip
+            for engine in stats:
+                self._see_engine(address, engine)
+            for tally in mine:
+                covered += tally.reused + tally.rows
+                _sum(live, tally)
+            crew.append(
+                WorkerView(
+                    address=address,
+                    host=worker["host"],
+                    tasks=len(mine),
+                    slots=worker["nthreads"],
+                    memory=worker["metrics"].get("memory", 0),
+                    engine=next((engine for engine in stats if engine.pid), None),
+                    gpu=Gpu(**snapshot["gpu"]) if snapshot["gpu"] else None,
+                )
+            )
         self.watch(
             Progress(
                 seconds=time.monotonic() - self.started,
                 partitions=self.layout.partitions,
                 partitions_done=self.layout.partitions - len(self.todo) - len(self.flying),
+                partitions_flying=len(self.flying),
                 rows=self.plan.rows,
                 rows_done=min(covered, self.plan.rows),
                 rows_failed=live.failed,
                 new_rows=live.rows,
+                reused=live.reused,
+                requests=live.requests,
+                sent_tokens=live.sent_tokens,
                 prompt_tokens=live.prompt_tokens,
                 output_tokens=live.output_tokens,
                 workers=len(workers),
+                commits=live.commits,
+                commit_seconds=live.commit_seconds,
+                errors=live.errors,
+                examples=live.examples,
+                crew=crew,
+                engines=list(self.engines.values()),
+                slowest=self.slowest,
+                dashboard=self.dashboard,
             )
         )
-        self._check_faults(live)
-        return workers
+        return live
 
     def _check_faults(self, tally: Tally) -> None:
         limits = self.job.limits
@@ -303,6 +343,12 @@ class Dispatch:
         committed, begun = int(found.committed.sum()), int(found.streaming.sum())
         return f"{committed:,} of {self.layout.partitions:,} parts committed, {begun} begun"
 
+    def _see_slow(self, receipt: TaskReceipt) -> None:
+        tally = receipt.tally
+        tokens = tally.prompt_tokens + tally.output_tokens
+        slow = SlowPartition(tally.partition, tally.seconds, tally.rows, tokens, receipt.worker)
+        self.slowest = sorted([*self.slowest, slow], key=lambda s: -s.seconds)[:SLOWEST]
+
     def _see_engine(self, worker: str, stats: EngineStats | None) -> None:
         if stats is None or not stats.pid:  # not loaded yet
             return
@@ -311,12 +357,13 @@ class Dispatch:
             self.engines[key] = stats
 
 
-SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]
+SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "errors", "examples")]
 
 
 def _sum(into: Tally, tally: Tally) -> None:
     for name in SUMMED:
         setattr(into, name, getattr(into, name) + getattr(tally, name))
+    into.errors = dict(Counter(into.errors) + Counter(tally.errors))
     into.examples = (into.examples + tally.examples)[:EXAMPLES]
 
 

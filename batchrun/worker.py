@@ -13,8 +13,9 @@ import signal
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from batchrun.output.chunk import ANSWERS
 from batchrun.output.layout import Layout
 from batchrun.prepare import Texts, open_texts, read_rows
 from batchrun.prompt.detokenizer import Detokenizer
+from batchrun.report.gpu import gpu_now
 from batchrun.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,8 @@ class Tally:
     """An attempt's counters; the worker's heartbeat reads them while the task adds to them.
 
     `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer; `requests`
-    went to the engine. Tokens are those of the new rows.
+    went to the engine, `sent_tokens` tokens of prompts in all. Tokens are those of the new rows, `errors` their
+    failures by code. `seconds` is the attempt's whole time, `commit_seconds` what building and putting its part took.
     """
 
     run: str
@@ -82,8 +85,13 @@ class Tally:
     rows: int = 0
     failed: int = 0
     requests: int = 0
+    sent_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    seconds: float = 0.0
+    commits: int = 0
+    commit_seconds: float = 0.0
+    errors: dict[str, int] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
 
 
@@ -112,6 +120,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         BatchrunError: a fault of storage, input or engine. What was staged stays.
     """
     job, partition = order.job, task.partition
+    started = time.monotonic()
     still_wanted = _wanted_check(order.run)
     tally = Tally(order.run, partition.index)
     folder = Folder(job.output.path, job.output.storage_options)
@@ -127,6 +136,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     stats = None
 
     def receipt(part: Receipt | None) -> TaskReceipt:
+        tally.seconds = time.monotonic() - started
         return TaskReceipt(get_worker().address, part, tally, stats)
 
     if part := attempt.open():
@@ -141,7 +151,10 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
             return receipt(None)
         columns = carried_columns(job.input, order.schema)
         carried = (batch.records for batch in order.read(task, columns))
-        return receipt(attempt.seal(carried, pa.schema([order.schema.field(name) for name in columns])))
+        sealing = time.monotonic()
+        part = attempt.seal(carried, pa.schema([order.schema.field(name) for name in columns]))
+        tally.commits, tally.commit_seconds = 1, time.monotonic() - sealing
+        return receipt(part)
     finally:
         del _running[id(tally)]
 
@@ -196,6 +209,7 @@ def _generate(
                     continue
                 lengths[row] = len(prompt)
                 tally.requests += 1
+                tally.sent_tokens += len(prompt)
                 yield Request(row, prompt, max_new_tokens, seed)
 
     def settle() -> None:
@@ -278,6 +292,10 @@ def _count(tally: Tally, answers: pa.Table) -> None:
     tally.failed += len(errors)
     tally.prompt_tokens += int(np.sum(answers["prompt_tokens"].to_numpy()))
     tally.output_tokens += int(np.sum(answers["output_tokens"].to_numpy()))
+    if len(errors):
+        # A new dict each time: the heartbeat reads the old one meanwhile.
+        codes = Counter(error.partition(":")[0] for error in errors.to_pylist())
+        tally.errors = dict(Counter(tally.errors) + codes)
     if len(tally.examples) < EXAMPLES and len(errors):
         failed = answers.filter(answers["error"].is_valid()).slice(0, EXAMPLES - len(tally.examples))
         tally.examples += tuple(
@@ -342,9 +360,14 @@ async def request_stop(run: str) -> None:
 
 
 def snapshot(dask_worker: Worker) -> dict[str, Any]:
-    """The worker's part of the heartbeat: plain values of all running tasks and of the engine."""
+    """The worker's part of the heartbeat: plain values of all running tasks, of the engine and of the GPU."""
     engines = [asdict(engine.stats()) for engine in list(_engines.values())]
-    return {"tasks": [asdict(tally) for tally in list(_running.values())], "engines": engines}
+    gpu = gpu_now()
+    return {
+        "tasks": [asdict(tally) for tally in list(_running.values())],
+        "engines": engines,
+        "gpu": asdict(gpu) if gpu else None,
+    }
 
 
 class BatchrunPlugin(WorkerPlugin):

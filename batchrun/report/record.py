@@ -7,14 +7,16 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
 import batchrun
-from batchrun.output import document
+from batchrun.output import document, lease
 from batchrun.output.document import Damaged
 from batchrun.output.layout import JOB_FOLDER
 from batchrun.report.redact import Redactor
@@ -41,10 +43,12 @@ class SlowPartition:
 class RunRecord:
     """One run as its driver saw it, last written at `seconds` after `started` (UTC, ISO 8601).
 
-    `outcome` is running, complete, interrupted or failed; a run that says running and whose driver is gone was
-    killed. `rows`, tokens and `errors` (rows by code) are of what this run itself generated, `reused` rows were
-    staged before it. `workers` is the most there were at once, `worker_seconds` their time added up: with one GPU
-    each, GPU seconds. `samples` is the run over time, a list per quantity (see `timeline`), all equally long.
+    `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed. `rows`, tokens
+    and `errors` (rows by code) are of what this run itself generated, `reused` rows were staged before it. `workers`
+    is the most there were at once, `worker_seconds` their time added up: with one GPU each, GPU seconds.
+    `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model;
+    `real_tokens` of the `computed_tokens` were no padding. `samples` is the run over time, a list per quantity (see
+    `Timeline`), all equally long.
     """
 
     run: str
@@ -71,7 +75,9 @@ class RunRecord:
     dtype: str = ""
     load_seconds: float = 0.0
     busy_seconds: float = 0.0
+    real_tokens: int = 0
     computed_tokens: int = 0
+    batches: int = 0
     notes: list[str] = field(default_factory=list)
     model: str = ""
     model_fingerprint: str = ""
@@ -97,8 +103,7 @@ class RunRecord:
     @property
     def padding_efficiency(self) -> float | None:
         """Real tokens / computed tokens of the engines used, None before anything was computed."""
-        tokens = self.prompt_tokens + self.output_tokens
-        return min(1.0, tokens / self.computed_tokens) if self.computed_tokens else None
+        return self.real_tokens / self.computed_tokens if self.computed_tokens else None
 
 
 def write(folder: Folder, record: RunRecord, redact: Redactor) -> None:
@@ -110,6 +115,32 @@ def read_all(folder: Folder) -> list[RunRecord]:
     """The runs into this output, oldest first; what is no whole record is left out with a warning."""
     found = (_read(folder, key) for key in sorted(folder.list(RUNS)))
     return [record for record in found if record is not None]
+
+
+def settle(runs: Sequence[RunRecord], holder: lease.Holder | None) -> list[RunRecord]:
+    """The same runs, those called killed that say running although the output's lease is not theirs.
+
+    Only the newest can be running, and only while its driver holds the lease.
+    """
+    alive = is_alive(holder)
+    last = len(runs) - 1
+    return [
+        replace(run, outcome="killed") if run.outcome == "running" and not (alive and i == last) else run
+        for i, run in enumerate(runs)
+    ]
+
+
+def is_alive(holder: lease.Holder | None) -> bool:
+    """Whether a driver is at work, as far as its heartbeat and this machine's clock tell."""
+    return holder is not None and not holder.is_dead() and time.time() - holder.heartbeat < lease.EXPIRY
+
+
+def errors(runs: Iterable[RunRecord]) -> dict[str, int]:
+    """Failed rows by code over all runs; rows that were lost with a killed worker count in each run."""
+    total: Counter[str] = Counter()
+    for run in runs:
+        total.update(run.errors)
+    return dict(total)
 
 
 def now() -> str:

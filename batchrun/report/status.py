@@ -94,7 +94,7 @@ def status(job: Job) -> Status:
     Raises:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
-    folder, _, plan, layout = _open(job)
+    folder, _, plan, layout = open_output(job)
     found = state.scan(folder, layout)
     rows = np.array([partition.rows for partition in plan.partitions])
     written = manifest.read(folder)
@@ -118,7 +118,7 @@ def verify(job: Job) -> Checked:
     Raises:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
-    folder, pinned, plan, layout = _open(job)
+    folder, pinned, plan, layout = open_output(job)
     columns = carried_columns(job.input, plan.schema)
     found = verify_folder(
         folder,
@@ -136,11 +136,12 @@ def clean(job: Job, everything: bool = False) -> list[str]:
     folder = Folder(job.output.path, job.output.storage_options)
     if everything:
         return clean_folder(folder, everything=True)
-    _, _, _, layout = _open(job)
+    _, _, _, layout = open_output(job)
     return clean_folder(folder, layout)
 
 
-def _open(job: Job) -> tuple[Folder, identity.Identity, Plan, Layout]:
+def open_output(job: Job) -> tuple[Folder, identity.Identity, Plan, Layout]:
+    """The output as the job's first run pinned it. Raises OutputError where there is none or it is damaged."""
     folder = Folder(job.output.path, job.output.storage_options)
     pinned = identity.read(folder)
     if pinned is None:
