@@ -24,11 +24,14 @@ THEME = {
     "#050505": "var(--second)",
 }
 INK, MUTED, LINE, FIRST, SECOND = THEME
+SMOOTHED_SECONDS = 5.0
 SIZE = (4.4, 2.3)  # inches of 72 pixels: readable as it is on a telephone, several side by side elsewhere
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 8.5,
     "text.color": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
     "axes.spines.top": False,
@@ -55,7 +58,8 @@ def over_time(seconds: Values, lines: Mapping[str, Values], share: bool = False)
         unit, per = _time_unit(seconds)
         at = np.array(seconds, float) / per
         for (name, values), color in zip(lines.items(), (FIRST, SECOND), strict=False):
-            axes.plot(at, np.array(values, float), color=color, label=name)
+            known = [i for i, value in enumerate(values) if value is not None]
+            axes.plot(at[known], [values[i] for i in known], color=color, label=name)
         if share:
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -92,17 +96,19 @@ def histogram(values: NDArray[np.int64], unit: str) -> str:
     return _svg(draw)
 
 
-def rates(seconds: Values, sums: Values, scale: Values | None = None) -> list[float | None]:
-    """Growth of a sum per unit of `scale` (per second by default) between neighbours; the first counts from 0."""
-    return [
-        None if step <= 0 else max(0.0, grown) / step
-        for grown, step in zip(_steps(sums), _steps(seconds if scale is None else scale), strict=True)
-    ]
+def rates(seconds: Values, sums: Values, per: Values | None = None) -> list[float | None]:
+    """How fast a sum grew at each moment, per second or per unit of another sum, over the time just before it.
 
-
-def _steps(sums: Values) -> list[float]:
-    values = [value or 0.0 for value in sums]
-    return [now - before for before, now in zip([0.0, *values], values, strict=False)]
+    That time is a twentieth of the run, at least five seconds: completions come in batches, and a rate between two
+    samples would show the batches alone. None where the other sum stood still.
+    """
+    at, values = np.array(seconds, float), np.array(sums, float)
+    units = at if per is None else np.array(per, float)
+    window = max(SMOOTHED_SECONDS, at[-1] / 20)
+    before = np.maximum(at - window, 0.0)
+    grown = values - np.interp(before, [0.0, *at], [0.0, *values])
+    passed = units - np.interp(before, [0.0, *at], [0.0, *units])
+    return [max(0.0, g) / p if p > 0 else None for g, p in zip(grown.tolist(), passed.tolist(), strict=True)]
 
 
 def _time_unit(seconds: Values) -> tuple[str, float]:
