@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -65,18 +66,14 @@ def view(now: Progress, rates: Rates, bill: Bill) -> RenderableType:
     remaining = rates.remaining()
     share = now.rows_done / now.rows if now.rows else 1.0
     left = "" if remaining is None else f", {duration(remaining)} left"
-    head = Table.grid(padding=(0, 1), expand=True)
-    head.add_column(ratio=1)
-    head.add_column(justify="right", no_wrap=True)
-    head.add_row(
-        ProgressBar(total=1.0, completed=share), Text(f"{share:.0%} after {duration(now.seconds)}{left}")
-    )
+    head = Text(f"{share:.0%} after {duration(now.seconds)}{left}", style="bold")
+    bar = ProgressBar(total=1.0, completed=share, width=60)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in _facts(now, rates, bill, remaining):
+    for name, value in chain(_facts(now, rates, bill, remaining), _workers(now, rates)):
         facts.add_row(name, Text(value, style="red" if name == "errors" else ""))
-    return Group(head, facts, *([_workers(now, rates)] if now.crew else []))
+    return Group(head, bar, facts)
 
 
 def _facts(now: Progress, rates: Rates, bill: Bill, remaining: float | None) -> Iterator[tuple[str, str]]:
@@ -102,25 +99,18 @@ def _facts(now: Progress, rates: Rates, bill: Bill, remaining: float | None) -> 
         yield "workers", "waiting for a worker"
 
 
-def _workers(now: Progress, rates: Rates) -> RenderableType:
-    gpus = any(worker.gpu for worker in now.crew)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("worker", overflow="ellipsis", no_wrap=True)
-    for name in ("tasks", "tokens/s", "held", "memory", *(("GPU", "GPU memory") if gpus else ())):
-        table.add_column(name, justify="right", no_wrap=True)
+def _workers(now: Progress, rates: Rates) -> Iterator[tuple[str, str]]:
     for worker in now.crew[:SHOWN_WORKERS]:
-        engine, gpu = worker.engine, worker.gpu
-        cells = [
-            worker.address.partition("://")[2],
-            f"{worker.tasks}/{worker.slots}",
-            f"{rates.of_worker(worker.address):,.0f}" if engine else "loading",
-            f"{engine.requests - engine.completions:,}" if engine else "",
-            size(worker.memory),
-        ]
-        if gpus:
-            cells.append("" if gpu is None or gpu.use is None else f"{gpu.use:.0%}")
-            cells.append("" if gpu is None else f"{gpu.memory_used / gpu.memory_total:.0%}")
-        table.add_row(*cells)
+        facts = [f"{worker.tasks} of {worker.slots} tasks"]
+        if worker.engine is None:
+            facts.append("no engine yet")
+        else:
+            held = worker.engine.requests - worker.engine.completions
+            facts += [f"{rates.of_worker(worker.address):,.0f} tokens/s", f"{held:,} rows in hand"]
+        facts.append(size(worker.memory))
+        if worker.gpu:
+            busy = "" if worker.gpu.use is None else f"{worker.gpu.use:.0%} busy, "
+            facts.append(f"GPU {busy}{worker.gpu.memory_used / worker.gpu.memory_total:.0%} full")
+        yield worker.address.partition("://")[2], ", ".join(facts)
     if len(now.crew) > SHOWN_WORKERS:
-        return Group(table, Text(f"and {len(now.crew) - SHOWN_WORKERS:,} more", style="dim"))
-    return table
+        yield "", f"and {len(now.crew) - SHOWN_WORKERS:,} more"

@@ -30,12 +30,13 @@ def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
     """
     with ExitStack() as stack:
         recorder = Recorder(prepared, run)
-        watches = [recorder.see, watch]
+        watches = [recorder.see]
         port = prepared.job.cluster.metrics_port
         if port is not None:
             from batchrun.report import metrics  # only who asks for metrics pays for them
 
             watches.append(stack.enter_context(metrics.serve(port, prepared)))
+        watches.append(watch)
 
         def see(now: Progress) -> None:
             for one in watches:

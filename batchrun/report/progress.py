@@ -116,11 +116,19 @@ class Rates:
         self._recent.append(now)
         while len(self._recent) > 2 and now.seconds - self._recent[1].seconds > RATE_WINDOW:
             self._recent.popleft()
-        self._trend.append((now.seconds, _tokens(now)))
-        while len(self._trend) > 2 and now.seconds - self._trend[1][0] > max(
-            2 * RATE_WINDOW, now.seconds / 4
-        ):
-            self._trend.popleft()
+        self._follow(now.seconds, _tokens(now), now)
+
+    def _follow(self, seconds: float, tokens: int, now: Progress) -> None:
+        """Keeps the trend, from when engines began to work: loading them says nothing of their speed."""
+        trend = self._trend
+        if trend and not trend[-1][1]:
+            began = trend.pop()[0]
+            if tokens:
+                busy = max((engine.busy_seconds for engine in now.engines), default=0.0)
+                trend.append((max(0.0, min(began, seconds - busy)), 0))
+        trend.append((seconds, tokens))
+        while len(trend) > 2 and seconds - trend[1][0] > max(2 * RATE_WINDOW, seconds / 4):
+            trend.popleft()
 
     def per_second(self, name: str) -> float:
         """How fast the counter `name` of Progress grows."""
