@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import batchrun as library
 from batchrun.output import document
 from batchrun.report import charts, record
-from batchrun.report.page import REPORT, Facts, render
+from batchrun.report.page import Facts, render
 from batchrun.report.progress import Progress, Rates
-from batchrun.report.record import RunRecord, SlowPartition, Timeline
+from batchrun.report.record import REPORT, RunRecord, SlowPartition, Timeline
 from batchrun.report.redact import Redactor
 from batchrun.report.status import status
 from batchrun.storage import Folder

@@ -38,7 +38,7 @@ class ReadRow:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the sampled parts hold: `parts` of them out of `of`; lengths in tokens, (rows,) each.
+    """What the sampled parts hold: `parts` of them out of `of`; lengths in tokens, (answered rows,) each.
 
     `failures` maps an error code to a few lines "part, row: message".
     """
@@ -62,8 +62,9 @@ def look(folder: Folder, job: Job, keys: Sequence[str], sizes: Sequence[int]) ->
     for i in chosen:
         files[i] = _open(folder, keys[i], sizes[i])
         table = files[i].read([*lengths, column("error")])
+        answered = table.filter(table[column("error")].is_null())
         for values, name in zip(found, lengths, strict=True):
-            values.append(table[name].to_numpy().astype(np.int64))
+            values.append(answered[name].to_numpy().astype(np.int64))
         _collect_failures(failures, keys[i], table[column("error")])
     reader = _RowReader(job)
     rows = [

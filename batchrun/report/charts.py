@@ -59,7 +59,7 @@ def over_time(seconds: Values, lines: Mapping[str, Values], share: bool = False)
         at = np.array(seconds, float) / per
         for (name, values), color in zip(lines.items(), (FIRST, SECOND), strict=False):
             known = [i for i, value in enumerate(values) if value is not None]
-            axes.plot(at[known], [values[i] for i in known], color=color, label=name)
+            axes.plot(at[known], np.array(values, float)[known], color=color, label=name)
         if share:
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -29,14 +29,14 @@ def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
     `cluster.metrics_port` is served for as long as this is open.
     """
     with ExitStack() as stack:
-        recorder = Recorder(prepared, run)
-        watches = [recorder.see]
+        watches = [watch]
         port = prepared.job.cluster.metrics_port
         if port is not None:
             from batchrun.report import metrics  # only who asks for metrics pays for them
 
-            watches.append(stack.enter_context(metrics.serve(port, prepared)))
-        watches.append(watch)
+            watches.insert(0, stack.enter_context(metrics.serve(port, prepared)))
+        recorder = Recorder(prepared, run)
+        watches.insert(0, recorder.see)
 
         def see(now: Progress) -> None:
             for one in watches:

@@ -13,17 +13,16 @@ from batchrun.dataset.plan import Plan
 from batchrun.job import Job
 from batchrun.output import lease, manifest, state
 from batchrun.output.identity import Identity
-from batchrun.output.layout import JOB_FOLDER, Layout
+from batchrun.output.layout import Layout
 from batchrun.report import answers, charts, record
 from batchrun.report.answers import Look
 from batchrun.report.progress import duration
-from batchrun.report.record import RunRecord
+from batchrun.report.record import REPORT, RunRecord
 from batchrun.report.redact import Redactor
 from batchrun.report.status import open_output
 from batchrun.report.summary import size
 from batchrun.storage import Folder
 
-REPORT = f"{JOB_FOLDER}report.html"
 SHOWN_RUNS = 50
 
 

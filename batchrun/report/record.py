@@ -25,6 +25,7 @@ from batchrun.storage import Folder, NotFound
 log = logging.getLogger(__name__)
 
 RUNS = f"{JOB_FOLDER}runs/"
+REPORT = f"{JOB_FOLDER}report.html"
 LIBRARIES = ("torch", "transformers", "flash-attn", "pyarrow", "dask")
 
 
