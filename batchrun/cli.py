@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -78,7 +79,7 @@ def run(
         from batchrun import driver
         from batchrun.report import live, summary
 
-        with live.show(err, log_format, job.cluster.price_per_gpu_hour) as watch:
+        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
             result = driver.run(job, force=force, stop=stop, watch=watch)
         if not as_json and result.rows:
             sample = result.sample(summary.SHOWN_ROWS)
@@ -259,7 +260,13 @@ def _stop_on_signals() -> threading.Event:
         if stop.is_set():
             os._exit(ExitCode.INTERRUPTED)
         stop.set()
-        os.write(2, b"stopping: staging what is finished; once more to stop at once\n")
+        text = "stopping: staging what is finished; once more to stop at once"
+        if not err.is_terminal:
+            os.write(2, f"{text}\n".encode())
+            return
+        # Above the live view, which has put itself in stderr's place; it may be amid a write of its own.
+        with suppress(RuntimeError):
+            print(text, file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)

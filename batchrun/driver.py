@@ -297,6 +297,7 @@ class Dispatch:
                 new_rows=live.rows,
                 reused=live.reused,
                 requests=live.requests,
+                pulled=live.pulled,
                 sent_tokens=live.sent_tokens,
                 prompt_tokens=live.prompt_tokens,
                 output_tokens=live.output_tokens,

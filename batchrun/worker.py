@@ -74,9 +74,10 @@ class Task:
 class Tally:
     """An attempt's counters; the worker's heartbeat reads them while the task adds to them.
 
-    `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer; `requests`
-    went to the engine, `sent_tokens` tokens of prompts in all. Tokens are those of the new rows, `errors` their
-    failures by code. `seconds` is the attempt's whole time, `commit_seconds` what building and putting its part took.
+    `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer, `errors`
+    by code. Of the `pulled` rows, which were read, `requests` went to the engine, `sent_tokens` tokens of prompts in
+    all. Tokens are those of the new rows. `seconds` is the attempt's whole time, `commit_seconds` what building and
+    putting its part took.
     """
 
     run: str
@@ -85,6 +86,7 @@ class Tally:
     rows: int = 0
     failed: int = 0
     requests: int = 0
+    pulled: int = 0
     sent_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -204,6 +206,7 @@ def _generate(
             rows = (batch.first + wanted).tolist()
             seeds = batch.row_ids[wanted].view(np.int64).tolist()
             for row, seed, prompt in zip(rows, seeds, texts.builder.build(records), strict=True):
+                tally.pulled += 1
                 if isinstance(prompt, RowFault):
                     faults.append((row, prompt))
                     continue

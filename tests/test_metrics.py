@@ -49,7 +49,7 @@ def at(seconds: float, rows: int, **more) -> Progress:
     workers = crew(rows * 10)
     values = {
         "seconds": seconds, "partitions": 10, "partitions_done": 2, "partitions_flying": 3, "rows": 1000,
-        "rows_done": rows, "rows_failed": 3, "new_rows": rows, "reused": 0, "requests": rows + 50,
+        "rows_done": rows, "rows_failed": 3, "new_rows": rows, "reused": 0, "requests": rows + 50, "pulled": rows + 50,
         "sent_tokens": (rows + 50) * 10, "prompt_tokens": rows * 10, "output_tokens": rows * 10, "workers": 2,
         "commits": 2, "commit_seconds": 0.5, "errors": {"NULL_PROMPT": 3}, "crew": workers,
         "engines": [worker.engine for worker in workers],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from batchrun.prompt.template import NULL, RowTemplate, prompt_columns, row_temp
 from batchrun.storage import Folder
 
 SAMPLED_PARTS = 32  # parts whose lengths are read; spread evenly
+READERS = 8  # parts read at a time
 READ_PARTS = 4  # of these, parts that rows to read are taken from
 ROWS_PER_PART = 3
 TEXT = 2000  # characters of a prompt or an answer that are kept
@@ -56,24 +58,21 @@ def look(folder: Folder, job: Job, keys: Sequence[str], sizes: Sequence[int]) ->
     chosen = _spread(len(keys), SAMPLED_PARTS)
     column = job.output.column
     lengths = [column("prompt_tokens"), column("output_tokens")]
-    found: list[list[NDArray[np.int64]]] = [[np.empty(0, np.int64)], [np.empty(0, np.int64)]]
     failures: dict[str, list[str]] = {}
-    files = {}
-    for i in chosen:
-        files[i] = _open(folder, keys[i], sizes[i])
-        table = files[i].read([*lengths, column("error")])
+    prompt_tokens, output_tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    with ThreadPoolExecutor(READERS) as pool:
+        files = list(pool.map(lambda i: _open(folder, keys[i], sizes[i]), chosen))
+        tables = list(pool.map(lambda file: file.read([*lengths, column("error")]), files))
+    for i, table in zip(chosen, tables, strict=True):
         answered = table.filter(table[column("error")].is_null())
-        for values, name in zip(found, lengths, strict=True):
-            values.append(answered[name].to_numpy().astype(np.int64))
+        prompt_tokens.append(answered[lengths[0]].to_numpy().astype(np.int64))
+        output_tokens.append(answered[lengths[1]].to_numpy().astype(np.int64))
         _collect_failures(failures, keys[i], table[column("error")])
     reader = _RowReader(job)
-    rows = [
-        row
-        for j in _spread(len(chosen), READ_PARTS)
-        for row in reader.read(keys[chosen[j]], files[chosen[j]])
-    ]
-    prompt_tokens, output_tokens = (np.concatenate(values) for values in found)
-    return Look(len(chosen), len(keys), prompt_tokens, output_tokens, rows, failures)
+    rows = [row for j in _spread(len(chosen), READ_PARTS) for row in reader.read(keys[chosen[j]], files[j])]
+    return Look(
+        len(chosen), len(keys), np.concatenate(prompt_tokens), np.concatenate(output_tokens), rows, failures
+    )
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -67,7 +67,8 @@ def view(now: Progress, rates: Rates, bill: Bill) -> RenderableType:
     share = now.rows_done / now.rows if now.rows else 1.0
     left = "" if remaining is None else f", {duration(remaining)} left"
     head = Text(f"{share:.0%} after {duration(now.seconds)}{left}", style="bold")
-    bar = ProgressBar(total=1.0, completed=share, width=60)
+    bar = Table.grid()  # a bar alone ends no line
+    bar.add_row(ProgressBar(total=1.0, completed=share, width=60))
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")

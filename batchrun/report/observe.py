@@ -121,13 +121,13 @@ class Recorder:
         self.record = replace(
             self.record, outcome=outcome, message=message, seconds=time.monotonic() - self._began
         )
-        from batchrun.report import page  # plots take a second to import
-
         try:
             self._write()
+            from batchrun.report import page  # plots take a second to import
+
             page.write(self.prepared.job, self.redact)
-        except BatchrunError as error:
-            log.warning("the run's report could not be written: %s", error)
+        except Exception as error:  # whatever it is, the answers are there and the run's own outcome stands
+            log.warning("the run's report could not be written: %s: %s", type(error).__name__, error)
 
     def _write_now_and_then(self) -> None:
         while not self._ended.wait(WRITE_EVERY):

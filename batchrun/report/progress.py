@@ -32,8 +32,8 @@ class WorkerView:
 class Progress:
     """A run at one moment. `rows_done` counts what is covered, of earlier runs too; the rest is this run's alone.
 
-    `requests` went to the engines, `sent_tokens` tokens of prompts in all; `engines` holds the counters of every
-    engine process that the run has used, `crew` the workers there are now.
+    Of the `pulled` rows, which were read and made prompts of, `requests` went to the engines, `sent_tokens` tokens in
+    all; `engines` holds the counters of every engine process that the run has used, `crew` the workers there are now.
     """
 
     seconds: float
@@ -46,6 +46,7 @@ class Progress:
     new_rows: int
     reused: int
     requests: int
+    pulled: int
     sent_tokens: int
     prompt_tokens: int
     output_tokens: int
@@ -113,22 +114,29 @@ class Rates:
         self._trend: deque[tuple[float, int]] = deque()  # seconds, tokens
 
     def add(self, now: Progress) -> None:
+        tokens = _tokens(now)
+        if not tokens:
+            self._recent.clear()  # loading an engine says nothing of its speed
         self._recent.append(now)
         while len(self._recent) > 2 and now.seconds - self._recent[1].seconds > RATE_WINDOW:
             self._recent.popleft()
-        self._follow(now.seconds, _tokens(now), now)
+        if not self._trend:
+            self._trend.append((now.seconds, 0))
+        elif tokens and len(self._trend) == 1:
+            self._trend[0] = (self._began(now), 0)
+        if tokens:
+            self._trend.append((now.seconds, tokens))
+        while len(self._trend) > 2 and now.seconds - self._trend[1][0] > max(
+            2 * RATE_WINDOW, now.seconds / 4
+        ):
+            self._trend.popleft()
 
-    def _follow(self, seconds: float, tokens: int, now: Progress) -> None:
-        """Keeps the trend, from when engines began to work: loading them says nothing of their speed."""
-        trend = self._trend
-        if trend and not trend[-1][1]:
-            began = trend.pop()[0]
-            if tokens:
-                busy = max((engine.busy_seconds for engine in now.engines), default=0.0)
-                trend.append((max(0.0, min(began, seconds - busy)), 0))
-        trend.append((seconds, tokens))
-        while len(trend) > 2 and seconds - trend[1][0] > max(2 * RATE_WINDOW, seconds / 4):
-            trend.popleft()
+    def _began(self, now: Progress) -> float:
+        """When the first tokens were begun, as they are first seen: they come with whole batches, long after."""
+        first = self._trend[0][0]
+        busy = max((engine.busy_seconds for engine in now.engines), default=0.0)
+        load = max((engine.load_seconds for engine in now.engines), default=0.0)
+        return min(max(first, now.seconds - busy if busy else first + load), now.seconds)
 
     def per_second(self, name: str) -> float:
         """How fast the counter `name` of Progress grows."""
@@ -159,16 +167,16 @@ class Rates:
         """Seconds left, None before the first row is through.
 
         An engine takes the longest rows of its window first, so rows per second rise within each window and tell
-        nothing; tokens per second stay put. What is left in tokens follows from the mean prompt of all requests
-        sent, which came in the data's own order, and the mean answer so far. The rate is taken over the last
-        quarter of the run, at least a minute.
+        nothing; tokens per second stay put. What is left in tokens follows from the mean prompt of all rows pulled,
+        which came in the data's own order, and the mean answer so far. The rate is taken over the last quarter of
+        the run, at least a minute.
         """
         now = self._recent[-1]
         (began, before), (seconds, tokens) = self._trend[0], self._trend[-1]
         if tokens <= before or not now.new_rows:
             return None
-        speed = (tokens - before) / (seconds - began)
-        per_row = now.sent_tokens / max(1, now.requests) + now.output_tokens / now.new_rows
+        speed = (tokens - before) / max(seconds - began, 1e-3)
+        per_row = now.sent_tokens / max(1, now.pulled) + now.output_tokens / now.new_rows
         whole = per_row * (now.rows - now.rows_done + now.new_rows)
         return max(0.0, whole - tokens) / speed if now.rows_done < now.rows else 0.0
 
