@@ -237,8 +237,8 @@ def test_the_time_left_holds_still_although_the_longest_rows_go_first():
                 done,
                 sum(lengths[:done]),
                 len(lengths),
-                requests=sent,
-                sent_tokens=sum(lengths[:sent]),
+                pulled=sent,
+                sent_tokens=round(sent * 500.5),
             )
         )
         remaining = rates.remaining()
