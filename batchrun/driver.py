@@ -161,9 +161,9 @@ class Dispatch:
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
         client.register_plugin(BatchrunPlugin())
-        self.dashboard = dashboard(client)
         next_poll = 0.0
         try:
+            self.dashboard = dashboard(client)
             while self.todo or self.flying:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
@@ -347,7 +347,7 @@ class Dispatch:
     def _see_slow(self, receipt: TaskReceipt) -> None:
         tally = receipt.tally
         tokens = tally.prompt_tokens + tally.output_tokens
-        slow = SlowPartition(tally.partition, tally.seconds, tally.rows, tokens, receipt.worker)
+        slow = SlowPartition(tally.partition, receipt.seconds, tally.rows, tokens, receipt.worker)
         self.slowest = sorted([*self.slowest, slow], key=lambda s: -s.seconds)[:SLOWEST]
 
     def _see_engine(self, worker: str, stats: EngineStats | None) -> None:

@@ -76,8 +76,7 @@ class Tally:
 
     `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer, `errors`
     by code. Of the `pulled` rows, which were read, `requests` went to the engine, `sent_tokens` tokens of prompts in
-    all. Tokens are those of the new rows. `seconds` is the attempt's whole time, `commit_seconds` what building and
-    putting its part took.
+    all. Tokens are those of the new rows. `commit_seconds` is what building and putting the part took.
     """
 
     run: str
@@ -90,7 +89,6 @@ class Tally:
     sent_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    seconds: float = 0.0
     commits: int = 0
     commit_seconds: float = 0.0
     errors: dict[str, int] = field(default_factory=dict)
@@ -105,6 +103,7 @@ class TaskReceipt:
     part: Receipt | None
     tally: Tally
     engine: EngineStats | None
+    seconds: float
 
 
 _lock = threading.Lock()
@@ -121,8 +120,8 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     Raises:
         BatchrunError: a fault of storage, input or engine. What was staged stays.
     """
-    job, partition = order.job, task.partition
     started = time.monotonic()
+    job, partition = order.job, task.partition
     still_wanted = _wanted_check(order.run)
     tally = Tally(order.run, partition.index)
     folder = Folder(job.output.path, job.output.storage_options)
@@ -138,8 +137,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     stats = None
 
     def receipt(part: Receipt | None) -> TaskReceipt:
-        tally.seconds = time.monotonic() - started
-        return TaskReceipt(get_worker().address, part, tally, stats)
+        return TaskReceipt(get_worker().address, part, tally, stats, time.monotonic() - started)
 
     if part := attempt.open():
         return receipt(part)
