@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.job import OUTPUT_COLUMNS, Job
+from batchrun.report import logs
 from batchrun.report.redact import Redactor
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ Force = Annotated[bool, typer.Option(help="run although another driver seems to 
 ErrorRate = Annotated[
     float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this once")
 ]
+LogFormat = Literal["text", "json"]
+Logs = Annotated[LogFormat, typer.Option("--log-format", help="of progress and warnings")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 out = Console(soft_wrap=True)
@@ -72,17 +75,18 @@ def run(
     address: Address = None,
     max_error_rate: ErrorRate = None,
     force: Force = False,
+    log_format: Logs = "text",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Start a job, or go on where an earlier run of it ended."""
-    with _errors(as_json, debug) as redact:
+    with _errors(as_json, debug, log_format) as redact:
         job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], redact)
         stop = _stop_on_signals()
         from batchrun import driver
-        from batchrun.report import progress
+        from batchrun.report import live
 
-        with progress.show(err) as watch:
+        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
             result = driver.run(job, force=force, stop=stop, watch=watch)
         _end(job, result, as_json, redact)
 
@@ -102,17 +106,18 @@ def retry(
     address: Address = None,
     max_error_rate: ErrorRate = None,
     force: Force = False,
+    log_format: Logs = "text",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run the failed rows of a complete output again, once their cause is mended."""
-    with _errors(as_json, debug) as redact:
+    with _errors(as_json, debug, log_format) as redact:
         job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], redact)
         stop = _stop_on_signals()
         from batchrun import retrying
-        from batchrun.report import progress
+        from batchrun.report import live
 
-        with progress.show(err) as watch:
+        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
             result = retrying.retry(job, errors=errors, allow=allow, force=force, stop=stop, watch=watch)
         _end(job, result, as_json, redact)
 
@@ -128,6 +133,25 @@ def status(
 
         found = read_status(job)
         _print(found.to_json(), found.lines(), as_json, redact)
+
+
+@app.command()
+def report(
+    job_file: JobFile,
+    overrides: Overrides = [],
+    out_file: Annotated[
+        Path, typer.Option("--out", help="where to write the page", show_default=True)
+    ] = Path("report.html"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write the report of an output as one HTML page, from the store alone."""
+    with _errors(as_json, debug) as redact:
+        job = _load(job_file, overrides, redact)
+        from batchrun.report import page
+
+        out_file.write_text(redact(page.render(page.Facts.read(job))), encoding="utf-8", errors="replace")
+        _print({"report": str(out_file)}, [f"report: {out_file}"], as_json, redact)
 
 
 @app.command()
@@ -236,34 +260,41 @@ def _print(value: dict[str, Any], lines: list[str], as_json: bool, redact: Redac
 
 
 @contextmanager
-def _errors(as_json: bool, debug: bool) -> Iterator[Redactor]:
+def _errors(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Iterator[Redactor]:
     """One line for a person, an exit code for a scheduler, and no secret in either."""
     redact = Redactor()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(redact.filter_record)
+    logs.configure(log_format, redact)
     try:
         yield redact
     except typer.Exit:
         raise
     except (BatchrunError, KeyboardInterrupt) as error:
-        if debug:
-            err.print(redact(traceback.format_exc()), markup=False, highlight=False)
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERRUPTED
-        text = redact(str(error) or "stopped")
-        if as_json:
-            print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
-        err.print(f"error: {text}", markup=False, highlight=False)
-        raise typer.Exit(code) from None
+        _fail(redact(str(error) or "stopped"), code, as_json, debug, log_format, redact)
     except Exception as error:
-        if debug:
-            err.print(redact(traceback.format_exc()), markup=False, highlight=False)
         text = redact(f"{type(error).__name__}: {error}".splitlines()[0])
-        if as_json:
-            print(json.dumps({"status": "failed", "exit_code": int(ExitCode.FAILED), "error": text}))
         hint = "" if debug else "; add --debug for the traceback"
-        err.print(f"error: unexpected {text}{hint}", markup=False, highlight=False)
-        raise typer.Exit(ExitCode.FAILED) from None
+        _fail(text, ExitCode.FAILED, as_json, debug, log_format, redact, f"unexpected {text}{hint}")
+
+
+def _fail(
+    text: str,
+    code: ExitCode,
+    as_json: bool,
+    debug: bool,
+    log_format: LogFormat,
+    redact: Redactor,
+    shown: str | None = None,
+) -> NoReturn:
+    if debug:
+        err.print(redact(traceback.format_exc()), markup=False, highlight=False)
+    if as_json:
+        print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
+    if log_format == "json":
+        logs.log.error("%s", shown or text, extra={"fields": {"event": "end", "exit_code": int(code)}})
+    else:
+        err.print(f"error: {shown or text}", markup=False, highlight=False)
+    raise typer.Exit(code) from None
 
 
 def _stop_on_signals() -> threading.Event:
@@ -278,7 +309,13 @@ def _stop_on_signals() -> threading.Event:
         if stop.is_set():
             os._exit(ExitCode.INTERRUPTED)
         stop.set()
-        os.write(2, b"stopping: staging what is finished; once more to stop at once\n")
+        text = "stopping: staging what is finished; once more to stop at once"
+        if not err.is_terminal:
+            os.write(2, f"{text}\n".encode())
+            return
+        # Above the live view, which has put itself in stderr's place; it may be amid a write of its own.
+        with suppress(RuntimeError):
+            print(text, file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.request import urlopen
 
 import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster
@@ -98,6 +99,18 @@ def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
         }
         workers[i] = {"cls": Nanny, "options": options}
     return workers
+
+
+def dashboard(client: Client) -> str | None:
+    """The address of Dask's own dashboard, where the scheduler serves one that can be reached from here."""
+    if "dashboard" not in client.scheduler_info(n_workers=0)["services"]:
+        return None
+    link: str = client.dashboard_link
+    try:
+        urlopen(link, timeout=2).close()
+    except OSError:  # the port is named even where no dashboard was asked for
+        return None
+    return link
 
 
 def visible_gpus() -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,9 @@ class Tally:
     """An attempt's counters; the worker's heartbeat reads them while the task adds to them.
 
     `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer; `requests`
-    went to the engine. Tokens are those of the new rows. `signs` grows with whatever the attempt does.
+    of the `pulled` ones, which were read, went to the engine, `sent_tokens` tokens of prompts in all. Tokens are those
+    of the new rows, `errors` failed rows by code. `commit_seconds` is what building and putting the part took. `signs`
+    grows with whatever the attempt does.
     """
 
     run: str
@@ -43,23 +46,43 @@ class Tally:
     rows: int = 0
     failed: int = 0
     requests: int = 0
+    pulled: int = 0
+    sent_tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    commits: int = 0
+    commit_seconds: float = 0.0
     signs: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
 
+    def absorb(self, other: Tally) -> None:
+        """Adds another attempt's counters."""
+        for name in SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.errors = dict(Counter(self.errors) + Counter(other.errors))
+        self.examples = (self.examples + other.examples)[:EXAMPLES]
+
     def add(self, answers: pa.Table) -> None:
+        """Counts new rows, schema ANSWERS."""
         errors = answers["error"].drop_null()
         self.rows += answers.num_rows
         self.failed += len(errors)
         self.prompt_tokens += int(np.sum(answers["prompt_tokens"].to_numpy()))
         self.output_tokens += int(np.sum(answers["output_tokens"].to_numpy()))
+        if len(errors):
+            # A new dict each time: the heartbeat reads the old one meanwhile.
+            codes = Counter(error.partition(":")[0] for error in errors.to_pylist())
+            self.errors = dict(Counter(self.errors) + codes)
         if len(self.examples) < EXAMPLES and len(errors):
             some = answers.filter(answers["error"].is_valid()).slice(0, EXAMPLES - len(self.examples))
             self.examples += tuple(
                 f"partition {self.partition}, row {row}: {error}"
                 for row, error in zip(some["row"].to_pylist(), some["error"].to_pylist(), strict=True)
             )
+
+
+SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "errors", "examples")]
 
 
 class Generation:
@@ -128,11 +151,13 @@ class Generation:
             records = batch.records if whole else batch.records.take(pa.array(wanted))
             seeds = batch.row_ids[wanted].view(np.int64).tolist()
             for row, seed, prompt in zip(rows, seeds, builder.build(records), strict=True):
+                self._tally.pulled += 1
                 if isinstance(prompt, RowFault):
                     self._faults[row] = prompt
                     continue
                 self._lengths[row] = len(prompt)
                 self._tally.requests += 1
+                self._tally.sent_tokens += len(prompt)
                 generated = self._begun_before(row, len(prompt))
                 yield Request(row, prompt, self._max_new_tokens, seed, generated)
 

@@ -168,6 +168,13 @@ class ClusterSettings(Settings):
     workers: int | None = Field(None, ge=1, description="local: processes; one per GPU, or one, by default")
     slots: int = Field(2, ge=1, description="partitions at once on a worker")
     memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
+    price_per_gpu_hour: float | None = Field(None, ge=0, description="money per GPU (or worker) and hour")
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="where the driver serves Prometheus metrics of the run and all workers",
+    )
 
 
 class LimitSettings(Settings):
@@ -257,6 +264,10 @@ class Job(Settings):
                 mode="json", include={"columns", "rows_per_part", "bytes_per_part", "compression"}
             ),
         }
+
+    def without_storage_options(self) -> dict[str, Any]:
+        """The whole job as plain JSON values, for a record of what ran."""
+        return {name: section.model_dump(mode="json", exclude={"storage_options"}) for name, section in self}
 
     def secrets(self) -> list[str]:
         """Every string in the storage options that must not be shown anywhere."""

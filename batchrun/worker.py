@@ -47,6 +47,7 @@ from batchrun.output.layout import Layout
 from batchrun.output.replace import ReplacingAttempt
 from batchrun.output.retry import Retry
 from batchrun.prepare import Texts, open_texts, places_of, read_rows
+from batchrun.report.gpu import gpu_now
 from batchrun.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,9 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         if not attempt.covered:
             attempt.flush()
             return receipt(None)
+        sealing = time.monotonic()
         part = _seal(order, task, attempt, tally)
+        tally.commits, tally.commit_seconds = 1, time.monotonic() - sealing
         if job.output.failed is not None and (part.summary.failed or order.retry is not None):
             update_failed(attempt.folder, order.layout, task.partition.index, job.output, order.places(task))
         return receipt(part)
@@ -304,15 +307,17 @@ def end_at_once() -> None:
 
 
 def snapshot(dask_worker: Worker) -> dict[str, Any]:
-    """The worker's part of the heartbeat: plain values of all running tasks and of the engine.
+    """The worker's part of the heartbeat: plain values of all running tasks, of the engine and of the GPU.
 
     `loading` is the CPU time of engines that have no counters yet.
     """
     engines = list(_engines.values())
+    gpu = gpu_now()
     return {
         "tasks": [asdict(tally) for tally in list(_running.values())],
         "engines": [asdict(engine.stats()) for engine in engines],
         "loading": sum(engine.loading_seconds() for engine in engines),
+        "gpu": asdict(gpu) if gpu else None,
     }
 
 

@@ -26,21 +26,13 @@ from batchrun.errors import (
 )
 from batchrun.job import OUTPUT_COLUMNS
 from batchrun.report.status import clean, verify
-from jobs import answers, batchrun, check_complete, dataset, environment, load, start, write_job
+from jobs import answers, batchrun, check_complete, dataset, environment, load, start, wait_until, write_job
 
 ROWS = 60
 
 
 def everything_under(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def wait_until(condition, process, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
 
 
 def test_a_run_is_complete_in_input_order_with_types_untouched_and_a_second_run_does_nothing(

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from batchrun.engine.protocol import EngineStats
 from batchrun.report.progress import duration
+from batchrun.report.record import REPORT
 from batchrun.report.result import RunResult
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def run_lines(result: RunResult) -> list[str]:
     )
     lines += [engine_line(stats) for stats in result.engines]
     lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
+    lines.append(f"report: {result.output}/{REPORT}")
     return lines
 
 

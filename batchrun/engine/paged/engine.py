@@ -258,6 +258,7 @@ class PagedEngine:
         stats.gauges |= {
             "active_rows": scheduler.active,
             "waiting_rows": len(scheduler.queue),
+            "pages": scheduler.pool.pages,
             "pages_free": scheduler.pool.available,
             "evictions": scheduler.evictions,
             "shared_prompt_tokens": scheduler.shared_tokens,
