@@ -8,17 +8,18 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from batchrun.errors import BatchrunError, ExitCode
+from batchrun.errors import BatchrunError, ExitCode, JobError
 from batchrun.job import OUTPUT_COLUMNS, Job
+from batchrun.limits import parse_duration
 from batchrun.report.redact import Redactor
 
 if TYPE_CHECKING:
@@ -47,15 +48,23 @@ err = Console(stderr=True, soft_wrap=True)
 
 
 @app.command()
-def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show partitions, rows, bytes and prompt lengths on a sample; writes nothing."""
+def plan(
+    job_file: JobFile,
+    overrides: Overrides = [],
+    trial: Annotated[
+        str | None, typer.Option(metavar="TIME", help="try the engine on sampled rows for so long, e.g. 60s")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell how much there is, whether it will work, how long it takes and what it costs, from a sample."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
-        from batchrun.report import summary
-        from batchrun.report.preview import preview
+        from batchrun.report import preview
 
-        found = preview(job)
-        _print(found, summary.plan_lines(found), as_json, redact)
+        found = preview.preview(job, None if trial is None else _seconds(trial), gpus)
+        _print(found, preview.lines(found), as_json, redact)
 
 
 @app.command()
@@ -168,6 +177,13 @@ def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
     return job
 
 
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(text).total_seconds()
+    except ValueError as error:
+        raise JobError(str(error), "--trial", "write --trial 60s") from None
+
+
 def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
     """What the prompt was made of and what became of it, as far as both are in the output."""
     from batchrun.prompt.template import prompt_columns
@@ -180,12 +196,13 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
     return [*(asked or carried)[:2], *answer]
 
 
-def _print(value: dict[str, Any], lines: list[str], as_json: bool, redact: Redactor) -> None:
+def _print(value: dict[str, Any], lines: Sequence[RenderableType], as_json: bool, redact: Redactor) -> None:
     if as_json:
         print(redact(json.dumps(value)))
     else:
         for line in lines:
-            out.print(redact(line), markup=False, highlight=False, soft_wrap=True)
+            shown = redact(line) if isinstance(line, str) else line
+            out.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

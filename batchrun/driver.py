@@ -22,9 +22,11 @@ from batchrun.dataset.plan import Plan, difference
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
 from batchrun.job import Job
+from batchrun.limits import Limits
 from batchrun.output import identity, manifest, state
 from batchrun.output.layout import PLAN
 from batchrun.output.lease import Lease
+from batchrun.output.ledger import Ledger
 from batchrun.output.manifest import Manifest
 from batchrun.prepare import Prepared, prepare
 from batchrun.report.progress import Progress, Watch, silent
@@ -69,7 +71,7 @@ def run(
 
     Raises:
         Refused: before anything was generated: a bad job, input, model or destination, or changed ones.
-        Interrupted: stopped on the way; the same call goes on from there.
+        Interrupted: stopped on the way, by `stop` or one of the job's limits; the same call goes on from there.
         TooManyFaults: more than `limits.max_error_rate` of the rows failed.
         BatchrunError: anything else that ended the run; it can be resumed.
     """
@@ -87,6 +89,7 @@ def run(
         _pin(prepared)
         dispatch = Dispatch(prepared, stop or threading.Event(), watch)
         if dispatch.todo:
+            dispatch.limits.check(dispatch.rows_committed, dispatch.ledger.worker_seconds)
             if client is None:
                 client = stack.enter_context(connect(prepared.job.cluster))
             dispatch.execute(client)
@@ -149,10 +152,15 @@ class Dispatch:
         self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
+        self.ledger = Ledger(self.folder, self.order.run)
+        limits = self.job.limits
+        self.limits = Limits(
+            limits.max_cost, self.job.cluster.price_per_gpu_hour, limits.deadline, limits.max_rows
+        )
         self.started = time.monotonic()
 
     def execute(self, client: Client) -> None:
-        """Keeps the window full until every partition is committed."""
+        """Keeps the window full until every partition is committed or a limit is reached."""
         client.register_plugin(BatchrunPlugin())
         next_poll = 0.0
         try:
@@ -166,16 +174,19 @@ class Dispatch:
                     next_poll = time.monotonic() + POLL
                 self._fill(client, workers)
                 self._settle(POLL / 4)
+            self._account(self.total, len(workers))
         except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
             # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
             lost = isinstance(interrupt, OSError | TimeoutError)
-            reason = "lost the Dask scheduler" if lost else "stopped"
+            reason = "lost the Dask scheduler" if lost else getattr(interrupt, "what", "stopped")
+            fix = getattr(interrupt, "fix", "") or "the same command goes on from there"
             self._drain(client)
-            raise Interrupted(f"{reason} with {self._safe()}", self.folder.url,
-                              "the same command goes on from there") from None  # fmt: skip
+            raise Interrupted(f"{reason}, with {self._safe()}", self.folder.url, fix) from None
         except BaseException:
             self._drain(client)
             raise
+        finally:
+            self.ledger.write()
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
         slots = sum(worker["nthreads"] for worker in workers.values())
@@ -271,7 +282,26 @@ class Dispatch:
             )
         )
         self._check_faults(live)
+        self._account(live, len(workers))
+        self.limits.check(covered, self.ledger.worker_seconds)
         return workers
+
+    def _account(self, live: Tally, workers: int) -> None:
+        entry = self.ledger.run
+        began = entry.rows > 0
+        entry.rows, entry.prompt_tokens, entry.output_tokens = (
+            live.rows,
+            live.prompt_tokens,
+            live.output_tokens,
+        )
+        self.ledger.tick(time.monotonic() - self.started, workers)
+        if not began and live.rows and self.engines:
+            stats = list(self.engines.values())
+            entry.engine, entry.device = stats[0].engine, stats[0].device
+            # The first rows come out of a model that has been busy for a while.
+            busy = sum(engine.busy_seconds for engine in stats) / len(stats)
+            entry.start_seconds = max(0.0, entry.seconds - busy)
+            entry.start_worker_seconds = max(0.0, entry.worker_seconds - busy * workers)
 
     def _check_faults(self, tally: Tally) -> None:
         limits = self.job.limits

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from batchrun.errors import JobError
+from batchrun.limits import parse_deadline
 
 # Values of storage options that may be shown: everything else there is taken for a secret.
 HARMLESS_OPTIONS = {"anon", "endpoint_url", "region", "region_name", "use_ssl", "account_name", "project"}
@@ -149,11 +151,37 @@ class ClusterSettings(Settings):
     workers: int | None = Field(None, ge=1, description="local: processes; one per GPU, or one, by default")
     slots: int = Field(2, ge=1, description="partitions at once on a worker")
     memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0, description="what an hour of one worker (one GPU) costs, in any currency"
+    )
 
 
 class LimitSettings(Settings):
     max_error_rate: float = Field(0.2, ge=0, le=1, description="share of failed rows that stops the job")
     error_sample: int = Field(1000, ge=1, description="rows seen before that share counts")
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        description="stop, resumable, once all runs of this output together have cost so much: hours of workers "
+        "times cluster.price_per_gpu_hour",
+    )
+    deadline: str | None = Field(
+        None,
+        description="stop, resumable, at this time: ISO 8601 (local without an offset), or a duration from the "
+        "start of the run such as 6h or 1h30m",
+    )
+    max_rows: int | None = Field(
+        None,
+        ge=1,
+        description="stop, resumable, once so many rows of the output are done; a few more may be by then",
+    )
+
+    @field_validator("deadline")
+    @classmethod
+    def _a_time(cls, deadline: str | None) -> str | None:
+        if deadline is not None:
+            parse_deadline(deadline, datetime.now().astimezone())
+        return deadline
 
 
 class Job(Settings):
@@ -167,6 +195,12 @@ class Job(Settings):
     output: OutputSettings
     cluster: ClusterSettings = ClusterSettings()
     limits: LimitSettings = LimitSettings()
+
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        if self.limits.max_cost is not None and not self.cluster.price_per_gpu_hour:
+            raise ValueError("limits.max_cost needs cluster.price_per_gpu_hour")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Job:

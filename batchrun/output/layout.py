@@ -13,6 +13,7 @@ JOB = "_job/job.json"
 PLAN = "_job/plan.parquet"
 MANIFEST = "_job/manifest.json"
 LEASE = "_job/lease.json"
+LEDGER = "_job/ledger/"
 
 _PART = re.compile(r"data/part-(\d{5,})-([0-9a-f]{8})\.parquet")
 _CHUNK = re.compile(r"_job/stage/(\d{5,})/\d+-[^/]+-\d+\.chunk")
