@@ -171,6 +171,39 @@ def bench(
         _print({"results": values}, benchmark.format_results(results).splitlines(), as_json, redact)
 
 
+@app.command()
+def init(
+    dataset: Annotated[str, typer.Argument(help="Parquet: a file, folder, glob or URL", show_default=False)],
+    job_file: Annotated[Path, typer.Option("--out", help="the job file to write")] = Path("job.yaml"),
+    model: Annotated[str | None, typer.Option(help="hub id, folder or URL", show_default=False)] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented job file for a dataset."""
+    with _errors(as_json, debug) as redact:
+        from batchrun import init as starter
+
+        written = starter.init(dataset, job_file, model or starter.MODEL)
+        lines = [
+            f"wrote {' and '.join(map(str, written))}",
+            f"next: look it over, then `batchrun plan {job_file}`",
+        ]
+        _print({"written": [str(path) for path in written]}, lines, as_json, redact)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="a reference for people")] = False,
+) -> None:
+    """Print the JSON Schema of a job file, for editors, or a reference of its keys."""
+    from batchrun import schema as description
+
+    if markdown:
+        print(description.markdown(), end="")
+    else:
+        print(json.dumps(description.json_schema(), indent=1))
+
+
 def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
     job = Job.load(job_file, overrides)
     redact.add(job.secrets())

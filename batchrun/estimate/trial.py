@@ -79,10 +79,11 @@ def _batches(
 
 
 def _by_work(work: np.ndarray) -> list[int]:
-    """All places, ordered so that any first few share the work evenly."""
+    """All places, ordered so that any first few share the work evenly: the middle, then the quarters, and so on."""
     ends = np.cumsum(work)
     slots = 4 * len(work)
-    targets = ((i + 0.5) / slots * ends[-1] for i in spread(slots))
+    first, *rest = spread(slots)
+    targets = ((i + 0.5) / slots * ends[-1] for i in [*rest, first])
     return list(dict.fromkeys(int(np.searchsorted(ends, target)) for target in targets)) or [0]
 
 
