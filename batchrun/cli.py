@@ -148,11 +148,15 @@ def bench(
         str, typer.Option(help="a known shape (qwen3-0.6b, llama-8b, tiny) or a folder")
     ] = "tiny",
     workload: Annotated[str, typer.Option(help="summarise, extract or write")] = "extract",
-    rows: Annotated[int, typer.Option(min=1, help="rows to run")] = 200,
-    engines: Annotated[list[str], typer.Option("--engine", help="paged, padded; both by default")] = [
-        "paged",
-        "padded",
-    ],
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="rows to run", show_default="1000 on a GPU, 100 on a CPU")
+    ] = None,
+    engines: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine", help="paged, padded", show_default="the job's; both on a GPU, padded on a CPU"
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -163,10 +167,7 @@ def bench(
         if job_file is None:
             results = benchmark.bench(model, workload, rows, engines)
         else:
-            job = _load(job_file, overrides, redact)
-            folder, sample = benchmark.sample_job(job, rows)
-            options = job.engine.model_dump(exclude={"kind"})
-            results = benchmark.bench(folder, sample, engines=engines, dtype=job.model.dtype, options=options)
+            results = benchmark.bench_job(_load(job_file, overrides, redact), rows, engines)
         values = [asdict(result) for result in results]
         _print({"results": values}, benchmark.format_results(results).splitlines(), as_json, redact)
 

@@ -31,7 +31,7 @@ def markdown() -> str:
         "",
         f"Made by `{COMMAND}`; any key can be overridden with `--set section.key=value`.",
     ]
-    for name, field, schema in keys():
+    for name, field, schema in job_keys():
         if name in Job.model_fields:
             required = " Required." if field.is_required() else ""
             lines += ["", f"## {name}", "", f"{_sentence(field)}{required}", ""]
@@ -42,13 +42,15 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def keys(model: type[BaseModel] = Job, prefix: str = "") -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
+def job_keys(
+    model: type[BaseModel] = Job, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
     """Every key's dotted name ([] for the items of a list), its field and its JSON Schema, sections first."""
     properties = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field, properties[name]
         for inner, part in _sections(field.annotation, f"{prefix}{name}"):
-            yield from keys(part, f"{inner}.")
+            yield from job_keys(part, f"{inner}.")
 
 
 def _sections(annotation: Any, name: str) -> Iterator[tuple[str, type[BaseModel]]]:

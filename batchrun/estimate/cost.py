@@ -18,6 +18,7 @@ LOW, HIGH = 5, 95  # percentiles of the draws: a 90% interval
 # What an output token costs, in prompt tokens, where one figure for both is all that is known: the interval covers
 # both. Measured on one H200: 2 (a 0.6b shape, 1,024 rows at once) to 30 (an 8b shape, 64 rows).
 WORTH = (1.0, 30.0)
+UNSEEN = 0.1  # the spread between readings that is taken for granted where there are too few to see it
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,7 @@ def _ratio(given: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[fl
 def _tells_apart(observations: Sequence[Observation]) -> bool:
     """Whether prompt and output tokens stand in different proportions in the observations."""
     shares = [o.prompt_tokens / max(1, o.prompt_tokens + o.output_tokens) for o in observations]
-    return len(shares) >= 3 and max(shares) - min(shares) > 0.05
+    return len(shares) >= 2 and max(shares) - min(shares) > 0.05
 
 
 def _mean_output(observations: Sequence[Observation]) -> float:
@@ -191,6 +192,9 @@ def _with_drawn_residuals(
     """The fit's own seconds, each times a relative residual drawn from all of them."""
     given, seconds, _ = _columns(observations)
     fitted = given @ likely
+    if len(seconds) < 3:  # the fit goes through both, and leaves nothing to judge it by
+        drawn = np.maximum(0.0, rng.normal(1.0, UNSEEN, len(seconds)))
+        return [replace(o, seconds=float(s)) for o, s in zip(observations, fitted * drawn, strict=True)]
     residuals = seconds / np.maximum(fitted, 1e-12) - 1
     # Two coefficients were fitted, which leaves residuals smaller than the errors.
     residuals *= math.sqrt(len(seconds) / max(1, len(seconds) - 2))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import batchrun
+from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.process import available_cores
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.job import stable_hash
@@ -30,17 +31,18 @@ def device_name() -> str:
     return f"{_processor()}, {available_cores()} cores"
 
 
-def remember(fingerprint: str, job_hash: str | None, known: Throughput) -> Path:
+def remember(fingerprint: str, kind: str, job_hash: str | None, known: Throughput) -> Path:
     """Writes a trial's or a bench's throughput for later plans on this machine, in place of its like.
 
     Args:
         fingerprint: of the model, as a job's output pins it.
+        kind: the engine as the job file names it.
         job_hash: of the job whose rows were run, where they were run as the job says.
     """
     path = _place(fingerprint, known.device, known.engine, known.own_rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {
-        **asdict(known),
+    values = asdict(known) | {
+        "kind": kind,
         "job_hash": job_hash,
         "fingerprint": fingerprint,
         "version": batchrun.__version__,
@@ -80,7 +82,7 @@ def _from_cache(prepared: Prepared) -> Throughput | None:
     found = [
         (values["job_hash"] == job_hash, known.own_rows, known)
         for values, known in _remembered(prepared.model.fingerprint)
-        if known.device == device and kind in ("auto", known.engine)
+        if known.device == device and _same_engine(kind, values["kind"], known.engine)
     ]
     if not found:
         return None
@@ -98,9 +100,13 @@ def _remembered(fingerprint: str) -> Iterator[tuple[dict[str, Any], Throughput]]
             seen = [Observation(**o) for o in values["observations"]]
             names = ("source", "engine", "device", "own_rows", "start_seconds")
             known = Throughput(observations=seen, **{name: values[name] for name in names})
-            yield {"job_hash": values["job_hash"]}, known
+            yield {name: values[name] for name in ("kind", "job_hash")}, known
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is left out: %s", path, error)
+
+
+def _same_engine(asked: str, kind: str, engine: str) -> bool:
+    return asked in (kind, engine) or (asked == "auto" and engine in BUILT_IN)
 
 
 def _folder() -> Path:

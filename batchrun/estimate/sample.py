@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchrun.dataset.plan import Partition, Plan, Slice
+from batchrun.dataset.source import concurrently
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, RowFault
 from batchrun.prepare import Prepared, open_texts, rows_of
@@ -81,8 +82,9 @@ def sample(prepared: Prepared, rows: int = ROWS, seconds: float = math.inf) -> S
     found = Sample(complete=plan.rows <= rows)
     places = _places(plan, rows)
     show_every = max(1, min(rows, plan.rows) // SHOWN_PROMPTS)
-    for part, wanted in places:
-        for run, records in _read(prepared, part, wanted):
+    remote = any("://" in file.path for file in plan.files)
+    for pieces in concurrently(lambda place: list(_read(prepared, *place)), places, remote):
+        for run, records in pieces:
             built = strict.build(records)
             long = [_is_too_long(prompt) for prompt in built]
             found.too_long += sum(long)
@@ -144,9 +146,12 @@ def _places(plan: Plan, rows: int) -> list[tuple[Slice, list[tuple[int, int, int
     else:
         for run in range(rows // length):
             start = int((run + 0.5) / (rows // length) * plan.rows - length / 2)
+            end = start + length
             i = int(np.searchsorted(ends, start, side="right"))
-            first = start - int(ends[i] - slices[i].rows)
-            wanted[i].append((run, first, min(first + length, slices[i].rows)))
+            while start < end and i < len(slices):  # a short slice's run goes on in the next one
+                before = int(ends[i]) - slices[i].rows
+                wanted[i].append((run, start - before, min(end, int(ends[i])) - before))
+                start, i = int(ends[i]), i + 1
     order = sorted(wanted)
     return [(slices[order[i]], wanted[order[i]]) for i in spread(len(order))]
 

@@ -18,6 +18,7 @@ from batchrun.estimate.sample import Sample, spread
 from batchrun.prepare import Prepared
 
 FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
+WARM_ROWS = 8  # that go through the engine untimed, for what it does only once
 
 
 def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -> Throughput:
@@ -65,10 +66,12 @@ def _batches(
     work = np.array([sum(len(r.token_ids) + r.max_new_tokens for r in batch) for batch in batches])
     order = _by_work(work)
     deadline = time.monotonic() + seconds
-    _run(engine, batches[order[0]], deadline + seconds)  # untimed: allocators and kernels settle
+    _run(engine, batches[order[0]][:WARM_ROWS], deadline + seconds)
     done: dict[int, Observation] = {}
     for i in order:
-        if done and time.monotonic() + _expected(done, work, i) > deadline:
+        # A batch or two say little: for the third, a trial may take half as long again.
+        patience = seconds / 2 if len(done) < 3 else 0.0
+        if done and time.monotonic() + _expected(done, work, i) > deadline + patience:
             break
         done[i] = _run(engine, batches[i], deadline + 2 * seconds)
     # Each batch stands for those that are nearest to it in the order of lengths.
@@ -95,11 +98,10 @@ def _streams(engine: EngineProcess, requests: list[Request], seconds: float) -> 
     order = np.random.default_rng(0).permutation(len(requests)).tolist()
     deadline = time.monotonic() + seconds
     done: list[Observation] = []
-    size, first = FIRST_STREAM, 0
-    warm = [requests[i] for i in order[: min(FIRST_STREAM, len(order) // 4)]]
-    if warm:
-        _run(engine, warm, deadline + seconds)
-        first = len(warm)
+    size = FIRST_STREAM
+    first = min(FIRST_STREAM, len(order) // 4)
+    if first:  # as many as the first stream has: a GPU's kernels are compiled for a number of rows
+        _run(engine, [requests[i] for i in order[:first]], deadline + seconds)
     while first < len(order):
         now = time.monotonic()
         if done and now + 2 * done[-1].seconds > deadline:

@@ -47,7 +47,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
     known = recall(prepared)
     if trial is not None:
         known = replace(run_trial(prepared, sampled, trial, opening), device=device_name())
-        remember(prepared.model.fingerprint, prepared.identity.job_hash, known)
+        remember(prepared.model.fingerprint, job.engine.kind, prepared.identity.job_hash, known)
     left = _left(prepared)
     plan = prepared.plan
     return {

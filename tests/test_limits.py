@@ -1,0 +1,118 @@
+"""A run's own limits: it stops cleanly, says which limit and how to go on, and goes on."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+import batchrun as library
+from batchrun.errors import ExitCode, Interrupted, JobError, OutputError
+from batchrun.job import Job
+from batchrun.limits import Limits, parse_deadline, parse_duration
+from batchrun.output import ledger
+from batchrun.output.ledger import Ledger
+from batchrun.prepare import prepare
+from batchrun.storage import Folder
+from jobs import batchrun, check_complete, load, write_job
+
+NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("6h", 21600), ("1d", 86400), ("1h30m", 5400)]
+)
+def test_durations_are_read(text, seconds):
+    assert parse_duration(text) == timedelta(seconds=seconds)
+    assert parse_deadline(text, NOW) == NOW + timedelta(seconds=seconds)
+
+
+def test_a_time_with_an_offset_is_that_moment_and_without_one_the_machines():
+    assert parse_deadline("2026-01-31T13:00+01:00", NOW) == NOW
+    assert parse_deadline("2026-01-31T13:00", NOW) == datetime(2026, 1, 31, 13).astimezone()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("limits.deadline=soon", "neither a duration such as 6h nor a time"),
+        ("limits.deadline=h", "neither"),
+        ("limits.max_cost=5", "needs cluster.price_per_gpu_hour"),
+        ("limits.max_rows=0", "limits.max_rows"),
+    ],
+)
+def test_a_limit_that_cannot_hold_is_refused(tmp_path, tiny_llama, change, says):
+    with pytest.raises(JobError, match=says):
+        load(write_job(tmp_path, tiny_llama), change)
+
+
+def test_the_ledger_adds_up_all_runs_of_an_output(tmp_path):
+    folder = Folder(str(tmp_path))
+    first = Ledger(folder, "a" * 32)
+    first.tick(10.0, 2)
+    first.tick(15.0, 4)
+    first.write()
+    second = Ledger(folder, "b" * 32)
+    second.tick(3.0, 1)
+    assert (first.worker_seconds, second.worker_seconds) == (40.0, 43.0)
+    second.write()
+    assert sorted(run.worker_seconds for run in ledger.read(folder)) == [3.0, 40.0]
+    key = next(iter(folder.list("_job/ledger/")))
+    folder.put(key, b"{")
+    with pytest.raises(OutputError, match="damaged"):
+        Ledger(folder, "c" * 32)
+
+
+def test_money_is_counted_over_hours_of_workers():
+    limits = Limits(max_cost=5.0, price=2.5, deadline=None, max_rows=None)
+    limits.check(0, 2 * 3600 - 1)
+    with pytest.raises(Interrupted, match=r"limits.max_cost \(2.00 worker hours cost 5.00"):
+        limits.check(0, 2 * 3600)
+
+
+SLOW = {"kind": "engines:SecondsEngine"}
+
+
+@pytest.mark.parametrize("limit", ["limits.max_rows=8", "limits.deadline=4s"])
+def test_a_run_stops_at_its_limit_with_its_rows_staged_and_goes_on_without_it(
+    tmp_path, tiny_llama, cluster, limit
+):
+    job = write_job(tmp_path, tiny_llama, engine=SLOW)
+    name = limit.partition("=")[0]
+    with pytest.raises(Interrupted, match=f"stopped by {name} ") as caught:
+        library.run(load(job, limit), client=cluster)
+    assert caught.value.exit_code == ExitCode.INTERRUPTED
+    assert f"raise {name} or leave it out" in str(caught.value)
+    assert "of 3 parts committed" in str(caught.value)
+    result = library.run(load(job, "engine.kind=engines:EchoEngine"), client=cluster)
+    assert 0 < result.requests < 60, "what was staged is not generated again"
+    check_complete(tmp_path / "out", 60)
+
+
+def test_money_that_earlier_runs_spent_stops_the_next_one_before_it_has_workers(
+    tmp_path, tiny_llama, cluster
+):
+    job = write_job(
+        tmp_path, tiny_llama, engine=SLOW, cluster={"price_per_gpu_hour": 3600.0}, limits={"max_cost": 3.0}
+    )
+    with pytest.raises(Interrupted, match="max_cost"):
+        library.run(load(job), client=cluster)
+    started = time.monotonic()
+    code, out, err = batchrun("run", str(job), "--json")
+    assert code == 4, err
+    assert "stopped by limits.max_cost" in out
+    assert "or leave it out" in out
+    assert time.monotonic() - started < 60
+    spent = sum(run.worker_seconds for run in ledger.read(prepare(load(job)).folder))
+    assert spent >= 3.0
+    result = library.run(load(job, "limits.max_cost=1e9", "engine.kind=engines:EchoEngine"), client=cluster)
+    assert result.ok == 60
+    check_complete(tmp_path / "out", 60)
+
+
+def test_a_limit_decides_no_answer(tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama)
+    plain: Job = load(job)
+    limited = load(job, "limits.max_rows=5", "limits.deadline=6h", "cluster.price_per_gpu_hour=2")
+    assert plain.deciding() == limited.deciding()
