@@ -89,7 +89,10 @@ def run(
         _pin(prepared)
         dispatch = Dispatch(prepared, stop or threading.Event(), watch)
         if dispatch.todo:
-            dispatch.limits.check(dispatch.rows_committed, dispatch.ledger.worker_seconds)
+            ledger = stack.enter_context(Ledger(folder, dispatch.order.run, watch))
+            limits = Limits(prepared.job, ledger.earlier_worker_seconds, ledger.see)
+            limits.check(dispatch.rows_committed)
+            dispatch.watch = limits.see
             if client is None:
                 client = stack.enter_context(connect(prepared.job.cluster))
             dispatch.execute(client)
@@ -152,11 +155,6 @@ class Dispatch:
         self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
-        self.ledger = Ledger(self.folder, self.order.run)
-        limits = self.job.limits
-        self.limits = Limits(
-            limits.max_cost, self.job.cluster.price_per_gpu_hour, limits.deadline, limits.max_rows
-        )
         self.started = time.monotonic()
 
     def execute(self, client: Client) -> None:
@@ -174,7 +172,7 @@ class Dispatch:
                     next_poll = time.monotonic() + POLL
                 self._fill(client, workers)
                 self._settle(POLL / 4)
-            self._account(self.total, len(workers))
+            self._poll(client)
         except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
             # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
             lost = isinstance(interrupt, OSError | TimeoutError)
@@ -185,8 +183,6 @@ class Dispatch:
         except BaseException:
             self._drain(client)
             raise
-        finally:
-            self.ledger.write()
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
         slots = sum(worker["nthreads"] for worker in workers.values())
@@ -282,26 +278,7 @@ class Dispatch:
             )
         )
         self._check_faults(live)
-        self._account(live, len(workers))
-        self.limits.check(covered, self.ledger.worker_seconds)
         return workers
-
-    def _account(self, live: Tally, workers: int) -> None:
-        entry = self.ledger.run
-        began = entry.rows > 0
-        entry.rows, entry.prompt_tokens, entry.output_tokens = (
-            live.rows,
-            live.prompt_tokens,
-            live.output_tokens,
-        )
-        self.ledger.tick(time.monotonic() - self.started, workers)
-        if not began and live.rows and self.engines:
-            stats = list(self.engines.values())
-            entry.engine, entry.device = stats[0].engine, stats[0].device
-            # The first rows come out of a model that has been busy for a while.
-            busy = sum(engine.busy_seconds for engine in stats) / len(stats)
-            entry.start_seconds = max(0.0, entry.seconds - busy)
-            entry.start_worker_seconds = max(0.0, entry.worker_seconds - busy * workers)
 
     def _check_faults(self, tally: Tally) -> None:
         limits = self.job.limits

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 from batchrun.errors import Interrupted
+
+if TYPE_CHECKING:
+    from batchrun.job import Job
+    from batchrun.report.progress import Progress, Watch
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
@@ -45,25 +50,33 @@ class Limits:
     """A run's limits, its deadline fixed when the run starts.
 
     Args:
-        max_cost: of all runs of this output together, at `price` for each hour of each worker.
-        max_rows: rows of the output that are done, those of earlier runs among them.
+        earlier: worker seconds of all earlier runs of this output, which `limits.max_cost` counts too.
+        watch: gets every progress on.
     """
 
-    def __init__(
-        self, max_cost: float | None, price: float | None, deadline: str | None, max_rows: int | None
-    ) -> None:
-        self.max_cost, self.price, self.max_rows = max_cost, price or 0.0, max_rows
-        self.deadline = None if deadline is None else parse_deadline(deadline, datetime.now().astimezone())
+    def __init__(self, job: Job, earlier: float, watch: Watch) -> None:
+        settings = job.limits
+        self.max_cost, self.max_rows = settings.max_cost, settings.max_rows
+        self.price = job.cluster.price_per_gpu_hour or 0.0
+        self.worker_seconds, self.watch = earlier, watch
+        now = datetime.now().astimezone()
+        self.deadline = None if settings.deadline is None else parse_deadline(settings.deadline, now)
+        self._seconds = 0.0
 
-    def check(self, rows: int, worker_seconds: float) -> None:
-        """Raises Interrupted, naming the limit and how to go on, once one is reached."""
-        cost = worker_seconds / 3600 * self.price
+    def see(self, now: Progress) -> None:
+        """A watch: raises Interrupted, naming the limit and how to go on, once one is reached."""
+        self.worker_seconds += now.workers * (now.seconds - self._seconds)
+        self._seconds = now.seconds
+        self.watch(now)
+        if now.partitions_done < now.partitions:
+            self.check(now.rows_done)
+
+    def check(self, rows: int) -> None:
+        """The same for so many rows of the output that are done."""
+        hours = self.worker_seconds / 3600
+        cost = hours * self.price
         if self.max_cost is not None and cost >= self.max_cost:
-            raise _reached(
-                "max_cost",
-                f"{worker_seconds / 3600:,.2f} worker hours cost {cost:,.2f}",
-                f"{self.max_cost:,}",
-            )
+            raise _reached("max_cost", f"{hours:,.2f} worker hours cost {cost:,.2f}", f"{self.max_cost:,}")
         if self.max_rows is not None and rows >= self.max_rows:
             raise _reached("max_rows", f"{rows:,} rows are done", f"{self.max_rows:,}")
         if self.deadline is not None and datetime.now().astimezone() >= self.deadline:

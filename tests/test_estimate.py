@@ -226,24 +226,24 @@ def test_a_trial_is_remembered_and_what_is_left_is_told_from_the_runs_themselves
     tmp_path, tiny_llama, cluster, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    job = write_job(tmp_path, tiny_llama, cluster={"price_per_gpu_hour": 100.0})
+    job = write_job(tmp_path, tiny_llama, rows=24, cluster={"price_per_gpu_hour": 100.0})
     assert "--trial 60s" in str(lines(preview(load(job))))
     code, out, err = batchrun("plan", str(job), "--trial", "2s", "--gpus", "2", "--json")
     told = json.loads(out)["estimate"]
     assert code == 0, err
     assert told["workers"] == 2
     assert "a trial of" in told["source"]
-    lengths = [len(text) for text in dataset(60)["text"].to_pylist()]
+    lengths = [len(text) for text in dataset(24)["text"].to_pylist()]
     assert told["output_tokens"]["likely"] == pytest.approx(sum(lengths), rel=0.15), "an echo"
     assert told["cost"]["likely"] == pytest.approx(100 * told["worker_hours"]["likely"])
     assert preview(load(job))["estimate"]["source"] == told["source"]
     assert preview(load(job, "prompt.template=x{{ text }}"))["estimate"]["output_bound"], (
         "another job's answers"
     )
-    library.run(job, client=cluster)
+    library.run(load(job, "engine.kind=engines:SecondsEngine"), client=cluster)
     after = preview(load(job))
     assert after["rows_left"] == 0
-    assert "earlier runs into this output, 60 rows" in after["estimate"]["source"]
+    assert "earlier runs into this output, 24 rows" in after["estimate"]["source"]
     assert "nothing is left to do" in str(lines(after))
 
 

@@ -14,6 +14,7 @@ from batchrun.limits import Limits, parse_deadline, parse_duration
 from batchrun.output import ledger
 from batchrun.output.ledger import Ledger
 from batchrun.prepare import prepare
+from batchrun.report.progress import Progress, silent
 from batchrun.storage import Folder
 from jobs import batchrun, check_complete, load, write_job
 
@@ -47,28 +48,38 @@ def test_a_limit_that_cannot_hold_is_refused(tmp_path, tiny_llama, change, says)
         load(write_job(tmp_path, tiny_llama), change)
 
 
+def progress(seconds: float, workers: int, rows: int = 0, left: int = 1) -> Progress:
+    return Progress(seconds, 3, 3 - left, 100, rows, 0, rows, 10 * rows, 5 * rows, workers)
+
+
 def test_the_ledger_adds_up_all_runs_of_an_output(tmp_path):
     folder = Folder(str(tmp_path))
-    first = Ledger(folder, "a" * 32)
-    first.tick(10.0, 2)
-    first.tick(15.0, 4)
-    first.write()
-    second = Ledger(folder, "b" * 32)
-    second.tick(3.0, 1)
-    assert (first.worker_seconds, second.worker_seconds) == (40.0, 43.0)
-    second.write()
-    assert sorted(run.worker_seconds for run in ledger.read(folder)) == [3.0, 40.0]
-    key = next(iter(folder.list("_job/ledger/")))
-    folder.put(key, b"{")
+    seen: list[Progress] = []
+    with Ledger(folder, "a" * 32, seen.append) as first:
+        first.see(progress(10.0, 2))
+        first.see(progress(15.0, 4, rows=7))
+        first.see(progress(20.0, 4, rows=20))
+    assert [now.new_rows for now in seen] == [0, 7, 20], "everything is passed on"
+    (run,) = ledger.read(folder)
+    assert (run.worker_seconds, run.start_worker_seconds, run.start_seconds) == (60.0, 40.0, 15.0)
+    assert (run.rows, run.prompt_tokens, run.output_tokens) == (20, 200, 100)
+    with Ledger(folder, "b" * 32, silent) as second:
+        assert second.earlier_worker_seconds == 60.0
+        second.see(progress(3.0, 1))
+    assert sorted(run.worker_seconds for run in ledger.read(folder)) == [3.0, 60.0]
+    folder.put(next(iter(folder.list("_job/ledger/"))), b"{")
     with pytest.raises(OutputError, match="damaged"):
-        Ledger(folder, "c" * 32)
+        Ledger(folder, "c" * 32, silent)
 
 
-def test_money_is_counted_over_hours_of_workers():
-    limits = Limits(max_cost=5.0, price=2.5, deadline=None, max_rows=None)
-    limits.check(0, 2 * 3600 - 1)
+def test_money_is_counted_over_hours_of_workers_of_all_runs(tmp_path, tiny_llama):
+    path = write_job(tmp_path, tiny_llama)
+    job = load(path, "limits.max_cost=5", "cluster.price_per_gpu_hour=2.5")
+    limits = Limits(job, 3600.0, silent)
+    limits.see(progress(1799.0, 2))
     with pytest.raises(Interrupted, match=r"limits.max_cost \(2.00 worker hours cost 5.00"):
-        limits.check(0, 2 * 3600)
+        limits.see(progress(1800.0, 2))
+    limits.see(progress(9000.0, 2, left=0))
 
 
 SLOW = {"kind": "engines:SecondsEngine"}

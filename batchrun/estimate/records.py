@@ -62,7 +62,8 @@ def recall(prepared: Prepared) -> Throughput | None:
 
 
 def _from_ledger(prepared: Prepared) -> Throughput | None:
-    runs = [run for run in ledger.read(prepared.folder) if run.rows and run.worker_seconds]
+    # Of a run that finished all its rows at once, nothing can be told.
+    runs = [run for run in ledger.read(prepared.folder) if run.worker_seconds > run.start_worker_seconds]
     if not runs:
         return None
     seen = [
@@ -71,9 +72,8 @@ def _from_ledger(prepared: Prepared) -> Throughput | None:
         )
         for run in runs
     ]
-    rows = sum(run.rows for run in runs)
-    source = f"earlier runs into this output, {rows:,} rows on {runs[-1].device}"
-    return Throughput(source, runs[-1].engine, runs[-1].device, seen, True, runs[-1].start_seconds)
+    source = f"earlier runs into this output, {sum(run.rows for run in runs):,} rows"
+    return Throughput(source, "", "", seen, True, runs[-1].start_seconds)
 
 
 def _from_cache(prepared: Prepared) -> Throughput | None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Self
 
 from batchrun.errors import BatchrunError, OutputError
 from batchrun.output import document
 from batchrun.output.document import Damaged
 from batchrun.output.layout import LEDGER
 from batchrun.storage import Folder
+
+if TYPE_CHECKING:
+    from batchrun.report.progress import Progress, Watch
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +25,7 @@ EVERY = 30.0  # seconds between two writes: what a killed driver leaves uncounte
 class Run:
     """One run: `worker_seconds` sums up over its workers from the first one on, one of which is one GPU.
 
-    `start_seconds` passed before its first engine was at work, `start_worker_seconds` over all its workers. Rows and
+    `start_seconds` passed before its first rows were finished, `start_worker_seconds` over all its workers. Rows and
     tokens are those that this run generated.
     """
 
@@ -34,28 +38,31 @@ class Run:
     rows: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    engine: str = ""
-    device: str = ""
 
 
 class Ledger:
-    """This run's entry, and what all earlier runs of the output add up to."""
+    """This run's entry, a context that writes it at its end; `see` is a watch that passes everything on."""
 
-    def __init__(self, folder: Folder, run: str) -> None:
-        self.folder, self.run = folder, Run(run)
+    def __init__(self, folder: Folder, run: str, watch: Watch) -> None:
+        self.folder, self.run, self.watch = folder, Run(run), watch
         self.earlier_worker_seconds = sum(entry.worker_seconds for entry in read(folder))
         self._key = f"{LEDGER}{int(self.run.started)}-{run[:8]}.json"
         self._written = time.monotonic()
 
-    @property
-    def worker_seconds(self) -> float:
-        """Of all runs of this output."""
-        return self.earlier_worker_seconds + self.run.worker_seconds
+    def __enter__(self) -> Self:
+        return self
 
-    def tick(self, seconds: float, workers: int) -> None:
-        """Counts the time since the last tick; `seconds` are those since the run started."""
-        self.run.worker_seconds += (seconds - self.run.seconds) * workers
-        self.run.seconds = seconds
+    def __exit__(self, *_: object) -> None:
+        self.write()
+
+    def see(self, now: Progress) -> None:
+        run = self.run
+        run.worker_seconds += now.workers * (now.seconds - run.seconds)
+        run.seconds = now.seconds
+        if not run.rows:
+            run.start_seconds, run.start_worker_seconds = run.seconds, run.worker_seconds
+        run.rows, run.prompt_tokens, run.output_tokens = now.new_rows, now.prompt_tokens, now.output_tokens
+        self.watch(now)
         if time.monotonic() - self._written >= EVERY:
             self.write()
 
