@@ -158,7 +158,7 @@ class Dispatch:
         self.started = time.monotonic()
 
     def execute(self, client: Client) -> None:
-        """Keeps the window full until every partition is committed or a limit is reached."""
+        """Keeps the window full until every partition is committed."""
         client.register_plugin(BatchrunPlugin())
         next_poll = 0.0
         try:
