@@ -49,7 +49,18 @@ def test_a_limit_that_cannot_hold_is_refused(tmp_path, tiny_llama, change, says)
 
 
 def progress(seconds: float, workers: int, rows: int = 0, left: int = 1) -> Progress:
-    return Progress(seconds, 3, 3 - left, 100, rows, 0, rows, 10 * rows, 5 * rows, workers)
+    return Progress(
+        seconds=seconds,
+        partitions=3,
+        partitions_done=3 - left,
+        rows=100,
+        rows_done=rows,
+        rows_failed=0,
+        new_rows=rows,
+        prompt_tokens=10 * rows,
+        output_tokens=5 * rows,
+        workers=workers,
+    )
 
 
 def test_the_ledger_adds_up_all_runs_of_an_output(tmp_path):
