@@ -26,7 +26,7 @@ from batchrun.estimate.sample import sample
 from batchrun.job import Job
 from batchrun.prepare import prepare
 
-# Rows without a word from the user: enough to fill a GPU, few enough for a coffee on a CPU.
+# Rows without a word from the user: enough to fill a GPU, and few enough for minutes on a CPU.
 GPU_ROWS, CPU_ROWS = 1000, 100
 # Rows that warm an engine up on a CPU, where nothing is compiled for a shape.
 CPU_WARM_ROWS = 8
