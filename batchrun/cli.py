@@ -8,17 +8,18 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from batchrun.errors import BatchrunError, ExitCode
+from batchrun.errors import BatchrunError, ExitCode, JobError
 from batchrun.job import OUTPUT_COLUMNS, Job
+from batchrun.limits import parse_duration
 from batchrun.report import logs
 from batchrun.report.redact import Redactor
 
@@ -57,15 +58,23 @@ err = Console(stderr=True, soft_wrap=True)
 
 
 @app.command()
-def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show partitions, rows, bytes and prompt lengths on a sample; writes nothing."""
+def plan(
+    job_file: JobFile,
+    overrides: Overrides = [],
+    trial: Annotated[
+        str | None, typer.Option(metavar="TIME", help="try the engine on sampled rows for so long, e.g. 60s")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell how much there is, whether it will work, how long it takes and what it costs, from a sample."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
-        from batchrun.report import summary
-        from batchrun.report.preview import preview
+        from batchrun.report import preview
 
-        found = preview(job)
-        _print(found, summary.plan_lines(found), as_json, redact)
+        found = preview.preview(job, None if trial is None else _seconds(trial), gpus)
+        _print(found, preview.lines(found), as_json, redact)
 
 
 @app.command()
@@ -195,11 +204,15 @@ def bench(
         str, typer.Option(help="a known shape (qwen3-0.6b, llama-8b, tiny) or a folder")
     ] = "tiny",
     workload: Annotated[str, typer.Option(help="summarise, extract or write")] = "extract",
-    rows: Annotated[int, typer.Option(min=1, help="rows to run")] = 200,
-    engines: Annotated[list[str], typer.Option("--engine", help="paged, padded; both by default")] = [
-        "paged",
-        "padded",
-    ],
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="rows to run", show_default="1000 on a GPU, 100 on a CPU")
+    ] = None,
+    engines: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine", help="paged, padded", show_default="the job's; both on a GPU, padded on a CPU"
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -210,10 +223,7 @@ def bench(
         if job_file is None:
             results = benchmark.bench(model, workload, rows, engines)
         else:
-            job = _load(job_file, overrides, redact)
-            folder, sample = benchmark.sample_job(job, rows)
-            options = job.engine.model_dump(exclude={"kind"})
-            results = benchmark.bench(folder, sample, engines=engines, dtype=job.model.dtype, options=options)
+            results = benchmark.bench_job(_load(job_file, overrides, redact), rows, engines)
         values = [asdict(result) for result in results]
         _print({"results": values}, benchmark.format_results(results).splitlines(), as_json, redact)
 
@@ -233,10 +243,50 @@ def _end(job: Job, result: RunResult, as_json: bool, redact: Redactor) -> None:
     raise typer.Exit(result.exit_code)
 
 
+@app.command()
+def init(
+    dataset: Annotated[str, typer.Argument(help="Parquet: a file, folder, glob or URL", show_default=False)],
+    job_file: Annotated[Path, typer.Option("--out", help="the job file to write")] = Path("job.yaml"),
+    model: Annotated[str | None, typer.Option(help="hub id, folder or URL", show_default=False)] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented job file for a dataset."""
+    with _errors(as_json, debug) as redact:
+        from batchrun import init as starter
+
+        written = starter.init(dataset, job_file, model or starter.MODEL)
+        lines = [
+            f"wrote {' and '.join(map(str, written))}",
+            f"next: look it over, then `batchrun plan {job_file}`",
+        ]
+        _print({"written": [str(path) for path in written]}, lines, as_json, redact)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="a reference for people")] = False,
+) -> None:
+    """Print the JSON Schema of a job file, for editors, or a reference of its keys."""
+    from batchrun import schema as description
+
+    if markdown:
+        print(description.markdown(), end="")
+    else:
+        print(json.dumps(description.json_schema(), indent=1))
+
+
 def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
     job = Job.load(job_file, overrides)
     redact.add(job.secrets())
     return job
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(text).total_seconds()
+    except ValueError as error:
+        raise JobError(str(error), "--trial", "write --trial 60s") from None
 
 
 def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
@@ -251,12 +301,13 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
     return [*(asked or carried)[:2], *answer]
 
 
-def _print(value: dict[str, Any], lines: list[str], as_json: bool, redact: Redactor) -> None:
+def _print(value: dict[str, Any], lines: Sequence[RenderableType], as_json: bool, redact: Redactor) -> None:
     if as_json:
         print(redact(json.dumps(value)))
     else:
         for line in lines:
-            out.print(redact(line), markup=False, highlight=False, soft_wrap=True)
+            shown = redact(line) if isinstance(line, str) else line
+            out.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.table import Table
 
 from batchrun.engine.protocol import EngineStats
@@ -83,42 +82,3 @@ def engine_line(stats: EngineStats) -> str:
         f"{stats.prompt_tokens:,} tokens in, {stats.output_tokens:,} out, {rate}"
         f"padding efficiency {stats.padding_efficiency:.3f}{gauges}"
     )
-
-
-def plan_lines(summary: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{summary['rows']:,} rows in {summary['files']:,} files, {size(summary['bytes'])} uncompressed "
-        f"-> {summary['partitions']:,} partitions (plan {summary['plan_hash'][:8]})",
-        f"largest partition {summary['largest_partition']:,} rows; output {summary['output']}",
-    ]
-    if summary["skipped"]:
-        lines.append(
-            f"{len(summary['skipped'])} unreadable files left out: {', '.join(summary['skipped'][:5])}"
-        )
-    tokens = summary["prompt_tokens"]
-    if tokens:
-        lines.append(
-            f"prompts of {tokens['rows']:,} sampled rows: {tokens['p10']} / {tokens['p50']} / {tokens['p90']} / "
-            f"{tokens['max']} tokens (10% / half / 90% / all are at most), context {summary['context']:,}"
-        )
-        lines.append(f"about {tokens['estimated_total']:,} prompt tokens in all")
-        if tokens["failed"]:
-            lines.append(f"{tokens['failed']:,} of them would fail, e.g. {tokens['examples'][0]}")
-    return lines
-
-
-def token_sample(lengths: Sequence[int], faults: Sequence[str], rows: int) -> dict[str, Any]:
-    """Percentiles of sampled prompt lengths (tokens) and what the whole plan of `rows` rows adds up to."""
-    if not lengths and not faults:
-        return {}
-    values = np.array(lengths or [0])
-    sampled = len(lengths) + len(faults)
-    return {
-        "rows": sampled,
-        **{f"p{q}": int(np.percentile(values, q)) for q in (10, 50, 90)},
-        "max": int(values.max()),
-        "mean": round(float(values.mean()), 1),
-        "estimated_total": round(float(values.sum()) / sampled * rows),
-        "failed": len(faults),
-        "examples": list(faults[:3]),
-    }
