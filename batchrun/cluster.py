@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
+from distributed import Client, Nanny, Scheduler, SpecCluster, Status, Worker
 from tornado.ioloop import PeriodicCallback
 
 import batchrun
@@ -161,6 +161,8 @@ def _slurm(settings: ClusterSettings) -> Iterator[Any]:
         try:
             cluster.sync(submitted)
         except RuntimeError as error:
+            for job in cluster.workers.values():
+                job.status = Status.failed  # a job left as created makes closing the cluster fail
             reason = " ".join(str(error).partition("stderr:")[2].split()) or _first_line(error)
             raise ClusterError(
                 f"sbatch refused ({reason})", "cluster.slurm", "try the options with sbatch"

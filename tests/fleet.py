@@ -45,7 +45,11 @@ class Fleet:
 
     def wait_for(self, workers: int) -> None:
         with Client(self.address, set_as_default=False) as client:
-            client.wait_for_workers(workers, timeout=60)
+            client.wait_for_workers(workers, timeout=180)
+
+    def workers(self) -> list[str]:
+        with Client(self.address, set_as_default=False) as client:
+            return list(client.scheduler_info(n_workers=-1)["workers"])
 
     def stop(self) -> None:
         for process in reversed(self.processes):
@@ -79,7 +83,7 @@ def fleet(folder: Path) -> Iterator[Fleet]:
         one.stop()
 
 
-def wait_until(condition: object, complaint: str, seconds: float = 90.0) -> None:
+def wait_until(condition: object, complaint: str, seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, complaint

@@ -112,7 +112,7 @@ def test_a_profiler_and_missing_workers_are_warned_about(
         check_workers(client, 2)
         assert "waits for the first one" in caplog.text
         one.worker(DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED="True")
-        client.wait_for_workers(1, timeout=60)
+        client.wait_for_workers(1, timeout=180)
         check_workers(client, 2)
         assert "PROFILE__ENABLED=False" in caplog.text
 
@@ -166,11 +166,11 @@ def test_a_slurm_job_that_ends_before_the_run_is_submitted_again(
     monkeypatch.setitem(library.cluster.DASK_CONFIG, "distributed.deploy.lost-worker-timeout", "1s")  # type: ignore[attr-defined]
     local = {"scheduler_options": {"host": "127.0.0.1"}, "memory": "2GiB"}
     with connect(settings(slurm=local)) as client:
-        client.wait_for_workers(1, timeout=60)
+        client.wait_for_workers(1, timeout=180)
         first = (slurm / "jobs").read_text().split()
         subprocess.run(["pkill", "-KILL", "-g", first[0]], check=True)
         wait_until(lambda: len((slurm / "jobs").read_text().split()) == 2, "not submitted again")
-        client.wait_for_workers(1, timeout=60)
+        client.wait_for_workers(1, timeout=180)
 
 
 def test_what_sbatch_refuses_is_said_in_its_words(slurm: Path) -> None:
