@@ -32,7 +32,7 @@ class Fleet:
     def scheduler(self) -> str:
         file = self.folder / "scheduler.json"
         words = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
-        self._start("scheduler", *words, "--scheduler-file", str(file))
+        self.start("scheduler", [*DASK, "scheduler", *words, "--scheduler-file", str(file)])
         wait_until(file.exists, "the scheduler does not start")
         self.address = json.loads(file.read_text())["address"]
         return self.address
@@ -41,7 +41,7 @@ class Fleet:
         own = ["--host", host, "--no-dashboard", "--death-timeout", "60", *words]
         if "--nthreads" not in words:
             own += ["--nthreads", "2"]
-        return self._start("worker", self.address, *own, **env)
+        return self.start("worker", [*DASK, "worker", self.address, *own], **env)
 
     def wait_for(self, workers: int) -> None:
         with Client(self.address, set_as_default=False) as client:
@@ -57,10 +57,11 @@ class Fleet:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def _start(self, kind: str, *words: str, **env: str) -> subprocess.Popen[bytes]:
-        log = open(self.folder / f"{kind}-{len(self.processes)}.log", "wb")  # noqa: SIM115
+    def start(self, name: str, words: list[str], **env: str) -> subprocess.Popen[bytes]:
+        """Any command in a process group of its own; what it prints goes to a file."""
+        log = open(self.folder / f"{name}-{len(self.processes)}.log", "wb")  # noqa: SIM115
         process = subprocess.Popen(
-            [*DASK, kind, *words],
+            words,
             env=environment(**{"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False", **env}),
             stdout=log,
             stderr=subprocess.STDOUT,
