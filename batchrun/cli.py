@@ -46,7 +46,7 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun plan job.yaml --set input.limit=100")
 def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
     """Show partitions, rows, bytes and prompt lengths on a sample; writes nothing."""
     with _errors(as_json, debug) as redact:
@@ -58,7 +58,7 @@ def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, 
         _print(found, summary.plan_lines(found), as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun run job.yaml --set output.path=s3://lake/answers/2026-01-31/")
 def run(
     job_file: JobFile,
     overrides: Overrides = [],
@@ -85,7 +85,7 @@ def run(
         raise typer.Exit(result.exit_code)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun status job.yaml --json")
 def status(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
 ) -> None:
@@ -98,7 +98,7 @@ def status(
         _print(found.to_json(), found.lines(), as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun verify job.yaml")
 def verify(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
 ) -> None:
@@ -112,7 +112,7 @@ def verify(
         raise typer.Exit(found.exit_code)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun clean job.yaml --all")
 def clean(
     job_file: JobFile,
     overrides: Overrides = [],
@@ -131,7 +131,7 @@ def clean(
         _print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"], as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun bench --model tiny --workload extract --rows 20 --engine padded")
 def bench(
     job_file: Annotated[Path | None, typer.Argument(help="take model and rows from this job")] = None,
     overrides: Overrides = [],
