@@ -25,9 +25,9 @@ from batchrun.cluster import (
     slurm_options,
     worker_environment,
 )
-from batchrun.errors import ClusterError, ExitCode
+from batchrun.errors import ClusterError
 from batchrun.job import ClusterSettings
-from jobs import batchrun, check_complete, load, write_job
+from jobs import check_complete, environment, load, write_job
 
 ROWS = 60
 
@@ -79,11 +79,10 @@ def test_workers_that_cannot_do_the_job_are_named_with_the_fix_before_anything_i
     with fleet(tmp_path / "logs") as one:
         wide = one.worker("127.0.0.1", "--nthreads", "9")
         one.wait_for(1)
-        code, out, err = batchrun("run", str(job), "--address", one.address)
-        assert (code, out) == (ExitCode.REFUSED, ""), err
-        assert err.count("\n") == 1
-        assert "9 partitions at once" in err
-        assert "--nthreads 2, or set cluster.slots: 9" in err
+        with pytest.raises(ClusterError, match="9 partitions at once") as caught:
+            library.run(load(job, f"cluster.address={one.address}"))
+        assert caught.value.where.startswith("tcp://127.0.0.1:")
+        assert caught.value.fix == "start it with --nthreads 2, or set cluster.slots: 9"
         wide.terminate()
         wide.wait()
         one.worker("127.0.0.1", PYTHONPATH=str(old))
@@ -145,13 +144,12 @@ def test_a_slurm_script_books_what_the_job_says_and_starts_one_worker_with_its_s
 
 
 def test_a_job_runs_on_slurm_and_takes_its_workers_away_afterwards(
-    tmp_path: Path, tiny_llama: Path, slurm: Path
+    tmp_path: Path, tiny_llama: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     local = {"scheduler_options": {"host": "127.0.0.1"}, "memory": "2GiB", "python": sys.executable}
     job = write_job(tmp_path, tiny_llama, cluster={"workers": 2, "slurm": local})
-    code, out, err = batchrun("run", str(job), "--json")
-    assert code == 0, err
-    assert json.loads(out)["requests"] == ROWS
+    assert library.run(load(job)).requests == ROWS
     check_complete(tmp_path / "out", ROWS)
     jobs = (slurm / "jobs").read_text().split()
     assert len(jobs) == 2
