@@ -199,6 +199,8 @@ def _kubernetes(settings: ClusterSettings) -> Iterator[Any]:
     module = _optional("dask_kubernetes.operator", "kubernetes")
     namespace = (settings.kubernetes or {}).get("namespace")
     try:
+        # Asked first: a KubeCluster that finds nobody prints a traceback of its own when the process ends.
+        importlib.import_module("kr8s").api().version()
         cluster = module.KubeCluster(
             custom_cluster_spec=kubernetes_spec(settings), namespace=namespace, quiet=True
         )

@@ -25,9 +25,9 @@ from batchrun.cluster import (
     slurm_options,
     worker_environment,
 )
-from batchrun.errors import ClusterError
+from batchrun.errors import ClusterError, ExitCode
 from batchrun.job import ClusterSettings
-from jobs import check_complete, environment, load, write_job
+from jobs import batchrun, check_complete, environment, load, write_job
 
 ROWS = 60
 
@@ -235,17 +235,12 @@ def test_an_unknown_kubernetes_key_and_a_missing_image_are_refused() -> None:
         kubernetes_spec(settings(kubernetes={}))
 
 
-def test_without_a_kubernetes_cluster_the_error_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with (
-        pytest.raises(ClusterError, match=r"cluster\.kubernetes: ") as caught,
-        connect(settings(kubernetes={"image": "x"})),
-    ):
-        raise AssertionError("a cluster was started")
-    assert "\n" not in str(caught.value)
+def test_without_a_kubernetes_cluster_the_error_is_one_line(tmp_path: Path, tiny_llama: Path) -> None:
+    job = write_job(tmp_path, tiny_llama, cluster={"kubernetes": {"image": "x"}})
+    code, _, err = batchrun("run", str(job), KUBECONFIG=str(tmp_path / "none"), HOME=str(tmp_path))
+    assert code == ExitCode.REFUSED
+    assert err.startswith("error: cluster.kubernetes: ")
+    assert err.count("\n") == 1, err
 
 
 def test_every_setting_reaches_workers_that_others_start(tmp_path: Path) -> None:
