@@ -135,6 +135,8 @@ def visible_gpus() -> list[str]:
 
 # Seconds between two looks at whether a Slurm job has to be submitted again, after a preemption or its time limit.
 RESUBMIT = 30.0
+# Seconds that the scheduler's pod has to come up: a node may have to pull an image of gigabytes first.
+SCHEDULER_POD = 900
 
 
 @contextmanager
@@ -197,20 +199,17 @@ def slurm_options(settings: ClusterSettings) -> dict[str, Any]:
 def _kubernetes(settings: ClusterSettings) -> Iterator[Any]:
     """Scheduler and workers as pods, by the Dask operator (which has to be installed in the cluster)."""
     module = _optional("dask_kubernetes.operator", "kubernetes")
-    namespace = (settings.kubernetes or {}).get("namespace")
+    spec, namespace = kubernetes_spec(settings), (settings.kubernetes or {}).get("namespace")
     try:
         # Asked first: a KubeCluster that finds nobody prints a traceback of its own when the process ends.
         importlib.import_module("kr8s").api().version()
         cluster = module.KubeCluster(
-            custom_cluster_spec=kubernetes_spec(settings), namespace=namespace, quiet=True
+            custom_cluster_spec=spec, namespace=namespace, resource_timeout=SCHEDULER_POD, quiet=True
         )
-    except (
-        Exception
-    ) as error:  # kr8s, httpx and the operator's own: all of them mean that there is no cluster
+    except Exception as error:  # kr8s, httpx and the operator's own: all mean that there is no cluster
         fix = "check kubectl's context and that the Dask operator is installed"
-        raise ClusterError(
-            f"{type(error).__name__}: {_first_line(error)}", "cluster.kubernetes", fix
-        ) from None
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        raise ClusterError(what, "cluster.kubernetes", fix) from None
     with cluster:
         yield cluster
 
