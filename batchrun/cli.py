@@ -57,7 +57,7 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun plan job.yaml --trial 60s --gpus 8")
 def plan(
     job_file: JobFile,
     overrides: Overrides = [],
@@ -77,7 +77,7 @@ def plan(
         _print(found, preview.lines(found), as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun run job.yaml --set output.path=s3://lake/answers/2026-01-31/")
 def run(
     job_file: JobFile,
     overrides: Overrides = [],
@@ -100,7 +100,7 @@ def run(
         _end(job, result, as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun retry job.yaml --error PROMPT_TOO_LONG --set prompt.truncate=left")
 def retry(
     job_file: JobFile,
     errors: Annotated[
@@ -131,7 +131,7 @@ def retry(
         _end(job, result, as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun status job.yaml --json")
 def status(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
 ) -> None:
@@ -144,7 +144,7 @@ def status(
         _print(found.to_json(), found.lines(), as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun report job.yaml --out report.html")
 def report(
     job_file: JobFile,
     overrides: Overrides = [],
@@ -163,7 +163,7 @@ def report(
         _print({"report": str(out_file)}, [f"report: {out_file}"], as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun verify job.yaml")
 def verify(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
 ) -> None:
@@ -177,7 +177,7 @@ def verify(
         raise typer.Exit(found.exit_code)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun clean job.yaml --all")
 def clean(
     job_file: JobFile,
     overrides: Overrides = [],
@@ -196,7 +196,7 @@ def clean(
         _print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"], as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun bench --model tiny --workload extract --rows 20 --engine padded")
 def bench(
     job_file: Annotated[Path | None, typer.Argument(help="take model and rows from this job")] = None,
     overrides: Overrides = [],
@@ -243,7 +243,7 @@ def _end(job: Job, result: RunResult, as_json: bool, redact: Redactor) -> None:
     raise typer.Exit(result.exit_code)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun init s3://lake/reviews/ --model org/name --out job.yaml")
 def init(
     dataset: Annotated[str, typer.Argument(help="Parquet: a file, folder, glob or URL", show_default=False)],
     job_file: Annotated[Path, typer.Option("--out", help="the job file to write")] = Path("job.yaml"),
@@ -263,7 +263,7 @@ def init(
         _print({"written": [str(path) for path in written]}, lines, as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun schema > job.schema.json")
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="a reference for people")] = False,
 ) -> None:

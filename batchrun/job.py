@@ -190,7 +190,9 @@ class OutputSettings(Settings):
 
 class ClusterSettings(Settings):
     address: str | None = Field(None, description="of a running Dask scheduler; a local cluster by default")
-    workers: int | None = Field(None, ge=1, description="local: processes; one per GPU, or one, by default")
+    workers: int | None = Field(
+        None, ge=1, description="how many; one per GPU of this machine, or one, by default"
+    )
     slots: int = Field(2, ge=1, description="partitions at once on a worker")
     memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
     price_per_gpu_hour: float | None = Field(
@@ -202,6 +204,18 @@ class ClusterSettings(Settings):
         le=65535,
         description="where the driver serves Prometheus metrics of the run and all workers",
     )
+    slurm: dict[str, Any] | None = Field(
+        None, description="workers as Slurm jobs: options of dask-jobqueue's SLURMCluster"
+    )
+    kubernetes: dict[str, Any] | None = Field(
+        None, description="workers as pods: image, name, namespace, resources, env, pod"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if sum(place is not None for place in (self.address, self.slurm, self.kubernetes)) > 1:
+            raise ValueError("give at most one of address, slurm, kubernetes")
+        return self
 
 
 class LimitSettings(Settings):
