@@ -57,7 +57,8 @@ def _serve(client: socket.socket, store: str, between: Wire) -> None:
                 with between.lock:
                     spoilt = between.answers.pop(0) if between.answers else None
                 if spoilt is not None:
-                    client.sendall(spoilt)
+                    head, end, _ = spoilt.partition(b"\r\n\r\n")
+                    client.sendall(head + end if request[1] == b"HEAD" else spoilt)
                     client.shutdown(socket.SHUT_WR)
                     while client.recv(1 << 16):  # the rest of the request, lest the answer is lost by a reset
                         pass
