@@ -26,7 +26,7 @@ from batchrun.dataset.reader import Batch
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
-from batchrun.errors import ChangedError, EngineDied, RowFault
+from batchrun.errors import ChangedError, EngineDied, RowFault, StorageError
 from batchrun.job import Job
 from batchrun.model import resolve
 from batchrun.output.attempt import Attempt, Receipt
@@ -217,8 +217,12 @@ def _generate(
                 settle()
                 if not still_wanted():
                     break
-    finally:  # also when the engine died: what was finished before is not generated again
-        settle()
+    except StorageError:
+        raise  # minutes of patience went into that flush; another would only be waited for as long
+    except BaseException:
+        settle()  # what was finished before the engine died is not generated again
+        raise
+    settle()
 
 
 def _answers(done: list[Completion], lengths: np.ndarray, detokenizer: Detokenizer) -> pa.Table | None:
