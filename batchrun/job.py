@@ -144,11 +144,24 @@ class OutputSettings(Settings):
         return self.columns.get(name, name)
 
 
+class TlsSettings(Settings):
+    ca: str = Field(description="PEM file of the authority that signed the scheduler's certificate")
+    cert: str = Field(description="PEM file of this client's certificate")
+    key: str = Field(description="PEM file of its key")
+
+
 class ClusterSettings(Settings):
     address: str | None = Field(None, description="of a running Dask scheduler; a local cluster by default")
+    tls: TlsSettings | None = Field(None, description="for a tls:// address; Dask's own configuration by default")
     workers: int | None = Field(None, ge=1, description="local: processes; one per GPU, or one, by default")
     slots: int = Field(2, ge=1, description="partitions at once on a worker")
     memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
+
+    @model_validator(mode="after")
+    def _tls_where_it_is_used(self) -> Self:
+        if self.tls is not None and not (self.address or "").startswith("tls://"):
+            raise ValueError("tls is for an address that starts with tls://")
+        return self
 
 
 class LimitSettings(Settings):
@@ -213,8 +226,13 @@ class Job(Settings):
         tokenizer = self.model.tokenizer
         if tokenizer is not None and (base / tokenizer).is_dir():
             tokenizer = str(base / tokenizer)
+        cluster = self.cluster
+        if cluster.tls is not None:
+            files = {name: _absolute(path, base) for name, path in cluster.tls}
+            cluster = cluster.model_copy(update={"tls": TlsSettings(**files)})
         return self.model_copy(
             update={
+                "cluster": cluster,
                 "input": self.input.model_copy(update={"path": paths if len(paths) > 1 else paths[0]}),
                 "model": self.model.model_copy(update={"name": model, "tokenizer": tokenizer}),
                 "output": self.output.model_copy(update={"path": _absolute(self.output.path, base)}),
