@@ -19,6 +19,12 @@ from batchrun.errors import JobError
 # Values of storage options that may be shown: everything else there is taken for a secret.
 HARMLESS_OPTIONS = {"anon", "endpoint_url", "region", "region_name", "use_ssl", "account_name", "project"}
 
+# A password before the host, or a signed URL's query: what a plan, a log or a message would carry on.
+_SECRET_IN_URL = re.compile(
+    r"://[^/@\s]*:[^/@\s]*@|://.*[?&]([\w-]*(signature|token|credential|secret|password|key)|sig)=",
+    re.IGNORECASE,
+)
+
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
 
 
@@ -152,7 +158,9 @@ class TlsSettings(Settings):
 
 class ClusterSettings(Settings):
     address: str | None = Field(None, description="of a running Dask scheduler; a local cluster by default")
-    tls: TlsSettings | None = Field(None, description="for a tls:// address; Dask's own configuration by default")
+    tls: TlsSettings | None = Field(
+        None, description="for a tls:// address; Dask's own configuration by default"
+    )
     workers: int | None = Field(None, ge=1, description="local: processes; one per GPU, or one, by default")
     slots: int = Field(2, ge=1, description="partitions at once on a worker")
     memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
@@ -180,6 +188,17 @@ class Job(Settings):
     output: OutputSettings
     cluster: ClusterSettings = ClusterSettings()
     limits: LimitSettings = LimitSettings()
+
+    @model_validator(mode="after")
+    def _no_secret_in_a_url(self) -> Self:
+        places = {"input.path": self.input.paths, "output.path": [self.output.path]}
+        places["model"] = [self.model.name, self.model.tokenizer or ""]
+        for name, urls in places.items():
+            if any(_SECRET_IN_URL.search(url) for url in urls):
+                raise ValueError(
+                    f"{name} has a password or signature in its URL; put it into storage_options"
+                )
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Job:

@@ -24,7 +24,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from parts import JOB_HASH, PLAN_HASH, SCHEMA, answers, carried, commit, layout, settings, unique
+from parts import JOB_HASH, PLAN_HASH, answers, carried, commit, layout, settings, unique
 
 from batchrun.dataset.plan import Plan, make_plan
 from batchrun.dataset.reader import read_partition
@@ -56,11 +56,15 @@ def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
         if size and rng.random() < 0.5:
             at = size - 1 - int(rng.random() ** 2 * min(size, 2000))
         length = min(size - at, rng.choice((1, 1, 2, 4, 8, 64, 1024)))
-        kind = rng.choice(("bit", "bit", "byte", "byte", "zero", "cut", "insert", "end", "twice", "splice", "swap"))
+        kind = rng.choice(
+            ("bit", "bit", "byte", "byte", "zero", "cut", "insert", "end", "twice", "splice", "swap")
+        )
         if kind == "bit" and size:
             data = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
         elif kind == "byte" and size:
-            data = data[:at] + bytes([rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))]) + data[at + 1 :]
+            data = (
+                data[:at] + bytes([rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))]) + data[at + 1 :]
+            )
         elif kind == "zero":
             data = data[:at] + bytes(length) + data[at + length :]
         elif kind == "cut":
@@ -196,7 +200,9 @@ def inputs(folder: Path) -> tuple[list[bytes], Check]:
         rows = 0
         for partition in plan.partitions:
             files = plan.files_of(partition)
-            for batch in read_partition(partition.slices, files, plan.schema, plan.schema.names, None, {}, {}):
+            for batch in read_partition(
+                partition.slices, files, plan.schema, plan.schema.names, None, {}, {}
+            ):
                 batch.records.validate(full=True)
                 rows += batch.records.num_rows
         if rows != plan.rows:
@@ -275,7 +281,10 @@ def main() -> None:
         started = time.monotonic()
         outcomes = fuzz(target, asked.count, asked.seed)
         bad |= any(outcome.startswith("failed") for outcome in outcomes)
-        print(f"{target}: {asked.count} inputs, {dict(outcomes)}, {time.monotonic() - started:.1f} s", flush=True)
+        print(
+            f"{target}: {asked.count} inputs, {dict(outcomes)}, {time.monotonic() - started:.1f} s",
+            flush=True,
+        )
     sys.exit(bad)
 
 

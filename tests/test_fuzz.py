@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fuzz
 import pytest
+
 from jobs import environment
 
 # As many as take a few seconds each.
