@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,32 +21,44 @@ from distributed import Client, Future
 from batchrun.cluster import connect
 from batchrun.dataset.plan import Plan, difference
 from batchrun.engine.protocol import EngineStats
-from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
+from batchrun.errors import (
+    CorruptInput,
+    Interrupted,
+    Refused,
+    StorageError,
+    TooManyFaults,
+)
+from batchrun.generation import EXAMPLES, Tally
 from batchrun.job import Job
+from batchrun.judging import Judge, Trial, one_line
 from batchrun.output import identity, manifest, state
+from batchrun.output.attempt import Receipt
 from batchrun.output.layout import PLAN
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.prepare import Prepared, prepare
 from batchrun.report.progress import Progress, Watch, silent
 from batchrun.report.result import RunResult
+from batchrun.stalls import Stalls
 from batchrun.storage import NotFound
 from batchrun.worker import (
-    EXAMPLES,
     BatchrunPlugin,
-    Tally,
     Task,
     TaskReceipt,
     WorkOrder,
+    end_at_once,
+    examine,
     request_stop,
     run_partition,
+    run_partitions,
 )
 
 log = logging.getLogger(__name__)
 
 WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
 POLL = 1.0  # seconds between two looks at the workers' counters
-STRIKES = 3  # attempts in a row that staged nothing new before a partition is given up
+TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
+REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 
@@ -91,7 +104,7 @@ def run(
                 client = stack.enter_context(connect(prepared.job.cluster))
             dispatch.execute(client)
         rows = [partition.rows for partition in prepared.plan.partitions]
-        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows)
+        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows, dispatch.receipts)
     return _result(prepared, done, time.monotonic() - started, dispatch)
 
 
@@ -144,27 +157,34 @@ class Dispatch:
         self.todo = deque(np.flatnonzero(~found.committed).tolist())
         rows = np.array([partition.rows for partition in self.plan.partitions])
         self.rows_committed = int(rows[found.committed].sum())
-        self.flying: dict[Future, int] = {}
+        self.flying: dict[Future, list[int]] = {}
+        self.single: set[int] = set()  # partitions that share no task any more: one that they shared was lost
+        self.pace = math.inf  # seconds that a partition takes, as of late
         self.finished: queue.Queue[Future] = queue.Queue()
-        self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
+        self.judge = Judge(self.plan, self.folder, self.layout)
+        self.stalls = Stalls(self.job.limits.stall_seconds)
+        self.trials: dict[Future, Trial] = {}  # those of `flying` that try a suspect
+        self.workers: dict[str, Any] = {}
+        self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
         self.started = time.monotonic()
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
-        client.register_plugin(BatchrunPlugin())
         next_poll = 0.0
         try:
-            while self.todo or self.flying:
+            _register(client)
+            while self.todo or self.flying or self.judge.suspects:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
                 if client.status != "running":
                     raise ConnectionError("no connection to the Dask scheduler")
                 if time.monotonic() >= next_poll:
-                    workers = self._poll(client)
+                    self.workers = self._poll(client)
                     next_poll = time.monotonic() + POLL
-                self._fill(client, workers)
+                self._fill(client, self.workers)
+                self._try_suspects(client)
                 self._settle(POLL / 4)
         except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
             # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
@@ -179,19 +199,63 @@ class Dispatch:
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
         slots = sum(worker["nthreads"] for worker in workers.values())
-        while self.todo and len(self.flying) < max(1, math.ceil(WINDOW * slots)):
-            index = self.todo.popleft()
-            partition = self.plan.partitions[index]
-            future = client.submit(
-                run_partition,
-                self.order,
-                Task(partition, self.plan.files_of(partition)),
-                key=f"batchrun-{self.layout.plan_hash[:8]}-{index:05d}-{uuid.uuid4().hex[:8]}",
-                pure=False,
-                retries=0,
-            )
-            self.flying[future] = index
-            future.add_done_callback(self.finished.put)
+        window = max(1, math.ceil(WINDOW * slots))
+        while self.todo and len(self.flying) < window:
+            members = self._next(window)
+            tasks = [self._task(index) for index in members]
+            self._submit(client, members, run_partitions, tasks, TASK_SECONDS)
+
+    def _task(self, index: int) -> Task:
+        partition = self.plan.partitions[index]
+        return Task(partition, self.plan.files_of(partition))
+
+    def _submit(
+        self, client: Client, members: list[int], work: Callable[..., Any], *arguments: Any, **where: Any
+    ) -> Future:
+        key = f"batchrun-{self.layout.plan_hash[:8]}-{members[0]:05d}-{uuid.uuid4().hex[:8]}"
+        future = client.submit(work, self.order, *arguments, key=key, pure=False, retries=0, **where)
+        self.flying[future] = members
+        future.add_done_callback(self.finished.put)
+        return future
+
+    def _try_suspects(self, client: Client) -> None:
+        """Begins trials once nothing else is in flight."""
+        if self.todo or len(self.flying) > len(self.trials):
+            return
+        for future, trial in list(self.trials.items()):
+            if trial.worker not in self.workers and not future.done():
+                self.flying.pop(future)  # it left in peace, and nothing can be said of the rows
+                del self.trials[future]
+                future.cancel()
+        for trial in list(self.judge.trials(self.trials.values(), self.workers)):
+            self._try(client, trial)
+
+    def _try(self, client: Client, trial: Trial) -> None:
+        work = examine if trial.rows is None else run_partition
+        task = self.judge.task(trial)
+        future = self._submit(client, [trial.partition], work, task, workers=[trial.worker])
+        self.trials[future] = trial
+
+    def _take_trial(self, future: Future, trial: Trial) -> None:
+        try:
+            outcome = future.result(timeout=RECEIPT)
+        except (Refused, StorageError):
+            raise
+        except Exception as error:
+            self.judge.lost_alone(trial, error, self.workers)
+            return
+        if isinstance(outcome, TaskReceipt):
+            self._book(trial.partition, outcome)
+        else:
+            self._try(future.client, self.judge.examined(trial, outcome))
+
+    def _next(self, window: int) -> list[int]:
+        """The partitions of one task: one as a rule, more of tiny ones, fewer of these again towards the end."""
+        members = [self.todo.popleft()]
+        size = min(TASK_SECONDS / self.pace, len(self.todo) / (2 * window))
+        while len(members) < size and not self.single.intersection((members[0], self.todo[0])):
+            members.append(self.todo.popleft())
+        return members
 
     def _settle(self, timeout: float) -> None:
         """Takes in what finished; waits for the first one, then takes all that is there."""
@@ -204,63 +268,83 @@ class Dispatch:
             return
 
     def _take(self, future: Future) -> None:
-        index = self.flying.pop(future)
+        if future not in self.flying:
+            return
+        members = self.flying.pop(future)
+        if trial := self.trials.pop(future, None):
+            if future.status != "cancelled":
+                self._take_trial(future, trial)
+            return
         if future.status == "finished":
             try:
-                receipt: TaskReceipt = future.result(timeout=RECEIPT)
+                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
             except (OSError, TimeoutError) as lost:
-                self._strike(index, lost)  # its worker left with the receipt; the part may well be there
+                self._lose(members, lost)  # its worker left with the receipts; the parts may well be there
                 return
-            _sum(self.total, receipt.tally)
-            self._see_engine(receipt.worker, receipt.engine)
-            if receipt.part is None:
-                self.todo.append(index)
-            else:
-                self.rows_committed += self.plan.partitions[index].rows
-            self.strikes.pop(index, None)
+            for index, receipt in zip(members, receipts, strict=False):
+                self._book(index, receipt)
+                if receipt.part is None:
+                    self.todo.append(index)
+            self._again_alone(members[len(receipts) :])
             return
         error = future.exception() if future.status == "error" else None
         if isinstance(error, (Refused, StorageError, CorruptInput)):
             raise error
-        self._strike(index, error)
+        self._lose(members, error)
+
+    def _book(self, index: int, receipt: TaskReceipt) -> None:
+        _sum(self.total, receipt.tally)
+        self._see_engine(receipt.worker, receipt.engine)
+        if receipt.part is None:
+            if receipt.tally.rows:
+                self.judge.progress(index)
+            return
+        self.judge.committed(index)
+        self.receipts[index] = receipt.part
+        self.rows_committed += self.plan.partitions[index].rows
+        known = math.isfinite(self.pace)
+        self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
+
+    def _lose(self, members: list[int], error: BaseException | None) -> None:
+        """A lost task that several partitions shared tells nothing of any one of them."""
+        if len(members) > 1:
+            log.warning(
+                "%d partitions lost their task to %s; each goes on by itself", len(members), one_line(error)
+            )
+            self._again_alone(members)
+        else:
+            self._strike(members[0], error)
+
+    def _again_alone(self, members: list[int]) -> None:
+        self.single.update(members)
+        self.todo.extend(members)
 
     def _strike(self, index: int, error: BaseException | None) -> None:
-        """Judges a lost attempt by what it left in storage: one that staged something is submitted again for free.
-
-        Dask's own suspicion blames every task that shared a worker with the guilty one.
-        """
-        strikes, chunks_before = self.strikes.get(index, (0, 0))
-        chunks = len(self.folder.list(self.layout.stage(index)))
-        strikes = 1 if chunks > chunks_before else strikes + 1
-        if strikes >= STRIKES:
-            raise BatchrunError(
-                f"partition {index} failed {STRIKES} times without progress, last with {_one_line(error)}",
-                self.folder.url,
-                "look at the engine's message; the same command tries again",
-            )
-        log.warning("partition %d lost its attempt to %s; it goes on", index, _one_line(error))
-        self.strikes[index] = (strikes, chunks)
-        self.todo.append(index)
+        if self.judge.lost(index, error, self.workers, len(self.flying) + 1):
+            self.todo.append(index)
 
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-        flying = set(self.flying.values())
+        flying = {index for members in self.flying.values() for index in members}
         live = replace(self.total)
         covered = self.rows_committed
         for address, worker in workers.items():
             snapshot = worker["metrics"].get("batchrun") or {"tasks": [], "engines": []}
-            for stats in snapshot["engines"]:
-                self._see_engine(address, EngineStats(**stats))
+            engines = [EngineStats(**stats) for stats in snapshot["engines"]]
+            for stats in engines:
+                self._see_engine(address, stats)
             for tally in (Tally(**t) for t in snapshot["tasks"]):
                 if tally.run == self.order.run and tally.partition in flying:
                     covered += tally.reused + tally.rows
                     _sum(live, tally)
+                    self._end_if_stalled(client, address, tally, (snapshot["loading"], *map(_signs, engines)))
+        self.stalls.forget(flying)
         self.watch(
             Progress(
                 seconds=time.monotonic() - self.started,
                 partitions=self.layout.partitions,
-                partitions_done=self.layout.partitions - len(self.todo) - len(self.flying),
+                partitions_done=self.layout.partitions - len(self.todo) - len(flying),
                 rows=self.plan.rows,
                 rows_done=min(covered, self.plan.rows),
                 rows_failed=live.failed,
@@ -272,6 +356,19 @@ class Dispatch:
         )
         self._check_faults(live)
         return workers
+
+    def _end_if_stalled(self, client: Client, worker: str, tally: Tally, engines: Hashable) -> None:
+        """Ends a worker that hangs alive; its attempts are then judged like any lost ones.
+
+        An engine at work on another attempt's rows is a sign of life, and so is one that loads.
+        """
+        signs = (worker, tally.signs, tally.requests, engines)
+        if self.stalls.stalled(tally.partition, signs, time.monotonic()):
+            limit = self.job.limits.stall_seconds
+            log.warning(
+                "partition %d: no sign of progress for %g s; its worker is restarted", tally.partition, limit
+            )
+            client.run(end_at_once, workers=[worker], wait=False, on_error="ignore")
 
     def _check_faults(self, tally: Tally) -> None:
         limits = self.job.limits
@@ -295,7 +392,7 @@ class Dispatch:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
                 continue
-            del self.flying[future]
+            self.flying.pop(future, None)
         client.cancel(list(self.flying))
 
     def _safe(self) -> str:
@@ -311,6 +408,17 @@ class Dispatch:
             self.engines[key] = stats
 
 
+def _register(client: Client) -> None:
+    """Hooks the plugin into all workers, now and later. One that dies in the midst of it fails the whole call."""
+    for more in reversed(range(REGISTRATIONS)):
+        try:
+            client.register_plugin(BatchrunPlugin())
+            return
+        except OSError:
+            if client.status != "running" or not more:
+                raise
+
+
 SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]
 
 
@@ -320,12 +428,9 @@ def _sum(into: Tally, tally: Tally) -> None:
     into.examples = (into.examples + tally.examples)[:EXAMPLES]
 
 
-def _one_line(error: BaseException | None) -> str:
-    if error is None:
-        return "a lost worker"
-    return (
-        str(error) if isinstance(error, BatchrunError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    )
+def _signs(stats: EngineStats) -> Hashable:
+    tokens = (stats.output_tokens, stats.computed_tokens)
+    return (stats.pid, stats.requests, stats.completions, stats.batches, stats.steps, *tokens)
 
 
 def _result(

@@ -175,6 +175,9 @@ class ClusterSettings(Settings):
 class LimitSettings(Settings):
     max_error_rate: float = Field(0.2, ge=0, le=1, description="share of failed rows that stops the job")
     error_sample: int = Field(1000, ge=1, description="rows seen before that share counts")
+    stall_seconds: float = Field(
+        900, gt=0, description="without any progress of a partition before its worker is restarted"
+    )
 
 
 class Job(Settings):

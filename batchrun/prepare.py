@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 import batchrun
+from batchrun.dataset.patience import patiently
 from batchrun.dataset.plan import Partition, Plan, carried_columns, check_output_names, make_plan
 from batchrun.dataset.reader import Batch, read_partition
 from batchrun.dataset.source import DataFile
@@ -101,11 +102,25 @@ def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
 def read_rows(
     job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile], columns: Sequence[str]
 ) -> Iterator[Batch]:
-    """A partition's input rows in order, `columns` only, as the job filters and casts them."""
+    """A partition's input rows in order, `columns` only, as the job filters and casts them.
+
+    Rows of a page that cannot be decoded, read twice, are nulls with a fault.
+    """
     settings = job.input
-    return read_partition(
-        partition.slices, files, schema, columns, settings.filters, settings.cast, settings.storage_options
-    )
+
+    def read(salvage: bool) -> Iterator[Batch]:
+        return read_partition(
+            partition.slices,
+            files,
+            schema,
+            columns,
+            settings.filters,
+            settings.cast,
+            settings.storage_options,
+            salvage=salvage,
+        )
+
+    return patiently(read, job.input.paths[0])
 
 
 def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -115,9 +130,10 @@ def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) 
 
 
 def all_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of every partition, in the plan's order; take as many as are wanted."""
+    """The rows of every partition that can be read, in the plan's order; take as many as are wanted."""
     for partition in plan.partitions:
-        yield from rows_of(job, plan, partition, columns)
+        batches = read_rows(job, plan.schema, partition, plan.files_of(partition), columns)
+        yield from (batch.records for batch in batches if batch.fault is None)
 
 
 def _context(model: ModelFolder, job: Job) -> int:

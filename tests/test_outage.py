@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +12,11 @@ import pytest
 from faulty import FaultyStore
 from parts import attempt, faulty_folder, layout
 
-from batchrun import worker
+from batchrun import generation
 from batchrun.dataset.reader import Batch
 from batchrun.engine.protocol import Completion, Request
 from batchrun.errors import EngineDied, StorageError
+from batchrun.generation import Generation, Tally
 from batchrun.output.attempt import Attempt
 from batchrun.storage import folder
 
@@ -28,7 +29,7 @@ class Engine:
     def __init__(self, dies: int | None = None) -> None:
         self.dies, self.answered = dies, 0
 
-    def generate(self, requests: Iterator[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterator[Request], still_wanted: object) -> Iterator[Completion]:
         for request in requests:
             if self.answered == self.dies:
                 raise EngineDied("killed")
@@ -36,28 +37,27 @@ class Engine:
             yield Completion(request.id, request.token_ids, "stop")
 
 
-def generate(one: Attempt, engine: Engine) -> worker.Tally:
+def generate(one: Attempt, engine: Any) -> Tally:
     """The worker's own loop over a partition of ROWS rows."""
     ids = np.arange(3, dtype=np.int32)
     records = pa.RecordBatch.from_pydict({"text": ["x"] * ROWS})
-    order: Any = SimpleNamespace(
-        job=SimpleNamespace(generation=SimpleNamespace(max_new_tokens=4)),
-        read=lambda task, columns: iter([Batch(0, records, np.arange(ROWS, dtype=np.uint64))]),
-    )
     texts: Any = SimpleNamespace(
         builder=SimpleNamespace(columns=["text"], build=lambda batch: [ids] * batch.num_rows),
         detokenizer=SimpleNamespace(decode=lambda found: ["abc"] * len(found)),
     )
-    task: Any = SimpleNamespace(partition=SimpleNamespace(rows=ROWS, index=0))
-    tally = worker.Tally("run", 0)
-    worker._generate(order, task, one, texts, engine, tally, lambda: True)  # type: ignore[arg-type]
+    tally = Tally("run", 0)
+
+    def read(columns: Sequence[str]) -> Iterator[Batch]:
+        yield Batch(0, records, np.arange(ROWS, dtype=np.uint64))
+
+    Generation(read, one, texts, 4, tally, np.ones(ROWS, bool)).run(engine, lambda: True)
     return tally
 
 
 @pytest.fixture
 def staging(monkeypatch: pytest.MonkeyPatch) -> tuple[Attempt, FaultyStore]:
     """An attempt that flushes with every row."""
-    monkeypatch.setattr(worker, "ANSWER_BATCH", 1)
+    monkeypatch.setattr(generation, "ANSWER_BATCH", 1)
     monkeypatch.setattr(folder, "FIRST_WAIT", 0.01)
     place, store = faulty_folder()
     one = attempt(place, layout(1), 0, ROWS, "a", flush_rows=1)

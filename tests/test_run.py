@@ -112,7 +112,7 @@ def test_a_lost_scheduler_interrupts_the_run_and_the_same_command_goes_on(tmp_pa
         [*python, "distributed.cli.dask_worker", "--nthreads", "2", "--death-timeout", "30", *own], **quiet
     )
     try:
-        wait_until(lambda: Path(file).exists(), scheduler)
+        wait_until(lambda: Path(file).exists() and Path(file).read_text(), scheduler)
         address = json.loads(Path(file).read_text())["address"]
         run = start("run", str(job), "--address", address)
         wait_until(lambda: list((tmp_path / "out").rglob("*.chunk")), run)

@@ -13,9 +13,10 @@ JOB = "_job/job.json"
 PLAN = "_job/plan.parquet"
 MANIFEST = "_job/manifest.json"
 LEASE = "_job/lease.json"
+PARTIAL = ".partial"
 
 _PART = re.compile(r"data/part-(\d{5,})-([0-9a-f]{8})\.parquet")
-_CHUNK = re.compile(r"_job/stage/(\d{5,})/\d+-[^/]+-\d+\.chunk")
+_CHUNK = re.compile(r"_job/stage/(\d{5,})/\d+-[^/]+-\d+\.(?:chunk|partial)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,10 @@ class Layout:
 
     def chunk(self, partition: int, first_row: int, attempt_id: str, number: int) -> str:
         return f"{self.stage(partition)}{first_row}-{attempt_id}-{number}.chunk"
+
+    def partial(self, partition: int, first_row: int, attempt_id: str, number: int) -> str:
+        """A chunk of rows that are not finished yet."""
+        return f"{self.stage(partition)}{first_row}-{attempt_id}-{number}{PARTIAL}"
 
     def partition_of_part(self, key: str) -> int | None:
         """Which partition's part the key is; None where it is none of this plan."""

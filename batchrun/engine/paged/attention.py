@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from batchrun.engine.paged.architecture import Layer, attention_layers, check_sinks
+from batchrun.engine.paged.architecture import Layer, attention_layers
 from batchrun.engine.paged.batch import Batch, Provider
 from batchrun.engine.paged.gathered import GatheredPages
 
@@ -29,7 +29,6 @@ class Cache:
 
     def __init__(self, model: nn.Module, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         found = attention_layers(model)
-        check_sinks(found, device.type)
         self.layers = [layer for _, layer in found]
         self.sinks = [getattr(module, "sinks", None) for module, _ in found]
         self.modules = [module for module, _ in found]
@@ -57,7 +56,12 @@ class Cache:
 
     def copy(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
         """The first `tokens` tokens of each source page, in all layers, to its target page."""
-        self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
+        if self.memory.is_cuda:
+            from batchrun.engine.paged import kernels
+
+            kernels.copy(self.memory.flatten(4).flatten(0, 1), sources, targets, tokens)
+        else:
+            self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
 
 
 @contextmanager
