@@ -24,6 +24,8 @@ from batchrun.report.redact import Redactor
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from batchrun.report.result import RunResult
+
 app = typer.Typer(
     name="batchrun",
     help="Batch inference over Parquet: one job file in, a complete dataset of answers out, exactly once.",
@@ -40,6 +42,11 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the job", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+Address = Annotated[str | None, typer.Option(help="of a running Dask scheduler")]
+Force = Annotated[bool, typer.Option(help="run although another driver seems to be at work")]
+ErrorRate = Annotated[
+    float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this once")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 out = Console(soft_wrap=True)
@@ -62,27 +69,52 @@ def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, 
 def run(
     job_file: JobFile,
     overrides: Overrides = [],
-    address: Annotated[str | None, typer.Option(help="of a running Dask scheduler")] = None,
-    force: Annotated[bool, typer.Option(help="run although another driver seems to be at work")] = False,
+    address: Address = None,
+    max_error_rate: ErrorRate = None,
+    force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Start a job, or go on where an earlier run of it ended."""
     with _errors(as_json, debug) as redact:
-        if address is not None:
-            overrides = [*overrides, f"cluster.address={json.dumps(address)}"]
-        job = _load(job_file, overrides, redact)
+        job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], redact)
         stop = _stop_on_signals()
         from batchrun import driver
-        from batchrun.report import progress, summary
+        from batchrun.report import progress
 
         with progress.show(err) as watch:
             result = driver.run(job, force=force, stop=stop, watch=watch)
-        if not as_json and result.rows:
-            sample = result.sample(summary.SHOWN_ROWS)
-            out.print(summary.rows_table(sample, _columns_to_show(job, sample)), markup=False)
-        _print(result.to_json(), summary.run_lines(result), as_json, redact)
-        raise typer.Exit(result.exit_code)
+        _end(job, result, as_json, redact)
+
+
+@app.command()
+def retry(
+    job_file: JobFile,
+    errors: Annotated[
+        list[str],
+        typer.Option("--error", metavar="CODE", help="rows with this error only", show_default=False),
+    ] = [],
+    allow: Annotated[
+        list[str],
+        typer.Option(metavar="KEY", help="a setting that may differ, as prompt.template", show_default=False),
+    ] = [],
+    overrides: Overrides = [],
+    address: Address = None,
+    max_error_rate: ErrorRate = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run the failed rows of a complete output again, once their cause is mended."""
+    with _errors(as_json, debug) as redact:
+        job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], redact)
+        stop = _stop_on_signals()
+        from batchrun import retrying
+        from batchrun.report import progress
+
+        with progress.show(err) as watch:
+            result = retrying.retry(job, errors=errors, allow=allow, force=force, stop=stop, watch=watch)
+        _end(job, result, as_json, redact)
 
 
 @app.command()
@@ -160,6 +192,21 @@ def bench(
             results = benchmark.bench(folder, sample, engines=engines, dtype=job.model.dtype, options=options)
         values = [asdict(result) for result in results]
         _print({"results": values}, benchmark.format_results(results).splitlines(), as_json, redact)
+
+
+def _for_this_run(address: str | None, max_error_rate: float | None) -> list[str]:
+    values = {"cluster.address": address, "limits.max_error_rate": max_error_rate}
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+
+
+def _end(job: Job, result: RunResult, as_json: bool, redact: Redactor) -> None:
+    from batchrun.report import summary
+
+    if not as_json and result.rows:
+        sample = result.sample(summary.SHOWN_ROWS)
+        out.print(summary.rows_table(sample, _columns_to_show(job, sample)), markup=False)
+    _print(result.to_json(), summary.run_lines(result), as_json, redact)
+    raise typer.Exit(result.exit_code)
 
 
 def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:

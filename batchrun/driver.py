@@ -19,7 +19,7 @@ import numpy as np
 from distributed import Client, Future
 
 from batchrun.cluster import connect
-from batchrun.dataset.plan import Plan, difference
+from batchrun.dataset.plan import difference, joined
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import (
     CorruptInput,
@@ -31,16 +31,15 @@ from batchrun.errors import (
 from batchrun.generation import EXAMPLES, Tally
 from batchrun.job import Job
 from batchrun.judging import Judge, Trial, one_line
-from batchrun.output import identity, manifest, state
+from batchrun.output import failed, identity, manifest, plans, retry, state
 from batchrun.output.attempt import Receipt
-from batchrun.output.layout import PLAN
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
-from batchrun.prepare import Prepared, prepare
+from batchrun.output.retry import Retry
+from batchrun.prepare import Prepared, places_of, prepare
 from batchrun.report.progress import Progress, Watch, silent
 from batchrun.report.result import RunResult
 from batchrun.stalls import Stalls
-from batchrun.storage import NotFound
 from batchrun.worker import (
     BatchrunPlugin,
     Task,
@@ -90,22 +89,45 @@ def run(
     prepared = prepare(job if isinstance(job, Job) else Job.load(job))
     done = _finished(prepared)
     if done is not None:
-        return _result(prepared, done, time.monotonic() - started)
+        return result(prepared, done, time.monotonic() - started)
     folder = prepared.folder
     if not folder.probe():
         log.warning(
             "%s ignores conditional puts: two drivers at once may write a part twice, alike", folder.name
         )
-    with Lease(folder, force=force), ExitStack() as stack:
+    with Lease(folder, force=force):
         _pin(prepared)
-        dispatch = Dispatch(prepared, stop or threading.Event(), watch)
+        dispatch = Dispatch(prepared, _uncommitted(prepared), stop or threading.Event(), watch)
+        done = finish(prepared, dispatch, client)
+    return result(prepared, done, time.monotonic() - started, dispatch)
+
+
+def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Manifest:
+    """Works off what the dispatch has to do, and writes what stands beside the parts, the manifest last."""
+    with ExitStack() as stack:
         if dispatch.todo:
-            if client is None:
-                client = stack.enter_context(connect(prepared.job.cluster))
-            dispatch.execute(client)
-        rows = [partition.rows for partition in prepared.plan.partitions]
-        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows, dispatch.receipts)
-    return _result(prepared, done, time.monotonic() - started, dispatch)
+            dispatch.execute(client or stack.enter_context(connect(prepared.job.cluster)))
+    folder, layout, job, plan = prepared.folder, prepared.layout, prepared.job, prepared.plan
+    pinned = identity.read(folder) or prepared.identity
+    # A retry's parts may be replaced again at the same length: only a run's are what they were for good.
+    receipts = dispatch.receipts if dispatch.order.retry is None else {}
+    if job.output.failed is not None:
+        found, _ = manifest.summaries(folder, layout, receipts)
+
+        def places(index: int) -> Any:
+            partition = plan.partitions[index]
+            return places_of(job, plan.schema, partition, plan.files_of(partition))
+
+        failed.complete(folder, layout, found, job.output, places)
+    rows = [partition.rows for partition in plan.partitions]
+    return manifest.write(folder, layout, pinned.job_hash, rows, receipts, job.output.failed)
+
+
+def _uncommitted(prepared: Prepared) -> dict[int, int]:
+    """Partitions without a part and their rows, in the plans' order."""
+    found = state.scan(prepared.folder, prepared.layout)
+    found.refuse_foreign(prepared.folder)
+    return {i: prepared.plan.partitions[i].rows for i in np.flatnonzero(~found.committed).tolist()}
 
 
 def _finished(prepared: Prepared) -> Manifest | None:
@@ -114,49 +136,65 @@ def _finished(prepared: Prepared) -> Manifest | None:
     Raises:
         ChangedError: the output was made from other inputs or another job.
     """
-    if identity.read(prepared.folder) is None:
+    folder = prepared.folder
+    if identity.read(folder) is None:
         return None
-    _pin(prepared)
-    written = manifest.read(prepared.folder)
-    if written is None or not written.describes(state.scan(prepared.folder, prepared.layout)):
+    _compare(prepared)
+    written = manifest.read(folder)
+    if written is None or written.failed_folder != prepared.job.output.failed:
         return None
-    return written
+    return written if written.describes(state.scan(folder, prepared.layout)) else None
 
 
 def _pin(prepared: Prepared) -> None:
-    folder, plan = prepared.folder, prepared.plan
+    folder = prepared.folder
+    pinned = identity.read(folder)
+    if pinned is not None:
+        _compare(prepared)
+    # The job pins its first plan. A job without a plan would pin an input that nobody can tell any more.
+    plans.add(folder, prepared.plans, max(prepared.known, 0 if pinned is None else 1))
+    _compare(prepared)
+
+
+def _compare(prepared: Prepared) -> None:
+    folder = prepared.folder
 
     def input_changes() -> list[str]:
-        try:
-            return difference(Plan.from_parquet(folder.read(PLAN)), plan)
-        except NotFound:
-            return []
+        stored = plans.read(folder)
+        return difference(joined(stored), prepared.plan) if stored else []
 
-    identity.pin(folder, prepared.identity, input_changes)
-    if not folder.exists(PLAN):
-        folder.put_if_absent(PLAN, plan.to_parquet())
+    identity.pin(folder, prepared.identity, input_changes, [one.identity for one in retry.read(folder)])
 
 
 class Dispatch:
-    """The partitions of one run between storage and Dask: `todo`, `flying`, and what came of them."""
+    """The partitions of one run between storage and Dask: `todo`, `flying`, and what came of them.
 
-    def __init__(self, prepared: Prepared, stop: threading.Event, watch: Watch) -> None:
+    `work` says how many rows of which partitions are to be generated; with `retry` they are those that it selects.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        work: dict[int, int],
+        stop: threading.Event,
+        watch: Watch,
+        retry: Retry | None = None,
+    ) -> None:
         self.plan, self.job, self.folder = prepared.plan, prepared.job, prepared.folder
-        self.layout = prepared.layout
+        self.layout = replace(prepared.layout, generation=0 if retry is None else retry.number)
+        self.work = work
         self.order = WorkOrder(
             run=uuid.uuid4().hex,
             job=prepared.job,
             schema=prepared.plan.schema,
-            layout=prepared.layout,
+            layout=self.layout,
             job_hash=prepared.identity.job_hash,
             model_fingerprint=prepared.model.fingerprint,
+            retry=retry,
         )
         self.stop, self.watch = stop, watch
-        found = state.scan(self.folder, self.layout)
-        found.refuse_foreign(self.folder)
-        self.todo = deque(np.flatnonzero(~found.committed).tolist())
-        rows = np.array([partition.rows for partition in self.plan.partitions])
-        self.rows_committed = int(rows[found.committed].sum())
+        self.todo = deque(work)
+        self.rows_committed = self.plan.rows - sum(work.values())
         self.flying: dict[Future, list[int]] = {}
         self.single: set[int] = set()  # partitions that share no task any more: one that they shared was lost
         self.pace = math.inf  # seconds that a partition takes, as of late
@@ -301,7 +339,7 @@ class Dispatch:
             return
         self.judge.committed(index)
         self.receipts[index] = receipt.part
-        self.rows_committed += self.plan.partitions[index].rows
+        self.rows_committed += self.work[index]
         known = math.isfinite(self.pace)
         self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
 
@@ -396,6 +434,8 @@ class Dispatch:
         client.cancel(list(self.flying))
 
     def _safe(self) -> str:
+        if self.order.retry is not None:
+            return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
         found = state.scan(self.folder, self.layout)
         committed, begun = int(found.committed.sum()), int(found.streaming.sum())
         return f"{committed:,} of {self.layout.partitions:,} parts committed, {begun} begun"
@@ -433,9 +473,7 @@ def _signs(stats: EngineStats) -> Hashable:
     return (stats.pid, stats.requests, stats.completions, stats.batches, stats.steps, *tokens)
 
 
-def _result(
-    prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatch | None = None
-) -> RunResult:
+def result(prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatch | None = None) -> RunResult:
     return RunResult(
         output=prepared.folder.name,
         rows=done.rows,
@@ -445,6 +483,7 @@ def _result(
         prompt_tokens=done.prompt_tokens,
         output_tokens=done.output_tokens,
         errors=done.errors,
+        examples=done.examples,
         seconds=seconds,
         requests=dispatch.total.requests if dispatch else 0,
         reused=dispatch.total.reused if dispatch else 0,

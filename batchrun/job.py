@@ -41,6 +41,9 @@ class InputSettings(Settings):
         None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]"
     )
     limit: int | None = Field(None, ge=1, description="the first so many rows only")
+    since: Literal["last"] | None = Field(
+        None, description="last: only files that no earlier run into this output took"
+    )
     cast: dict[str, str] = Field(default_factory=dict, description="column: type, where files differ")
     skip_bad_files: bool = Field(False, description="leave unreadable files out, recorded in the plan")
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
@@ -48,6 +51,12 @@ class InputSettings(Settings):
     @property
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @model_validator(mode="after")
+    def _no_limit_on_growth(self) -> Self:
+        if self.since is not None and self.limit is not None:
+            raise ValueError("limit leaves rows of taken files out for ever; use it without since")
+        return self
 
 
 class Message(Settings):
@@ -129,6 +138,9 @@ class OutputSettings(Settings):
     columns: dict[str, str] = Field(
         default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}"
     )
+    failed: str | None = Field(
+        None, description="a folder beside data/: the failed rows alone, each with its place in the input"
+    )
     rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
     bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
@@ -144,6 +156,13 @@ class OutputSettings(Settings):
             if name not in OUTPUT_COLUMNS:
                 raise ValueError(f"{name!r} is no output column{nearest(name, OUTPUT_COLUMNS)}")
         return columns
+
+    @field_validator("failed")
+    @classmethod
+    def _folder_of_its_own(cls, failed: str | None) -> str | None:
+        if failed is not None and (failed in ("data", "_job") or not re.fullmatch(r"\w[\w.-]*", failed)):
+            raise ValueError("give the name of a folder beside data/ and _job/, such as failed")
+        return failed
 
     def column(self, name: str) -> str:
         """The name that the output column `name` (one of OUTPUT_COLUMNS) has in this job."""

@@ -41,8 +41,12 @@ from batchrun.generation import Generation, Tally
 from batchrun.job import Job
 from batchrun.model import resolve
 from batchrun.output.attempt import Attempt, Receipt
+from batchrun.output.failed import Places
+from batchrun.output.failed import update as update_failed
 from batchrun.output.layout import Layout
-from batchrun.prepare import Texts, open_texts, read_rows
+from batchrun.output.replace import ReplacingAttempt
+from batchrun.output.retry import Retry
+from batchrun.prepare import Texts, open_texts, places_of, read_rows
 from batchrun.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -63,9 +67,22 @@ class WorkOrder:
     layout: Layout
     job_hash: str
     model_fingerprint: str
+    retry: Retry | None = None
+
+    def attempt(self, partition: Partition) -> Attempt:
+        """A new attempt at the partition, or in a retry at the part that it has."""
+        output = self.job.output
+        folder = Folder(output.path, output.storage_options)
+        place = (partition.index, partition.rows, uuid.uuid4().hex[:12], output)
+        if self.retry is None:
+            return Attempt(folder, self.layout, self.job_hash, *place)
+        return ReplacingAttempt(folder, self.layout, *place, self.retry)
 
     def read(self, task: Task, columns: Sequence[str]) -> Iterator[Batch]:
         return read_rows(self.job, self.schema, task.partition, task.files, columns)
+
+    def places(self, task: Task) -> Places:
+        return lambda _: places_of(self.job, self.schema, task.partition, task.files)
 
 
 @dataclass(frozen=True)
@@ -139,7 +156,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
 
     _running[id(tally)] = tally
     try:
-        attempt = _attempt(order, task)
+        attempt = order.attempt(task.partition)
         if part := attempt.open():
             return receipt(part)
         tally.reused = attempt.restored
@@ -173,31 +190,21 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         if not attempt.covered:
             attempt.flush()
             return receipt(None)
-        return receipt(_seal(order, task, attempt, tally))
+        part = _seal(order, task, attempt, tally)
+        if job.output.failed is not None and (part.summary.failed or order.retry is not None):
+            update_failed(attempt.folder, order.layout, task.partition.index, job.output, order.places(task))
+        return receipt(part)
     finally:
         del _running[id(tally)]
 
 
 def examine(order: WorkOrder, task: Task) -> list[int]:
     """Proves that this worker can load the engine; the rows of the partition that nothing durable is there of."""
-    attempt = _attempt(order, task)
+    attempt = order.attempt(task.partition)
     if attempt.open():
         return []
     _engine_for(_texts_for(order).engine).load()
     return attempt.missing.tolist()
-
-
-def _attempt(order: WorkOrder, task: Task) -> Attempt:
-    output = order.job.output
-    return Attempt(
-        Folder(output.path, output.storage_options),
-        order.layout,
-        order.job_hash,
-        task.partition.index,
-        task.partition.rows,
-        uuid.uuid4().hex[:12],
-        output,
-    )
 
 
 def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:

@@ -62,4 +62,9 @@ def _from(batch: Batch, first: int) -> Batch:
     skip = max(0, first - batch.first)
     if not skip:
         return batch
-    return Batch(batch.first + skip, batch.records.slice(skip), batch.row_ids[skip:], batch.fault)
+    return batch._replace(
+        first=first,
+        records=batch.records.slice(skip),
+        row_ids=batch.row_ids[skip:],
+        places=batch.places[skip:],
+    )

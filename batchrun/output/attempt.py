@@ -73,7 +73,7 @@ class Attempt:
         self.begun: dict[
             int, Begun
         ] = {}  # by row: what earlier attempts had to let go of, the longest of each
-        self._origin = Origin(layout.plan_hash, job_hash, partition)
+        self._origin = Origin(layout.hash_of(partition), job_hash, partition)
         self._key = layout.part(partition)
         self._chunks_known = False
         self._chunks_written = 0
@@ -203,8 +203,7 @@ class Attempt:
         if not self.covered:
             raise ValueError(f"{len(self.missing)} of {self.rows} rows are missing")
         answers = self._in_order()
-        origin = self._origin
-        mine = part.summarize(answers, self.attempt_id, origin.plan_hash, origin.job_hash, self.partition)
+        mine = self._summarize(answers)
         with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch:
             path = Path(scratch) / "part.parquet"
             try:
@@ -216,7 +215,7 @@ class Attempt:
                     f"the part could not be built ({error})", scratch, "free space there"
                 ) from error
             size = path.stat().st_size
-            created = self.folder.put_if_absent(self._key, path)
+            created = self._publish(path)
         seen = self.folder.size(self._key)
         if seen is None:
             if created:
@@ -239,15 +238,20 @@ class Attempt:
         return Receipt(self._key, size, summary, won=summary.attempt == self.attempt_id)
 
     def _inspect(self, size: int) -> Summary:
+        """Of which job a part may be is for the manifest to say: a retry may have replaced it with a changed one."""
         summary = part.inspect(self.folder, self._key, size)
-        if (summary.plan_hash, summary.job_hash, summary.partition, summary.rows) != (
-            self._origin.plan_hash,
-            self._origin.job_hash,
-            self.partition,
-            self.rows,
-        ):
+        expected = (self._origin.plan_hash, self.partition, self.rows)
+        if (summary.plan_hash, summary.partition, summary.rows) != expected:
             raise part.damaged(self.folder, self._key, "a part of another job, plan or partition")
         return summary
+
+    def _summarize(self, answers: pa.Table) -> Summary:
+        origin = self._origin
+        return part.summarize(answers, self.attempt_id, origin.plan_hash, origin.job_hash, self.partition)
+
+    def _publish(self, path: Path) -> bool:
+        """Puts the whole part; whether this call is known to have written it."""
+        return self.folder.put_if_absent(self._key, path)
 
     def _read(self, key: str, size: int) -> bytes:
         return self.folder.read(key, 0, size) if size else b""

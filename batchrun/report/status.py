@@ -7,22 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from batchrun.dataset.plan import Plan, carried_columns
+from batchrun.dataset.plan import Plan, carried_columns, joined
 from batchrun.errors import ExitCode, OutputError
 from batchrun.job import Job
-from batchrun.output import identity, lease, manifest, state
-from batchrun.output.layout import PLAN, Layout
+from batchrun.output import identity, lease, manifest, plans, state
+from batchrun.output.layout import Layout
 from batchrun.output.verify import Verification
 from batchrun.output.verify import clean as clean_folder
 from batchrun.output.verify import verify as verify_folder
-from batchrun.prepare import rows_of
-from batchrun.report.summary import size
-from batchrun.storage import Folder, NotFound
+from batchrun.prepare import layout_of, open_folder, places_of, rows_of
+from batchrun.report.summary import error_lines, size
+from batchrun.storage import Folder
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far an output is. `rows_committed` stand in parts; partitions that were begun have staged bytes."""
+    """How far an output is. `rows_committed` stand in parts; partitions that were begun have staged bytes.
+
+    `plans` is 1, or more where the input grew. `retries` were begun; an unfinished one is `retrying`. `failed`,
+    `errors` and `examples` are the manifest's, so nothing before the first completion.
+    """
 
     output: str
     complete: bool
@@ -33,6 +37,12 @@ class Status:
     begun: int
     staged_bytes: int
     driver: str | None
+    plans: int
+    retries: int
+    retrying: bool
+    failed: int
+    errors: dict[str, int]
+    examples: dict[str, list[str]]
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -40,15 +50,21 @@ class Status:
     def lines(self) -> list[str]:
         share = self.rows_committed / self.rows if self.rows else float(self.complete)
         how = "complete" if self.complete else f"{share:.0%} committed"
+        grown = f", of {self.plans} plans" if self.plans > 1 else ""
         lines = [
             f"{how}: {self.rows_committed:,} of {self.rows:,} rows in {self.committed:,} of "
-            f"{self.partitions:,} parts: {self.output}/data"
+            f"{self.partitions:,} parts{grown}: {self.output}/data"
         ]
+        if self.failed:
+            lines += [f"{self.failed:,} rows failed", *error_lines(self.errors, self.examples)]
         if self.begun:
             lines.append(f"{self.begun:,} more partitions begun, {size(self.staged_bytes)} staged")
         if not self.complete:
+            command = "retry" if self.retrying else "run"
             lines.append(
-                f"running: {self.driver}" if self.driver else "no run is active; `batchrun run` goes on"
+                f"{'retrying' if self.retrying else 'running'}: {self.driver}"
+                if self.driver
+                else f"no {command} is active; `batchrun {command}` goes on"
             )
         return lines
 
@@ -109,6 +125,12 @@ def status(job: Job) -> Status:
         begun=int(found.streaming.sum()),
         staged_bytes=int(found.staged_bytes[found.streaming].sum()),
         driver=None if holder is None or holder.is_dead() else f"{holder.host}, process {holder.pid}",
+        plans=max(1, len(layout.plans)),
+        retries=found.retries,
+        retrying=_retrying(written, found) > 0,
+        failed=written.failed if written else 0,
+        errors=written.errors if written else {},
+        examples=written.examples if written else {},
     )
 
 
@@ -127,28 +149,36 @@ def verify(job: Job) -> Checked:
         [partition.rows for partition in plan.partitions],
         job.output,
         (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if columns else None,
+        lambda index: places_of(
+            job, plan.schema, plan.partitions[index], plan.files_of(plan.partitions[index])
+        ),
     )
     return Checked(folder.name, found)
 
 
 def clean(job: Job, everything: bool = False) -> list[str]:
     """Deletes leftovers of interrupted runs, or with `everything` all that batchrun owns; the keys deleted."""
-    folder = Folder(job.output.path, job.output.storage_options)
+    failed = job.output.failed
     if everything:
-        return clean_folder(folder, everything=True)
-    _, _, _, layout = _open(job)
-    return clean_folder(folder, layout)
+        return clean_folder(open_folder(job), everything=True, failed_folder=failed)
+    folder, _, _, layout = _open(job)
+    retrying = _retrying(manifest.read(folder), state.scan(folder, layout))
+    return clean_folder(folder, layout, retrying=retrying)
+
+
+def _retrying(written: manifest.Manifest | None, found: state.State) -> int:
+    """The number of the retry that was begun and has not finished, by the manifest; 0 where there is none."""
+    recorded = len(written.retries) if written else 0
+    unfinished = written is not None and written.unfinished is not None
+    return found.retries if found.retries > recorded or unfinished else 0
 
 
 def _open(job: Job) -> tuple[Folder, identity.Identity, Plan, Layout]:
-    folder = Folder(job.output.path, job.output.storage_options)
+    folder = open_folder(job)
     pinned = identity.read(folder)
     if pinned is None:
         raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
-    try:
-        plan = Plan.from_parquet(folder.read(PLAN))
-    except NotFound:
-        raise OutputError(
-            "the plan is missing", folder.where(PLAN), "`batchrun run` writes it again"
-        ) from None
-    return folder, pinned, plan, Layout(pinned.plan_hash, len(plan.partitions))
+    stored = plans.read(folder)
+    if not stored:
+        raise OutputError("the plan is missing", folder.name, "`batchrun run` writes it again")
+    return folder, pinned, joined(stored), layout_of(stored)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,8 +47,8 @@ def run_lines(result: RunResult) -> list[str]:
     """The end of a run: complete or with failures, how fast, on what, and where the answers lie."""
     lines = [f"{result.ok:,} of {result.rows:,} rows answered in {result.parts} parts: {result.output}/data"]
     if result.failed:
-        kinds = ", ".join(f"{code} {count:,}" for code, count in sorted(result.errors.items()))
-        lines.append(f"{result.failed:,} rows failed ({kinds}); the error column says why, row by row")
+        lines.append(f"{result.failed:,} rows failed; the error column says why, row by row")
+        lines += error_lines(result.errors, result.examples)
     if not result.requests and not result.reused:
         lines.append("nothing was left to do")
         return lines
@@ -60,6 +60,14 @@ def run_lines(result: RunResult) -> list[str]:
     lines += [engine_line(stats) for stats in result.engines]
     lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
     return lines
+
+
+def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
+    """Failed rows by code, the most frequent first, each with an example."""
+    return [
+        f"  {code} {count:,}, e.g. {examples[code][0]}" if examples.get(code) else f"  {code} {count:,}"
+        for code, count in sorted(errors.items(), key=lambda item: (-item[1], item[0]))
+    ]
 
 
 def engine_line(stats: EngineStats) -> str:
