@@ -37,7 +37,7 @@ from batchrun.output.layout import JOB, LEASE, MANIFEST
 from batchrun.output.lease import Lease
 from batchrun.storage import Folder
 
-SECONDS = 20  # for one input; the slowest good one takes a hundredth of that
+SECONDS = 90  # for one input; pyarrow takes seconds over a page header that does not end
 MEMORY = 12 << 30  # so that a length that lies fails to allocate instead of taking the machine down
 
 # What a target makes of damaged bytes: "refused" or "same".

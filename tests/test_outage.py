@@ -48,7 +48,8 @@ def generate(one: Attempt, engine: Any) -> Tally:
     tally = Tally("run", 0)
 
     def read(columns: Sequence[str]) -> Iterator[Batch]:
-        yield Batch(0, records, np.arange(ROWS, dtype=np.uint64))
+        rows = np.arange(ROWS)
+        yield Batch(0, records, rows.astype(np.uint64), 0, 0, rows)
 
     Generation(read, one, texts, 4, tally, np.ones(ROWS, bool)).run(engine, lambda: True)
     return tally
