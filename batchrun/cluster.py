@@ -20,12 +20,12 @@ from typing import Any
 from urllib.request import urlopen
 
 import dask
-from distributed import Client, Nanny, Scheduler, SpecCluster, Status, Worker
+from distributed import Client, Nanny, Scheduler, Security, SpecCluster, Status, Worker
 from tornado.ioloop import PeriodicCallback
 
 import batchrun
 from batchrun.errors import ClusterError
-from batchrun.job import ClusterSettings
+from batchrun.job import ClusterSettings, TlsSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,9 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
     with dask.config.set(DASK_CONFIG):
         if settings.address is not None:
             try:
-                client = Client(settings.address, timeout="15s", set_as_default=False)
+                client = Client(
+                    settings.address, timeout="15s", set_as_default=False, security=_security(settings.tls)
+                )
             except (OSError, TimeoutError, ValueError) as error:
                 raise ClusterError(
                     f"no Dask scheduler answers ({type(error).__name__})",
@@ -84,9 +86,32 @@ def _start(settings: ClusterSettings) -> AbstractContextManager[Any]:
     return _local(settings)
 
 
+def _security(tls: TlsSettings | None) -> Security | None:
+    """What a client shows and asks for at a `tls://` address.
+
+    Raises:
+        ClusterError: a file is missing, or holds no certificate or key.
+    """
+    if tls is None:
+        return None
+    security = Security(
+        require_encryption=True, tls_ca_file=tls.ca, tls_client_cert=tls.cert, tls_client_key=tls.key
+    )
+    try:
+        security.get_connection_args("client")
+    except OSError as error:  # ssl.SSLError is one
+        raise ClusterError(
+            f"its certificates cannot be loaded ({error})", "cluster.tls", "give PEM files for ca, cert, key"
+        ) from None
+    return security
+
+
 def _local(settings: ClusterSettings) -> SpecCluster:
+    # Everybody with an account on this machine reaches its loopback, and a scheduler runs what it is sent.
+    private = Security.temporary()
     return SpecCluster(
-        workers=_local_workers(settings),
+        security=private,
+        workers=_local_workers(settings, private),
         scheduler={
             "cls": Scheduler,
             "options": {
@@ -94,13 +119,15 @@ def _local(settings: ClusterSettings) -> SpecCluster:
                 "dashboard_address": "127.0.0.1:0",
                 "host": "127.0.0.1",
                 "port": 0,
+                "protocol": "tls",
+                "security": private,
             },
         },
         silence_logs=logging.CRITICAL,
     )
 
 
-def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
+def _local_workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str, Any]]:
     gpus = visible_gpus()
     count = settings.workers or max(1, len(gpus))
     if gpus and count > len(gpus):
@@ -116,6 +143,8 @@ def _local_workers(settings: ClusterSettings) -> dict[int, dict[str, Any]]:
             "nthreads": settings.slots,
             "memory_limit": settings.memory_limit,
             "host": "127.0.0.1",
+            "protocol": "tls",
+            "security": private,
             "dashboard": False,
             "dashboard_address": "127.0.0.1:0",
             "silence_logs": logging.CRITICAL,

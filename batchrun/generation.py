@@ -16,7 +16,7 @@ from batchrun.answers import answered, failed
 from batchrun.dataset.reader import Batch
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import NO_TOKENS, Completion, Request
-from batchrun.errors import FaultCode, RowFault
+from batchrun.errors import FaultCode, RowFault, StorageError
 from batchrun.output.attempt import Attempt, Begun
 from batchrun.prepare import Texts
 
@@ -133,8 +133,12 @@ class Generation:
                         if len(self._done) < ANSWER_BATCH and not due:
                             continue
                     self._settle()
-        finally:  # also when the engine died: what was finished before is not generated again
-            self._settle()
+        except StorageError:
+            raise  # minutes of patience went into that flush; another would only be waited for as long
+        except BaseException:
+            self._settle()  # what was finished before the engine died is not generated again
+            raise
+        self._settle()
 
     def _requests(self) -> Iterator[Request]:
         builder = self._texts.builder

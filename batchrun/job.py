@@ -21,6 +21,12 @@ from batchrun.limits import parse_deadline
 # Values of storage options that may be shown: everything else there is taken for a secret.
 HARMLESS_OPTIONS = {"anon", "endpoint_url", "region", "region_name", "use_ssl", "account_name", "project"}
 
+# A password before the host, or a signed URL's query: what a plan, a log or a message would carry on.
+_SECRET_IN_URL = re.compile(
+    r"://[^/@\s]*:[^/@\s]*@|://.*[?&]([\w-]*(signature|token|credential|secret|password|key)|sig)=",
+    re.IGNORECASE,
+)
+
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
 
 
@@ -188,8 +194,17 @@ class OutputSettings(Settings):
         return self.columns.get(name, name)
 
 
+class TlsSettings(Settings):
+    ca: str = Field(description="PEM file of the authority that signed the scheduler's certificate")
+    cert: str = Field(description="PEM file of this client's certificate")
+    key: str = Field(description="PEM file of its key")
+
+
 class ClusterSettings(Settings):
     address: str | None = Field(None, description="of a running Dask scheduler; a local cluster by default")
+    tls: TlsSettings | None = Field(
+        None, description="for a tls:// address; Dask's own configuration by default"
+    )
     workers: int | None = Field(
         None, ge=1, description="how many; one per GPU of this machine, or one, by default"
     )
@@ -215,6 +230,12 @@ class ClusterSettings(Settings):
     def _one_place(self) -> Self:
         if sum(place is not None for place in (self.address, self.slurm, self.kubernetes)) > 1:
             raise ValueError("give at most one of address, slurm, kubernetes")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_where_it_is_used(self) -> Self:
+        if self.tls is not None and not (self.address or "").startswith("tls://"):
+            raise ValueError("tls is for an address that starts with tls://")
         return self
 
 
@@ -273,6 +294,17 @@ class Job(Settings):
             raise ValueError("limits.max_cost needs cluster.price_per_gpu_hour")
         return self
 
+    @model_validator(mode="after")
+    def _no_secret_in_a_url(self) -> Self:
+        places = {"input.path": self.input.paths, "output.path": [self.output.path]}
+        places["model"] = [self.model.name, self.model.tokenizer or ""]
+        for name, urls in places.items():
+            if any(_SECRET_IN_URL.search(url) for url in urls):
+                raise ValueError(
+                    f"{name} has a password or signature in its URL; put it into storage_options"
+                )
+        return self
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Job:
         """Reads a YAML job file, applies `key.path=value` overrides, fills in ${NAME} from the environment.
@@ -318,8 +350,13 @@ class Job(Settings):
         tokenizer = self.model.tokenizer
         if tokenizer is not None and (base / tokenizer).is_dir():
             tokenizer = str(base / tokenizer)
+        cluster = self.cluster
+        if cluster.tls is not None:
+            files = {name: _absolute(path, base) for name, path in cluster.tls}
+            cluster = cluster.model_copy(update={"tls": TlsSettings(**files)})
         return self.model_copy(
             update={
+                "cluster": cluster,
                 "input": self.input.model_copy(update={"path": paths if len(paths) > 1 else paths[0]}),
                 "model": self.model.model_copy(update={"name": model, "tokenizer": tokenizer}),
                 "output": self.output.model_copy(update={"path": _absolute(self.output.path, base)}),

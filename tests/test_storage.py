@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
-from parts import faulty_folder, unique
+from parts import faulty_folder
 from s3fs.errors import translate_boto_error
 
 from batchrun.errors import OutputError, StorageError
-from batchrun.storage import Folder, NotFound, folder, local
+from batchrun.storage import Folder, folder, local
 from batchrun.storage.faults import is_transient, is_unauthorised
 from batchrun.storage.remote import RemoteStore
 from batchrun.storage.store import Unconditional
@@ -25,83 +23,6 @@ from batchrun.storage.store import Unconditional
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "FIRST_WAIT", 0)
-
-
-@pytest.fixture(params=["local", "memory", "faulty"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    if request.param == "local":
-        return Folder(str(tmp_path / "out"))
-    if request.param == "memory":
-        return Folder(f"memory://{unique()}/out")
-    return faulty_folder()[0]
-
-
-def test_a_folder_that_is_not_there_is_empty(place: Folder) -> None:
-    assert place.list() == {}
-    assert place.list("data/") == {}
-    assert place.size("data/x") is None
-    assert place.modified("data/x") is None
-    place.delete(["data/x", "data/y"])
-    with pytest.raises(NotFound):
-        place.read("data/x")
-
-
-def test_objects_come_and_go_whole(place: Folder, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"from a file")
-    place.put("data/a", b"0123456789")
-    place.put("_job/stage/00001/b", tmp_path / "file")
-    assert place.list() == {"data/a": 10, "_job/stage/00001/b": 11}
-    assert place.list("data/") == {"data/a": 10}
-    assert place.list("_job/stage/00001/") == {"_job/stage/00001/b": 11}
-    assert place.list("_job/stage/00002/") == {}
-    assert place.list("da") == {"data/a": 10}
-    assert place.read("data/a") == b"0123456789"
-    assert place.read("data/a", 2, 5) == b"234"
-    assert place.size("data/a") == 10
-    assert place.exists("data/a")
-    assert not place.exists("data")
-    assert abs((place.modified("data/a") or 0) - os.stat(tmp_path / "file").st_mtime) < 60
-    place.put("data/a", b"anew")
-    assert place.read("data/a") == b"anew"
-    place.delete(["data/a", "missing"])
-    assert place.list() == {"_job/stage/00001/b": 11}
-
-
-def test_put_if_absent_never_replaces(place: Folder, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"second")
-    assert place.put_if_absent("data/a", b"first")
-    assert not place.put_if_absent("data/a", tmp_path / "file")
-    assert place.put_if_absent("data/b", tmp_path / "file")
-    assert place.read("data/a") == b"first"
-    assert place.read("data/b") == b"second"
-
-
-def test_a_probe_tells_that_conditions_are_honoured_and_leaves_nothing(place: Folder) -> None:
-    assert place.probe()
-    assert place.list() == {}
-
-
-def test_a_folder_crosses_to_another_process(place: Folder) -> None:
-    place.put("a", b"1")
-    assert pickle.loads(pickle.dumps(place)).read("a") == b"1"
-
-
-def test_threads_race_for_a_key_and_one_wins(place: Folder) -> None:
-    won: list[int] = []
-    start = threading.Barrier(8)
-
-    def race(i: int) -> None:
-        start.wait()
-        if place.put_if_absent("data/part", b"%d" % i * 1000):
-            won.append(i)
-
-    threads = [threading.Thread(target=race, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert place.read("data/part") == b"%d" % won[0] * 1000
 
 
 RACE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,14 +97,14 @@ class Plan:
                 "reason": pa.array([s.reason for s in self.skipped], pa.string()),
             }
         )
-        table = table.replace_schema_metadata(
-            {
-                "schema": self.schema.serialize().to_pybytes(),
-                "skipped": _ipc(skipped),
-                "partitions": str(len(self.partitions)),
-                "hash": self.hash,
-            }
-        )
+        about = {
+            b"schema": self.schema.serialize().to_pybytes(),
+            b"skipped": _ipc(skipped),
+            b"partitions": str(len(self.partitions)).encode(),
+            b"hash": self.hash.encode(),
+        }
+        # Checksums of pages cover no footer, and that is where these stand.
+        table = table.replace_schema_metadata({**about, b"digest": _digest(about)})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         return sink.getvalue().to_pybytes()
@@ -117,7 +118,9 @@ class Plan:
         """
         try:
             table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-            about = table.schema.metadata
+            about = dict(table.schema.metadata)
+            if about.pop(b"digest") != _digest(about):
+                raise ValueError("its digest does not match")
             schema = pa.ipc.read_schema(pa.py_buffer(about[b"schema"]))
             skipped = pa.ipc.open_stream(about[b"skipped"]).read_all().to_pylist()
             plan = cls(
@@ -299,6 +302,13 @@ def _append(slices: list[Slice], piece: Piece) -> None:
         slices.append(last._replace(num_rows=num_rows, rows=last.rows + piece.rows))
     else:
         slices.append(Slice(piece.file, piece.row_group, piece.first_row, piece.num_rows, piece.rows))
+
+
+def _digest(about: dict[bytes, bytes]) -> bytes:
+    whole = hashlib.sha256()
+    for key in sorted(about):
+        whole.update(b"%s %d %s" % (key, len(about[key]), about[key]))
+    return whole.hexdigest().encode()
 
 
 def _ipc(table: pa.Table) -> bytes:

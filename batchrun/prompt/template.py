@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchrun.errors import FaultCode, InputError, JobError, RowFault
 from batchrun.job import PromptSettings, nearest
+from batchrun.prompt.sandbox import Sandbox
 
 
 class NullPrinted(Exception):
@@ -59,6 +59,7 @@ class RowTemplate:
 
     def render(self, row: dict[str, Any]) -> str | RowFault:
         """The row's text, or the row's fault. Null columns stand in `row` as NULL."""
+        _ENVIRONMENT.begin()
         try:
             return self._template.render(row)
         except NullPrinted:
@@ -109,7 +110,7 @@ def _as_json(value: object) -> None:
         raise TypeError(f"{type(value).__name__} is not JSON serializable")
 
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
+_ENVIRONMENT = Sandbox(
     undefined=StrictUndefined, finalize=_printed, keep_trailing_newline=True, autoescape=False
 )
 # Any other global would hide a column of its name.

@@ -36,6 +36,15 @@ TRANSIENT_CLASSES = {
     "requests.exceptions.ProxyError",
     "requests.exceptions.ChunkedEncodingError",
     "http.client.IncompleteRead",
+    "google.auth.exceptions.TransportError",
+    "gcsfs.retry.ChecksumError",
+}
+UNAUTHORISED_CLASSES = {
+    "azure.core.exceptions.ClientAuthenticationError",
+    "botocore.exceptions.NoCredentialsError",
+    "botocore.exceptions.CredentialRetrievalError",
+    "google.auth.exceptions.RefreshError",
+    "google.auth.exceptions.DefaultCredentialsError",
 }
 UNAUTHORISED_STATUS = {401, 403}
 # Expired credentials that come as something else than 401 or 403.
@@ -46,8 +55,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later."""
     if isinstance(error, ConnectionError | TimeoutError) or _code(error) in TRANSIENT_CODES:
         return True
-    names = {f"{c.__module__}.{c.__qualname__}" for e in _chain(error) for c in type(e).__mro__}
-    if names & TRANSIENT_CLASSES:
+    if _class_names(error) & TRANSIENT_CLASSES:
         return True
     if (status := http_status(error)) is not None:
         return status in TRANSIENT_STATUS
@@ -58,7 +66,24 @@ def is_unauthorised(error: BaseException) -> bool:
     """Whether new credentials may help."""
     if isinstance(error, PermissionError) or http_status(error) in UNAUTHORISED_STATUS:
         return True
-    return _code(error) in UNAUTHORISED_CODES
+    # All that gcsfs leaves of a 403.
+    if type(error) is OSError and str(error).startswith("Forbidden"):
+        return True
+    return _code(error) in UNAUTHORISED_CODES or bool(_class_names(error) & UNAUTHORISED_CLASSES)
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether a conditional create failed since the key is there.
+
+    Stores that name no condition in the answer's body reach us as a plain EINVAL, and a library's tidying up after
+    the conflict may fail in turn and stand in front of it.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, FileExistsError) or http_status(seen) == 412:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def http_status(error: BaseException) -> int | None:
@@ -85,6 +110,10 @@ def _code(error: BaseException) -> str:
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
     return ""
+
+
+def _class_names(error: BaseException) -> set[str]:
+    return {f"{c.__module__}.{c.__qualname__}" for e in _chain(error) for c in type(e).__mro__}
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -17,7 +17,7 @@ import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
 from batchrun.errors import OutputError, StorageError
-from batchrun.storage.faults import is_transient, is_unauthorised, one_line
+from batchrun.storage.faults import http_status, is_transient, is_unauthorised, one_line
 from batchrun.storage.local import LocalStore
 from batchrun.storage.remote import remote_store
 from batchrun.storage.store import Data, NotFound, Store, Unconditional
@@ -146,8 +146,9 @@ class Folder:
         except (Unconditional, NotFound):
             raise
         except Exception as error:
-            # Built-in errors but OSError are bugs of the program, and stay what they are.
-            if isinstance(error, OSError) or type(error).__module__ != "builtins":
+            # Other built-in errors are bugs of the program, and stay what they are. gcsfs has ValueError for a
+            # bad request.
+            if isinstance(error, OSError | ValueError) or type(error).__module__ != "builtins":
                 raise self._explained(error, key) from error
             raise
 
@@ -163,7 +164,7 @@ class Folder:
             return StorageError(
                 f"access denied ({what})", where, "check the credentials and what they may do"
             )
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or http_status(error) == 404:
             return StorageError(
                 f"no such bucket or folder ({what})", where, "create it, or correct output.path"
             )

@@ -1,0 +1,116 @@
+"""Hostile templates, and hostile data in honest ones: a row's error, soon, and nothing else."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import pytest
+
+from batchrun.errors import FaultCode, RowFault
+from batchrun.prompt.template import RowTemplate
+
+
+def render(source: str, **row: Any) -> str | RowFault:
+    return RowTemplate(source, "prompt.template").render(row)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ ''|attr('__class__') }}",
+        "{{ text.__class__.__mro__[1].__subclasses__() }}",
+        "{{ '{0.__class__}'.format(text) }}",
+        "{{ ('{0.__class__}'|attr('format'))(text) }}",
+        "{{ range.__globals__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ self._TemplateReference__context.environment }}",
+        "{{ [].append.__self__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ tags.append(1) }}",
+        "{{ text|map('attr', '__class__')|first }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}{{ os }}",
+        "{% extends '/etc/passwd' %}",
+        "{{ open('/etc/passwd').read() }}",
+    ],
+)
+def test_no_template_reaches_python_or_a_file(source: str) -> None:
+    answer = render(source, text="x", tags=[1])
+    assert isinstance(answer, RowFault)
+    assert answer.code is FaultCode.TEMPLATE_ERROR
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10**9 }}",
+        "{{ 10**9 * 'a' }}",
+        "{{ [text] * 10**9 }}",
+        "{{ 'a' * n }}",
+        "{{ 2**(10**9) }}",
+        "{{ 9**(9**9) }}",
+        "{% for i in range(n) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ loop.last }}{% endfor %}{% endfor %}",
+        "{% for i in range(90000) %}{{ big }}{% endfor %}",
+        "{% macro f(k) %}{{ f(k - 1) ~ f(k - 1) if k else '' }}{% endmacro %}{{ f(60) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% set s = namespace(x='ab') %}{% for i in range(99) %}{% set s.x = s.x + s.x %}{% endfor %}",
+        "{% set s = namespace(x='ab') %}{% for i in range(99) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
+        "{% set s = namespace(x='ab') %}{% for i in range(99) %}{% set s.x = [s.x, s.x]|join %}{% endfor %}",
+        "{% set s = namespace(x=9) %}{% for i in range(99) %}{% set s.x = s.x * s.x %}{% endfor %}{{ s.x }}",
+        "{{ text|center(10**9) }}",
+        "{{ text.center(10**9) }}",
+        "{{ text.ljust(n) }}",
+        "{{ 'a\n'|indent(10**9) }}",
+        "{{ big|replace('b', big) }}",
+        "{{ big.replace('b', big) }}",
+        "{{ big.join(big) }}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ '%*d' % (n, 1) }}",
+        "{{ '%999999999d'|format(1) }}",
+        "{{ '{:999999999}'.format(1) }}",
+        "{{ '{:{w}}'.format(1, w=n) }}",
+        "{{ [1]|batch(10**9, 1)|list }}",
+    ],
+)
+def test_no_template_costs_more_than_a_row_may(source: str) -> None:
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    answer = render(source, text="x", n=10**9, big="b" * (1 << 20))
+    assert isinstance(answer, RowFault)
+    assert answer.code is FaultCode.TEMPLATE_ERROR
+    assert time.process_time() - started < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 << 10  # KiB
+
+
+def test_what_honest_templates_do_is_untouched() -> None:
+    row = {"text": "a b", "tags": ["x", "y"], "n": 1_234_567_890, "place": {"x": 1}}
+    assert render("{{ '{:,}'.format(n) }} {{ '%05.1f' % 2.25 }} {{ '{:*^7}'.format('ab') }}", **row) == (
+        "1,234,567,890 002.2 **ab***"
+    )
+    assert render("{% for t in tags %}{{ loop.index }}/{{ loop.length }}{{ t }}{{ '' if loop.last else ',' }}{% endfor %}", **row) == "1/2x,2/2y"  # fmt: skip # noqa: E501
+    assert (
+        render("{{ text ~ n ~ tags|join('-') }} {{ text|upper|replace('A', 'C') }}", **row)
+        == "a b1234567890x-y C B"
+    )
+    assert render("{{ text|center(9) }}|{{ 'ab' * 3 }}|{{ n * n }}|{{ 2**10 }}|{{ tags + [1] }}", **row) == (
+        f"   a b   |ababab|{1_234_567_890**2}|1024|['x', 'y', 1]"
+    )
+    assert render("{% for k, v in place.items() %}{{ k }}{{ v }}{% else %}none{% endfor %}", **row) == "x1"
+    assert (
+        render(
+            "{% for t in tags if t != 'x' %}{{ t }}{% endfor %}{% for t in [] %}{% else %}no{% endfor %}",
+            **row,
+        )
+        == "yno"
+    )
+    assert render("{{ tags|map('upper')|join }}{{ tags|tojson }}{{ tags|batch(1)|list }}", **row) == (
+        """XY["x", "y"][['x'], ['y']]"""
+    )
+    assert render("{% for i in range(50000) %}x{% endfor %}", **row) == "x" * 50_000
+    assert render("{% for x in [[1,[2]]] recursive %}{{ x if x is number else loop(x) }}{% endfor %}") == "12"
