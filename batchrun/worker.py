@@ -203,11 +203,16 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
 
 def examine(order: WorkOrder, task: Task) -> list[int]:
     """Proves that this worker can load the engine; the rows of the partition that nothing durable is there of."""
-    attempt = order.attempt(task.partition)
-    if attempt.open():
-        return []
-    _engine_for(_texts_for(order).engine).load()
-    return attempt.missing.tolist()
+    tally = Tally(order.run, task.partition.index)
+    _running[id(tally)] = tally
+    try:
+        attempt = order.attempt(task.partition)
+        if attempt.open():
+            return []
+        _engine_for(_texts_for(order).engine).load()
+        return attempt.missing.tolist()
+    finally:
+        del _running[id(tally)]
 
 
 def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:

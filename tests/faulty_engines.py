@@ -46,10 +46,10 @@ class NotedEngine(EchoEngine):
 
 
 class EngineKiller(NotedEngine):
-    """Row 5 kills the engine."""
+    """Row 1 kills the engine."""
 
     def answer(self, request: Request) -> Completion:
-        if text_of(request).startswith("row 5 "):
+        if text_of(request).startswith("row 1 "):
             self.kill()
         return super().answer(request)
 
@@ -58,7 +58,7 @@ class EngineKiller(NotedEngine):
 
 
 class WorkerKiller(EngineKiller):
-    """Row 5 kills the worker, and the engine with it."""
+    """Row 1 kills the worker, and the engine with it."""
 
     def kill(self) -> None:
         os.kill(os.getppid(), signal.SIGKILL)

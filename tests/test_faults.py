@@ -74,19 +74,22 @@ def setting(tmp_path, tiny_llama, cluster, request):
         shutil.rmtree(Path(tempfile.gettempdir()) / f"batchrun-notes-{one.name}", ignore_errors=True)
 
 
-@pytest.mark.parametrize("engine", ["EngineKiller", "WorkerKiller"])
-def test_a_row_that_kills_its_engine_or_worker_is_its_own_error_and_all_others_complete(setting, engine):
-    # Small, since a worker takes seconds to come back: tests/test_suspects.py bisects thousands.
-    one = setting(engine, rows=8, row_group=4, output={"rows_per_part": 4})
+# Few rows for the worker, which takes seconds to come back: tests/test_suspects.py bisects thousands.
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("engine", "part"), [("EngineKiller", 4), ("WorkerKiller", 1)])
+def test_a_row_that_kills_its_engine_or_worker_is_its_own_error_and_all_others_complete(
+    setting, engine, part
+):
+    one = setting(engine, rows=2 * part, row_group=part, output={"rows_per_part": part})
     result = one.run()
     assert (result.exit_code, result.errors) == (ExitCode.FAILED_ROWS, {"WORKER_CRASH": 1})
-    one.check({5: "WORKER_CRASH"})
+    one.check({1: "WORKER_CRASH"})
     # A death before which other rows got done is free, so that there may be one for each of the neighbours.
-    deaths = STRIKES + 2 + STRIKES + 3
-    assert len(one.processes) <= deaths + 1
-    # A death costs no more than the rows that were in the engine, eight of them.
+    deaths = STRIKES + (part - 1).bit_length() + STRIKES + part - 1
+    assert len(one.processes) <= deaths + 2
+    # A death costs no more than the rows that were in the engine.
     asked = sum(len(lines) for lines in one.processes)
-    assert asked <= 8 + deaths * 8
+    assert asked <= 2 * part * (deaths + 1)
 
 
 def test_an_engine_that_cannot_be_loaded_is_a_clear_error_and_no_rows_fault(setting):
