@@ -135,7 +135,8 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str, str]]:
         yield "padding efficiency", f"{real / computed:.1%}", "computed tokens that were no padding"
     cost = facts.cost
     if cost is not None:
-        yield "money", f"{cost:,.2f}", f"at {facts.runs[-1].price_per_gpu_hour:,.2f} per GPU and hour"
+        price = [run.price_per_gpu_hour for run in facts.runs if run.price_per_gpu_hour is not None][-1]
+        yield "money", f"{cost:,.2f}", f"at {price:,.2f} per GPU and hour"
         if generated:
             yield (
                 "per million tokens",

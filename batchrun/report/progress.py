@@ -121,10 +121,10 @@ class Rates:
         while len(self._recent) > 2 and now.seconds - self._recent[1].seconds > RATE_WINDOW:
             self._recent.popleft()
         if not self._trend:
-            self._trend.append((now.seconds, 0))
-        elif tokens and len(self._trend) == 1:
-            self._trend[0] = (self._began(now), 0)
-        if tokens:
+            self._trend.append((now.seconds, tokens))
+        elif tokens:
+            if len(self._trend) == 1 and not self._trend[0][1]:
+                self._trend[0] = (self._began(now), 0)
             self._trend.append((now.seconds, tokens))
         while len(self._trend) > 2 and now.seconds - self._trend[1][0] > max(
             2 * RATE_WINDOW, now.seconds / 4
