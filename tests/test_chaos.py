@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from chaos.schedule import EVENTS, REQUEST_FAULTS, events, verdict
 
 from jobs import environment
 
@@ -31,10 +32,7 @@ def test_a_storm_of_faults_leaves_an_exact_output_and_few_rows_generated_twice(t
     assert found["rows"] <= found["requests"] <= found["allowed"]
 
 
-def test_the_same_seed_gives_the_same_faults(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from tests.chaos.schedule import EVENTS, REQUEST_FAULTS, events, verdict
-
+def test_the_same_seed_gives_the_same_faults():
     kinds = [*EVENTS, *REQUEST_FAULTS]
 
     def schedule(seed: str, only: list[str]) -> list[object]:

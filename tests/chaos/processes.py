@@ -17,9 +17,9 @@ import psutil
 TESTS = Path(__file__).parents[1]
 SLOTS = 2
 # As Dask's own configuration names them. A worker that is paused for longer has lost its partitions.
-TTL = 5.0
+TTL = 15.0
 DASK = {
-    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": f"{TTL}s",
+    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": f"{TTL:.0f}s",
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
 }
 REVIVAL = 1.0  # seconds that a dead worker or scheduler stays away
@@ -60,14 +60,20 @@ class Cluster:
         self.address = f"tcp://127.0.0.1:{free_port()}"
         self.folder, self.env = folder, env
         self.scheduler = self._start_scheduler()
-        self.workers = [self._start_worker() for _ in range(workers)]
+        self.workers = [self._start_worker(self.address) for _ in range(workers)]
         self._gone: dict[int, float] = {}
 
     def mend(self) -> None:
         """Starts again what has been dead for a moment."""
         if self._away(self.scheduler):
             self.scheduler = self._start_scheduler()
-        self.workers = [self._start_worker() if self._away(worker) else worker for worker in self.workers]
+        for i, worker in enumerate(self.workers):
+            if self._away(worker):
+                self.workers[i] = self._start_worker(self.address)
+
+    def add_worker(self, address: str) -> None:
+        """One more, which reaches the scheduler under another address."""
+        self.workers.append(self._start_worker(address))
 
     def stop(self) -> None:
         for process in [*self.workers, self.scheduler]:
@@ -83,9 +89,9 @@ class Cluster:
         host, port = self.address.removeprefix("tcp://").split(":")
         return self._start("scheduler", "--host", host, "--port", port, "--no-dashboard")
 
-    def _start_worker(self) -> subprocess.Popen[bytes]:
+    def _start_worker(self, address: str) -> subprocess.Popen[bytes]:
         own = ["--no-nanny", "--nthreads", str(SLOTS), "--no-dashboard", "--death-timeout", "60"]
-        return self._start("worker", self.address, "--host", "127.0.0.1", *own)
+        return self._start("worker", address, "--host", "127.0.0.1", *own)
 
     def _start(self, what: str, *words: str) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{what}.log", "ab") as log:
