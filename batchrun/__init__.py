@@ -8,11 +8,17 @@ if TYPE_CHECKING:
     from batchrun.driver import run
     from batchrun.job import Job
     from batchrun.report.result import RunResult
+    from batchrun.retrying import retry
 
-__all__ = ["Job", "RunResult", "__version__", "run"]
+__all__ = ["Job", "RunResult", "__version__", "retry", "run"]
 __version__ = "0.1.0"
 
-_HOMES = {"run": "batchrun.driver", "Job": "batchrun.job", "RunResult": "batchrun.report.result"}
+_HOMES = {
+    "run": "batchrun.driver",
+    "retry": "batchrun.retrying",
+    "Job": "batchrun.job",
+    "RunResult": "batchrun.report.result",
+}
 
 
 def __getattr__(name: str) -> Any:

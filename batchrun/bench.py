@@ -9,7 +9,7 @@ import copy
 import pkgutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,9 +19,17 @@ import transformers
 
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.protocol import EngineSpec, EngineStats, Request
-from batchrun.errors import EngineError, JobError, ModelError, RowFault
+from batchrun.errors import EngineError, JobError, ModelError
+from batchrun.estimate.cost import Observation, Throughput
+from batchrun.estimate.records import device_name, remember
+from batchrun.estimate.sample import sample
 from batchrun.job import Job
-from batchrun.prepare import all_rows, prepare
+from batchrun.prepare import prepare
+
+# Rows without a word from the user: enough to fill a GPU, and few enough for minutes on a CPU.
+GPU_ROWS, CPU_ROWS = 1000, 100
+# Rows that warm an engine up on a CPU, where nothing is compiled for a shape.
+CPU_WARM_ROWS = 8
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -72,10 +80,10 @@ class Workload:
         prompts = [start + rng.integers(lowest, highest, length).tolist() for length in prompt_lengths]
         return cls(name, prompts, new_lengths)
 
-    def requests(self, other_tokens: int = 0) -> list[Request]:
+    def requests(self, vocabulary: int, other_tokens: int = 0) -> list[Request]:
         """`other_tokens` makes prompts that share nothing with those of another number."""
         return [
-            Request(i, np.array(prompt, np.int32) + other_tokens, new, i)
+            Request(i, (np.array(prompt, np.int32) + other_tokens) % vocabulary, new, i)
             for i, (prompt, new) in enumerate(zip(self.prompts, self.new_tokens, strict=True))
         ]
 
@@ -106,7 +114,8 @@ class Ceilings:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One engine's run over a workload, everything warm. `floor_seconds` is what the ceilings allow at best."""
+    """One engine's run over a workload, everything warm. `floor_seconds` is what the ceilings allow at best,
+    `prompt_seconds` what the same rows took with a single new token each."""
 
     engine: str
     workload: str
@@ -116,6 +125,7 @@ class Measured:
     seconds: float
     first_row_seconds: float
     floor_seconds: float
+    prompt_seconds: float
     stats: EngineStats
 
     @property
@@ -130,8 +140,8 @@ class Measured:
 def bench(
     model: str | Path,
     workload: Workload | str,
-    rows: int = 200,
-    engines: Sequence[str] = ("paged", "padded"),
+    rows: int | None = None,
+    engines: Sequence[str] | None = None,
     device: str | None = None,
     dtype: str = "auto",
     options: dict[str, object] | None = None,
@@ -142,23 +152,25 @@ def bench(
     Args:
         model: a name of SHAPES, or a local folder with a config.json (its weights are not read).
         workload: a name of WORKLOADS (then `rows` and `seed` count), or rows of a job.
-        engines: kinds, as in the job file.
+        engines: kinds, as in the job file; by default all on a GPU, and on a CPU the padded one, since the paged
+            one is several times slower there.
         device: a GPU where there is one, by default.
         options: engine settings, as in the job file.
 
     Raises:
         JobError: an unknown workload or engine. ModelError: no such model. EngineError: a row was not answered.
     """
+    device = device or _device()
+    engines = engines or (["padded"] if device == "cpu" else list(BUILT_IN))
     for kind in engines:
         if kind not in BUILT_IN:
             raise JobError(f"no engine {kind!r} to measure", "bench", f"use {', '.join(BUILT_IN)}")
     config = _config(model)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     vocabulary = config.get_text_config().vocab_size
     if isinstance(workload, str):
-        workload = Workload.named(workload, rows, vocabulary, seed)
+        workload = Workload.named(workload, rows or _rows(device), vocabulary, seed)
     ceilings = measure_ceilings(device, getattr(torch, dtype))
     spec = EngineSpec(
         "",
@@ -172,23 +184,44 @@ def bench(
     return [_measure(kind, spec, config, workload, ceilings) for kind in engines]
 
 
-def sample_job(job: Job, rows: int) -> tuple[str, Workload]:
-    """The folder of a job's model, and its first `rows` rows as a workload: each generates all it may.
+def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None = None) -> list[Measured]:
+    """The same with a job's model, engine settings and a sample of its rows, each of which generates all it may.
+
+    What comes of it is remembered on this machine, for `batchrun plan`.
 
     Raises:
         Refused: what a run of the job would be refused for.
     """
     prepared = prepare(job)
-    builder = prepared.texts.builder
-    prompts: list[list[int]] = []
-    for records in all_rows(job, prepared.plan, builder.columns):
-        built = builder.build(records.slice(0, rows - len(prompts)))
-        prompts += [prompt.tolist() for prompt in built if not isinstance(prompt, RowFault)]
-        if len(prompts) >= rows:
-            break
+    sampled = sample(prepared, rows or _rows(_device()))
+    prompts = [prompt.tolist() for prompt in sampled.prompts]
     if not prompts:
-        raise JobError("no row of the job has a prompt", "bench", "check the data and the template")
-    return prepared.model.path, Workload("job", prompts, [job.generation.max_new_tokens] * len(prompts))
+        raise JobError("no sampled row of the job has a prompt", "bench", "check the data and the template")
+    workload = Workload("job", prompts, [job.generation.max_new_tokens] * len(prompts))
+    if engines is None and job.engine.kind in BUILT_IN:
+        engines = [job.engine.kind]
+    options = job.engine.model_dump(exclude={"kind"})
+    results = bench(prepared.model.path, workload, engines=engines, dtype=job.model.dtype, options=options)
+    for result in results:
+        remember(prepared.model.fingerprint, result.engine, None, _throughput(result))
+    return results
+
+
+def _throughput(result: Measured) -> Throughput:
+    rows, tokens = result.rows, result.prompt_tokens
+    seen = [
+        Observation(rows, tokens, rows, result.prompt_seconds),
+        Observation(rows, tokens, result.output_tokens, result.seconds),
+    ]
+    return Throughput(f"a bench of {rows:,} rows", result.engine, device_name(), seen, own_rows=False)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _rows(device: str) -> int:
+    return CPU_ROWS if device == "cpu" else GPU_ROWS
 
 
 def format_results(results: Sequence[Measured]) -> str:
@@ -208,6 +241,10 @@ def format_results(results: Sequence[Measured]) -> str:
     lines.append(
         f"{last.device}, {last.dtype}; " + ", ".join(f"{r.engine}: {r.stats.attention}" for r in results)
     )
+    if last.device == "cpu" and all(r.engine != "paged" for r in results):
+        lines.append(
+            "the paged engine, several times slower on a CPU, was left out; --engine paged measures it"
+        )
     return "\n".join([*lines, *notes])
 
 
@@ -257,9 +294,15 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
         model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
     running = pkgutil.resolve_name(BUILT_IN[kind])(spec, model)
     # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
-    _run(running, workload.requests(other_tokens=1))
+    vocabulary = config.get_text_config().vocab_size
+    warm = workload.requests(vocabulary, other_tokens=1)
+    _run(running, warm if spec.device != "cpu" else warm[:CPU_WARM_ROWS])
+    prompts_alone = [
+        replace(request, max_new_tokens=1) for request in workload.requests(vocabulary, other_tokens=2)
+    ]
+    prompt_seconds, _, _ = _run(running, prompts_alone)
     before = copy.deepcopy(running.stats)
-    seconds, first, counts = _run(running, workload.requests())
+    seconds, first, counts = _run(running, workload.requests(vocabulary))
     if counts != workload.new_tokens:
         raise EngineError("not every row was given as many tokens as asked for", kind, "report this as a bug")
     for name in ("requests", "completions", "prompt_tokens", "output_tokens", "computed_tokens", "batches"):
@@ -268,7 +311,16 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
     floor = floor_seconds(config, workload, ceilings, dtype.itemsize)
     stats = copy.deepcopy(running.stats)
     return Measured(
-        kind, workload.name, len(counts), prompt_tokens, sum(counts), seconds, first, floor, stats
+        kind,
+        workload.name,
+        len(counts),
+        prompt_tokens,
+        sum(counts),
+        seconds,
+        first,
+        floor,
+        prompt_seconds,
+        stats,
     )
 
 

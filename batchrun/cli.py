@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from batchrun.errors import BatchrunError, ExitCode
+from batchrun.errors import BatchrunError, ExitCode, JobError
 from batchrun.job import OUTPUT_COLUMNS, Job
+from batchrun.limits import parse_duration
+from batchrun.report import logs
 from batchrun.report.redact import Redactor
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from batchrun.report.result import RunResult
 
 app = typer.Typer(
     name="batchrun",
@@ -40,52 +44,94 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the job", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+Address = Annotated[str | None, typer.Option(help="of a running Dask scheduler")]
+Force = Annotated[bool, typer.Option(help="run although another driver seems to be at work")]
+ErrorRate = Annotated[
+    float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this once")
+]
+LogFormat = Literal["text", "json"]
+Logs = Annotated[LogFormat, typer.Option("--log-format", help="of progress and warnings")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 
-@app.command()
-def plan(job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show partitions, rows, bytes and prompt lengths on a sample; writes nothing."""
+@app.command(epilog="Example: batchrun plan job.yaml --trial 60s --gpus 8")
+def plan(
+    job_file: JobFile,
+    overrides: Overrides = [],
+    trial: Annotated[
+        str | None, typer.Option(metavar="TIME", help="try the engine on sampled rows for so long, e.g. 60s")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell how much there is, whether it will work, how long it takes and what it costs, from a sample."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
-        from batchrun.report import summary
-        from batchrun.report.preview import preview
+        from batchrun.report import preview
 
-        found = preview(job)
-        _print(found, summary.plan_lines(found), as_json, redact)
+        found = preview.preview(job, None if trial is None else _seconds(trial), gpus)
+        _print(found, preview.lines(found), as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun run job.yaml --set output.path=s3://lake/answers/2026-01-31/")
 def run(
     job_file: JobFile,
     overrides: Overrides = [],
-    address: Annotated[str | None, typer.Option(help="of a running Dask scheduler")] = None,
-    force: Annotated[bool, typer.Option(help="run although another driver seems to be at work")] = False,
+    address: Address = None,
+    max_error_rate: ErrorRate = None,
+    force: Force = False,
+    log_format: Logs = "text",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Start a job, or go on where an earlier run of it ended."""
-    with _errors(as_json, debug) as redact:
-        if address is not None:
-            overrides = [*overrides, f"cluster.address={json.dumps(address)}"]
-        job = _load(job_file, overrides, redact)
+    with _errors(as_json, debug, log_format) as redact:
+        job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], redact)
         stop = _stop_on_signals()
         from batchrun import driver
-        from batchrun.report import progress, summary
+        from batchrun.report import live
 
-        with progress.show(err) as watch:
+        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
             result = driver.run(job, force=force, stop=stop, watch=watch)
-        if not as_json and result.rows:
-            sample = result.sample(summary.SHOWN_ROWS)
-            out.print(summary.rows_table(sample, _columns_to_show(job, sample)), markup=False)
-        _print(result.to_json(), summary.run_lines(result), as_json, redact)
-        raise typer.Exit(result.exit_code)
+        _end(job, result, as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun retry job.yaml --error PROMPT_TOO_LONG --set prompt.truncate=left")
+def retry(
+    job_file: JobFile,
+    errors: Annotated[
+        list[str],
+        typer.Option("--error", metavar="CODE", help="rows with this error only", show_default=False),
+    ] = [],
+    allow: Annotated[
+        list[str],
+        typer.Option(metavar="KEY", help="a setting that may differ, as prompt.template", show_default=False),
+    ] = [],
+    overrides: Overrides = [],
+    address: Address = None,
+    max_error_rate: ErrorRate = None,
+    force: Force = False,
+    log_format: Logs = "text",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run the failed rows of a complete output again, once their cause is mended."""
+    with _errors(as_json, debug, log_format) as redact:
+        job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], redact)
+        stop = _stop_on_signals()
+        from batchrun import retrying
+        from batchrun.report import live
+
+        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
+            result = retrying.retry(job, errors=errors, allow=allow, force=force, stop=stop, watch=watch)
+        _end(job, result, as_json, redact)
+
+
+@app.command(epilog="Example: batchrun status job.yaml --json")
 def status(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
 ) -> None:
@@ -98,7 +144,26 @@ def status(
         _print(found.to_json(), found.lines(), as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun report job.yaml --out report.html")
+def report(
+    job_file: JobFile,
+    overrides: Overrides = [],
+    out_file: Annotated[
+        Path, typer.Option("--out", help="where to write the page", show_default=True)
+    ] = Path("report.html"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write the report of an output as one HTML page, from the store alone."""
+    with _errors(as_json, debug) as redact:
+        job = _load(job_file, overrides, redact)
+        from batchrun.report import page
+
+        out_file.write_text(redact(page.render(page.Facts.read(job))), encoding="utf-8", errors="replace")
+        _print({"report": str(out_file)}, [f"report: {out_file}"], as_json, redact)
+
+
+@app.command(epilog="Example: batchrun verify job.yaml")
 def verify(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
 ) -> None:
@@ -112,7 +177,7 @@ def verify(
         raise typer.Exit(found.exit_code)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun clean job.yaml --all")
 def clean(
     job_file: JobFile,
     overrides: Overrides = [],
@@ -131,7 +196,7 @@ def clean(
         _print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"], as_json, redact)
 
 
-@app.command()
+@app.command(epilog="Example: batchrun bench --model tiny --workload extract --rows 20 --engine padded")
 def bench(
     job_file: Annotated[Path | None, typer.Argument(help="take model and rows from this job")] = None,
     overrides: Overrides = [],
@@ -139,11 +204,15 @@ def bench(
         str, typer.Option(help="a known shape (qwen3-0.6b, llama-8b, tiny) or a folder")
     ] = "tiny",
     workload: Annotated[str, typer.Option(help="summarise, extract or write")] = "extract",
-    rows: Annotated[int, typer.Option(min=1, help="rows to run")] = 200,
-    engines: Annotated[list[str], typer.Option("--engine", help="paged, padded; both by default")] = [
-        "paged",
-        "padded",
-    ],
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="rows to run", show_default="1000 on a GPU, 100 on a CPU")
+    ] = None,
+    engines: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine", help="paged, padded", show_default="the job's; both on a GPU, padded on a CPU"
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -154,18 +223,70 @@ def bench(
         if job_file is None:
             results = benchmark.bench(model, workload, rows, engines)
         else:
-            job = _load(job_file, overrides, redact)
-            folder, sample = benchmark.sample_job(job, rows)
-            options = job.engine.model_dump(exclude={"kind"})
-            results = benchmark.bench(folder, sample, engines=engines, dtype=job.model.dtype, options=options)
+            results = benchmark.bench_job(_load(job_file, overrides, redact), rows, engines)
         values = [asdict(result) for result in results]
         _print({"results": values}, benchmark.format_results(results).splitlines(), as_json, redact)
+
+
+def _for_this_run(address: str | None, max_error_rate: float | None) -> list[str]:
+    values = {"cluster.address": address, "limits.max_error_rate": max_error_rate}
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+
+
+def _end(job: Job, result: RunResult, as_json: bool, redact: Redactor) -> None:
+    from batchrun.report import summary
+
+    if not as_json and result.rows:
+        sample = result.sample(summary.SHOWN_ROWS)
+        out.print(summary.rows_table(sample, _columns_to_show(job, sample)), markup=False)
+    _print(result.to_json(), summary.run_lines(result), as_json, redact)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command(epilog="Example: batchrun init s3://lake/reviews/ --model org/name --out job.yaml")
+def init(
+    dataset: Annotated[str, typer.Argument(help="Parquet: a file, folder, glob or URL", show_default=False)],
+    job_file: Annotated[Path, typer.Option("--out", help="the job file to write")] = Path("job.yaml"),
+    model: Annotated[str | None, typer.Option(help="hub id, folder or URL", show_default=False)] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented job file for a dataset."""
+    with _errors(as_json, debug) as redact:
+        from batchrun import init as starter
+
+        written = starter.init(dataset, job_file, model or starter.MODEL)
+        lines = [
+            f"wrote {' and '.join(map(str, written))}",
+            f"next: look it over, then `batchrun plan {job_file}`",
+        ]
+        _print({"written": [str(path) for path in written]}, lines, as_json, redact)
+
+
+@app.command(epilog="Example: batchrun schema > job.schema.json")
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="a reference for people")] = False,
+) -> None:
+    """Print the JSON Schema of a job file, for editors, or a reference of its keys."""
+    from batchrun import schema as description
+
+    if markdown:
+        print(description.markdown(), end="")
+    else:
+        print(json.dumps(description.json_schema(), indent=1))
 
 
 def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
     job = Job.load(job_file, overrides)
     redact.add(job.secrets())
     return job
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(text).total_seconds()
+    except ValueError as error:
+        raise JobError(str(error), "--trial", "write --trial 60s") from None
 
 
 def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
@@ -180,43 +301,51 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
     return [*(asked or carried)[:2], *answer]
 
 
-def _print(value: dict[str, Any], lines: list[str], as_json: bool, redact: Redactor) -> None:
+def _print(value: dict[str, Any], lines: Sequence[RenderableType], as_json: bool, redact: Redactor) -> None:
     if as_json:
         print(redact(json.dumps(value)))
     else:
         for line in lines:
-            out.print(redact(line), markup=False, highlight=False, soft_wrap=True)
+            shown = redact(line) if isinstance(line, str) else line
+            out.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _errors(as_json: bool, debug: bool) -> Iterator[Redactor]:
+def _errors(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Iterator[Redactor]:
     """One line for a person, an exit code for a scheduler, and no secret in either."""
     redact = Redactor()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(redact.filter_record)
+    logs.configure(log_format, redact)
     try:
         yield redact
     except typer.Exit:
         raise
     except (BatchrunError, KeyboardInterrupt) as error:
-        if debug:
-            err.print(redact(traceback.format_exc()), markup=False, highlight=False)
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERRUPTED
-        text = redact(str(error) or "stopped")
-        if as_json:
-            print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
-        err.print(f"error: {text}", markup=False, highlight=False)
-        raise typer.Exit(code) from None
+        _fail(redact(str(error) or "stopped"), code, as_json, debug, log_format, redact)
     except Exception as error:
-        if debug:
-            err.print(redact(traceback.format_exc()), markup=False, highlight=False)
         text = redact(f"{type(error).__name__}: {error}".splitlines()[0])
-        if as_json:
-            print(json.dumps({"status": "failed", "exit_code": int(ExitCode.FAILED), "error": text}))
         hint = "" if debug else "; add --debug for the traceback"
-        err.print(f"error: unexpected {text}{hint}", markup=False, highlight=False)
-        raise typer.Exit(ExitCode.FAILED) from None
+        _fail(text, ExitCode.FAILED, as_json, debug, log_format, redact, f"unexpected {text}{hint}")
+
+
+def _fail(
+    text: str,
+    code: ExitCode,
+    as_json: bool,
+    debug: bool,
+    log_format: LogFormat,
+    redact: Redactor,
+    shown: str | None = None,
+) -> NoReturn:
+    if debug:
+        err.print(redact(traceback.format_exc()), markup=False, highlight=False)
+    if as_json:
+        print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
+    if log_format == "json":
+        logs.log.error("%s", shown or text, extra={"fields": {"event": "end", "exit_code": int(code)}})
+    else:
+        err.print(f"error: {shown or text}", markup=False, highlight=False)
+    raise typer.Exit(code) from None
 
 
 def _stop_on_signals() -> threading.Event:
@@ -231,7 +360,13 @@ def _stop_on_signals() -> threading.Event:
         if stop.is_set():
             os._exit(ExitCode.INTERRUPTED)
         stop.set()
-        os.write(2, b"stopping: staging what is finished; once more to stop at once\n")
+        text = "stopping: staging what is finished; once more to stop at once"
+        if not err.is_terminal:
+            os.write(2, f"{text}\n".encode())
+            return
+        # Above the live view, which has put itself in stderr's place; it may be amid a write of its own.
+        with suppress(RuntimeError):
+            print(text, file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)

@@ -1,56 +1,32 @@
-"""A plan onto Dask: the window in flight, progress, retries, the circuit breaker, the manifest."""
+"""One run from start to end: prepare, pin, lease, dispatch, manifest."""
 
 from __future__ import annotations
 
 import logging
-import math
-import queue
 import threading
 import time
-import uuid
-from collections import deque
 from contextlib import ExitStack
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distributed import Client, Future
+from distributed import Client
 
 from batchrun.cluster import connect
-from batchrun.dataset.plan import Plan, difference
-from batchrun.engine.protocol import EngineStats
-from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
+from batchrun.dataset.plan import difference, joined
+from batchrun.dispatch import Dispatch
 from batchrun.job import Job
-from batchrun.output import identity, manifest, state
-from batchrun.output.attempt import Receipt
-from batchrun.output.layout import PLAN
+from batchrun.limits import Limits
+from batchrun.output import failed, identity, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
-from batchrun.prepare import Prepared, prepare
-from batchrun.report.progress import Progress, Watch, silent
+from batchrun.prepare import Prepared, places_of, prepare
+from batchrun.report import record
+from batchrun.report.observe import observed
+from batchrun.report.progress import Watch, silent
 from batchrun.report.result import RunResult
-from batchrun.storage import NotFound
-from batchrun.worker import (
-    EXAMPLES,
-    BatchrunPlugin,
-    Tally,
-    Task,
-    TaskReceipt,
-    WorkOrder,
-    request_stop,
-    run_partitions,
-)
 
 log = logging.getLogger(__name__)
-
-WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
-POLL = 1.0  # seconds between two looks at the workers' counters
-TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
-STRIKES = 3  # attempts in a row that staged nothing new before a partition is given up
-REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
-RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
-DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 
 
 def run(
@@ -72,7 +48,7 @@ def run(
 
     Raises:
         Refused: before anything was generated: a bad job, input, model or destination, or changed ones.
-        Interrupted: stopped on the way; the same call goes on from there.
+        Interrupted: stopped on the way, by `stop` or one of the job's limits; the same call goes on from there.
         TooManyFaults: more than `limits.max_error_rate` of the rows failed.
         BatchrunError: anything else that ended the run; it can be resumed.
     """
@@ -80,22 +56,50 @@ def run(
     prepared = prepare(job if isinstance(job, Job) else Job.load(job))
     done = _finished(prepared)
     if done is not None:
-        return _result(prepared, done, time.monotonic() - started)
+        return result(prepared, done, time.monotonic() - started)
     folder = prepared.folder
     if not folder.probe():
         log.warning(
             "%s ignores conditional puts: two drivers at once may write a part twice, alike", folder.name
         )
-    with Lease(folder, force=force), ExitStack() as stack:
+    with Lease(folder, force=force):
         _pin(prepared)
-        dispatch = Dispatch(prepared, stop or threading.Event(), watch)
+        dispatch = Dispatch(prepared, _uncommitted(prepared), stop or threading.Event(), watch)
+        done = finish(prepared, dispatch, client)
+    return result(prepared, done, time.monotonic() - started, dispatch)
+
+
+def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Manifest:
+    """Works off what the dispatch has to do, and writes what stands beside the parts, the manifest last."""
+    with ExitStack() as stack:
         if dispatch.todo:
-            if client is None:
-                client = stack.enter_context(connect(prepared.job.cluster))
-            dispatch.execute(client)
-        rows = [partition.rows for partition in prepared.plan.partitions]
-        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows, dispatch.receipts)
-    return _result(prepared, done, time.monotonic() - started, dispatch)
+            watch = stack.enter_context(observed(prepared, dispatch.order.run, dispatch.watch))
+            earlier = sum(past.worker_seconds for past in record.read_all(prepared.folder))
+            limits = Limits(prepared.job, earlier, watch)
+            limits.check(dispatch.rows_committed)
+            dispatch.watch = limits.see
+            dispatch.execute(client or stack.enter_context(connect(prepared.job.cluster)))
+    folder, layout, job, plan = prepared.folder, prepared.layout, prepared.job, prepared.plan
+    pinned = identity.read(folder) or prepared.identity
+    # A retry's parts may be replaced again at the same length: only a run's are what they were for good.
+    receipts = dispatch.receipts if dispatch.order.retry is None else {}
+    if job.output.failed is not None:
+        found, _ = manifest.summaries(folder, layout, receipts)
+
+        def places(index: int) -> Any:
+            partition = plan.partitions[index]
+            return places_of(job, plan.schema, partition, plan.files_of(partition))
+
+        failed.complete(folder, layout, found, job.output, places)
+    rows = [partition.rows for partition in plan.partitions]
+    return manifest.write(folder, layout, pinned.job_hash, rows, receipts, job.output.failed)
+
+
+def _uncommitted(prepared: Prepared) -> dict[int, int]:
+    """Partitions without a part and their rows, in the plans' order."""
+    found = state.scan(prepared.folder, prepared.layout)
+    found.refuse_foreign(prepared.folder)
+    return {i: prepared.plan.partitions[i].rows for i in np.flatnonzero(~found.committed).tolist()}
 
 
 def _finished(prepared: Prepared) -> Manifest | None:
@@ -104,282 +108,37 @@ def _finished(prepared: Prepared) -> Manifest | None:
     Raises:
         ChangedError: the output was made from other inputs or another job.
     """
-    if identity.read(prepared.folder) is None:
+    folder = prepared.folder
+    if identity.read(folder) is None:
         return None
-    _pin(prepared)
-    written = manifest.read(prepared.folder)
-    if written is None or not written.describes(state.scan(prepared.folder, prepared.layout)):
+    _compare(prepared)
+    written = manifest.read(folder)
+    if written is None or written.failed_folder != prepared.job.output.failed:
         return None
-    return written
+    return written if written.describes(state.scan(folder, prepared.layout)) else None
 
 
 def _pin(prepared: Prepared) -> None:
-    folder, plan = prepared.folder, prepared.plan
+    folder = prepared.folder
+    pinned = identity.read(folder)
+    if pinned is not None:
+        _compare(prepared)
+    # The job pins its first plan. A job without a plan would pin an input that nobody can tell any more.
+    plans.add(folder, prepared.plans, max(prepared.known, 0 if pinned is None else 1))
+    _compare(prepared)
+
+
+def _compare(prepared: Prepared) -> None:
+    folder = prepared.folder
 
     def input_changes() -> list[str]:
-        try:
-            return difference(Plan.from_parquet(folder.read(PLAN)), plan)
-        except NotFound:
-            return []
+        stored = plans.read(folder)
+        return difference(joined(stored), prepared.plan) if stored else []
 
-    identity.pin(folder, prepared.identity, input_changes)
-    if not folder.exists(PLAN):
-        folder.put_if_absent(PLAN, plan.to_parquet())
+    identity.pin(folder, prepared.identity, input_changes, [one.identity for one in retry.read(folder)])
 
 
-class Dispatch:
-    """The partitions of one run between storage and Dask: `todo`, `flying`, and what came of them."""
-
-    def __init__(self, prepared: Prepared, stop: threading.Event, watch: Watch) -> None:
-        self.plan, self.job, self.folder = prepared.plan, prepared.job, prepared.folder
-        self.layout = prepared.layout
-        self.order = WorkOrder(
-            run=uuid.uuid4().hex,
-            job=prepared.job,
-            schema=prepared.plan.schema,
-            layout=prepared.layout,
-            job_hash=prepared.identity.job_hash,
-            model_fingerprint=prepared.model.fingerprint,
-        )
-        self.stop, self.watch = stop, watch
-        found = state.scan(self.folder, self.layout)
-        found.refuse_foreign(self.folder)
-        self.todo = deque(np.flatnonzero(~found.committed).tolist())
-        rows = np.array([partition.rows for partition in self.plan.partitions])
-        self.rows_committed = int(rows[found.committed].sum())
-        self.flying: dict[Future, list[int]] = {}
-        self.alone: set[int] = set()  # partitions that share no task any more: one that they shared was lost
-        self.pace = math.inf  # seconds that a partition takes, as of late
-        self.finished: queue.Queue[Future] = queue.Queue()
-        self.strikes: dict[int, tuple[int, int]] = {}  # partition: (attempts without progress, chunks seen)
-        self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
-        self.total = Tally(self.order.run, -1)  # of finished attempts
-        self.engines: dict[tuple[str, int], EngineStats] = {}
-        self.started = time.monotonic()
-
-    def execute(self, client: Client) -> None:
-        """Keeps the window full until every partition is committed."""
-        next_poll = 0.0
-        try:
-            _register(client)
-            while self.todo or self.flying:
-                if self.stop.is_set():
-                    raise Interrupted("stopped")
-                if client.status != "running":
-                    raise ConnectionError("no connection to the Dask scheduler")
-                if time.monotonic() >= next_poll:
-                    workers = self._poll(client)
-                    next_poll = time.monotonic() + POLL
-                self._fill(client, workers)
-                self._settle(POLL / 4)
-        except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
-            # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
-            lost = isinstance(interrupt, OSError | TimeoutError)
-            reason = "lost the Dask scheduler" if lost else "stopped"
-            self._drain(client)
-            raise Interrupted(f"{reason} with {self._safe()}", self.folder.url,
-                              "the same command goes on from there") from None  # fmt: skip
-        except BaseException:
-            self._drain(client)
-            raise
-
-    def _fill(self, client: Client, workers: dict[str, Any]) -> None:
-        slots = sum(worker["nthreads"] for worker in workers.values())
-        window = max(1, math.ceil(WINDOW * slots))
-        while self.todo and len(self.flying) < window:
-            members = self._next(window)
-            partitions = [self.plan.partitions[index] for index in members]
-            future = client.submit(
-                run_partitions,
-                self.order,
-                [Task(partition, self.plan.files_of(partition)) for partition in partitions],
-                TASK_SECONDS,
-                key=f"batchrun-{self.layout.plan_hash[:8]}-{members[0]:05d}-{uuid.uuid4().hex[:8]}",
-                pure=False,
-                retries=0,
-            )
-            self.flying[future] = members
-            future.add_done_callback(self.finished.put)
-
-    def _next(self, window: int) -> list[int]:
-        """The partitions of one task: one as a rule, more of tiny ones, fewer of these again towards the end."""
-        members = [self.todo.popleft()]
-        size = min(TASK_SECONDS / self.pace, len(self.todo) / (2 * window))
-        while len(members) < size and not self.alone.intersection((members[0], self.todo[0])):
-            members.append(self.todo.popleft())
-        return members
-
-    def _settle(self, timeout: float) -> None:
-        """Takes in what finished; waits for the first one, then takes all that is there."""
-        try:
-            future = self.finished.get(timeout=timeout)
-            while True:
-                self._take(future)
-                future = self.finished.get_nowait()
-        except queue.Empty:
-            return
-
-    def _take(self, future: Future) -> None:
-        members = self.flying.pop(future)
-        if future.status == "finished":
-            try:
-                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
-            except (OSError, TimeoutError) as lost:
-                self._lose(members, lost)  # its worker left with the receipts; the parts may well be there
-                return
-            for index, receipt in zip(members, receipts, strict=False):
-                self._book(index, receipt)
-            self._again_alone(members[len(receipts) :])
-            return
-        error = future.exception() if future.status == "error" else None
-        if isinstance(error, (Refused, StorageError, CorruptInput)):
-            raise error
-        self._lose(members, error)
-
-    def _book(self, index: int, receipt: TaskReceipt) -> None:
-        _sum(self.total, receipt.tally)
-        self._see_engine(receipt.worker, receipt.engine)
-        self.strikes.pop(index, None)
-        if receipt.part is None:
-            self.todo.append(index)
-            return
-        self.receipts[index] = receipt.part
-        self.rows_committed += self.plan.partitions[index].rows
-        known = math.isfinite(self.pace)
-        self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
-
-    def _lose(self, members: list[int], error: BaseException | None) -> None:
-        """A lost task that several partitions shared tells nothing of any one of them."""
-        if len(members) > 1:
-            log.warning(
-                "%d partitions lost their task to %s; each goes on by itself", len(members), _one_line(error)
-            )
-            self._again_alone(members)
-        else:
-            self._strike(members[0], error)
-
-    def _again_alone(self, members: list[int]) -> None:
-        self.alone.update(members)
-        self.todo.extend(members)
-
-    def _strike(self, index: int, error: BaseException | None) -> None:
-        """Judges a lost attempt by what it left in storage: one that staged something is submitted again for free.
-
-        Dask's own suspicion blames every task that shared a worker with the guilty one.
-        """
-        strikes, chunks_before = self.strikes.get(index, (0, 0))
-        chunks = len(self.folder.list(self.layout.stage(index)))
-        strikes = 1 if chunks > chunks_before else strikes + 1
-        if strikes >= STRIKES:
-            raise BatchrunError(
-                f"partition {index} failed {STRIKES} times without progress, last with {_one_line(error)}",
-                self.folder.url,
-                "look at the engine's message; the same command tries again",
-            )
-        log.warning("partition %d lost its attempt to %s; it goes on", index, _one_line(error))
-        self.strikes[index] = (strikes, chunks)
-        self.todo.append(index)
-
-    def _poll(self, client: Client) -> dict[str, Any]:
-        """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
-        workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-        flying = {index for members in self.flying.values() for index in members}
-        live = replace(self.total)
-        covered = self.rows_committed
-        for address, worker in workers.items():
-            snapshot = worker["metrics"].get("batchrun") or {"tasks": [], "engines": []}
-            for stats in snapshot["engines"]:
-                self._see_engine(address, EngineStats(**stats))
-            for tally in (Tally(**t) for t in snapshot["tasks"]):
-                if tally.run == self.order.run and tally.partition in flying:
-                    covered += tally.reused + tally.rows
-                    _sum(live, tally)
-        self.watch(
-            Progress(
-                seconds=time.monotonic() - self.started,
-                partitions=self.layout.partitions,
-                partitions_done=self.layout.partitions - len(self.todo) - len(flying),
-                rows=self.plan.rows,
-                rows_done=min(covered, self.plan.rows),
-                rows_failed=live.failed,
-                new_rows=live.rows,
-                prompt_tokens=live.prompt_tokens,
-                output_tokens=live.output_tokens,
-                workers=len(workers),
-            )
-        )
-        self._check_faults(live)
-        return workers
-
-    def _check_faults(self, tally: Tally) -> None:
-        limits = self.job.limits
-        if tally.rows >= limits.error_sample and tally.failed > limits.max_error_rate * tally.rows:
-            examples = "; ".join(tally.examples)
-            raise TooManyFaults(
-                f"{tally.failed:,} of the first {tally.rows:,} rows failed, e.g. {examples}",
-                self.folder.url,
-                "mend the prompt or the model, or raise limits.max_error_rate",
-            )
-
-    def _drain(self, client: Client) -> None:
-        """Lets the tasks in flight stage what they hold, for as long as that should take."""
-        self.todo.clear()
-        if client.status != "running":
-            return
-        client.run(request_stop, self.order.run, wait=False, on_error="ignore")
-        deadline = time.monotonic() + DRAIN
-        while self.flying and time.monotonic() < deadline:
-            try:
-                future = self.finished.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            del self.flying[future]
-        client.cancel(list(self.flying))
-
-    def _safe(self) -> str:
-        found = state.scan(self.folder, self.layout)
-        committed, begun = int(found.committed.sum()), int(found.streaming.sum())
-        return f"{committed:,} of {self.layout.partitions:,} parts committed, {begun} begun"
-
-    def _see_engine(self, worker: str, stats: EngineStats | None) -> None:
-        if stats is None or not stats.pid:  # not loaded yet
-            return
-        key = (worker, stats.pid)
-        if key not in self.engines or self.engines[key].requests <= stats.requests:
-            self.engines[key] = stats
-
-
-def _register(client: Client) -> None:
-    """Hooks the plugin into all workers, now and later. One that dies in the midst of it fails the whole call."""
-    for more in reversed(range(REGISTRATIONS)):
-        try:
-            client.register_plugin(BatchrunPlugin())
-            return
-        except OSError:
-            if client.status != "running" or not more:
-                raise
-
-
-SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]
-
-
-def _sum(into: Tally, tally: Tally) -> None:
-    for name in SUMMED:
-        setattr(into, name, getattr(into, name) + getattr(tally, name))
-    into.examples = (into.examples + tally.examples)[:EXAMPLES]
-
-
-def _one_line(error: BaseException | None) -> str:
-    if error is None:
-        return "a lost worker"
-    return (
-        str(error) if isinstance(error, BatchrunError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    )
-
-
-def _result(
-    prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatch | None = None
-) -> RunResult:
+def result(prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatch | None = None) -> RunResult:
     return RunResult(
         output=prepared.folder.name,
         rows=done.rows,
@@ -389,6 +148,7 @@ def _result(
         prompt_tokens=done.prompt_tokens,
         output_tokens=done.output_tokens,
         errors=done.errors,
+        examples=done.examples,
         seconds=seconds,
         requests=dispatch.total.requests if dispatch else 0,
         reused=dispatch.total.reused if dispatch else 0,

@@ -87,6 +87,10 @@ class EngineDied(EngineError):
     """The engine's process ended by itself (a crash, a kill). A new one may go on from the staged rows."""
 
 
+class EngineNotLoaded(EngineError):
+    """The engine's process failed or ended before its model was loaded: never a row's fault."""
+
+
 class TooManyFaults(BatchrunError):
     """The circuit breaker: too large a share of the first rows failed, so the job itself is likely wrong."""
 
@@ -108,6 +112,7 @@ class FaultCode(StrEnum):
     INPUT_CORRUPT = "INPUT_CORRUPT"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     BAD_LOGITS = "BAD_LOGITS"
+    REPEATED_TOKEN = "REPEATED_TOKEN"
     WORKER_CRASH = "WORKER_CRASH"
 
 

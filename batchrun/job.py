@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from batchrun.errors import JobError
+from batchrun.limits import parse_deadline
 
 # Values of storage options that may be shown: everything else there is taken for a secret.
 HARMLESS_OPTIONS = {"anon", "endpoint_url", "region", "region_name", "use_ssl", "account_name", "project"}
@@ -35,18 +37,29 @@ class InputSettings(Settings):
         None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]"
     )
     limit: int | None = Field(None, ge=1, description="the first so many rows only")
+    since: Literal["last"] | None = Field(
+        None, description="last: only files that no earlier run into this output took"
+    )
     cast: dict[str, str] = Field(default_factory=dict, description="column: type, where files differ")
     skip_bad_files: bool = Field(False, description="leave unreadable files out, recorded in the plan")
-    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="fsspec's options for the input; never written anywhere"
+    )
 
     @property
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else self.path
 
+    @model_validator(mode="after")
+    def _no_limit_on_growth(self) -> Self:
+        if self.since is not None and self.limit is not None:
+            raise ValueError("limit leaves rows of taken files out for ever; use it without since")
+        return self
+
 
 class Message(Settings):
-    role: str
-    content: str
+    role: str = Field(description="system, user or assistant, as the chat template knows them")
+    content: str = Field(description="Jinja text over the row's columns")
 
 
 class PromptSettings(Settings):
@@ -69,23 +82,36 @@ class PromptSettings(Settings):
 
 class ModelSettings(Settings):
     name: str = Field(description="hub id, local folder, or fsspec URL of a folder")
-    revision: str | None = None
+    revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
     tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the weights; auto is float32 on a CPU, half precision on a GPU"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     allow_pickle: bool = Field(False, description="load weights from pickle files, which can run code")
-    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="fsspec's options for the model; never written anywhere"
+    )
 
 
 class GenerationSettings(Settings):
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(
+        256, ge=1, description="an answer is cut there; also what a row's room is for"
+    )
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this share")
+    top_k: int = Field(0, ge=0, description="sample from so many likeliest tokens; 0 is all")
+    min_p: float = Field(0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="above 1, tokens that were there are less likely"
+    )
     stop: list[str] = Field(default_factory=list, description="texts that end an answer; not part of it")
-    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
+    seed: int = Field(
+        0,
+        ge=-(1 << 63),
+        lt=1 << 63,
+        description="with a row's place and the position it decides the sampling",
+    )
 
     @field_validator("stop")
     @classmethod
@@ -123,13 +149,24 @@ class OutputSettings(Settings):
     columns: dict[str, str] = Field(
         default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}"
     )
+    failed: str | None = Field(
+        None, description="a folder beside data/: the failed rows alone, each with its place in the input"
+    )
     rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
     bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
-    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
-    flush_rows: int = Field(2048, ge=1, description="finished rows are staged after so many of them,")
-    flush_bytes: int = Field(16 << 20, ge=1, description="so many bytes of them,")
-    flush_seconds: float = Field(15.0, gt=0, description="or so many seconds, whichever comes first")
-    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="of the parts")
+    flush_rows: int = Field(2048, ge=1, description="finished rows are staged once there are so many")
+    flush_bytes: int = Field(
+        16 << 20, ge=1, description="finished rows are staged once they have so many bytes"
+    )
+    flush_seconds: float = Field(
+        15.0, gt=0, description="finished rows are staged after so many seconds at the latest"
+    )
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict,
+        repr=False,
+        description="fsspec's options for the output; never written anywhere",
+    )
 
     @field_validator("columns")
     @classmethod
@@ -139,6 +176,13 @@ class OutputSettings(Settings):
                 raise ValueError(f"{name!r} is no output column{nearest(name, OUTPUT_COLUMNS)}")
         return columns
 
+    @field_validator("failed")
+    @classmethod
+    def _folder_of_its_own(cls, failed: str | None) -> str | None:
+        if failed is not None and (failed in ("data", "_job") or not re.fullmatch(r"\w[\w.-]*", failed)):
+            raise ValueError("give the name of a folder beside data/ and _job/, such as failed")
+        return failed
+
     def column(self, name: str) -> str:
         """The name that the output column `name` (one of OUTPUT_COLUMNS) has in this job."""
         return self.columns.get(name, name)
@@ -146,27 +190,88 @@ class OutputSettings(Settings):
 
 class ClusterSettings(Settings):
     address: str | None = Field(None, description="of a running Dask scheduler; a local cluster by default")
-    workers: int | None = Field(None, ge=1, description="local: processes; one per GPU, or one, by default")
+    workers: int | None = Field(
+        None, ge=1, description="how many; one per GPU of this machine, or one, by default"
+    )
     slots: int = Field(2, ge=1, description="partitions at once on a worker")
     memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0, description="what an hour of one worker (one GPU) costs, in any currency"
+    )
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="where the driver serves Prometheus metrics of the run and all workers",
+    )
+    slurm: dict[str, Any] | None = Field(
+        None, description="workers as Slurm jobs: options of dask-jobqueue's SLURMCluster"
+    )
+    kubernetes: dict[str, Any] | None = Field(
+        None, description="workers as pods: image, name, namespace, resources, env, pod"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if sum(place is not None for place in (self.address, self.slurm, self.kubernetes)) > 1:
+            raise ValueError("give at most one of address, slurm, kubernetes")
+        return self
 
 
 class LimitSettings(Settings):
     max_error_rate: float = Field(0.2, ge=0, le=1, description="share of failed rows that stops the job")
     error_sample: int = Field(1000, ge=1, description="rows seen before that share counts")
+    stall_seconds: float = Field(
+        900, gt=0, description="without any progress of a partition before its worker is restarted"
+    )
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        description="stop, resumable, once all runs of this output together have cost so much: hours of workers "
+        "times cluster.price_per_gpu_hour",
+    )
+    deadline: str | None = Field(
+        None,
+        description="stop, resumable, at this time: ISO 8601 (local without an offset), or a duration from the "
+        "start of the run such as 6h or 1h30m",
+    )
+    max_rows: int | None = Field(
+        None,
+        ge=1,
+        description="stop, resumable, once so many rows of the output are done; a few more may be by then",
+    )
+
+    @field_validator("deadline")
+    @classmethod
+    def _a_time(cls, deadline: str | None) -> str | None:
+        if deadline is not None:
+            parse_deadline(deadline, datetime.now().astimezone())
+        return deadline
 
 
 class Job(Settings):
     """One job file. Build it with `Job.load(path)` or from keyword arguments."""
 
-    input: InputSettings
-    prompt: PromptSettings
-    model: ModelSettings
-    generation: GenerationSettings = GenerationSettings()
-    engine: EngineSettings = EngineSettings()
-    output: OutputSettings
-    cluster: ClusterSettings = ClusterSettings()
-    limits: LimitSettings = LimitSettings()
+    input: InputSettings = Field(description="which Parquet data, and which of its rows and columns")
+    prompt: PromptSettings = Field(
+        description="how a row becomes a prompt: exactly one of template, messages, column"
+    )
+    model: ModelSettings = Field(description="which model and tokenizer")
+    generation: GenerationSettings = Field(
+        GenerationSettings(), description="how tokens are chosen, in transformers' own words"
+    )
+    engine: EngineSettings = Field(
+        EngineSettings(), description="what runs the model, and its budgets; decides no answer"
+    )
+    output: OutputSettings = Field(description="where the answers go, and how they are cut and staged")
+    cluster: ClusterSettings = Field(ClusterSettings(), description="what it runs on")
+    limits: LimitSettings = Field(LimitSettings(), description="when a run stops by itself")
+
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        if self.limits.max_cost is not None and not self.cluster.price_per_gpu_hour:
+            raise ValueError("limits.max_cost needs cluster.price_per_gpu_hour")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -235,6 +340,10 @@ class Job(Settings):
                 mode="json", include={"columns", "rows_per_part", "bytes_per_part", "compression"}
             ),
         }
+
+    def without_storage_options(self) -> dict[str, Any]:
+        """The whole job as plain JSON values, for a record of what ran."""
+        return {name: section.model_dump(mode="json", exclude={"storage_options"}) for name, section in self}
 
     def secrets(self) -> list[str]:
         """Every string in the storage options that must not be shown anywhere."""

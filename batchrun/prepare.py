@@ -10,13 +10,23 @@ from typing import Any
 import pyarrow as pa
 
 import batchrun
-from batchrun.dataset.plan import Partition, Plan, carried_columns, check_output_names, make_plan
+from batchrun.dataset.patience import patiently
+from batchrun.dataset.plan import (
+    Partition,
+    Plan,
+    carried_columns,
+    check_output_names,
+    extend,
+    joined,
+    make_plan,
+)
 from batchrun.dataset.reader import Batch, read_partition
 from batchrun.dataset.source import DataFile
 from batchrun.engine.protocol import EngineSpec, Sampling
-from batchrun.errors import ModelError
+from batchrun.errors import ModelError, OutputError
 from batchrun.job import Job, stable_hash
 from batchrun.model import ModelFolder, context_length, load_tokenizer, resolve, stop_token_ids
+from batchrun.output import failed, identity, plans
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.prompt.detokenizer import Detokenizer
@@ -39,26 +49,34 @@ class Texts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that was checked: what the driver hands out, what workers need, and what pins the output."""
+    """A job that was checked: what the driver hands out, what workers need, and what pins the output.
+
+    `plans` are all of the output's, of which the first `known` were read from it; `plan` is all of them as one.
+    """
 
     job: Job
-    plan: Plan
+    plans: list[Plan]
+    known: int
     model: ModelFolder
     texts: Texts
 
     @cached_property
+    def plan(self) -> Plan:
+        return joined(self.plans)
+
+    @cached_property
     def folder(self) -> Folder:
-        return Folder(self.job.output.path, self.job.output.storage_options)
+        return open_folder(self.job)
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(self.plan.hash, len(self.plan.partitions))
+        return layout_of(self.plans)
 
     @cached_property
     def identity(self) -> Identity:
         settings = self.job.deciding()
         return Identity(
-            plan_hash=self.plan.hash,
+            plan_hash=self.plans[0].hash,
             job_hash=stable_hash([settings, self.model.fingerprint]),
             settings=settings,
             model_fingerprint=self.model.fingerprint,
@@ -69,19 +87,60 @@ class Prepared:
 def prepare(job: Job) -> Prepared:
     """Reads footers, resolves the model's folder, compiles the prompt and tries it on the first rows.
 
+    With `input.since` the plans that the output has are read too, and only files that none of them took are planned.
     Writes nothing but the local cache of a model that lies on a remote store.
 
     Raises:
         Refused: the first thing wrong with the job, its input or its model, each with the fix.
     """
-    plan = make_plan(
-        job.input, prompt_columns(job.prompt), job.output.rows_per_part, job.output.bytes_per_part
-    )
-    check_output_names(carried_columns(job.input, plan.schema), job.output)
+    stored = plans.read(open_folder(job)) if job.input.since else []
+    made = _plan(job, stored)
+    prepared = _prepare(job, [*stored, *made], len(stored))
+    if made:
+        builder = prepared.texts.builder
+        check_sample(builder, all_rows(job, made[0], builder.columns))
+    return prepared
+
+
+def prepare_again(job: Job) -> Prepared:
+    """The same for an output that is there, by its own plans: the input is not looked at, nor the prompt tried,
+    which may be mended for failed rows alone.
+
+    Raises:
+        Refused: as `prepare`.
+        OutputError: nothing was ever run into this output, or its plans are damaged.
+    """
+    folder = open_folder(job)
+    stored = [] if identity.read(folder) is None else plans.read(folder)
+    if not stored:
+        raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
+    return _prepare(job, stored, len(stored))
+
+
+def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
+    needed, output = prompt_columns(job.prompt), job.output
+    if not stored:
+        return [make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part)]
+    new = extend(stored, job.input, needed, output.rows_per_part, output.bytes_per_part)
+    return [] if new is None else [new]
+
+
+def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
+    schema = plans[0].schema
+    carried = carried_columns(job.input, schema)
+    check_output_names(carried, job.output)
+    failed.refuse_taken(carried, job.output)
     model = resolve(job.model)
-    texts = open_texts(job, model, plan.schema)
-    check_sample(texts.builder, all_rows(job, plan, texts.builder.columns))
-    return Prepared(job, plan, model, texts)
+    return Prepared(job, plans, known, model, open_texts(job, model, schema))
+
+
+def open_folder(job: Job) -> Folder:
+    return Folder(job.output.path, job.output.storage_options)
+
+
+def layout_of(plans: Sequence[Plan]) -> Layout:
+    """The keys of an output with these plans."""
+    return Layout.of([(plan.hash, len(plan.partitions)) for plan in plans])
 
 
 def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
@@ -101,11 +160,25 @@ def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
 def read_rows(
     job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile], columns: Sequence[str]
 ) -> Iterator[Batch]:
-    """A partition's input rows in order, `columns` only, as the job filters and casts them."""
+    """A partition's input rows in order, `columns` only, as the job filters and casts them.
+
+    Rows of a page that cannot be decoded, read twice, are nulls with a fault.
+    """
     settings = job.input
-    return read_partition(
-        partition.slices, files, schema, columns, settings.filters, settings.cast, settings.storage_options
-    )
+
+    def read(salvage: bool) -> Iterator[Batch]:
+        return read_partition(
+            partition.slices,
+            files,
+            schema,
+            columns,
+            settings.filters,
+            settings.cast,
+            settings.storage_options,
+            salvage=salvage,
+        )
+
+    return patiently(read, job.input.paths[0])
 
 
 def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -114,10 +187,25 @@ def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) 
     return (batch.records for batch in batches)
 
 
+def places_of(
+    job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile]
+) -> Iterator[pa.RecordBatch]:
+    """Where in the input a partition's rows stand, in order (schema `failed.PLACE`)."""
+    for batch in read_rows(job, schema, partition, files, ()):
+        rows = len(batch.places)
+        columns = [
+            pa.repeat(pa.scalar(batch.file), rows),
+            pa.repeat(pa.scalar(batch.row_group, pa.int32()), rows),
+            pa.array(batch.places),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=failed.PLACE)
+
+
 def all_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of every partition, in the plan's order; take as many as are wanted."""
+    """The rows of every partition that can be read, in the plan's order; take as many as are wanted."""
     for partition in plan.partitions:
-        yield from rows_of(job, plan, partition, columns)
+        batches = read_rows(job, plan.schema, partition, plan.files_of(partition), columns)
+        yield from (batch.records for batch in batches if batch.fault is None)
 
 
 def _context(model: ModelFolder, job: Job) -> int:

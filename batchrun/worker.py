@@ -7,43 +7,55 @@ signal, a crash, a scheduler that went away, the next attempt goes on from what 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import os
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from distributed import Worker, WorkerPlugin, get_worker
+from numpy.typing import NDArray
 
+from batchrun.answers import failed
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.reader import Batch
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
-from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
-from batchrun.errors import BatchrunError, ChangedError, EngineDied, RowFault
+from batchrun.engine.protocol import EngineSpec, EngineStats
+from batchrun.errors import (
+    BatchrunError,
+    ChangedError,
+    CorruptInput,
+    EngineNotLoaded,
+    FaultCode,
+    RowFault,
+    StorageError,
+)
+from batchrun.generation import Generation, Tally
 from batchrun.job import Job
 from batchrun.model import resolve
 from batchrun.output.attempt import Attempt, Receipt
-from batchrun.output.chunk import ANSWERS
+from batchrun.output.failed import Places
+from batchrun.output.failed import update as update_failed
 from batchrun.output.layout import Layout
-from batchrun.prepare import Texts, open_texts, read_rows
-from batchrun.prompt.detokenizer import Detokenizer
+from batchrun.output.replace import ReplacingAttempt
+from batchrun.output.retry import Retry
+from batchrun.prepare import Texts, open_texts, places_of, read_rows
+from batchrun.report.gpu import gpu_now
 from batchrun.storage import Folder
 
 log = logging.getLogger(__name__)
 
-ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
-SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come
-EXAMPLES = 5
-STRIKES = 3  # engine processes in a row that died before they finished a row
 WANTED_EVERY = 0.5  # seconds between two looks at whether the task is still wanted
-FLUSH_ON_EXIT = 8.0  # seconds that a worker told to leave waits for its tasks to stage what they hold
+FLUSH_ON_EXIT = (
+    8.0  # seconds that a worker told to leave waits for its tasks to stage what they hold; 3 as a rule
+)
 
 
 @dataclass(frozen=True)
@@ -56,36 +68,35 @@ class WorkOrder:
     layout: Layout
     job_hash: str
     model_fingerprint: str
+    retry: Retry | None = None
+
+    def attempt(self, partition: Partition) -> Attempt:
+        """A new attempt at the partition, or in a retry at the part that it has."""
+        output = self.job.output
+        folder = Folder(output.path, output.storage_options)
+        place = (partition.index, partition.rows, uuid.uuid4().hex[:12], output)
+        if self.retry is None:
+            return Attempt(folder, self.layout, self.job_hash, *place)
+        return ReplacingAttempt(folder, self.layout, *place, self.retry)
 
     def read(self, task: Task, columns: Sequence[str]) -> Iterator[Batch]:
         return read_rows(self.job, self.schema, task.partition, task.files, columns)
 
+    def places(self, task: Task) -> Places:
+        return lambda _: places_of(self.job, self.schema, task.partition, task.files)
+
 
 @dataclass(frozen=True)
 class Task:
-    """One partition and the files that it reads, by the numbers its slices use."""
+    """One partition and the files that it reads, by the numbers its slices use.
+
+    With `rows`, only these are generated. `condemned` rows go to no engine; each has the reason that is its error.
+    """
 
     partition: Partition
     files: dict[int, DataFile]
-
-
-@dataclass
-class Tally:
-    """An attempt's counters; the worker's heartbeat reads them while the task adds to them.
-
-    `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer; `requests`
-    went to the engine. Tokens are those of the new rows.
-    """
-
-    run: str
-    partition: int
-    reused: int = 0
-    rows: int = 0
-    failed: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    examples: tuple[str, ...] = ()
+    rows: Sequence[int] | None = None
+    condemned: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,7 @@ _engines: dict[str, EngineProcess] = {}
 _running: dict[int, Tally] = {}
 _stopped_runs: set[str] = set()
 _leaving = threading.Event()
+_leave_tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds no task
 
 
 def run_partitions(order: WorkOrder, tasks: Sequence[Task], seconds: float) -> list[TaskReceipt]:
@@ -132,186 +144,106 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     """Brings one partition to its committed part, or as far as it gets before it is told to stop.
 
     Raises:
-        BatchrunError: a fault of storage, input or engine. What was staged stays.
+        BatchrunError: a fault of storage, input or engine. What was finished is staged.
     """
     started = time.monotonic()
-    job, partition = order.job, task.partition
+    job = order.job
     still_wanted = _wanted_check(order.run)
-    tally = Tally(order.run, partition.index)
-    folder = Folder(job.output.path, job.output.storage_options)
-    attempt = Attempt(
-        folder,
-        order.layout,
-        order.job_hash,
-        partition.index,
-        partition.rows,
-        uuid.uuid4().hex[:12],
-        job.output,
-    )
+    tally = Tally(order.run, task.partition.index)
     stats = None
 
     def receipt(part: Receipt | None) -> TaskReceipt:
         return TaskReceipt(get_worker().address, part, tally, stats, time.monotonic() - started)
 
-    if part := attempt.open():
-        return receipt(part)
-    tally.reused = attempt.restored
     _running[id(tally)] = tally
     try:
-        if not attempt.covered:
-            stats = _generate_all(order, task, attempt, tally, still_wanted)
+        attempt = order.attempt(task.partition)
+        if part := attempt.open():
+            return receipt(part)
+        tally.reused = attempt.restored
+        missing = _missing(attempt, task)
+        condemned = {row: RowFault(FaultCode.WORKER_CRASH, why) for row, why in task.condemned.items()}
+        if left := {row: fault for row, fault in condemned.items() if missing[row]}:
+            missing[[*left]] = False
+            answers = failed(left)
+            tally.add(answers)
+            attempt.add(answers)
+        if missing.any():
+            texts = _texts_for(order)
+            engine = _engine_for(texts.engine)
+            tokens = job.generation.max_new_tokens
+            generation = Generation(
+                lambda columns: order.read(task, columns), attempt, texts, tokens, tally, missing
+            )
+            try:
+                generation.run(engine, still_wanted)
+            except StorageError:
+                raise
+            except EngineNotLoaded as error:
+                raise EngineNotLoaded(error.what, get_worker().address, error.fix) from None
+            except Exception:
+                attempt.flush()
+                raise
+            stats = engine.stats()
+            if not attempt.covered:
+                attempt.flush()
+                attempt.keep(generation.begun)
         if not attempt.covered:
             attempt.flush()
             return receipt(None)
-        columns = carried_columns(job.input, order.schema)
-        carried = (batch.records for batch in order.read(task, columns))
-        return receipt(attempt.seal(carried, pa.schema([order.schema.field(name) for name in columns])))
+        sealing = time.monotonic()
+        part = _seal(order, task, attempt, tally)
+        tally.commits, tally.commit_seconds = 1, time.monotonic() - sealing
+        if job.output.failed is not None and (part.summary.failed or order.retry is not None):
+            update_failed(attempt.folder, order.layout, task.partition.index, job.output, order.places(task))
+        return receipt(part)
     finally:
         del _running[id(tally)]
 
 
-def _generate_all(
-    order: WorkOrder, task: Task, attempt: Attempt, tally: Tally, still_wanted: Callable[[], bool]
-) -> EngineStats:
-    """Generates what is missing; goes on with a new engine process after one died, as long as rows get done."""
-    texts = _texts_for(order)
-    engine = _engine_for(texts.engine)
-    deaths = 0
-    while not attempt.covered and still_wanted():
-        before = tally.rows
-        try:
-            _generate(order, task, attempt, texts, engine, tally, still_wanted)
-        except EngineDied as error:
-            deaths = 1 if tally.rows > before else deaths + 1
-            if deaths >= STRIKES:
-                raise
-            log.warning("partition %d: %s; a new engine goes on", tally.partition, error.what)
-    return engine.stats()
+def examine(order: WorkOrder, task: Task) -> list[int]:
+    """Proves that this worker can load the engine; the rows of the partition that nothing durable is there of."""
+    attempt = order.attempt(task.partition)
+    if attempt.open():
+        return []
+    _engine_for(_texts_for(order).engine).load()
+    return attempt.missing.tolist()
 
 
-def _generate(
-    order: WorkOrder,
-    task: Task,
-    attempt: Attempt,
-    texts: Texts,
-    engine: EngineProcess,
-    tally: Tally,
-    still_wanted: Callable[[], bool],
-) -> None:
-    missing = np.zeros(task.partition.rows, dtype=bool)
+def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
+    """(rows,) which ones this task is to bring about."""
+    missing = np.zeros(attempt.rows, bool)
     missing[attempt.missing] = True
-    lengths = np.zeros(task.partition.rows, dtype=np.int32)
-    done: list[Completion] = []
-    faults: list[tuple[int, RowFault]] = []
+    if task.rows is not None:
+        missing &= np.isin(np.arange(attempt.rows), [*task.rows, *task.condemned])
+    return missing
 
-    def requests() -> Iterator[Request]:
-        max_new_tokens = order.job.generation.max_new_tokens
-        for batch in order.read(task, texts.builder.columns):
-            wanted = np.flatnonzero(missing[batch.first : batch.first + batch.records.num_rows])
-            if not len(wanted):
-                continue
-            whole = len(wanted) == batch.records.num_rows
-            records = batch.records if whole else batch.records.take(pa.array(wanted))
-            rows = (batch.first + wanted).tolist()
-            seeds = batch.row_ids[wanted].view(np.int64).tolist()
-            for row, seed, prompt in zip(rows, seeds, texts.builder.build(records), strict=True):
-                if isinstance(prompt, RowFault):
-                    faults.append((row, prompt))
-                    continue
-                lengths[row] = len(prompt)
-                tally.requests += 1
-                yield Request(row, prompt, max_new_tokens, seed)
 
-    settled = time.monotonic()
+def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Receipt:
+    columns = carried_columns(order.job.input, order.schema)
+    schema = pa.schema([order.schema.field(name) for name in columns])
 
-    def settle() -> None:
-        nonlocal settled
-        for answers in (_answers(done, lengths, texts.detokenizer), _faulty(faults)):
-            if answers is not None:
-                _count(tally, answers)
-                attempt.add(answers)
-        done.clear()
-        faults.clear()
-        attempt.maybe_flush()
-        settled = time.monotonic()
+    def carried(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
+        for batch in order.read(task, columns):
+            tally.signs += 1
+            rows = range(batch.first, batch.first + batch.records.num_rows)
+            if batch.fault is not None and (known is None or not all(row in known for row in rows)):
+                raise CorruptInput(batch.fault.message)
+            yield batch.records
 
     try:
-        with contextlib.closing(engine.generate(requests())) as completions:
-            for completion in completions:
-                if completion is not None:
-                    done.append(completion)
-                    if len(done) < ANSWER_BATCH and time.monotonic() - settled < SETTLE_SECONDS:
-                        continue
-                settle()
-                if not still_wanted():
-                    break
-    finally:  # also when the engine died: what was finished before is not generated again
-        settle()
-
-
-def _answers(done: list[Completion], lengths: np.ndarray, detokenizer: Detokenizer) -> pa.Table | None:
-    if not done:
-        return None
-    rows = np.fromiter((c.id for c in done), np.int64, len(done))
-    texts: list[str | None] = list(detokenizer.decode([c.token_ids for c in done]))
-    failed = [i for i, c in enumerate(done) if c.fault is not None]
-    for i in failed:
-        texts[i] = None
-    return _table(
-        rows=rows,
-        answer=texts,
-        finish_reason=[c.finish_reason for c in done],
-        prompt_tokens=lengths[rows],
-        output_tokens=np.fromiter((len(c.token_ids) for c in done), np.int32, len(done)),
-        error=[None if c.fault is None else str(c.fault) for c in done],
-    )
-
-
-def _faulty(faults: list[tuple[int, RowFault]]) -> pa.Table | None:
-    if not faults:
-        return None
-    return _table(
-        rows=np.array([row for row, _ in faults], np.int64),
-        answer=[None] * len(faults),
-        finish_reason=["error"] * len(faults),
-        prompt_tokens=np.zeros(len(faults), np.int32),
-        output_tokens=np.zeros(len(faults), np.int32),
-        error=[str(fault) for _, fault in faults],
-    )
-
-
-def _table(
-    rows: np.ndarray,
-    answer: list[str | None],
-    finish_reason: list[str],
-    prompt_tokens: np.ndarray,
-    output_tokens: np.ndarray,
-    error: list[str | None],
-) -> pa.Table:
-    columns = {
-        "row": rows,
-        "answer": answer,
-        "finish_reason": finish_reason,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "status": ["ok" if e is None else "failed" for e in error],
-        "error": error,
-    }
-    return pa.table([pa.array(columns[f.name], f.type) for f in ANSWERS], schema=ANSWERS)
-
-
-def _count(tally: Tally, answers: pa.Table) -> None:
-    errors = answers["error"].drop_null()
-    tally.rows += answers.num_rows
-    tally.failed += len(errors)
-    tally.prompt_tokens += int(np.sum(answers["prompt_tokens"].to_numpy()))
-    tally.output_tokens += int(np.sum(answers["output_tokens"].to_numpy()))
-    if len(tally.examples) < EXAMPLES and len(errors):
-        failed = answers.filter(answers["error"].is_valid()).slice(0, EXAMPLES - len(tally.examples))
-        tally.examples += tuple(
-            f"partition {tally.partition}, row {row}: {error}"
-            for row, error in zip(failed["row"].to_pylist(), failed["error"].to_pylist(), strict=True)
-        )
+        return attempt.seal(carried(None), schema)
+    except CorruptInput:
+        lost = {
+            row: batch.fault
+            for batch in order.read(task, columns)
+            if batch.fault is not None
+            for row in range(batch.first, batch.first + batch.records.num_rows)
+        }
+    # An answer beside input that cannot be carried along would be read as that of a row of nulls.
+    attempt.spoil(failed(lost))
+    nullable = pa.schema([field.with_nullable(True) for field in schema])
+    return attempt.seal(carried(lost), nullable)
 
 
 def _texts_for(order: WorkOrder) -> Texts:
@@ -358,8 +290,8 @@ def _wanted_check(run: str) -> Callable[[], bool]:
             last = now
             state = worker.state.tasks.get(key)
             cancelled = state is None or state.state in ("cancelled", "resumed")
-            wanted = not (cancelled or _leaving.is_set() or run in _stopped_runs)
-        return wanted
+            wanted = not (cancelled or run in _stopped_runs)
+        return wanted and not _leaving.is_set()
 
     return check
 
@@ -369,10 +301,30 @@ async def request_stop(run: str) -> None:
     _stopped_runs.add(run)
 
 
+def end_at_once() -> None:
+    """Run on a worker that hangs: its nanny, or whoever started it, starts another one."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def snapshot(dask_worker: Worker) -> dict[str, Any]:
-    """The worker's part of the heartbeat: plain values of all running tasks and of the engine."""
-    engines = [asdict(engine.stats()) for engine in list(_engines.values())]
-    return {"tasks": [asdict(tally) for tally in list(_running.values())], "engines": engines}
+    """The worker's part of the heartbeat: plain values of all running tasks, of the engine and of the GPU.
+
+    `loading` is the CPU time of engines that have no counters yet.
+    """
+    engines = list(_engines.values())
+    gpu = gpu_now()
+    return {
+        "tasks": [asdict(tally) for tally in list(_running.values())],
+        "engines": [asdict(engine.stats()) for engine in engines],
+        "loading": sum(engine.loading_seconds() for engine in engines),
+        "gpu": asdict(gpu) if gpu else None,
+    }
+
+
+def _leave(worker: Worker) -> None:
+    """On SIGTERM, which a nanny's worker would die of at once."""
+    _leaving.set()
+    _leave_tasks.add(asyncio.get_running_loop().create_task(worker.close(nanny=False, reason="SIGTERM")))
 
 
 class BatchrunPlugin(WorkerPlugin):
@@ -386,6 +338,8 @@ class BatchrunPlugin(WorkerPlugin):
         if threading.current_thread() is threading.main_thread():
             # Ctrl-C reaches the whole process group; the driver decides what it means for a worker.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _leave, worker)
 
     async def teardown(self, worker: Worker) -> None:
         _leaving.set()

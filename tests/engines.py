@@ -70,6 +70,14 @@ class FailingEngine(EchoEngine):
         return Completion(request.id, np.array([], np.int32), "error", fault)
 
 
+class FailingSecondsEngine(FailingEngine):
+    """The same, slowly enough to be seen failing."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.delay = 0.2
+
+
 class SecondsEngine(EchoEngine):
     """Takes seconds over every row, so that a run is surely still at work when it is interrupted."""
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import yaml
 
 from batchrun.job import Job
 
+ROWS_OF_JOB = 60  # rows that write_job makes by default
 TESTS = Path(__file__).parent
 ECHO = "engines:EchoEngine"
 
@@ -37,7 +40,9 @@ def _dataset(rows: int) -> pa.Table:
     )
 
 
-def write_job(folder: Path, model: Path, rows: int = 60, row_group: int = 10, **sections: Any) -> Path:
+def write_job(
+    folder: Path, model: Path, rows: int = ROWS_OF_JOB, row_group: int = 10, **sections: Any
+) -> Path:
     """in.parquet and job.yaml in `folder`; `sections` are merged into the job's."""
     pq.write_table(dataset(rows), folder / "in.parquet", row_group_size=row_group)
     job: dict[str, Any] = {
@@ -77,6 +82,17 @@ def batchrun(*words: str, **env: str) -> tuple[int, str, str]:
     process = start(*words, **env)
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
+
+
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 90.0
+) -> None:
+    """Until something is true while `process` runs; an error with what it said when it ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
 
 
 def answers(path: Path) -> pa.Table:

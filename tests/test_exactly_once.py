@@ -9,19 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from numpy.typing import NDArray
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout
 
 from batchrun.errors import BatchrunError
 from batchrun.output import chunk, identity, manifest, state, verify
+from batchrun.output.attempt import Attempt, Begun
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.identity import Identity
 from batchrun.output.layout import MANIFEST, STAGE
@@ -44,6 +47,7 @@ class Actor:
         self.error: BaseException | None = None
         self.seen: set[str] = set()
         self.listed: dict[int, set[int]] = {}
+        self.begun: dict[int, dict[int, int]] = {}
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -93,11 +97,16 @@ VERDICTS = st.sampled_from(
 
 # What it does, at which partition, and how many rows it stages and generates at once.
 ACTORS = st.tuples(
-    st.sampled_from(["attempt", "attempt", "attempt", "run", "run", "clean"]),
+    st.sampled_from(["attempt", "attempt", "leaver", "leaver", "run", "run", "clean"]),
     st.integers(0, 2),
     st.integers(1, 4),
     st.integers(1, 3),
 )
+
+
+def tokens(partition: int, row: int, length: int) -> NDArray[np.int32]:
+    """The first tokens of this row's answer."""
+    return np.arange(length, dtype=np.int32) + 1000 * partition + 10 * row
 
 
 class OneThread(contextlib.nullcontext):
@@ -133,20 +142,40 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     # What an actor does
 
-    def one_attempt(self, actor: Actor, partition: int, who: str, flush_rows: int, step: int) -> None:
+    def one_attempt(
+        self, actor: Actor, partition: int, who: str, flush_rows: int, step: int, leaves: bool = False
+    ) -> None:
         rows = self.rows[partition]
         one = attempt(self.folder, self.plan, partition, rows, who, flush_rows=flush_rows)
         actor.listed.pop(partition, None)
+        actor.begun.pop(partition, None)
         if one.open() is not None:
             return
         missing = one.missing[::-1]
         again = actor.listed[partition] & set(missing.tolist())
         if again:
             self.failures.append(f"{who} generates {again} of {partition} again")
+        self.check_begun(one, actor.begun[partition])
         for start in range(0, len(missing), step):
             one.add(answers(partition, missing[start : start + step], who))
             one.maybe_flush()
+            if leaves and start + step < len(missing):
+                one.flush()
+                one.keep(
+                    {row: Begun(3, tokens(partition, row, step + row % 2)) for row in missing[start + step :]}
+                )
+                return
         one.seal(carried(partition, rows), SCHEMA)
+
+    def check_begun(self, one: Attempt, staged: dict[int, int]) -> None:
+        """What an attempt takes up of begun answers is theirs, and no less than was staged when it listed."""
+        for row, begun in one.begun.items():
+            if begun.tokens.tolist() != tokens(one.partition, row, len(begun.tokens)).tolist():
+                self.failures.append(f"row {row} of {one.partition} goes on from another's tokens")
+        taken = {row: len(begun.tokens) for row, begun in one.begun.items()}
+        short = {row for row, length in staged.items() if length > taken.get(row, 0)}
+        if short and self.store.counts()["delete"] == 0:
+            self.failures.append(f"begun answers of {short} in {one.partition} were lost")
 
     def one_run(self, actor: Actor, who: str, flush_rows: int, step: int) -> None:
         identity.pin(
@@ -169,6 +198,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         who, some = self.name(), partition % len(self.rows)
         work: dict[str, Callable[[Actor], object]] = {
             "attempt": lambda actor: self.one_attempt(actor, some, who, flush_rows, step),
+            "leaver": lambda actor: self.one_attempt(actor, some, who, flush_rows, step, leaves=True),
             "run": lambda actor: self.one_run(actor, who, flush_rows, step),
             "clean": lambda actor: verify.clean(self.folder, self.plan),
         }
@@ -223,6 +253,7 @@ class ExactlyOnce(RuleBasedStateMachine):
             for partition in range(len(self.rows)):
                 if key.rstrip("/") == self.plan.stage(partition).rstrip("/"):
                     actor.listed.setdefault(partition, self.staged(partition, result))
+                    actor.begun.setdefault(partition, self.begun(partition, result))
         if operation == "delete" and (partition := self.plan.partition_of_chunk(key)) is not None:
             part = self.plan.part(partition)
             if part not in actor.seen or f"{self.root}/{part}" not in self.store.objects:
@@ -231,16 +262,31 @@ class ExactlyOnce(RuleBasedStateMachine):
     def staged(self, partition: int, keys: Collection[str] | None = None) -> set[int]:
         """Rows that are durable in whole chunks, or in those of them that `keys` names."""
         rows: set[int] = set()
+        for table in self.chunks(partition, ".chunk", chunk.decode, keys):
+            rows.update(table["row"].to_pylist())
+        return rows
+
+    def begun(self, partition: int, keys: Collection[str]) -> dict[int, int]:
+        """How many tokens of each row are durable in whole chunks of begun answers."""
+        lengths: dict[int, int] = {}
+        for table in self.chunks(partition, ".partial", chunk.decode_partial, keys):
+            for row, own in zip(table["row"].to_pylist(), table["tokens"].to_pylist(), strict=True):
+                lengths[row] = max(lengths.get(row, 0), len(own))
+        return lengths
+
+    def chunks(
+        self, partition: int, suffix: str, decode: Callable[..., pa.Table], keys: Collection[str] | None
+    ) -> Iterator[pa.Table]:
         for key, data in self.store.objects.items():
-            if f"/{self.plan.stage(partition)}" in key and (keys is None or key in keys):
+            if (
+                f"/{self.plan.stage(partition)}" in key
+                and key.endswith(suffix)
+                and (keys is None or key in keys)
+            ):
                 try:
-                    table = chunk.decode(
-                        data, Origin(self.plan.plan_hash, JOB_HASH, partition), self.rows[partition]
-                    )
+                    yield decode(data, Origin(self.plan.plan_hash, JOB_HASH, partition), self.rows[partition])
                 except BadChunk:
                     continue
-                rows.update(table["row"].to_pylist())
-        return rows
 
     @invariant()
     def parts_are_whole_and_of_the_plan(self) -> None:
@@ -296,6 +342,11 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.parts_are_whole_and_of_the_plan()
         assert len(self.checked) == len(self.rows)
         self.a_repeated_run_writes_nothing()
+        self.spawn(lambda actor: verify.clean(self.folder, self.plan))
+        self.actors[-1].finish()
+        assert not [key for key in self.store.objects if STAGE in key], (
+            "no chunk of any kind outlives a clean"
+        )
 
     def a_repeated_run_writes_nothing(self) -> None:
         objects = dict(self.store.objects)

@@ -16,7 +16,7 @@ import pytest
 from batchrun.dataset.plan import Plan
 from batchrun.dataset.reader import read_partition
 from batchrun.output import chunk, identity
-from batchrun.output.layout import PLAN, STAGE, Layout
+from batchrun.output.layout import STAGE, Layout, plan_key
 from batchrun.report.status import verify
 from batchrun.storage import Folder
 from jobs import batchrun, check_complete, load, start, write_job
@@ -39,9 +39,9 @@ class Watcher:
     def look(self) -> None:
         """Notes the rows that are durable at this moment."""
         if self.plan is None:
-            if not self.output.exists(PLAN):
+            if not self.output.exists(plan_key(0)):
                 return
-            self.plan = Plan.from_parquet(self.output.read(PLAN))
+            self.plan = Plan.from_parquet(self.output.read(plan_key(0)))
             self.seeds = [self._seeds(i) for i in range(len(self.plan.partitions))]
         now = time.time()
         pinned = identity.read(self.output)

@@ -59,7 +59,7 @@ def test_keys_have_one_width_in_a_plan() -> None:
     assert layout(100_000).part(99_999) == "data/part-99999-abcdef01.parquet"
     wide = layout(100_001)
     assert wide.part(7) == "data/part-000007-abcdef01.parquet"
-    assert wide.chunk(7, 12, "who", 3) == "_job/stage/000007/12-who-3.chunk"
+    assert wide.chunk(7, 12, "who", 3) == "_job/stage/000007-abcdef01/12-who-3.chunk"
 
 
 @given(st.integers(1, 10**6), st.data())
@@ -515,3 +515,36 @@ def test_a_hundred_thousand_rows_go_through_without_a_loop_over_rows(place: Fold
     assert receipt.summary.ok == rows
     # About 0.6 s here; a loop over rows takes ten times that.
     assert time.process_time() - begun < 4
+
+
+# Several plans in one output
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200_000), st.integers(0, 2**32 - 1)), min_size=1, max_size=5), st.data()
+)
+def test_no_key_changes_when_another_plan_follows(counts: list[tuple[int, int]], data: st.DataObject) -> None:
+    plans = [(f"{number:08x}" + PLAN_HASH[8:], count) for count, number in counts]
+    grown, before = Layout.of([*plans, ("f" * 64, 10**6)]), Layout.of(plans)
+    partition = data.draw(st.integers(0, before.partitions - 1))
+    assert grown.part(partition) == before.part(partition)
+    assert grown.stage(partition) == before.stage(partition)
+    assert grown.partition_of_part(before.part(partition)) == partition
+    assert grown.partition_of_chunk(before.chunk(partition, 3, "who", 1)) == partition
+    owner, end = 0, plans[0][1]
+    while partition >= end:
+        owner, end = owner + 1, end + plans[owner + 1][1]
+    assert grown.hash_of(partition) == plans[owner][0]
+
+
+def test_one_plan_has_the_keys_that_it_always_had() -> None:
+    assert Layout.of([(PLAN_HASH, 3)]) == layout(3)
+
+
+def test_a_retry_never_takes_up_what_a_run_or_another_retry_staged() -> None:
+    plan = layout(3)
+    first, second = (Layout(PLAN_HASH, 3, generation=number) for number in (1, 2))
+    assert first.part(2) == plan.part(2)
+    keys = [one.chunk(2, 0, "who", 1) for one in (plan, first, second)]
+    for one, own in zip((plan, first, second), keys, strict=True):
+        assert [one.partition_of_chunk(key) for key in keys] == [2 if key == own else None for key in keys]

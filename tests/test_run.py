@@ -26,21 +26,13 @@ from batchrun.errors import (
 )
 from batchrun.job import OUTPUT_COLUMNS
 from batchrun.report.status import clean, verify
-from jobs import answers, batchrun, check_complete, dataset, environment, load, start, write_job
+from jobs import answers, batchrun, check_complete, dataset, environment, load, start, wait_until, write_job
 
 ROWS = 60
 
 
 def everything_under(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def wait_until(condition, process, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
 
 
 def test_a_run_is_complete_in_input_order_with_types_untouched_and_a_second_run_does_nothing(
@@ -112,7 +104,7 @@ def test_a_lost_scheduler_interrupts_the_run_and_the_same_command_goes_on(tmp_pa
         [*python, "distributed.cli.dask_worker", "--nthreads", "2", "--death-timeout", "30", *own], **quiet
     )
     try:
-        wait_until(lambda: Path(file).exists(), scheduler)
+        wait_until(lambda: Path(file).exists() and Path(file).read_text(), scheduler)
         address = json.loads(Path(file).read_text())["address"]
         run = start("run", str(job), "--address", address)
         wait_until(lambda: list((tmp_path / "out").rglob("*.chunk")), run)

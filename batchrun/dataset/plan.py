@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from batchrun.dataset.count import Counter, Piece, all_pieces, limited, shortened
 from batchrun.dataset.filters import filter_columns, parse_filters
-from batchrun.dataset.source import DataFile, Skipped, read_source
-from batchrun.errors import OutputError
+from batchrun.dataset.source import DataFile, Skipped, Source, read_source, untaken
+from batchrun.errors import InputError, OutputError
 from batchrun.job import OUTPUT_COLUMNS, InputSettings, OutputSettings, stable_hash
 
 
@@ -133,7 +133,7 @@ class Plan:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise OutputError(
                 f"the stored plan is damaged ({reason})",
-                "_job/plan.parquet",
+                "_job/plans",
                 "restore it, or use another output.path",
             ) from None
 
@@ -150,8 +150,71 @@ def make_plan(
     Raises:
         InputError: see `read_source` and `parse_filters`.
     """
-    tested = filter_columns(settings.filters)
-    source = read_source(settings, list(dict.fromkeys([*needed, *tested])))
+    needed = list(dict.fromkeys([*needed, *filter_columns(settings.filters)]))
+    return _cut(read_source(settings, needed), settings, rows_per_part, bytes_per_part)
+
+
+def extend(
+    earlier: Sequence[Plan],
+    settings: InputSettings,
+    needed: Sequence[str],
+    rows_per_part: int,
+    bytes_per_part: int,
+) -> Plan | None:
+    """The plan of the files that none of the `earlier` ones took; None where there are none.
+
+    A file was taken when it stood in a plan, by path, size and version. The columns stay those of the first plan:
+    others of the new files are left out.
+
+    Raises:
+        ChangedError: a file that was taken is another one now.
+        InputError: see `make_plan`; also where a new file's column has another type than the earlier ones.
+    """
+    new = untaken(settings, {file.path: file for plan in earlier for file in plan.files})
+    schema = earlier[0].schema
+    if settings.columns is None:
+        settings = settings.model_copy(update={"columns": schema.names})
+    needed = list(dict.fromkeys([*needed, *filter_columns(settings.filters)]))
+    source = read_source(settings, needed, new)
+    if not source.files:
+        return None
+    _refuse_other_types(schema, source.schema)
+    return _cut(source._replace(schema=schema), settings, rows_per_part, bytes_per_part)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """The plans of one output as one, in their order: files and partitions are numbered through."""
+    if len(plans) == 1:
+        return plans[0]
+    files: list[DataFile] = []
+    partitions: list[Partition] = []
+    for plan in plans:
+        for partition in plan.partitions:
+            slices = tuple(part._replace(file=part.file + len(files)) for part in partition.slices)
+            partitions.append(Partition(len(partitions), slices, partition.rows))
+        files += plan.files
+    skipped = dict.fromkeys(one for plan in plans for one in plan.skipped)
+    return Plan(files, plans[0].schema, partitions, list(skipped))
+
+
+def _refuse_other_types(schema: pa.Schema, new: pa.Schema) -> None:
+    if schema.names != new.names:
+        raise InputError(
+            f"the columns are {', '.join(new.names)} and were {', '.join(schema.names)}",
+            "input",
+            "set input.columns back, or use another output.path",
+        )
+    for was, now in zip(schema, new, strict=True):
+        # Null is a column without any value: it fits every type.
+        if now.type not in (was.type, pa.null()):
+            raise InputError(
+                f"column {was.name!r} is {now.type} in the new files and was {was.type} in those before",
+                "input",
+                "write the new files with the same type",
+            )
+
+
+def _cut(source: Source, settings: InputSettings, rows_per_part: int, bytes_per_part: int) -> Plan:
     filters = parse_filters(settings.filters, source.schema)
     pieces: Iterable[Piece] = all_pieces(source.files, rows_per_part, bytes_per_part)
     cut = shortened

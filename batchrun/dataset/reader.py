@@ -25,13 +25,16 @@ class Batch(NamedTuple):
 
     `first` is the place of its first row among the partition's rows, `records` the rows, and `row_ids`
     (rows,) uint64 a stable number of each: it depends on the row's file, row group and place there alone, not
-    on how the dataset is cut. With a `fault` the rows could not be read, and every value in `records` is
-    null.
+    on how the dataset is cut. `file`, `row_group` and `places` (rows,) int64 are these. With a `fault` the rows
+    could not be read, and every value in `records` is null.
     """
 
     first: int
     records: pa.RecordBatch
     row_ids: NDArray[np.uint64]
+    file: str
+    row_group: int
+    places: NDArray[np.int64]
     fault: RowFault | None = None
 
 
@@ -108,9 +111,8 @@ class _Reader(NamedTuple):
                     mask = self.filters.mask(records)
                     places, records = places[mask], records.filter(pa.array(mask))
                 if len(places):
-                    yield Batch(
-                        done, records.select(self.columns), row_ids(file.path, part.row_group, places)
-                    )
+                    ids = row_ids(file.path, part.row_group, places)
+                    yield Batch(done, records.select(self.columns), ids, file.path, part.row_group, places)
                     done += len(places)
         except CorruptInput as error:
             if not self.salvage:
@@ -143,7 +145,8 @@ class _Reader(NamedTuple):
                 [pa.nulls(count, field.type) for field in schema], schema=schema
             )
             places = part.first_row + np.arange(first, first + count)
-            yield Batch(first, nulls, row_ids(file.path, part.row_group, places), fault)
+            ids = row_ids(file.path, part.row_group, places)
+            yield Batch(first, nulls, ids, file.path, part.row_group, places, fault)
 
 
 def _check_unchanged(file: DataFile, storage_options: Mapping[str, Any]) -> None:

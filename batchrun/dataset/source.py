@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from batchrun.dataset.location import Found, find_files, is_damage, open_parquet
-from batchrun.errors import InputError
+from batchrun.errors import ChangedError, InputError
 from batchrun.job import InputSettings, nearest
 
 T = TypeVar("T")
@@ -50,8 +50,34 @@ class Source(NamedTuple):
     skipped: list[Skipped]
 
 
-def read_source(settings: InputSettings, needed: Sequence[str]) -> Source:
-    """Lists the input's files, reads their footers concurrently and holds their schemas against each other.
+def untaken(settings: InputSettings, taken: Mapping[str, DataFile]) -> list[Found]:
+    """The input's files that are not among `taken` (by path); those taken have to be as they were.
+
+    Raises:
+        ChangedError: a file was taken and is another one now; names each.
+        InputError: no file matches at all.
+    """
+    found = find_files(settings.paths, settings.storage_options)
+    changed = [
+        f"{file.path} ({was.size} bytes, version {was.version}; now {file.size} bytes, version {file.version})"
+        for file in found
+        if (was := taken.get(file.path)) and (was.size, was.version) != (file.size, file.version)
+    ]
+    if changed:
+        shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise ChangedError(
+            f"{len(changed)} files changed since their rows were answered: {shown}",
+            "input.since",
+            "restore them and put new rows into new files, or answer all of it again into another output.path",
+        )
+    return [file for file in found if file.path not in taken]
+
+
+def read_source(
+    settings: InputSettings, needed: Sequence[str], found: Sequence[Found] | None = None
+) -> Source:
+    """Lists the input's files (or takes those `found`), reads their footers concurrently and holds their schemas
+    against each other.
 
     The schema has the carried columns (`settings.columns`, or all) and then those of `needed` that are not
     among them, every one nullable, with the types of `settings.cast` where it names one. A carried column
@@ -61,12 +87,15 @@ def read_source(settings: InputSettings, needed: Sequence[str]) -> Source:
         InputError: no file matches; files that are no Parquet (every one is named, unless `skip_bad_files`);
             columns that stand twice, are missing, or differ in type; a cast that cannot be.
     """
-    found = find_files(settings.paths, settings.storage_options)
+    growing = found is not None
+    found = find_files(settings.paths, settings.storage_options) if found is None else found
     footers = list(
         concurrently(lambda file: _read_footer(file, settings.storage_options), found, remote=_remote(found))
     )
     good = [(file, schema) for file, schema, reason in footers if not reason]
     bad = [Skipped(file.path, reason) for file, _, reason in footers if reason]
+    if growing and not good and (settings.skip_bad_files or not bad):
+        return Source([], pa.schema([]), bad)
     if bad and not (settings.skip_bad_files and good):
         names = "; ".join(f"{file.path}: {file.reason}" for file in bad)
         raise InputError(

@@ -22,24 +22,24 @@ TIGHTNESS, ENOUGH = 0.9, 1 / 8
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Requests that become one rectangle of (rows, longest prompt + most new tokens)."""
+    """Requests that become one rectangle of (rows, longest start + most tokens still to come)."""
 
     requests: list[Request]
 
     @property
     def longest(self) -> int:
-        return max(len(request.token_ids) for request in self.requests)
+        return max(map(_length, self.requests))
 
     @property
     def new_tokens(self) -> int:
-        return max(request.max_new_tokens for request in self.requests)
+        return max(request.remaining for request in self.requests)
 
     @property
     def padded_tokens(self) -> int:
         return len(self.requests) * (self.longest + self.new_tokens)
 
     def rectangle(self, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids int64 and attention mask int64, both (rows, longest prompt), padded left or right.
+        """Token ids int64 and attention mask int64, both (rows, longest start), padded left or right.
 
         A row is padded with its own first token: so a model without a padding token needs none, and nothing
         that counts tokens (a repetition penalty) meets one that is not the row's.
@@ -47,34 +47,35 @@ class Batch:
         shape = len(self.requests), self.longest
         ids, mask = np.empty(shape, np.int64), np.zeros(shape, np.int64)
         for row, request in enumerate(self.requests):
-            length = len(request.token_ids)
+            length = _length(request)
             place = slice(shape[1] - length, None) if left else slice(length)
             ids[row] = request.token_ids[0]
-            ids[row, place] = request.token_ids
+            ids[row, place] = request.start
             mask[row, place] = 1
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def by_length(requests: Iterable[Request]) -> list[Request]:
     """Longest first, rows with similar limits together; rows that are equal in both keep their order."""
-    return sorted(requests, key=lambda r: (-_limit_class(r), -len(r.token_ids)))
+    return sorted(requests, key=lambda r: (-_limit_class(r), -_length(r)))
 
 
 def take_batch(waiting: deque[Request], budget: int, equal_lengths: bool = False) -> Batch:
     """Takes the next batch off the left of `waiting`: as many rows as fit, and always at least one.
 
     Args:
-        budget: padded tokens, counted with the longest prompt and the largest limit of the batch.
-        equal_lengths: cut where the prompt's length changes, for models that padding would change.
+        budget: padded tokens, counted with the longest start and the largest limit of the batch.
+        equal_lengths: cut where the start's length changes, for models that padding would change.
     """
     longest = limit = rows = 0
     for request in islice(waiting, MAX_ROWS):
-        longest, limit = max(longest, len(request.token_ids)), max(limit, request.max_new_tokens)
+        length = _length(request)
+        longest, limit = max(longest, length), max(limit, request.remaining)
         if rows and (
             (rows + 1) * (longest + limit) > budget
             or _limit_class(request) != _limit_class(waiting[0])
-            or (equal_lengths and len(request.token_ids) != longest)
-            or _wastes(len(request.token_ids) + limit, longest + limit, rows, budget)
+            or (equal_lengths and length != longest)
+            or _wastes(length + limit, longest + limit, rows, budget)
         ):
             break
         rows += 1
@@ -88,4 +89,9 @@ def _wastes(own: int, width: int, rows: int, budget: int) -> bool:
 
 def _limit_class(request: Request) -> int:
     """Rows whose limits differ by less than two are worth a batch of their own kind."""
-    return request.max_new_tokens.bit_length()
+    return request.remaining.bit_length()
+
+
+def _length(request: Request) -> int:
+    """Tokens of the row's start."""
+    return len(request.token_ids) + len(request.generated)

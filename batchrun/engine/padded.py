@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 
 from batchrun.engine.batching import Batch, by_length, take_batch
 from batchrun.engine.loading import choose_dtype, load_config, load_model
-from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.engine.out_of_memory import is_out_of_memory
+from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, EngineStats, Request
 from batchrun.engine.steps import BatchState, logits_processors
 from batchrun.engine.stopping import StopStrings
 from batchrun.errors import FaultCode, ModelError, RowFault
@@ -24,7 +25,6 @@ from batchrun.errors import FaultCode, ModelError, RowFault
 # A small model's CPU time for 120 rows of about 250 tokens: 6.3 s with batches of 1,024 padded tokens,
 # 5.0 s with 4,096, 4.6 s with 16,384.
 CPU_BATCH_TOKENS = 16384
-NO_TOKENS = np.empty(0, np.int32)
 
 
 class PaddedEngine:
@@ -85,18 +85,23 @@ class PaddedEngine:
 
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
         for window in _windows(requests, self.window_rows):
+            if not self._left:
+                for request in window:  # a decoder of its own starts over
+                    request.generated = NO_TOKENS
             waiting = deque(self.order(window))
             self.stats.requests += len(waiting)
             while waiting:
                 batch = take_batch(waiting, self.budget, self._equal_lengths)
                 if dropped := {request.id for request in batch.requests if request.cancelled}:
-                    yield from (request.no_answer() for request in batch.requests if request.id in dropped)
+                    yield from (request.so_far() for request in batch.requests if request.id in dropped)
                     waiting.extendleft(r for r in reversed(batch.requests) if r.id not in dropped)
                     continue
                 completions = self._run(batch)
                 if completions is not None:
                     self.stats.completions += len(completions)
                     yield from completions
+                    ended = {completion.id for completion in completions}
+                    waiting.extendleft(r for r in reversed(batch.requests) if r.id not in ended)
                 elif len(batch.requests) > 1:
                     waiting.extendleft(reversed(batch.requests))
                 else:
@@ -106,21 +111,23 @@ class PaddedEngine:
                     )
 
     def _run(self, batch: Batch) -> list[Completion] | None:
-        """The batch's completions, or None when it did not fit: the budget is smaller from then on."""
+        """The batch's completions, or None when it did not fit: the budget is smaller from then on.
+
+        Rows that a cancelled neighbour cut short are not among them; they can go on from where they are.
+        """
         started = time.monotonic()
         try:
             state = self._new_state(batch)
             tokens = self._model_generate(batch, state)
             tokens = tokens[:, state.width :].to("cpu", torch.int32)
-            outcomes = torch.stack([state.lengths, state.stopped, state.broken]).cpu().numpy()
+            outcomes = torch.stack([state.lengths, state.stopped, state.broken, state.cut]).cpu().numpy()
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             self._count(batch, state.steps, time.monotonic() - started)
-            return [
-                self._completion(*row) for row in zip(batch.requests, tokens.numpy(), outcomes.T, strict=True)
-            ]
+            rows = zip(batch.requests, tokens.numpy(), outcomes.T, strict=True)
+            return [completion for row in rows if (completion := self._completion(*row))]
         # Out of the except block: the error's traceback holds the very tensors that are to be freed.
         self._shrink(batch)
         return None
@@ -128,7 +135,7 @@ class PaddedEngine:
     def _new_state(self, batch: Batch) -> BatchState:
         # `generate` gives answers back after the prompts, or after the one token that starts a decoder.
         width = batch.longest if self._left else 1
-        return BatchState(batch.requests, self._stop_ids, self._stop_strings, width)
+        return BatchState(batch.requests, self._stop_ids, self._stop_strings, width, self.stats)
 
     def _model_generate(self, batch: Batch, state: BatchState, **options: Any) -> Any:
         """Start and answer of each row, int64 (rows, width + steps)."""
@@ -150,20 +157,25 @@ class PaddedEngine:
         # not. The last column was sampled and never run; counted on both sides, a batch without padding is
         # exactly 1.
         self.stats.computed_tokens += len(batch.requests) * (batch.longest + steps)
-        self.stats.prompt_tokens += sum(len(request.token_ids) for request in batch.requests)
+        self.stats.prompt_tokens += sum(len(request.start) for request in batch.requests)
         self.stats.batches += 1
         self.stats.busy_seconds += seconds
 
     def _completion(
         self, request: Request, tokens: NDArray[np.int32], outcome: NDArray[np.int64]
-    ) -> Completion:
-        length, stopped, broken = outcome.tolist()
+    ) -> Completion | None:
+        length, stopped, broken, cut = outcome.tolist()
         if broken:
             return _fault(
                 request, FaultCode.BAD_LOGITS, f"the model's logits are not finite at new token {length}"
             )
         self.stats.output_tokens += length
-        return Completion(request.id, tokens[:length].copy(), "stop" if stopped else "length")
+        answer = np.concatenate([request.generated, tokens[:length]])
+        if not cut:
+            return Completion(request.id, answer, "stop" if stopped else "length")
+        if self._left:
+            request.generated = answer
+        return request.so_far() if request.cancelled else None
 
     def _shrink(self, batch: Batch) -> None:
         self.budget = max(1, min(self.budget, batch.padded_tokens // 2))
@@ -244,14 +256,6 @@ def _default_budget(model: Any) -> int:
     )
     free, _ = torch.cuda.mem_get_info(model.device)
     return max(1, int(0.8 * free / (cache + activations)))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch has a type for CUDA's allocator alone; the CPU's and cuBLAS's say it in words."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in text for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
 
 
 def _fault(request: Request, code: FaultCode, message: str) -> Completion:

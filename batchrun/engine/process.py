@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,13 +24,14 @@ from numpy.typing import NDArray
 
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.engine.wire import Cancel, CompletionPack, Failed, RequestPack
-from batchrun.errors import BatchrunError, EngineDied, EngineError
+from batchrun.errors import BatchrunError, EngineDied, EngineNotLoaded
 
 PACK_ROWS = 512
 PACK_TOKENS = 1 << 18
 # A caller gets None at least so often, and can flush, or look whether it is still wanted.
 PATIENCE_SECONDS = 0.5
 STARVED_SECONDS = 0.02
+LET_GO_SECONDS = 2.0
 STOP_SECONDS = 5.0
 OUTPUT_BYTES = 1 << 14
 OUTPUT_LINES = 5
@@ -48,22 +50,31 @@ class EngineProcess:
         self.window = 2 * cast(int, spec.options.get("window_rows", 8192))
         self._lock = threading.Lock()
         self._child: _Child | None = None
+        self._tired = 0
 
-    def generate(self, requests: Iterator[Request | None]) -> Generator[Completion | None, None, None]:
+    def generate(
+        self, requests: Iterator[Request | None], wanted: Callable[[], bool] = lambda: True
+    ) -> Generator[Completion | None, None, None]:
         """A completion for each request exactly once, in any order; may run in several threads at once.
 
         Pulls `requests` only while there is room, of which every running call gets an equal share. Yields
-        None when nothing has finished for half a second. Closing the generator drops the requests not yet
-        answered.
+        None when nothing has finished for half a second. Once `wanted()` is false, pulls no more, and gives back
+        what is in flight as it is ("cancelled"), as far as that comes in two seconds. Closing the generator drops
+        the requests not yet answered.
 
         Raises:
             EngineDied: the engine's process ended by itself; the next call starts a new one.
+            EngineNotLoaded: it ended, or failed, before its model was loaded.
             EngineError, ModelError: what the engine raised while loading or generating.
         """
-        stream = self._running().open_stream()
+        while (stream := self._open_stream()) is None:
+            if not wanted():
+                return
+            time.sleep(PATIENCE_SECONDS)
+            yield None
         try:
             more = True
-            while more or stream.pending:
+            while (more or stream.pending) and wanted():
                 patience = PATIENCE_SECONDS
                 room = stream.reserve() if more else 0
                 if room:
@@ -71,12 +82,40 @@ class EngineProcess:
                     stream.send(batch, room)
                     patience = STARVED_SECONDS if more and not batch else 0
                 yield from stream.take(patience)
+            if stream.pending:
+                yield from stream.let_go()
         finally:
             stream.close()
+
+    def load(self) -> None:
+        """Returns once the model is loaded. Raises as `generate` does."""
+
+        def until_loaded() -> Iterator[None]:
+            while not self.pid or self.stats().pid != self.pid:
+                yield None
+
+        for _ in self.generate(until_loaded()):
+            pass
+
+    def renew(self, pid: int) -> None:
+        """Replaces the process `pid`, if it is still the present one, before the next use that begins.
+
+        That use waits until those that have begun are over, since a device seldom holds a model twice.
+        """
+        self._tired = pid
 
     def stats(self) -> EngineStats:
         """The newest counters that arrived from the present process: at most 0.2 s old while it works."""
         return self._child.stats if self._child else EngineStats()
+
+    def loading_seconds(self) -> float:
+        """CPU seconds that a process has used whose model is not loaded yet; 0 otherwise."""
+        if not self._child or self._child.failure or self._child.stats.pid:
+            return 0.0
+        with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended, or this is no Linux
+            ticks = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        return 0.0
 
     @property
     def idle(self) -> bool:
@@ -94,11 +133,16 @@ class EngineProcess:
             if self._child:
                 self._child.stop()
 
-    def _running(self) -> _Child:
+    def _open_stream(self) -> _Stream | None:
+        """A stream of a living process; None while one that is to be replaced still works for others."""
         with self._lock:
+            if self._child and self._child.pid == self._tired and not self._child.failure:
+                if self._child.streams:
+                    return None
+                self._child.stop()
             if self._child is None or self._child.failure:
                 self._child = _Child(self.spec, self.env, self.window)
-            return self._child
+            return self._child.open_stream()
 
 
 class _Stream:
@@ -148,6 +192,13 @@ class _Stream:
             self.child.check()
             if timeout:
                 yield None
+
+    def let_go(self) -> Iterator[Completion | None]:
+        """What comes of a cancelled stream's rows in the time that there is."""
+        self.child.send(Cancel(self.number, keep=True))
+        deadline = time.monotonic() + LET_GO_SECONDS
+        while self.pending and (left := deadline - time.monotonic()) > 0:
+            yield from self.take(min(left, PATIENCE_SECONDS))
 
     def close(self) -> None:
         with self.child.changed:
@@ -222,7 +273,7 @@ class _Child:
             self._started.set()
             failure = self._route(self._process)
         except Exception as error:
-            failure = EngineError(f"the engine's process could not be run: {error!r}")
+            failure = EngineNotLoaded(f"the engine's process could not be run: {error!r}")
         with self.changed:
             self.failure = failure
             self.changed.notify_all()
@@ -273,17 +324,18 @@ class _Child:
     def _death(self, process: subprocess.Popen[bytes]) -> BatchrunError:
         if self._stopped:
             return EngineDied("the engine was stopped")
+        kind, when = (EngineDied, "") if self.stats.pid else (EngineNotLoaded, " while its model was loaded")
         try:
             status = process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            return EngineDied("the engine's process closed its connection")
+            return kind(f"the engine's process closed its connection{when}")
         while self._keep_output(cast(IO[bytes], process.stdout)):
             pass
         how = f"signal {-status} ({signal.Signals(-status).name})" if status < 0 else f"exit status {status}"
         lines = re.split(r"[\r\n]+", self._output.decode(errors="replace").strip())[-OUTPUT_LINES:]
         said = f", its last words: {' | '.join(lines)}" if lines != [""] else ""
         fix = "if the kernel ran out of memory, smaller batches help" if status == -signal.SIGKILL else ""
-        return EngineDied(f"engine process ended with {how}{said}", fix=fix)
+        return kind(f"engine process ended with {how}{when}{said}", fix=fix)
 
 
 def _collect(requests: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from batchrun.errors import RowFault
 
 TokenIds = NDArray[np.int32]
+NO_TOKENS: TokenIds = np.empty(0, np.int32)
 
 
 @dataclass(slots=True)
@@ -24,17 +25,31 @@ class Request:
     `id` is unique among the requests in flight and comes back in the completion. `row_seed` is the row's own
     64-bit number, the same in every run: with the job's seed and the position it decides the sampling noise.
     `token_ids` (prompt length,) is never empty, and `len(token_ids) + max_new_tokens` fits the model's context.
-    Once `cancelled` is set nobody waits for the answer: an engine may complete it at once with `no_answer`.
+    `generated` (fewer than max_new_tokens,) are the first tokens of the answer, from an earlier attempt: an engine
+    goes on behind them, as if it had generated them itself, or starts over where its model cannot.
+    Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
     """
 
     id: int
     token_ids: TokenIds
     max_new_tokens: int
     row_seed: int = 0
+    generated: TokenIds = field(default_factory=lambda: NO_TOKENS)
     cancelled: bool = False
 
-    def no_answer(self) -> Completion:
-        return Completion(self.id, np.empty(0, np.int32), "cancelled")
+    @property
+    def start(self) -> TokenIds:
+        """What the model reads before it generates: prompt and what is generated already."""
+        return np.concatenate([self.token_ids, self.generated]) if len(self.generated) else self.token_ids
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.max_new_tokens - len(self.generated)
+
+    def so_far(self, generated: TokenIds | None = None) -> Completion:
+        """The completion of a cancelled request: its tokens up to now."""
+        return Completion(self.id, self.generated if generated is None else generated, "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +58,7 @@ class Completion:
 
     `token_ids` (output length,) holds every generated token, the ending stop token included. `finish_reason` is
     "stop" (a stop token or a stop string), "length" (`max_new_tokens` were generated), "error" (see `fault`) or
-    "cancelled", which nobody sees.
+    "cancelled": not an answer, but the tokens up to where the engine let go of it.
     A stop string ends generation at the token that completes it; the text is cut where it is decoded.
     """
 
@@ -93,8 +108,9 @@ class EngineStats:
     """Counters since the engine was loaded; sums, so that several engines add up.
 
     `computed_tokens` counts token positions that the model was run on, padding included; `prompt_tokens` and
-    `output_tokens` the real ones among them. `busy_seconds` is time spent in the model. `notes` are the lines for a
-    person: which attention, why not paged, a batch that was halved.
+    `output_tokens` the real ones among them. `steps` grows while the model works, also inside of a long batch.
+    `busy_seconds` is time spent in the model. `notes` are the lines for a person: which attention, why not paged, a
+    batch that was halved.
     """
 
     engine: str = ""
@@ -107,6 +123,7 @@ class EngineStats:
     output_tokens: int = 0
     computed_tokens: int = 0
     batches: int = 0
+    steps: int = 0
     busy_seconds: float = 0.0
     load_seconds: float = 0.0
     pid: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import queue
 import signal
@@ -17,9 +18,10 @@ from multiprocessing.connection import Connection
 from batchrun.engine.choose import load_engine
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, EngineStats, Request
 from batchrun.engine.wire import PLACE_BITS, Cancel, CompletionPack, Failed, RequestPack
-from batchrun.errors import BatchrunError, EngineError
+from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded
 
 STATS_SECONDS = 0.2
+SIGN_SECONDS = 2.0
 PACK_ROWS = 1024
 # The sender lets a burst gather for so long: a pack costs some 100 us on both sides, whatever is in it.
 GATHER_SECONDS = 0.002
@@ -38,6 +40,7 @@ class Server:
         self.inbox: queue.SimpleQueue[RequestPack] = queue.SimpleQueue()
         self.outbox: queue.SimpleQueue[Completion | Failed] = queue.SimpleQueue()
         self.cancelled: set[int] = set()
+        self.dropped: set[int] = set()  # those of them that want nothing back
         self.in_hand: dict[int, Request] = {}
         self.engine: Engine | None = None
 
@@ -53,14 +56,20 @@ class Server:
             self.outbox.put(Failed(error))
         except BaseException as error:
             traceback.print_exc()
-            doing = "failed" if self.engine else "could not be loaded"
-            self.outbox.put(Failed(EngineError(f"engine {doing}: {_last_line(error)}", spec.model_path)))
+            kind, doing = (EngineError, "failed") if self.engine else (EngineNotLoaded, "could not be loaded")
+            self.outbox.put(Failed(kind(f"engine {doing}: {_last_line(error)}", spec.model_path)))
         sender.join()
 
     def _run(self, spec: EngineSpec) -> None:
         started = time.monotonic()
+        # Collections during all the imports and tracing find nothing and take a fifth of the time.
+        gc.disable()
         self.engine = load_engine(spec)
+        gc.freeze()
+        gc.enable()
         self.engine.stats.load_seconds = time.monotonic() - started
+        # Before any request is read, so before the sender has anything to say: the parent learns that it is loaded.
+        self.connection.send(CompletionPack.pack([], self._stats()))
         for completion in self.engine.generate(self._requests()):
             del self.in_hand[completion.id]
             self.outbox.put(completion)
@@ -75,7 +84,8 @@ class Server:
                 continue
             for request in pack.unpack():
                 if pack.stream in self.cancelled:
-                    break
+                    self.outbox.put(request.so_far())
+                    continue
                 self.in_hand[request.id] = request
                 yield request
 
@@ -84,17 +94,19 @@ class Server:
             while True:
                 message = self.connection.recv()
                 if isinstance(message, Cancel):
-                    self._cancel(message.stream)
+                    self._cancel(message)
                 else:
                     self.inbox.put(message)
         except (EOFError, OSError):
             # The parent is gone. The engine may be deep in the model: only the whole process can leave.
             os._exit(0)
 
-    def _cancel(self, stream: int) -> None:
-        self.cancelled.add(stream)
+    def _cancel(self, message: Cancel) -> None:
+        self.cancelled.add(message.stream)
+        if not message.keep:
+            self.dropped.add(message.stream)
         for request in list(self.in_hand.values()):
-            request.cancelled = request.cancelled or request.id >> PLACE_BITS == stream
+            request.cancelled = request.cancelled or request.id >> PLACE_BITS == message.stream
 
     def _send(self) -> None:
         try:
@@ -104,11 +116,12 @@ class Server:
 
     def _send_until_failed(self) -> None:
         stats_due, behind = 0.0, False
+        last_stats: EngineStats | None = None
         while True:
             try:
                 # A stream's last completions carry stats too, if late: nobody is left to bring newer ones
-                # along.
-                items = [self.outbox.get(timeout=STATS_SECONDS if behind else None)]
+                # along. And so does a long batch, to show that it is alive.
+                items = [self.outbox.get(timeout=STATS_SECONDS if behind else SIGN_SECONDS)]
                 time.sleep(GATHER_SECONDS)
                 while len(items) < PACK_ROWS and not self.outbox.empty():
                     items.append(self.outbox.get())
@@ -116,17 +129,20 @@ class Server:
                 items = []
             last = items[-1] if items else None
             failed = last if isinstance(last, Failed) else None
-            completions = [c for c in items if isinstance(c, Completion) and not self._is_cancelled(c)]
+            completions = [c for c in items if isinstance(c, Completion) and not self._is_dropped(c)]
             now = time.monotonic()
             behind = bool(items) and now < stats_due and bool(self.in_hand)
-            self.connection.send(CompletionPack.pack(completions, None if behind else self._stats()))
+            stats = None if behind else self._stats()
+            if completions or (stats is not None and stats != last_stats):
+                self.connection.send(CompletionPack.pack(completions, stats))
+            last_stats = stats or last_stats
             stats_due = stats_due if behind else now + STATS_SECONDS
             if failed:
                 self.connection.send(failed)
                 return
 
-    def _is_cancelled(self, completion: Completion) -> bool:
-        return completion.id >> PLACE_BITS in self.cancelled
+    def _is_dropped(self, completion: Completion) -> bool:
+        return completion.id >> PLACE_BITS in self.dropped
 
     def _stats(self) -> EngineStats | None:
         """A copy, since the engine's thread goes on counting while this one sends."""
@@ -151,8 +167,10 @@ def _die_with_parent(parent: int) -> None:
 def main() -> None:
     descriptor, parent = map(int, sys.argv[1:])
     _die_with_parent(parent)
-    # Ctrl-C reaches the whole foreground group; whether to drain or to stop is the parent's decision.
+    # Ctrl-C and a service manager's SIGTERM reach the whole group. Whether to drain or to stop is the parent's
+    # decision, and what the rows are so far is lost with this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Server(Connection(descriptor)).serve()
 
 

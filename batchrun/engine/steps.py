@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,38 +19,49 @@ from transformers import (
 )
 
 from batchrun.engine.noise import gumbel
-from batchrun.engine.protocol import Request, Sampling
+from batchrun.engine.protocol import EngineStats, Request, Sampling
 from batchrun.engine.stopping import StopStrings
 
 # On a CPU, noise for so many (row, token) pairs at a time stays in the cache: 84 instead of 298 ms for 256
 # rows of 32,000 tokens on one core.
 CACHED_NOISE = 1 << 17
+CANCEL_SECONDS = 0.2  # between two looks at whether rows are still wanted
 
 
 class BatchState(StoppingCriteria):
     """The rows' ends, kept on the device; `generate` asks after every step which rows are done.
 
-    `lengths` (rows,) is how many tokens of each answer count, `stopped` and `broken` (rows,) why it ended
-    early.
+    `lengths` (rows,) is how many new tokens of each answer count, `stopped` and `broken` (rows,) why it ended early.
+    Once a request is cancelled the whole batch ends: `cut` (rows,) are those that would have gone on.
     """
 
     def __init__(
-        self, requests: Sequence[Request], stop_ids: Tensor, stop_strings: StopStrings, width: int
+        self,
+        requests: Sequence[Request],
+        stop_ids: Tensor,
+        stop_strings: StopStrings,
+        width: int,
+        stats: EngineStats,
     ) -> None:
         device = stop_ids.device
-        self.limits = torch.tensor([request.max_new_tokens for request in requests], device=device)
+        self.requests, self.stats = requests, stats
+        self.generated = [len(request.generated) for request in requests]
+        self.offsets = torch.tensor(self.generated, device=device)
+        self.limits = torch.tensor([request.remaining for request in requests], device=device)
         self.row_seeds = torch.tensor([_signed(request.row_seed) for request in requests], device=device)
         self.lengths = self.limits.clone()
         self.done = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        self.stopped, self.broken = self.done.clone(), self.done.clone()
+        self.stopped, self.broken, self.cut = self.done.clone(), self.done.clone(), self.done.clone()
         self.stop_ids = stop_ids
         self.stop_strings = stop_strings
         # `generate` hands over prompt and answer in one tensor; the answer starts here.
         self.width = width
         self.steps = 0
+        self._looked = time.monotonic()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.steps += 1
+        self.stats.steps += 1
         stops = torch.isin(input_ids[:, -1], self.stop_ids)
         if self.stop_strings:
             stops |= self._string_completed(input_ids, ~(self.done | stops))
@@ -58,12 +70,26 @@ class BatchState(StoppingCriteria):
         self.lengths = torch.where(ends, self.steps, self.lengths)
         self.stopped |= ends & stops
         self.done = self.done | ends
+        if self._cancelled():
+            self.cut = ~self.done
+            self.lengths = torch.where(self.cut, self.steps, self.lengths)
+            self.done = self.done | self.cut
         return self.done
+
+    def _cancelled(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked < CANCEL_SECONDS:
+            return False
+        self._looked = now
+        return any(request.cancelled for request in self.requests)
 
     def _string_completed(self, input_ids: Tensor, rows: Tensor) -> Tensor:
         rows_running = rows.nonzero().squeeze(1)
-        first = max(self.width, input_ids.shape[1] - self.stop_strings.tail)
-        answers = input_ids[rows_running, first:].tolist()
+        # Tokens of earlier attempts stand at the end of the prompt's columns, which are padded on the left then.
+        starts = [self.width - self.generated[row] for row in rows_running.tolist()]
+        first = max(min(starts, default=0), input_ids.shape[1] - self.stop_strings.tail)
+        tails = input_ids[rows_running, first:].tolist()
+        answers = [tail[max(0, start - first) :] for tail, start in zip(tails, starts, strict=True)]
         completed = torch.zeros_like(rows)
         if answers:
             found = self.stop_strings.completed(answers)
@@ -93,8 +119,10 @@ class GumbelNoise(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         vocab = scores.shape[-1]
         rows = max(1, CACHED_NOISE // vocab) if scores.device.type == "cpu" else len(scores)
-        for part, row_seeds in zip(scores.split(rows), self.state.row_seeds.split(rows), strict=True):
-            part += gumbel(self.seed, row_seeds, torch.full_like(row_seeds, self.state.steps), vocab)
+        state = self.state
+        parts = zip(scores.split(rows), state.row_seeds.split(rows), state.offsets.split(rows), strict=True)
+        for part, row_seeds, offsets in parts:
+            part += gumbel(self.seed, row_seeds, offsets + self.state.steps, vocab)
         return scores
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.engine.protocol import Completion, EngineStats, Request
+from batchrun.engine.protocol import NO_TOKENS, Completion, EngineStats, Request, TokenIds
 from batchrun.errors import BatchrunError, RowFault
 
 # A request's id on the wire is its stream's number and its place in that stream.
@@ -18,7 +18,7 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 
 @dataclass(frozen=True, slots=True)
 class RequestPack:
-    """Requests of one stream, the first at `first_place`; token ids end to end."""
+    """Requests of one stream, the first at `first_place`; token ids end to end, `generated` by index, being rare."""
 
     stream: int
     first_place: int
@@ -26,6 +26,7 @@ class RequestPack:
     lengths: NDArray[np.int32]
     max_new_tokens: NDArray[np.int32]
     row_seeds: list[int]
+    generated: dict[int, TokenIds]
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
@@ -36,16 +37,18 @@ class RequestPack:
             np.array([len(request.token_ids) for request in requests], np.int32),
             np.array([request.max_new_tokens for request in requests], np.int32),
             [request.row_seed for request in requests],
+            {i: request.generated for i, request in enumerate(requests) if len(request.generated)},
         )
 
     def unpack(self) -> Iterator[Request]:
         number = (self.stream << PLACE_BITS) + self.first_place
         start = 0
-        for length, limit, seed in zip(
-            self.lengths.tolist(), self.max_new_tokens.tolist(), self.row_seeds, strict=True
+        for i, (length, limit, seed) in enumerate(
+            zip(self.lengths.tolist(), self.max_new_tokens.tolist(), self.row_seeds, strict=True)
         ):
-            yield Request(number, self.token_ids[start : start + length], limit, seed)
-            number, start = number + 1, start + length
+            generated = self.generated.get(i, NO_TOKENS)
+            yield Request(number + i, self.token_ids[start : start + length], limit, seed, generated)
+            start += length
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,10 @@ class CompletionPack:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody waits for this stream's completions any more."""
+    """Nobody waits for this stream's answers any more; with `keep`, what its rows are so far is wanted back."""
 
     stream: int
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from batchrun.errors import StorageError
 from batchrun.job import OutputSettings
 from batchrun.output import chunk, part
 from batchrun.output.chunk import ANSWERS, BadChunk, Origin
-from batchrun.output.layout import Layout
+from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.part import Summary
 from batchrun.storage import Folder, NotFound
 
@@ -35,6 +35,14 @@ class Receipt:
     bytes: int
     summary: Summary
     won: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The first tokens (int32) of an answer that is not finished, behind a prompt of so many."""
+
+    prompt_tokens: int
+    tokens: NDArray[np.int32]
 
 
 class Attempt:
@@ -62,12 +70,16 @@ class Attempt:
         self.attempt_id = attempt_id
         self.settings = settings
         self.restored = 0
-        self._origin = Origin(layout.plan_hash, job_hash, partition)
+        self.begun: dict[
+            int, Begun
+        ] = {}  # by row: what earlier attempts had to let go of, the longest of each
+        self._origin = Origin(layout.hash_of(partition), job_hash, partition)
         self._key = layout.part(partition)
         self._chunks_known = False
         self._chunks_written = 0
         self._answers: list[pa.Table] = []
         self._held = 0
+        self._replaced = 0
         # Where each row's answer stands among all held ones; -1 where there is none yet.
         self._place: NDArray[np.int64] = np.full(rows, -1, dtype=np.int64)
         self._pending: list[pa.Table] = []
@@ -82,7 +94,7 @@ class Attempt:
 
     @property
     def covered(self) -> bool:
-        return self._held == self.rows
+        return self._held - self._replaced == self.rows
 
     def open(self) -> Receipt | None:
         """Takes up what earlier attempts staged; a receipt if the part is there already.
@@ -96,7 +108,7 @@ class Attempt:
             return receipt
         for key, size in sorted(chunks.items()):
             try:
-                self._restore(chunk.decode(self._read(key, size), self._origin, self.rows))
+                self._take_up(key, self._read(key, size))
             except NotFound:
                 # Swept since it was listed: another attempt has just committed.
                 if receipt := self._committed():
@@ -129,6 +141,11 @@ class Attempt:
         self._pending_rows += table.num_rows
         self._pending_bytes += table.nbytes
 
+    def spoil(self, answers: pa.Table) -> None:
+        """Takes these rows, schema ANSWERS, in place of the answers that are there already."""
+        self._hold(answers)
+        self._replaced += answers.num_rows
+
     def maybe_flush(self) -> bool:
         """Flushes when a limit of rows, bytes or seconds is reached; not when all that is left is to seal."""
         if self.covered or not self._pending:
@@ -154,6 +171,25 @@ class Attempt:
         self._pending = []
         return True
 
+    def keep(self, begun: Mapping[int, Begun]) -> None:
+        """Stages the tokens of rows that are not finished, as one chunk of its own kind under a new key. One put.
+
+        No row's answer depends on it: without it a later attempt generates these tokens again, to the same end.
+        """
+        if not begun:
+            return
+        table = pa.table(
+            {
+                "row": list(begun),
+                "prompt_tokens": [one.prompt_tokens for one in begun.values()],
+                "tokens": pa.array([one.tokens for one in begun.values()], pa.list_(pa.int32())),
+            },
+            schema=chunk.PARTIALS,
+        )
+        self._chunks_written += 1
+        key = self.layout.partial(self.partition, min(begun), self.attempt_id, self._chunks_written)
+        self.folder.put(key, chunk.encode(table, self._origin, self.attempt_id))
+
     def seal(self, carried: Iterable[pa.RecordBatch], schema: pa.Schema) -> Receipt:
         """Builds the whole part beside `carried` (the partition's input, in order), puts it and sweeps.
 
@@ -167,8 +203,7 @@ class Attempt:
         if not self.covered:
             raise ValueError(f"{len(self.missing)} of {self.rows} rows are missing")
         answers = self._in_order()
-        origin = self._origin
-        mine = part.summarize(answers, self.attempt_id, origin.plan_hash, origin.job_hash, self.partition)
+        mine = self._summarize(answers)
         with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch:
             path = Path(scratch) / "part.parquet"
             try:
@@ -180,7 +215,7 @@ class Attempt:
                     f"the part could not be built ({error})", scratch, "free space there"
                 ) from error
             size = path.stat().st_size
-            created = self.folder.put_if_absent(self._key, path)
+            created = self._publish(path)
         seen = self.folder.size(self._key)
         if seen is None:
             if created:
@@ -203,18 +238,36 @@ class Attempt:
         return Receipt(self._key, size, summary, won=summary.attempt == self.attempt_id)
 
     def _inspect(self, size: int) -> Summary:
+        """Of which job a part may be is for the manifest to say: a retry may have replaced it with a changed one."""
         summary = part.inspect(self.folder, self._key, size)
-        if (summary.plan_hash, summary.job_hash, summary.partition, summary.rows) != (
-            self._origin.plan_hash,
-            self._origin.job_hash,
-            self.partition,
-            self.rows,
-        ):
+        expected = (self._origin.plan_hash, self.partition, self.rows)
+        if (summary.plan_hash, summary.partition, summary.rows) != expected:
             raise part.damaged(self.folder, self._key, "a part of another job, plan or partition")
         return summary
 
+    def _summarize(self, answers: pa.Table) -> Summary:
+        origin = self._origin
+        return part.summarize(answers, self.attempt_id, origin.plan_hash, origin.job_hash, self.partition)
+
+    def _publish(self, path: Path) -> bool:
+        """Puts the whole part; whether this call is known to have written it."""
+        return self.folder.put_if_absent(self._key, path)
+
     def _read(self, key: str, size: int) -> bytes:
         return self.folder.read(key, 0, size) if size else b""
+
+    def _take_up(self, key: str, data: bytes) -> None:
+        if not key.endswith(PARTIAL):
+            self._restore(chunk.decode(data, self._origin, self.rows))
+            return
+        table = chunk.decode_partial(data, self._origin, self.rows)
+        tokens = table["tokens"].combine_chunks()
+        for i, (row, prompt) in enumerate(
+            zip(table["row"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True)
+        ):
+            one = Begun(prompt, tokens[i].values.to_numpy())
+            if row not in self.begun or len(one.tokens) > len(self.begun[row].tokens):
+                self.begun[row] = one
 
     def _restore(self, table: pa.Table) -> None:
         new = self._place[table["row"].to_numpy()] < 0

@@ -25,6 +25,15 @@ ANSWERS = pa.schema(
     ]
 )
 
+# One row is an answer that was begun: its first tokens, behind a prompt of so many.
+PARTIALS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("tokens", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+
 # Parquet checks its pages but not its footer. So a digest of the whole file stands in the footer's metadata,
 # taken while zeros stood in its place; the file stays plain Parquet.
 _MARK = b"batchrun-sha256:"
@@ -44,15 +53,15 @@ class Origin:
     partition: int
 
 
-def encode(answers: pa.Table, origin: Origin, attempt_id: str) -> bytes:
-    """A chunk of `answers` (schema ANSWERS), as Parquet bytes."""
+def encode(rows: pa.Table, origin: Origin, attempt_id: str) -> bytes:
+    """A chunk of `rows` (schema ANSWERS or PARTIALS), as Parquet bytes."""
     sink = pa.BufferOutputStream()
     metadata = json.dumps({**asdict(origin), "attempt": attempt_id})
     with pq.ParquetWriter(
-        sink, ANSWERS, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=False,
+        sink, rows.schema, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=False,
         store_schema=False,
     ) as writer:  # fmt: skip
-        writer.write_table(answers)
+        writer.write_table(rows)
         writer.add_key_value_metadata({"batchrun": metadata, "digest": (_MARK + _BLANK).decode()})
     blank = sink.getvalue().to_pybytes()
     start = blank.rindex(_MARK) + len(_MARK)
@@ -65,29 +74,45 @@ def decode(data: bytes, expected: Origin, rows: int) -> pa.Table:
     Raises:
         BadChunk: anything but the very bytes that were encoded for this plan, job and partition.
     """
+    table = _decode(data, expected, ANSWERS)
+    check_rows(table, rows)
+    return table
+
+
+def decode_partial(data: bytes, expected: Origin, rows: int) -> pa.Table:
+    """The begun answers of a chunk, schema PARTIALS. Raises BadChunk as `decode` does."""
+    table = _decode(data, expected, PARTIALS)
+    _check_offsets(table, rows)
+    return table
+
+
+def _decode(data: bytes, expected: Origin, schema: pa.Schema) -> pa.Table:
     _check_digest(data)
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        table = file.read().cast(ANSWERS)
+        table = file.read().cast(schema)
         origin = json.loads((file.metadata.metadata or {})[b"batchrun"])
         foreign = {key: origin.get(key) for key in asdict(expected)} != asdict(expected)
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
         raise BadChunk(f"written in another format ({error})") from error
     if foreign:
         raise BadChunk("of another plan, job or partition")
-    check_rows(table, rows)
     return table
 
 
 def check_rows(answers: pa.Table, rows: int) -> None:
     """Every row's offset lies in the partition and stands once, and its status is known; else BadChunk."""
-    offsets = answers["row"].to_numpy()
+    _check_offsets(answers, rows)
+    if not pc.all(pc.is_in(answers["status"], pa.array(["ok", "failed"])), min_count=0).as_py():
+        raise BadChunk("a status other than ok or failed")
+
+
+def _check_offsets(table: pa.Table, rows: int) -> None:
+    offsets = table["row"].to_numpy()
     if len(offsets) and (offsets.min() < 0 or offsets.max() >= rows):
         raise BadChunk(f"rows outside the partition's {rows}")
     if len(np.unique(offsets)) != len(offsets):
         raise BadChunk("rows that stand twice")
-    if not pc.all(pc.is_in(answers["status"], pa.array(["ok", "failed"])), min_count=0).as_py():
-        raise BadChunk("a status other than ok or failed")
 
 
 def _check_digest(data: bytes) -> None:

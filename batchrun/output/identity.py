@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -15,14 +15,17 @@ from batchrun.output.layout import JOB
 from batchrun.storage import Folder, NotFound
 
 # Of the files under _job/ and the parts' metadata. A batchrun that writes them differently counts it up.
-FORMAT = 1
+FORMAT = 2
 
 FIX = "use another output.path, or empty this one with `batchrun clean --all`"
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """`settings` are the job's deciding ones (no place, no secret), `job_hash` covers them and the model."""
+    """`settings` are the job's deciding ones (no place, no secret), `job_hash` covers them and the model.
+
+    `plan_hash` is the first plan's, where an output has several.
+    """
 
     plan_hash: str
     job_hash: str
@@ -33,10 +36,16 @@ class Identity:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def pin(folder: Folder, identity: Identity, input_changes: Callable[[], Iterable[str]] = tuple) -> bool:
+def pin(
+    folder: Folder,
+    identity: Identity,
+    input_changes: Callable[[], Iterable[str]] = tuple,
+    mended: Sequence[Identity] = (),
+) -> bool:
     """Writes job.json if there is none, and compares with it otherwise; whether it was written.
 
-    `input_changes` is called where the inputs differ, for lines that say how.
+    `input_changes` is called where the inputs differ, for lines that say how. `mended` are the jobs of retries,
+    which were recorded and are as good as the first one.
 
     Raises:
         ChangedError: inputs, settings or model differ from those pinned; lists each difference.
@@ -47,8 +56,13 @@ def pin(folder: Folder, identity: Identity, input_changes: Callable[[], Iterable
         if folder.put_if_absent(JOB, document.encode(asdict(identity))):
             return True
         pinned = read(folder) or identity
-    if changes := list(_changes(pinned, identity, input_changes)):
-        raise ChangedError(f"it holds answers of another job ({'; '.join(changes)})", folder.name, FIX)
+    pinned = next((one for one in mended if one.job_hash == identity.job_hash), pinned)
+    lines = list(changes(pinned, identity).values())
+    if pinned.plan_hash != identity.plan_hash:
+        inputs = f"inputs: {_shown(pinned.plan_hash)} -> {_shown(identity.plan_hash)}"
+        lines += list(input_changes()) or [inputs]
+    if lines:
+        raise ChangedError(f"it holds answers of another job ({'; '.join(lines)})", folder.name, FIX)
     return False
 
 
@@ -74,17 +88,19 @@ def read(folder: Folder) -> Identity | None:
         raise OutputError(f"damaged ({error})", where, FIX) from error
 
 
-def _changes(old: Identity, new: Identity, input_changes: Callable[[], Iterable[str]]) -> Iterator[str]:
+def changes(old: Identity, new: Identity) -> dict[str, str]:
+    """What differs between two jobs, their inputs aside: a line for each setting, and for the `model`."""
     before, after = dict(_flat(old.settings)), dict(_flat(new.settings))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            yield f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+    found = {
+        key: f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
     if old.model_fingerprint != new.model_fingerprint:
-        yield f"model: {_shown(old.model_fingerprint)} -> {_shown(new.model_fingerprint)}"
-    elif old.job_hash != new.job_hash and before == after:
-        yield f"job: {_shown(old.job_hash)} -> {_shown(new.job_hash)}"
-    if old.plan_hash != new.plan_hash:
-        yield from list(input_changes()) or [f"inputs: {_shown(old.plan_hash)} -> {_shown(new.plan_hash)}"]
+        found["model"] = f"model: {_shown(old.model_fingerprint)} -> {_shown(new.model_fingerprint)}"
+    elif old.job_hash != new.job_hash and not found:
+        found["job"] = f"job: {_shown(old.job_hash)} -> {_shown(new.job_hash)}"
+    return found
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

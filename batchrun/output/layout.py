@@ -3,56 +3,115 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from batchrun.job import stable_hash
 
 DATA = "data/"
 JOB_FOLDER = "_job/"
 STAGE = "_job/stage/"
 TEMPORARY = "_job/tmp/"
 JOB = "_job/job.json"
-PLAN = "_job/plan.parquet"
+PLANS = "_job/plans/"
+RETRIES = "_job/retries/"
 MANIFEST = "_job/manifest.json"
 LEASE = "_job/lease.json"
+PARTIAL = ".partial"
 
 _PART = re.compile(r"data/part-(\d{5,})-([0-9a-f]{8})\.parquet")
-_CHUNK = re.compile(r"_job/stage/(\d{5,})/\d+-[^/]+-\d+\.chunk")
+_CHUNK = re.compile(r"_job/stage/(\d{5,})-([0-9a-f]{8})(?:-r(\d+))?/\d+-[^/]+-\d+\.(?:chunk|partial)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
-    """The keys of one plan: its hash (hex) and how many partitions it has."""
+    """The keys of one output: the hash (hex) of what it is made of, and how many partitions it has.
+
+    An output that grew has several `plans`, (hash, partitions) each: its partitions are numbered through, and each
+    key carries the hash of its own plan. `generation` is that of the staged rows: 0 of runs, n of the n-th retry,
+    which never takes up what another one staged.
+    """
 
     plan_hash: str
     partitions: int
+    plans: tuple[tuple[str, int], ...] = ()
+    generation: int = 0
 
-    @property
-    def digits(self) -> int:
-        return max(5, len(str(self.partitions - 1)))
+    @classmethod
+    def of(cls, plans: Sequence[tuple[str, int]]) -> Layout:
+        """The layout of plans, (hash, partitions) each, in the order in which they were made."""
+        if len(plans) == 1:
+            return cls(*plans[0])
+        return cls(stable_hash([plan for plan, _ in plans]), sum(count for _, count in plans), tuple(plans))
+
+    def hash_of(self, partition: int) -> str:
+        """The hash of the plan that the partition belongs to."""
+        return self._plan(partition)[0]
 
     def part(self, partition: int) -> str:
-        return f"{DATA}part-{partition:0{self.digits}d}-{self.plan_hash[:8]}.parquet"
+        return f"{DATA}part-{self._name(partition)}.parquet"
 
     def stage(self, partition: int) -> str:
         """The prefix of the partition's chunks."""
-        return f"{STAGE}{partition:0{self.digits}d}/"
+        retry = f"-r{self.generation}" if self.generation else ""
+        return f"{STAGE}{self._name(partition)}{retry}/"
 
     def chunk(self, partition: int, first_row: int, attempt_id: str, number: int) -> str:
         return f"{self.stage(partition)}{first_row}-{attempt_id}-{number}.chunk"
 
+    def partial(self, partition: int, first_row: int, attempt_id: str, number: int) -> str:
+        """A chunk of rows that are not finished yet."""
+        return f"{self.stage(partition)}{first_row}-{attempt_id}-{number}{PARTIAL}"
+
     def partition_of_part(self, key: str) -> int | None:
-        """Which partition's part the key is; None where it is none of this plan."""
+        """Which partition's part the key is; None where it is none of this output."""
         match = _PART.fullmatch(key)
-        if match is None or match[2] != self.plan_hash[:8]:
-            return None
-        return self._known(match[1])
+        return None if match is None else self._known(match[1], match[2])
 
     def partition_of_chunk(self, key: str) -> int | None:
+        """Which partition's chunk of this generation the key is, None where it is none."""
         match = _CHUNK.fullmatch(key)
-        return None if match is None else self._known(match[1])
+        if match is None or int(match[3] or 0) != self.generation:
+            return None
+        return self._known(match[1], match[2])
 
-    def _known(self, digits: str) -> int | None:
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(count for _, count in self.plans or ((self.plan_hash, self.partitions),)))
+
+    def _plan(self, partition: int) -> tuple[str, int]:
+        """The partition's plan, and how many digits the numbers of that plan's partitions have."""
+        plans = self.plans or ((self.plan_hash, self.partitions),)
+        place = bisect_right(self._ends, partition)
+        # By the plan's own end, so that no key changes when another plan follows.
+        return plans[place][0], max(5, len(str(self._ends[place] - 1)))
+
+    def _name(self, partition: int) -> str:
+        plan_hash, digits = self._plan(partition)
+        return f"{partition:0{digits}d}-{plan_hash[:8]}"
+
+    def _known(self, digits: str, plan_hash: str) -> int | None:
         partition = int(digits)
-        return partition if len(digits) == self.digits and partition < self.partitions else None
+        if partition >= self.partitions or self._name(partition) != f"{digits}-{plan_hash}":
+            return None
+        return partition
+
+
+def plan_key(number: int) -> str:
+    return f"{PLANS}{number:05d}.parquet"
+
+
+def retry_key(number: int) -> str:
+    return f"{RETRIES}{number:05d}.json"
+
+
+def retry_of_chunk(key: str) -> int | None:
+    """The number of the retry that staged the chunk, 0 where a run did; None where the key is no chunk."""
+    match = _CHUNK.fullmatch(key)
+    return None if match is None else int(match[3] or 0)
 
 
 def is_part(key: str) -> bool:

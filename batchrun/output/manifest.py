@@ -1,9 +1,13 @@
-"""The success marker: written once every part of the plan is there with the rows that the plan gives it."""
+"""The success marker: written once every part of the plan is there with the rows that the plan gives it.
+
+It is told from the plans, the records of retries and the parts' own footers alone, so that whoever writes it again
+after a crash writes the same.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -11,15 +15,18 @@ from types import MappingProxyType
 import numpy as np
 
 from batchrun.errors import OutputError
-from batchrun.output import document, part, state
+from batchrun.output import document, part, retry, state
 from batchrun.output.attempt import Receipt
 from batchrun.output.document import Damaged
 from batchrun.output.layout import MANIFEST, Layout
 from batchrun.output.part import Summary
+from batchrun.output.retry import Retry
 from batchrun.storage import Folder, NotFound
 
 # Footers are a request each and little else.
 READERS = 16
+
+EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +36,49 @@ class Part:
     ok: int
     failed: int
     bytes: int
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One of the output's plans: its hash, and what it came to."""
+
+    hash: str
+    parts: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A part that a retry replaced: when, the attempts before and after, rows run again, and answered by that."""
+
+    key: str
+    at: str
+    old: str
+    new: str
+    rows: int
+    ok: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """A retry: see `Retry`. Not finished means that parts are left for it to mend."""
+
+    number: int
+    created: str
+    errors: list[str]
+    changes: list[str]
+    job_hash: str
+    finished: bool
+    parts: list[Replaced]
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Totals of the whole output and its parts in the plan's order."""
+    """Totals of the whole output and its parts in the plans' order.
+
+    `errors` counts failed rows by code, `examples` shows a few of each; `failed_folder` holds them as a dataset.
+    """
 
     plan_hash: str
     job_hash: str
@@ -43,26 +88,38 @@ class Manifest:
     prompt_tokens: int
     output_tokens: int
     errors: dict[str, int]
+    examples: dict[str, list[str]]
+    failed_folder: str | None
+    plans: list[Planned]
+    retries: list[Retried]
     parts: list[Part]
 
     def describes(self, found: state.State) -> bool:
-        """Whether the parts that are there now are, by key and size, the ones it was written for."""
-        return not found.foreign and np.array_equal(found.part_bytes, [entry.bytes for entry in self.parts])
+        """Whether the parts that are there now are, by key and size, the ones it was written for, and no retry
+        has gone on since."""
+        return (
+            not found.foreign
+            and np.array_equal(found.part_bytes, [entry.bytes for entry in self.parts])
+            and found.retries == len(self.retries)
+            and self.unfinished is None
+        )
+
+    @property
+    def unfinished(self) -> Retried | None:
+        """The last retry where it was cut off; one that another followed was given up for that."""
+        last = self.retries[-1:]
+        return last[0] if last and not last[0].finished else None
 
 
-def write(
-    folder: Folder,
-    layout: Layout,
-    job_hash: str,
-    rows: Sequence[int],
-    receipts: Mapping[int, Receipt] = MappingProxyType({}),
-) -> Manifest:
-    """Checks every part against `rows` (per partition, by the plan) and writes the manifest, once.
+def summaries(
+    folder: Folder, layout: Layout, receipts: Mapping[int, Receipt] = MappingProxyType({})
+) -> tuple[list[Summary], list[int]]:
+    """What every part says of itself, and its bytes, in order.
 
     A part is read for it, unless there is a receipt (by partition) and the part is still as long as it says.
 
     Raises:
-        OutputError: a part is missing, damaged, foreign or of another length: names what and where.
+        OutputError: a part is missing, damaged or foreign: names what and where.
     """
     found = state.scan(folder, layout)
     found.refuse_foreign(folder)
@@ -80,11 +137,31 @@ def write(
         return part.inspect(folder, layout.part(partition), sizes[partition])
 
     with ThreadPoolExecutor(READERS) as pool:
-        summaries = list(pool.map(summary_of, range(layout.partitions)))
-    for i, summary in enumerate(summaries):
-        if problem := disagreement(summary, layout, job_hash, i, rows[i]):
+        return list(pool.map(summary_of, range(layout.partitions))), sizes
+
+
+def write(
+    folder: Folder,
+    layout: Layout,
+    job_hash: str,
+    rows: Sequence[int],
+    receipts: Mapping[int, Receipt] = MappingProxyType({}),
+    failed_folder: str | None = None,
+) -> Manifest:
+    """Checks every part against `rows` (per partition, by the plans) and writes the manifest, once.
+
+    `job_hash` is the pinned job's; parts may also be of a retry's. `receipts` as for `summaries`.
+
+    Raises:
+        OutputError: a part is missing, damaged, foreign or of another length: names what and where.
+    """
+    found, sizes = summaries(folder, layout, receipts)
+    retries = retry.read(folder)
+    known = job_hashes(job_hash, retries)
+    for i, summary in enumerate(found):
+        if problem := disagreement(summary, layout, known, i, rows[i]):
             raise part.damaged(folder, layout.part(i), problem)
-    manifest = _total(summaries, layout, job_hash, sizes)
+    manifest = _total(found, layout, job_hash, sizes, retries, failed_folder)
     if read(folder) != manifest:
         folder.put(MANIFEST, document.encode(asdict(manifest)))
     return manifest
@@ -94,7 +171,13 @@ def read(folder: Folder) -> Manifest | None:
     """The manifest, None where there is none. Raises OutputError where it is damaged."""
     try:
         values = document.decode(folder.read(MANIFEST))
-        return Manifest(**{**values, "parts": [Part(**entry) for entry in values["parts"]]})
+        values["parts"] = [Part(**entry) for entry in values["parts"]]
+        values["plans"] = [Planned(**entry) for entry in values["plans"]]
+        values["retries"] = [
+            Retried(**{**entry, "parts": [Replaced(**one) for one in entry["parts"]]})
+            for entry in values["retries"]
+        ]
+        return Manifest(**values)
     except NotFound:
         return None
     except (Damaged, KeyError, TypeError) as error:
@@ -102,23 +185,39 @@ def read(folder: Folder) -> Manifest | None:
         raise OutputError(f"damaged ({error})", where, "delete it and run again") from error
 
 
-def disagreement(summary: Summary, layout: Layout, job_hash: str, partition: int, rows: int) -> str | None:
+def job_hashes(pinned: str, retries: Sequence[Retry]) -> set[str]:
+    """Of which jobs parts may be: the pinned one and those that retries recorded."""
+    return {pinned, *(one.identity.job_hash for one in retries)}
+
+
+def disagreement(
+    summary: Summary, layout: Layout, job_hashes: Container[str], partition: int, rows: int
+) -> str | None:
     """What keeps a part from being the plan's, if anything does."""
-    if (
-        summary.plan_hash != layout.plan_hash
-        or summary.job_hash != job_hash
-        or summary.partition != partition
-    ):
+    mine = summary.plan_hash == layout.hash_of(partition) and summary.partition == partition
+    if not mine or summary.job_hash not in job_hashes:
         return "a part of another job, plan or partition"
     if summary.rows != rows:
         return f"{summary.rows} rows where the plan has {rows}"
     return None
 
 
-def _total(summaries: list[Summary], layout: Layout, job_hash: str, sizes: list[int]) -> Manifest:
+def _total(
+    summaries: list[Summary],
+    layout: Layout,
+    job_hash: str,
+    sizes: list[int],
+    retries: Sequence[Retry],
+    failed_folder: str | None,
+) -> Manifest:
     errors: Counter[str] = Counter()
-    for summary in summaries:
+    examples: dict[str, list[str]] = {}
+    for i, summary in enumerate(summaries):
         errors.update(summary.errors)
+        for code, example in summary.examples.items():
+            shown = examples.setdefault(code, [])
+            if len(shown) < EXAMPLES:
+                shown.append(f"{layout.part(i)}, {example}")
     return Manifest(
         plan_hash=layout.plan_hash,
         job_hash=job_hash,
@@ -128,5 +227,36 @@ def _total(summaries: list[Summary], layout: Layout, job_hash: str, sizes: list[
         prompt_tokens=sum(s.prompt_tokens for s in summaries),
         output_tokens=sum(s.output_tokens for s in summaries),
         errors=dict(errors),
-        parts=[Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i]) for i, s in enumerate(summaries)],
+        examples=examples,
+        failed_folder=failed_folder,
+        plans=_planned(summaries),
+        retries=[_retried(one, summaries, layout) for one in retries],
+        parts=[
+            Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i], s.attempt) for i, s in enumerate(summaries)
+        ],
+    )
+
+
+def _planned(summaries: list[Summary]) -> list[Planned]:
+    parts = Counter(summary.plan_hash for summary in summaries)
+    rows: Counter[str] = Counter()
+    for summary in summaries:
+        rows[summary.plan_hash] += summary.rows
+    return [Planned(plan_hash, count, rows[plan_hash]) for plan_hash, count in parts.items()]
+
+
+def _retried(one: Retry, summaries: list[Summary], layout: Layout) -> Retried:
+    return Retried(
+        number=one.number,
+        created=one.created,
+        errors=one.errors,
+        changes=one.changes,
+        job_hash=one.identity.job_hash,
+        finished=not one.work(summaries),
+        parts=[
+            Replaced(layout.part(i), past.at, past.old, past.new, past.rows, past.ok)
+            for i, summary in enumerate(summaries)
+            for past in summary.retries
+            if past.generation == one.number
+        ],
     )

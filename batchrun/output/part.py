@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,10 +23,30 @@ ROW_GROUP_BYTES = 64 << 20
 # One ranged read that holds the footer of nearly every part.
 _TAIL_BYTES = 64 << 10
 
+# Characters of an example of an error; the whole message stands in the part.
+_EXAMPLE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What the retry numbered `generation` did to a part: it put the attempt `new` in place of `old` at the time
+    `at` (ISO, UTC), with `rows` generated again, `ok` of them answered now."""
+
+    generation: int
+    old: str
+    new: str
+    rows: int
+    ok: int
+    at: str
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a part says about itself in its footer (key-value metadata "batchrun", JSON)."""
+    """What a part says about itself in its footer (key-value metadata "batchrun", JSON).
+
+    `errors` counts failed rows by code, `examples` gives the first of each; `retries` tells how the part came to be
+    other than the run made it.
+    """
 
     attempt: str
     plan_hash: str
@@ -38,6 +58,13 @@ class Summary:
     prompt_tokens: int
     output_tokens: int
     errors: dict[str, int]
+    examples: dict[str, str] = field(default_factory=dict)
+    retries: list[Replacement] = field(default_factory=list)
+
+    @property
+    def generation(self) -> int:
+        """The number of the last retry that replaced the part, 0 where none did."""
+        return self.retries[-1].generation if self.retries else 0
 
 
 def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
@@ -46,11 +73,25 @@ def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
     return pa.schema([*carried, *answers])
 
 
-def summarize(answers: pa.Table, attempt: str, plan_hash: str, job_hash: str, partition: int) -> Summary:
-    """Counts over a partition's answers (any string type, ANSWERS otherwise)."""
+def error_codes(errors: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What stands before the colon in each error; empty for a null."""
+    errors = pc.fill_null(errors, "")
+    return pc.list_element(pc.split_pattern(errors, ":", max_splits=1), 0) if len(errors) else errors
+
+
+def summarize(
+    answers: pa.Table,
+    attempt: str,
+    plan_hash: str,
+    job_hash: str,
+    partition: int,
+    retries: Sequence[Replacement] = (),
+) -> Summary:
+    """Counts over a partition's answers in order (any string type, ANSWERS otherwise)."""
     ok = pc.sum(pc.equal(answers["status"], "ok"), min_count=0).as_py()
-    errors = pc.fill_null(answers.filter(pc.equal(answers["status"], "failed"))["error"], "")
-    codes = pc.list_element(pc.split_pattern(errors, ":", max_splits=1), 0) if len(errors) else errors
+    failed = answers.filter(pc.equal(answers["status"], "failed"))
+    codes = error_codes(failed["error"])
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(codes).to_pylist()}
     return Summary(
         attempt=attempt,
         plan_hash=plan_hash,
@@ -61,7 +102,9 @@ def summarize(answers: pa.Table, attempt: str, plan_hash: str, job_hash: str, pa
         failed=answers.num_rows - ok,
         prompt_tokens=pc.sum(answers["prompt_tokens"], min_count=0).as_py(),
         output_tokens=pc.sum(answers["output_tokens"], min_count=0).as_py(),
-        errors={item["values"]: item["counts"] for item in pc.value_counts(codes).to_pylist()},
+        errors=counts,
+        examples={code: _example(failed, pc.index(codes, code).as_py()) for code in counts},
+        retries=[*retries],
     )
 
 
@@ -104,12 +147,32 @@ def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
     if size is None:
         raise NotFound(key)
     try:
+        return _inspect(folder, key, size)
+    except OutputError:
+        # A retry may have replaced it since its size was looked up.
+        now = folder.size(key)
+        if now in (None, size):
+            raise
+    return _inspect(folder, key, now)
+
+
+def _inspect(folder: Folder, key: str, size: int) -> Summary:
+    try:
         metadata = _read_footer(folder, key, size)
-        values = json.loads(metadata.metadata[b"batchrun"])
-        summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
     except NotFound as error:
         raise StorageError("it was there and is gone", folder.where(key), "run again") from error
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(folder, key, "not a whole part of batchrun's") from error
+    return read_summary(metadata, folder, key)
+
+
+def read_summary(metadata: pq.FileMetaData, folder: Folder, key: str) -> Summary:
+    """What the part with this footer says about itself; `folder` and `key` are for the error's text."""
+    try:
+        values = json.loads(metadata.metadata[b"batchrun"])
+        values["retries"] = [Replacement(**entry) for entry in values["retries"]]
+        summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
+    except (ValueError, KeyError, TypeError) as error:
         raise damaged(folder, key, "not a whole part of batchrun's") from error
     if metadata.num_rows != summary.rows or summary.ok + summary.failed != summary.rows:
         raise damaged(folder, key, f"{metadata.num_rows} rows where its own count says {summary.rows}")
@@ -118,6 +181,12 @@ def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
 
 def damaged(folder: Folder, key: str, what: str) -> OutputError:
     return OutputError(what, folder.where(key), "delete this file and run again")
+
+
+def _example(failed: pa.Table, place: int) -> str:
+    error = failed["error"][place].as_py() or ""
+    text = error if len(error) <= _EXAMPLE else f"{error[: _EXAMPLE - 3]}..."
+    return f"row {failed['row'][place].as_py()}: {text}"
 
 
 def _beside(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchrun.errors import OutputError
-from batchrun.output.layout import DATA, STAGE, Layout
+from batchrun.output.layout import DATA, RETRIES, STAGE, Layout
 from batchrun.storage import Folder
 
 
@@ -16,12 +16,13 @@ from batchrun.storage import Folder
 class State:
     """Per partition (arrays by its index): bytes of its part and bytes staged for it; 0 where there are none.
 
-    `foreign` are the keys in data/ that are no parts of this plan.
+    `foreign` are the keys in data/ that are no parts of this plan, `retries` how many retries were begun.
     """
 
     part_bytes: NDArray[np.int64]
     staged_bytes: NDArray[np.int64]
     foreign: list[str]
+    retries: int = 0
 
     @property
     def committed(self) -> NDArray[np.bool_]:
@@ -54,6 +55,7 @@ def scan(folder: Folder, layout: Layout) -> State:
     part_bytes = np.zeros(layout.partitions, dtype=np.int64)
     staged_bytes = np.zeros(layout.partitions, dtype=np.int64)
     foreign: list[str] = []
+    retries = 0
     for key, size in folder.list().items():
         if key.startswith(DATA):
             partition = layout.partition_of_part(key)
@@ -63,4 +65,6 @@ def scan(folder: Folder, layout: Layout) -> State:
                 part_bytes[partition] = size
         elif key.startswith(STAGE) and (partition := layout.partition_of_chunk(key)) is not None:
             staged_bytes[partition] += size
-    return State(part_bytes, staged_bytes, sorted(foreign))
+        elif key.startswith(RETRIES):
+            retries += 1
+    return State(part_bytes, staged_bytes, sorted(foreign), retries)

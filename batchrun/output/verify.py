@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from batchrun.errors import BatchrunError
 from batchrun.job import OutputSettings
-from batchrun.output import manifest, part, state
-from batchrun.output.layout import DATA, JOB_FOLDER, STAGE, TEMPORARY, Layout, is_part
+from batchrun.output import failed, manifest, part, retry, state
+from batchrun.output.layout import DATA, JOB_FOLDER, STAGE, TEMPORARY, Layout, is_part, retry_of_chunk
 from batchrun.storage import Folder
 
 # Whole parts are held while they are read, so few at a time.
@@ -48,17 +48,20 @@ def verify(
     rows: Sequence[int],
     settings: OutputSettings,
     carried: Carried | None = None,
+    places: failed.Places | None = None,
 ) -> Verification:
     """Reads every row of every part and counts them against the plan (`rows` per partition) and the manifest.
 
-    With `carried`, which gives a partition's input again, every carried value is compared too, in order.
+    With `carried`, which gives a partition's input again, every carried value is compared too, in order. The
+    dataset of failed rows, where the job has one, is compared with the parts, and with `places` to the input.
     """
     found = state.scan(folder, layout)
     problems = [f"{key}: not a part of this plan" for key in found.foreign]
+    known = manifest.job_hashes(job_hash, retry.read(folder))
 
     def check(partition: int) -> _Counted:
         size = int(found.part_bytes[partition])
-        return _check_part(folder, layout, job_hash, partition, rows[partition], settings, carried, size)
+        return _check_part(folder, layout, known, partition, rows[partition], settings, carried, size)
 
     with ThreadPoolExecutor(READERS) as pool:
         counted = list(pool.map(check, range(layout.partitions)))
@@ -71,33 +74,46 @@ def verify(
         failed=sum(one.failed for one in counted),
         problems=problems,
     )
-    total.problems.extend(_check_manifest(folder, layout, job_hash, found, total))
+    total.problems.extend(_check_manifest(folder, layout, job_hash, found, total, counted))
+    if settings.failed is not None:
+        failed_rows = [one.failed for one in counted]
+        total.problems.extend(failed.problems(folder, layout, failed_rows, settings, places))
     return total
 
 
-def clean(folder: Folder, layout: Layout | None = None, everything: bool = False) -> list[str]:
+def clean(
+    folder: Folder,
+    layout: Layout | None = None,
+    everything: bool = False,
+    retrying: int = 0,
+    failed_folder: str | None = None,
+) -> list[str]:
     """Deletes what finished runs may leave behind; the keys deleted.
 
-    That is, what is staged for partitions that are committed, temporary files of writes long dead, unfinished
-    multipart uploads. `everything` deletes all that batchrun owns: parts of any plan and the whole of _job/.
-    Files of others in data/ are never touched.
+    That is, what is staged for partitions that are committed, and by retries other than the unfinished one
+    (`retrying`, 0 where there is none); temporary files of writes long dead; unfinished multipart uploads.
+    `everything` deletes all that batchrun owns: parts of any plan, the failed rows' folder and the whole of _job/.
+    Files of others are never touched.
     """
     keys = folder.list()
     folder.abort_uploads()
     if everything:
         leftovers = [key for key in keys if is_part(key) or key.startswith(JOB_FOLDER)]
+        leftovers += failed.owned(keys, failed_folder)
     else:
-        leftovers = [*_swept(keys, layout), *_stale(folder, keys)]
+        leftovers = [*_swept(keys, layout, retrying), *_stale(folder, keys)]
     folder.delete(leftovers)
     return sorted(leftovers)
 
 
-def _swept(keys: Iterable[str], layout: Layout | None) -> Iterator[str]:
+def _swept(keys: Iterable[str], layout: Layout | None, retrying: int) -> Iterator[str]:
     if layout is None:
         return
     committed = {layout.partition_of_part(key) for key in keys if key.startswith(DATA)} - {None}
     for key in keys:
-        if key.startswith(STAGE) and layout.partition_of_chunk(key) in committed:
+        if key.startswith(STAGE) and (
+            layout.partition_of_chunk(key) in committed or retry_of_chunk(key) not in (0, retrying)
+        ):
             yield key
 
 
@@ -114,13 +130,14 @@ class _Counted:
     rows: int = 0
     ok: int = 0
     failed: int = 0
+    attempt: str = ""
     problems: list[str] = field(default_factory=list)
 
 
 def _check_part(
     folder: Folder,
     layout: Layout,
-    job_hash: str,
+    job_hashes: set[str],
     partition: int,
     rows: int,
     settings: OutputSettings,
@@ -134,6 +151,7 @@ def _check_part(
         return counted
     try:
         summary = part.inspect(folder, key, size)
+        counted.attempt = summary.attempt
         file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
         expected = None if carried is None else _Rows(carried(partition))
         for batch in file.iter_batches():
@@ -145,7 +163,7 @@ def _check_part(
     except (BatchrunError, FileNotFoundError, pa.ArrowException, OSError, KeyError) as error:
         counted.problems.append(f"{key}: {error}")
         return counted
-    if problem := manifest.disagreement(summary, layout, job_hash, partition, rows):
+    if problem := manifest.disagreement(summary, layout, job_hashes, partition, rows):
         counted.problems.append(f"{key}: {problem}")
     if (counted.rows, counted.ok, counted.failed) != (summary.rows, summary.ok, summary.failed):
         counted.problems.append(
@@ -197,7 +215,12 @@ class _Rows:
 
 
 def _check_manifest(
-    folder: Folder, layout: Layout, job_hash: str, found: state.State, total: Verification
+    folder: Folder,
+    layout: Layout,
+    job_hash: str,
+    found: state.State,
+    total: Verification,
+    counted: Sequence[_Counted],
 ) -> Iterator[str]:
     try:
         written = manifest.read(folder)
@@ -211,5 +234,7 @@ def _check_manifest(
         yield "the manifest is of another job or plan"
     if (written.rows, written.ok, written.failed) != (total.rows, total.ok, total.failed):
         yield f"the manifest counts {written.rows} rows, {written.ok} ok, {written.failed} failed"
-    if not written.describes(found):
+    if written.unfinished is not None or found.retries != len(written.retries):
+        yield "a retry has not finished: `batchrun retry` goes on with it"
+    elif not written.describes(found) or [p.attempt for p in written.parts] != [c.attempt for c in counted]:
         yield "the manifest lists other parts than are there"

@@ -1,56 +1,216 @@
-"""What `batchrun plan` shows: the partitions, and what a sample of the rows becomes as tokens."""
+"""What `batchrun plan` answers: how much there is, what a sample of it becomes, how long it takes and what it costs."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
-from batchrun.errors import RowFault
+import numpy as np
+from rich.bar import Bar
+from rich.console import RenderableType
+from rich.table import Table
+
+from batchrun.cluster import visible_gpus
+from batchrun.dataset.plan import Partition
+from batchrun.estimate.cost import Estimate, Throughput, estimate
+from batchrun.estimate.records import device_name, recall, remember
+from batchrun.estimate.sample import ROWS, Sample, interval, sample
+from batchrun.estimate.trial import trial as run_trial
 from batchrun.job import Job
-from batchrun.prepare import Prepared, prepare, rows_of
-from batchrun.report.summary import token_sample
+from batchrun.output import identity, state
+from batchrun.prepare import Prepared, prepare
+from batchrun.report.progress import duration
+from batchrun.report.summary import size
 
-SAMPLED_PARTITIONS = 10
-SAMPLED_ROWS = 1000
+SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read
+TRIAL_SAMPLE_SHARE = 0.25  # of a trial's time, for a sample as large as what an engine looks ahead at
+BARS = 12
+BAR_WIDTH = 40
+PROMPT_SHOWN = 400  # characters of a rendered prompt
 
 
-def preview(job: Job) -> dict[str, Any]:
-    """Plans the job and tokenizes a sample spread over the partitions; writes nothing.
+def preview(job: Job, trial: float | None = None, workers: int | None = None) -> dict[str, Any]:
+    """Plans the job, makes prompts of a sample and tells what the rest of it takes; writes nothing into the output.
 
-    Returns plain values: files, rows, bytes (uncompressed), partitions, plan_hash, context and the percentiles of
-    the sampled prompt lengths in tokens.
+    Args:
+        trial: seconds for a trial on the real engine, whose throughput is remembered on this machine.
+        workers: GPUs to estimate for; by default those of the job's cluster or of this machine.
+
+    Returns plain values; `estimate` is None where no throughput is known.
     """
+    started = time.monotonic()
     prepared = prepare(job)
+    opening = time.monotonic() - started
+    rows = ROWS if trial is None else max(ROWS, job.engine.window_rows)
+    sampled = sample(prepared, rows, max(SAMPLE_SECONDS, TRIAL_SAMPLE_SHARE * (trial or 0.0)))
+    known = recall(prepared)
+    if trial is not None:
+        known = replace(run_trial(prepared, sampled, trial, opening), device=device_name())
+        remember(prepared.model.fingerprint, job.engine.kind, prepared.identity.job_hash, known)
+    left = _left(prepared)
     plan = prepared.plan
-    lengths, faults = _sample(prepared)
     return {
         "output": prepared.folder.name,
         "files": len(plan.files),
         "rows": plan.rows,
+        "rows_left": sum(partition.rows for partition in left),
         "bytes": sum(sum(file.group_bytes) for file in plan.files),
         "partitions": len(plan.partitions),
         "largest_partition": max(partition.rows for partition in plan.partitions),
         "plan_hash": plan.hash,
         "skipped": [f"{skipped.path} ({skipped.reason})" for skipped in plan.skipped],
         "context": prepared.texts.engine.max_context,
-        "prompt_tokens": token_sample(lengths, faults, plan.rows),
+        "max_new_tokens": job.generation.max_new_tokens,
+        "prompt_tokens": _prompt_tokens(sampled, plan.rows),
+        "problems": _problems(sampled, job),
+        "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
+        "estimate": None if known is None else _estimate(known, sampled, left, job, workers).to_json(),
     }
 
 
-def _sample(prepared: Prepared) -> tuple[list[int], list[str]]:
-    plan, builder = prepared.plan, prepared.texts.builder
-    step = max(1, len(plan.partitions) // SAMPLED_PARTITIONS)
-    chosen = plan.partitions[::step][:SAMPLED_PARTITIONS]
-    lengths: list[int] = []
-    faults: list[str] = []
-    for partition in chosen:
-        left = SAMPLED_ROWS // len(chosen)
-        for records in rows_of(prepared.job, plan, partition, builder.columns):
-            for built in builder.build(records.slice(0, left)):
-                if isinstance(built, RowFault):
-                    faults.append(str(built))
-                else:
-                    lengths.append(len(built))
-            left -= records.num_rows
-            if left <= 0:
-                break
-    return lengths, faults
+def lines(found: dict[str, Any]) -> list[RenderableType]:
+    """The same for a person."""
+    shown: list[RenderableType] = [
+        f"{found['rows']:,} rows in {found['files']:,} files, {size(found['bytes'])} uncompressed "
+        f"-> {found['partitions']:,} partitions (plan {found['plan_hash'][:8]})",
+        f"largest partition {found['largest_partition']:,} rows; output {found['output']}",
+    ]
+    if found["skipped"]:
+        shown.append(f"{len(found['skipped'])} unreadable files left out: {', '.join(found['skipped'][:5])}")
+    shown += _prompt_lines(found)
+    for i, text in enumerate(found["prompts"], 1):
+        shown.append(f"prompt {i}: {text.replace(chr(10), '⏎')}")
+    return shown + _estimate_lines(found)
+
+
+def _left(prepared: Prepared) -> list[Partition]:
+    """The partitions that have no part yet; all of them where the output is another job's or nobody's."""
+    plan = prepared.plan
+    pinned = identity.read(prepared.folder)
+    if pinned is None or (pinned.plan_hash, pinned.job_hash) != (plan.hash, prepared.identity.job_hash):
+        return plan.partitions
+    committed = state.scan(prepared.folder, prepared.layout).committed
+    return [partition for partition in plan.partitions if not committed[partition.index]]
+
+
+def _estimate(
+    known: Throughput, sampled: Sample, left: list[Partition], job: Job, workers: int | None
+) -> Estimate:
+    rows = sum(partition.rows for partition in left)
+    return estimate(
+        known,
+        sampled.lengths,
+        np.array(sampled.runs, np.int64),
+        rows * len(sampled.prompts) / max(1, sampled.rows),
+        job.generation.max_new_tokens,
+        workers or job.cluster.workers or max(1, len(visible_gpus())),
+        len(left),
+        job.cluster.price_per_gpu_hour,
+    )
+
+
+def _prompt_tokens(sampled: Sample, rows: int) -> dict[str, Any]:
+    """Percentiles of the sampled prompts' lengths in tokens, their histogram, and what all rows add up to."""
+    lengths = sampled.lengths
+    if not len(lengths):
+        return {}
+    edges = np.unique(np.geomspace(max(1, lengths.min()), lengths.max() + 1, BARS + 1).astype(int))
+    counts = np.histogram(lengths, edges)[0] if len(edges) > 1 else np.array([len(lengths)])
+    return {
+        "rows": sampled.rows,
+        **{f"p{q}": int(np.percentile(lengths, q)) for q in (10, 50, 90, 99)},
+        "max": int(lengths.max()),
+        "mean": round(float(lengths.mean()), 1),
+        "estimated_total": round(float(lengths.sum()) / sampled.rows * rows),
+        "histogram": [
+            {"from": int(low), "to": int(high) - 1, "rows": int(count)}
+            for low, high, count in zip(edges[:-1], edges[1:], counts, strict=False)
+        ],
+        "shared_prefix": round(sampled.shared_prefix, 4),
+        "duplicates": sampled.duplicates,
+    }
+
+
+def _problems(sampled: Sample, job: Job) -> dict[str, Any]:
+    """Rows that get no answer, by error code, and those that are too long, with the 95% intervals of their shares."""
+    low, high = interval(sampled.too_long, sampled.rows)
+    return {
+        "too_long": {
+            "rows": sampled.too_long,
+            "share": sampled.too_long / max(1, sampled.rows),
+            "low": low if not sampled.complete else sampled.too_long / max(1, sampled.rows),
+            "high": high if not sampled.complete else sampled.too_long / max(1, sampled.rows),
+            "becomes": "an error" if job.prompt.truncate is None else f"cut on the {job.prompt.truncate}",
+        },
+        "errors": {
+            code: {"rows": count, "example": text} for code, (count, text) in sampled.examples().items()
+        },
+    }
+
+
+def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
+    tokens, problems = found["prompt_tokens"], found["problems"]
+    sampled = tokens.get("rows") or sum(error["rows"] for error in problems["errors"].values())
+    shown: list[RenderableType] = []
+    if tokens:
+        shown += [
+            f"prompt tokens of {sampled:,} sampled rows: half have at most {tokens['p50']:,}, 90% {tokens['p90']:,}, "
+            f"99% {tokens['p99']:,}, all {tokens['max']:,}; context {found['context']:,} with "
+            f"{found['max_new_tokens']:,} new tokens",
+            _bars(tokens["histogram"]),
+            f"about {tokens['estimated_total']:,} prompt tokens in all; {tokens['shared_prefix']:.0%} of them repeat "
+            f"how another prompt begins; {tokens['duplicates']:,} sampled prompts are the same as another",
+        ]
+    long = problems["too_long"]
+    if long["rows"]:
+        shown.append(
+            f"{long['share']:.1%} of the rows are too long ({long['low']:.1%} to {long['high']:.1%}), each of them "
+            f"{long['becomes']}"
+        )
+    for code, error in problems["errors"].items():
+        shown.append(f"{code}: {error['rows']:,} of {sampled:,} sampled rows, e.g. {error['example']}")
+    return shown
+
+
+def _bars(histogram: list[dict[str, int]]) -> Table:
+    most = max(bin_["rows"] for bin_ in histogram)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right")
+    table.add_column(width=BAR_WIDTH)
+    table.add_column(justify="right")
+    for bin_ in histogram:
+        bar = Bar(most, 0, bin_["rows"], width=BAR_WIDTH)
+        table.add_row(f"{bin_['from']:,} to {bin_['to']:,}", bar, f"{bin_['rows']:,}")
+    return table
+
+
+def _estimate_lines(found: dict[str, Any]) -> list[RenderableType]:
+    left = found["rows_left"]
+    if not left:
+        return ["nothing is left to do: every part is there"]
+    about = found["estimate"]
+    if about is None:
+        return [
+            "how long: this model's throughput on this machine is not known; add --trial 60s, or run "
+            "`batchrun bench` with the job file"
+        ]
+
+    def spoken(figures: dict[str, float], form: Any) -> str:
+        return f"{form(figures['likely'])} ({form(figures['low'])} to {form(figures['high'])})"
+
+    workers = about["workers"]
+    out = about["output_tokens"]
+    money = "" if about["cost"] is None else f", cost {spoken(about['cost'], '{:,.2f}'.format)}"
+    hours = spoken(about["worker_hours"], "{:,.2f}".format)
+    tokens = (
+        f"at most {out['likely']:,.0f} output tokens: the answers' lengths are not known, max_new_tokens for each"
+        if about["output_bound"]
+        else f"about {out['likely']:,.0f} output tokens"
+    )
+    part = "" if left == found["rows"] else f" for the {left:,} rows that are left"
+    return [
+        f"how long{part}: {spoken(about['seconds'], duration)} on {workers} worker{'s' if workers > 1 else ''}, "
+        f"{hours} GPU-hours{money}",
+        f"{tokens}; from {about['source']}; the intervals are meant to hold nine times in ten",
+    ]

@@ -1,36 +1,102 @@
-"""How far a run is: what the driver knows each second, and one line of it for a person."""
+"""How far a run is: what the driver knows each second, what follows from it, and one line of it for a person."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from batchrun.engine.protocol import EngineStats
+from batchrun.report.gpu import Gpu
+from batchrun.report.record import SlowPartition
 
 RATE_WINDOW = 30.0  # seconds over which the shown rates are taken
 LOG_EVERY = 15.0  # seconds between two lines where there is no terminal
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker by its last heartbeat: tasks in hand, memory (bytes) of its process, its engine and its GPU."""
+
+    address: str
+    host: str
+    tasks: int
+    slots: int
+    memory: int
+    engine: EngineStats | None = None
+    gpu: Gpu | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
-    """A run at one moment. Rows count what is covered, of earlier runs too; tokens are this run's alone."""
+    """A run at one moment. `rows_done` counts what is covered, of earlier runs too; the rest is this run's alone.
+
+    Of the `pulled` rows, which were read and made prompts of, `requests` went to the engines, `sent_tokens` tokens in
+    all; `engines` holds the counters of every engine process that the run has used, `crew` the workers there are now.
+    """
 
     seconds: float
     partitions: int
     partitions_done: int
+    partitions_flying: int
     rows: int
     rows_done: int
     rows_failed: int
     new_rows: int
+    reused: int
+    requests: int
+    pulled: int
+    sent_tokens: int
     prompt_tokens: int
     output_tokens: int
     workers: int
+    commits: int = 0
+    commit_seconds: float = 0.0
+    errors: Mapping[str, int] = field(default_factory=dict)
+    examples: Sequence[str] = ()
+    crew: Sequence[WorkerView] = ()
+    engines: Sequence[EngineStats] = ()
+    slowest: Sequence[SlowPartition] = ()
+    dashboard: str | None = None
+
+    @property
+    def computed_tokens(self) -> int:
+        """Token positions that models were run on, padding included."""
+        return sum(engine.computed_tokens for engine in self.engines)
+
+    @property
+    def real_tokens(self) -> int:
+        """Those among them that are a prompt's or an answer's."""
+        return sum(engine.prompt_tokens + engine.output_tokens for engine in self.engines)
+
+    @property
+    def batches(self) -> int:
+        return sum(engine.batches for engine in self.engines)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that engines hold and have not answered."""
+        return sum(view.engine.requests - view.engine.completions for view in self.crew if view.engine)
+
+    @property
+    def pool_fill(self) -> float | None:
+        """Share of the key/value pages in use over all paged engines, None where there is none."""
+        gauges = [view.engine.gauges for view in self.crew if view.engine and "pages" in view.engine.gauges]
+        pages = sum(gauge["pages"] for gauge in gauges)
+        return 1 - sum(gauge["pages_free"] for gauge in gauges) / pages if pages else None
+
+    @property
+    def gpu_use(self) -> float | None:
+        """Mean over the workers' GPUs of the share of time in which a kernel ran, None without a GPU."""
+        use = [view.gpu.use for view in self.crew if view.gpu and view.gpu.use is not None]
+        return sum(use) / len(use) if use else None
+
+    @property
+    def gpu_memory(self) -> float | None:
+        """Share of the GPUs' memory in use, None without a GPU."""
+        gpus = [view.gpu for view in self.crew if view.gpu]
+        return sum(gpu.memory_used for gpu in gpus) / sum(gpu.memory_total for gpu in gpus) if gpus else None
 
 
 Watch = Callable[[Progress], None]
@@ -41,49 +107,97 @@ def silent(_: Progress) -> None:
 
 
 class Rates:
-    """Rows and tokens per second over the last half minute, and the seconds that the rest will take."""
+    """Rates over the last half minute, and the seconds that the rest will take."""
 
     def __init__(self) -> None:
-        self._seen: deque[Progress] = deque()
+        self._recent: deque[Progress] = deque()
+        self._trend: deque[tuple[float, int]] = deque()  # seconds, tokens
 
     def add(self, now: Progress) -> None:
-        self._seen.append(now)
-        while len(self._seen) > 2 and now.seconds - self._seen[1].seconds > RATE_WINDOW:
-            self._seen.popleft()
+        tokens = _tokens(now)
+        if not tokens:
+            self._recent.clear()  # loading an engine says nothing of its speed
+        self._recent.append(now)
+        while len(self._recent) > 2 and now.seconds - self._recent[1].seconds > RATE_WINDOW:
+            self._recent.popleft()
+        if not self._trend:
+            self._trend.append((now.seconds, 0))
+        elif tokens and len(self._trend) == 1:
+            self._trend[0] = (self._began(now), 0)
+        if tokens:
+            self._trend.append((now.seconds, tokens))
+        while len(self._trend) > 2 and now.seconds - self._trend[1][0] > max(
+            2 * RATE_WINDOW, now.seconds / 4
+        ):
+            self._trend.popleft()
 
-    def per_second(self, field: str) -> float:
-        first, last = self._seen[0], self._seen[-1]
+    def _began(self, now: Progress) -> float:
+        """When the first tokens were begun, as they are first seen: they come with whole batches, long after."""
+        first = self._trend[0][0]
+        busy = max((engine.busy_seconds for engine in now.engines), default=0.0)
+        load = max((engine.load_seconds for engine in now.engines), default=0.0)
+        return min(max(first, now.seconds - busy if busy else first + load), now.seconds)
+
+    def per_second(self, name: str) -> float:
+        """How fast the counter `name` of Progress grows."""
+        first, last = self._recent[0], self._recent[-1]
         elapsed = last.seconds - first.seconds
-        return (getattr(last, field) - getattr(first, field)) / elapsed if elapsed > 0 else 0.0
+        return max(0.0, getattr(last, name) - getattr(first, name)) / elapsed if elapsed > 0 else 0.0
+
+    def ratio(self, part: str, whole: str) -> float | None:
+        """Growth of one counter / growth of another, None where the latter stands still."""
+        first, last = self._recent[0], self._recent[-1]
+        grown = getattr(last, whole) - getattr(first, whole)
+        return (getattr(last, part) - getattr(first, part)) / grown if grown > 0 else None
+
+    def of_worker(self, address: str) -> float:
+        """Tokens per second, in and out, of one worker's engine; 0 while it is new."""
+        seen = [
+            (progress.seconds, view.engine.prompt_tokens + view.engine.output_tokens)
+            for progress in (self._recent[0], self._recent[len(self._recent) // 2], self._recent[-1])
+            for view in progress.crew
+            if view.address == address and view.engine
+        ]
+        if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
+            return 0.0
+        (began, before), (now, tokens) = seen[0], seen[-1]
+        return max(0.0, tokens - before) / (now - began)
 
     def remaining(self) -> float | None:
-        rate = self.per_second("new_rows")
-        return (self._seen[-1].rows - self._seen[-1].rows_done) / rate if rate > 0 else None
+        """Seconds left, None before the first row is through.
+
+        An engine takes the longest rows of its window first, so rows per second rise within each window and tell
+        nothing; tokens per second stay put. What is left in tokens follows from the mean prompt of all rows pulled,
+        which came in the data's own order, and the mean answer so far. The rate is taken over the last quarter of
+        the run, at least a minute.
+        """
+        now = self._recent[-1]
+        (began, before), (seconds, tokens) = self._trend[0], self._trend[-1]
+        if tokens <= before or not now.new_rows:
+            return None
+        speed = (tokens - before) / max(seconds - began, 1e-3)
+        per_row = now.sent_tokens / max(1, now.pulled) + now.output_tokens / now.new_rows
+        whole = per_row * (now.rows - now.rows_done + now.new_rows)
+        return max(0.0, whole - tokens) / speed if now.rows_done < now.rows else 0.0
 
 
-@contextmanager
-def show(console: Console) -> Iterator[Watch]:
-    """Yields a watch that keeps one live line on a terminal, or prints a plain line now and then elsewhere."""
+def _tokens(progress: Progress) -> int:
+    return progress.prompt_tokens + progress.output_tokens
+
+
+def log_lines(show: Callable[[Progress, Rates], None]) -> Watch:
+    """A watch for where there is no terminal: calls `show` at the start and then every quarter of a minute."""
     rates = Rates()
-    if console.is_terminal:
-        with Live(Text("starting"), console=console, refresh_per_second=4, transient=True) as live:
-
-            def redraw(now: Progress) -> None:
-                rates.add(now)
-                live.update(Text(line(now, rates), overflow="ellipsis", no_wrap=True))
-
-            yield redraw
-        return
     last = -LOG_EVERY
 
-    def log(now: Progress) -> None:
+    def watch(now: Progress) -> None:
         nonlocal last
         rates.add(now)
         if time.monotonic() - last >= LOG_EVERY:
             last = time.monotonic()
-            print(line(now, rates), file=sys.stderr, flush=True)
+            show(now, rates)
 
-    yield log
+    return watch
 
 
 def line(now: Progress, rates: Rates) -> str:

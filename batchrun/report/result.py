@@ -17,8 +17,9 @@ from batchrun.storage import Folder
 class RunResult:
     """A complete output. `requests` is what this run sent to its engines; 0 when nothing was left to do.
 
-    `prompt_tokens` and `output_tokens` are of all rows in the output, whichever run generated them; `seconds` is
-    this run's wall time, `engines` one set of counters per engine process that it used.
+    `errors` counts failed rows by code, and `examples` shows a few of each. `prompt_tokens` and `output_tokens` are of
+    all rows in the output, whichever run generated them; `seconds` is this run's wall time, `engines` one set of
+    counters per engine process that it used.
     """
 
     output: str
@@ -29,6 +30,7 @@ class RunResult:
     prompt_tokens: int
     output_tokens: int
     errors: dict[str, int]
+    examples: dict[str, list[str]]
     seconds: float
     requests: int
     reused: int

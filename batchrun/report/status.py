@@ -2,55 +2,103 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from batchrun.dataset.plan import Plan, carried_columns
+from batchrun.dataset.plan import Plan, carried_columns, joined
 from batchrun.errors import ExitCode, OutputError
 from batchrun.job import Job
-from batchrun.output import identity, lease, manifest, state
-from batchrun.output.layout import PLAN, Layout
+from batchrun.output import chunk, identity, lease, manifest, plans, state
+from batchrun.output.chunk import BadChunk, Origin
+from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.verify import Verification
 from batchrun.output.verify import clean as clean_folder
 from batchrun.output.verify import verify as verify_folder
-from batchrun.prepare import rows_of
-from batchrun.report.summary import size
+from batchrun.prepare import layout_of, open_folder, places_of, rows_of
+from batchrun.report import record
+from batchrun.report.progress import duration
+from batchrun.report.record import RunRecord
+from batchrun.report.summary import error_lines, size
 from batchrun.storage import Folder, NotFound
+
+READERS = 16  # partitions whose chunks are read at a time
+SHOWN_RUNS = 5
+SHOWN_OF_RUN = (
+    "run", "started", "outcome", "message", "seconds", "rows", "failed", "reused", "prompt_tokens",
+    "output_tokens", "errors", "workers", "worker_seconds", "cost", "engine", "device",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far an output is. `rows_committed` stand in parts; partitions that were begun have staged bytes."""
+    """How far an output is. `rows_committed` stand in parts, `rows_staged` wait in chunks for theirs.
+
+    `errors` are failed rows by code, `failed` in all, some of them as `examples`: of the whole output once it is
+    complete, until then as the runs counted them. `plans` is 1, or more where the input grew. `retries` were begun;
+    an unfinished one is `retrying`. `driver` holds the lease; `runs` are all runs into the output, oldest first, each
+    as its record was last written.
+    """
 
     output: str
     complete: bool
     rows: int
     rows_committed: int
+    rows_staged: int
     partitions: int
     committed: int
     begun: int
     staged_bytes: int
+    errors: dict[str, int]
     driver: str | None
+    plans: int
+    retries: int
+    retrying: bool
+    failed: int
+    examples: dict[str, list[str]]
+    runs: list[RunRecord]
 
     def to_json(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        runs = [{name: getattr(run, name) for name in SHOWN_OF_RUN} for run in self.runs]
+        return {**self.__dict__, "runs": runs}
 
     def lines(self) -> list[str]:
         share = self.rows_committed / self.rows if self.rows else float(self.complete)
         how = "complete" if self.complete else f"{share:.0%} committed"
+        grown = f", of {self.plans} plans" if self.plans > 1 else ""
         lines = [
             f"{how}: {self.rows_committed:,} of {self.rows:,} rows in {self.committed:,} of "
-            f"{self.partitions:,} parts: {self.output}/data"
+            f"{self.partitions:,} parts{grown}: {self.output}/data"
         ]
+        if self.failed:
+            lines += [f"{self.failed:,} rows failed", *error_lines(self.errors, self.examples)]
         if self.begun:
-            lines.append(f"{self.begun:,} more partitions begun, {size(self.staged_bytes)} staged")
-        if not self.complete:
             lines.append(
-                f"running: {self.driver}" if self.driver else "no run is active; `batchrun run` goes on"
+                f"{self.begun:,} more partitions begun, {self.rows_staged:,} rows "
+                f"({size(self.staged_bytes)}) staged"
+            )
+        lines += [_run_line(run) for run in self.runs[-SHOWN_RUNS:]]
+        if not self.complete:
+            command = "retry" if self.retrying else "run"
+            lines.append(
+                f"{'retrying' if self.retrying else 'running'}: {self.driver}"
+                if self.driver
+                else f"no {command} is active; `batchrun {command}` goes on"
             )
         return lines
+
+
+def _run_line(run: RunRecord) -> str:
+    rate = (run.prompt_tokens + run.output_tokens) / run.seconds if run.seconds else 0.0
+    money = "" if run.cost is None else f", money {run.cost:,.2f}"
+    return (
+        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {run.rows:,} rows generated, "
+        f"{rate:,.0f} tokens/s, {run.workers:,} workers{money}"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,27 +137,67 @@ class Checked:
 
 
 def status(job: Job) -> Status:
-    """Reads listing, plan and lease from the output; neither the input nor a cluster is asked.
+    """Reads listing, plan, staged rows, runs and lease from the output; neither input nor cluster is asked.
 
     Raises:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
-    folder, _, plan, layout = _open(job)
+    folder, pinned, plan, layout = open_output(job)
     found = state.scan(folder, layout)
     rows = np.array([partition.rows for partition in plan.partitions])
     written = manifest.read(folder)
     holder = lease.read(folder)
+    runs = record.settle(record.read_all(folder), holder)
+    errors = written.errors if written else record.errors(runs)
     return Status(
         output=folder.name,
         complete=written is not None and written.describes(found),
         rows=plan.rows,
         rows_committed=int(rows[found.committed].sum()),
+        rows_staged=_rows_staged(folder, pinned, layout, rows, np.flatnonzero(found.streaming).tolist()),
         partitions=layout.partitions,
         committed=int(found.committed.sum()),
         begun=int(found.streaming.sum()),
         staged_bytes=int(found.staged_bytes[found.streaming].sum()),
-        driver=None if holder is None or holder.is_dead() else f"{holder.host}, process {holder.pid}",
+        errors=errors,
+        driver=_driver(holder),
+        plans=max(1, len(layout.plans)),
+        retries=found.retries,
+        retrying=_retrying(written, found) > 0,
+        failed=sum(errors.values()),
+        examples=written.examples if written else {},
+        runs=runs,
     )
+
+
+def _driver(holder: lease.Holder | None) -> str | None:
+    if holder is None or not record.is_alive(holder):
+        return None
+    age = max(0.0, time.time() - holder.heartbeat)
+    return f"{holder.host}, process {holder.pid}, last heartbeat {duration(age)} ago"
+
+
+def _rows_staged(
+    folder: Folder, pinned: identity.Identity, layout: Layout, rows: NDArray[np.int64], partitions: list[int]
+) -> int:
+    """Rows that whole chunks hold, each once: what the next attempts will not generate again."""
+
+    def count(partition: int) -> int:
+        origin = Origin(layout.hash_of(partition), pinned.job_hash, partition)
+        staged = np.zeros(rows[partition], dtype=bool)
+        chunks = [key for key in folder.list(layout.stage(partition)) if not key.endswith(PARTIAL)]
+        for key in chunks:
+            try:
+                staged[chunk.decode(folder.read(key), origin, len(staged))["row"].to_numpy()] = True
+            except (
+                BadChunk,
+                NotFound,
+            ):  # cut short, or swept since it was listed: an attempt would say the same
+                continue
+        return int(staged.sum())
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return sum(pool.map(count, partitions))
 
 
 def verify(job: Job) -> Checked:
@@ -118,7 +206,7 @@ def verify(job: Job) -> Checked:
     Raises:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
-    folder, pinned, plan, layout = _open(job)
+    folder, pinned, plan, layout = open_output(job)
     columns = carried_columns(job.input, plan.schema)
     found = verify_folder(
         folder,
@@ -127,28 +215,37 @@ def verify(job: Job) -> Checked:
         [partition.rows for partition in plan.partitions],
         job.output,
         (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if columns else None,
+        lambda index: places_of(
+            job, plan.schema, plan.partitions[index], plan.files_of(plan.partitions[index])
+        ),
     )
     return Checked(folder.name, found)
 
 
 def clean(job: Job, everything: bool = False) -> list[str]:
     """Deletes leftovers of interrupted runs, or with `everything` all that batchrun owns; the keys deleted."""
-    folder = Folder(job.output.path, job.output.storage_options)
+    failed = job.output.failed
     if everything:
-        return clean_folder(folder, everything=True)
-    _, _, _, layout = _open(job)
-    return clean_folder(folder, layout)
+        return clean_folder(open_folder(job), everything=True, failed_folder=failed)
+    folder, _, _, layout = open_output(job)
+    retrying = _retrying(manifest.read(folder), state.scan(folder, layout))
+    return clean_folder(folder, layout, retrying=retrying)
 
 
-def _open(job: Job) -> tuple[Folder, identity.Identity, Plan, Layout]:
-    folder = Folder(job.output.path, job.output.storage_options)
+def _retrying(written: manifest.Manifest | None, found: state.State) -> int:
+    """The number of the retry that was begun and has not finished, by the manifest; 0 where there is none."""
+    recorded = len(written.retries) if written else 0
+    unfinished = written is not None and written.unfinished is not None
+    return found.retries if found.retries > recorded or unfinished else 0
+
+
+def open_output(job: Job) -> tuple[Folder, identity.Identity, Plan, Layout]:
+    """The output as the job's first run pinned it. Raises OutputError where there is none or it is damaged."""
+    folder = open_folder(job)
     pinned = identity.read(folder)
     if pinned is None:
         raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
-    try:
-        plan = Plan.from_parquet(folder.read(PLAN))
-    except NotFound:
-        raise OutputError(
-            "the plan is missing", folder.where(PLAN), "`batchrun run` writes it again"
-        ) from None
-    return folder, pinned, plan, Layout(pinned.plan_hash, len(plan.partitions))
+    stored = plans.read(folder)
+    if not stored:
+        raise OutputError("the plan is missing", folder.name, "`batchrun run` writes it again")
+    return folder, pinned, joined(stored), layout_of(stored)

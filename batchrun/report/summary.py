@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.table import Table
 
 from batchrun.engine.protocol import EngineStats
 from batchrun.report.progress import duration
+from batchrun.report.record import REPORT
 from batchrun.report.result import RunResult
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def run_lines(result: RunResult) -> list[str]:
     """The end of a run: complete or with failures, how fast, on what, and where the answers lie."""
     lines = [f"{result.ok:,} of {result.rows:,} rows answered in {result.parts} parts: {result.output}/data"]
     if result.failed:
-        kinds = ", ".join(f"{code} {count:,}" for code, count in sorted(result.errors.items()))
-        lines.append(f"{result.failed:,} rows failed ({kinds}); the error column says why, row by row")
+        lines.append(f"{result.failed:,} rows failed; the error column says why, row by row")
+        lines += error_lines(result.errors, result.examples)
     if not result.requests and not result.reused:
         lines.append("nothing was left to do")
         return lines
@@ -59,7 +59,16 @@ def run_lines(result: RunResult) -> list[str]:
     )
     lines += [engine_line(stats) for stats in result.engines]
     lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
+    lines.append(f"report: {result.output}/{REPORT}")
     return lines
+
+
+def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
+    """Failed rows by code, the most frequent first, each with an example."""
+    return [
+        f"  {code} {count:,}, e.g. {examples[code][0]}" if examples.get(code) else f"  {code} {count:,}"
+        for code, count in sorted(errors.items(), key=lambda item: (-item[1], item[0]))
+    ]
 
 
 def engine_line(stats: EngineStats) -> str:
@@ -73,42 +82,3 @@ def engine_line(stats: EngineStats) -> str:
         f"{stats.prompt_tokens:,} tokens in, {stats.output_tokens:,} out, {rate}"
         f"padding efficiency {stats.padding_efficiency:.3f}{gauges}"
     )
-
-
-def plan_lines(summary: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{summary['rows']:,} rows in {summary['files']:,} files, {size(summary['bytes'])} uncompressed "
-        f"-> {summary['partitions']:,} partitions (plan {summary['plan_hash'][:8]})",
-        f"largest partition {summary['largest_partition']:,} rows; output {summary['output']}",
-    ]
-    if summary["skipped"]:
-        lines.append(
-            f"{len(summary['skipped'])} unreadable files left out: {', '.join(summary['skipped'][:5])}"
-        )
-    tokens = summary["prompt_tokens"]
-    if tokens:
-        lines.append(
-            f"prompts of {tokens['rows']:,} sampled rows: {tokens['p10']} / {tokens['p50']} / {tokens['p90']} / "
-            f"{tokens['max']} tokens (10% / half / 90% / all are at most), context {summary['context']:,}"
-        )
-        lines.append(f"about {tokens['estimated_total']:,} prompt tokens in all")
-        if tokens["failed"]:
-            lines.append(f"{tokens['failed']:,} of them would fail, e.g. {tokens['examples'][0]}")
-    return lines
-
-
-def token_sample(lengths: Sequence[int], faults: Sequence[str], rows: int) -> dict[str, Any]:
-    """Percentiles of sampled prompt lengths (tokens) and what the whole plan of `rows` rows adds up to."""
-    if not lengths and not faults:
-        return {}
-    values = np.array(lengths or [0])
-    sampled = len(lengths) + len(faults)
-    return {
-        "rows": sampled,
-        **{f"p{q}": int(np.percentile(values, q)) for q in (10, 50, 90)},
-        "max": int(values.max()),
-        "mean": round(float(values.mean()), 1),
-        "estimated_total": round(float(values.sum()) / sampled * rows),
-        "failed": len(faults),
-        "examples": list(faults[:3]),
-    }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 
 from batchrun.engine.loading import load_model
+from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged.architecture import Unsupported, check_positions, unsupported
 from batchrun.engine.paged.attention import Cache
 from batchrun.engine.paged.compiling import compile_layers, compile_sampler
@@ -21,13 +22,15 @@ from batchrun.engine.paged.projections import join_projections
 from batchrun.engine.paged.queue import Row
 from batchrun.engine.paged.runner import Pending, Runner
 from batchrun.engine.paged.sampler import BAD, Sampler
-from batchrun.engine.paged.scheduler import OutputLengths, Scheduler
+from batchrun.engine.paged.scheduler import OutputLengths, Round, Scheduler, Segment
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.engine.stopping import StopStrings
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256
 """Tokens; flash-attn 2 wants a multiple of it."""
+Work = TypeVar("Work")
+CANCEL_SECONDS = 0.2  # between two looks at whether rows are still wanted
 
 
 class PagedEngine:
@@ -57,6 +60,7 @@ class PagedEngine:
         self._strings = StopStrings(spec)
         self._longer_strings = StopStrings(spec)
         self._longer_strings.tail += budget.decode_steps
+        self._looked = 0.0
         self._window, self._steps = budget.window_rows, budget.decode_steps
         self._runner = Runner(
             model, cache, sampler, sorted(self._stops), budget.max_rows, self._steps, device
@@ -108,16 +112,21 @@ class PagedEngine:
         try:
             while True:
                 yield from self._pull(feed)
+                yield from self._let_go(pending)
                 while scheduler.worth_a_pack() and (pack := scheduler.next_pack()):
-                    with self._busy():
-                        pending.append(runner.prefill(pack))
+                    if (prefilled := self._try(runner.prefill, pack)) is None:
+                        yield from self._retreat(pack, [segment.row for segment in pack], pending)
+                        continue
+                    pending.append(prefilled)
                     scheduler.launched_pack()
                 if scheduler.short_of_pages(self._steps):
                     yield from self._read(pending, leaving=0)
                 work = scheduler.next_round(self._steps)
                 if work is not None:
-                    with self._busy():
-                        pending.append(runner.decode(work))
+                    if (decoded := self._try(runner.decode, work)) is None:
+                        yield from self._retreat(work, work.rows, pending)
+                        continue
+                    pending.append(decoded)
                 yield from self._read(pending, leaving=0 if work is None else 1)
                 self._count()
                 if feed.ended and not pending and not scheduler.active and not len(scheduler.queue):
@@ -158,6 +167,43 @@ class PagedEngine:
                 )
                 yield self._complete(row.request, row.output, reason, fault)
 
+    def _try(self, launch: Callable[[Work], Pending], work: Work) -> Pending | None:
+        """What was launched, or None when it did not fit the device."""
+        try:
+            with self._busy():
+                return launch(work)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
+
+    def _retreat(
+        self, work: list[Segment] | Round, rows: list[Row], pending: deque[Pending]
+    ) -> Iterator[Completion]:
+        """After an out-of-memory: smaller packs and rounds from now on, and a row's fault only if it was alone."""
+        yield from self._read(pending, leaving=0)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self._scheduler.retreat(work):
+            self.stats.notes.append(f"out of memory with {len(rows)} rows, smaller work since")
+            return
+        for row in rows:
+            fault = RowFault(FaultCode.OUT_OF_MEMORY, "does not fit the device, even alone")
+            self._scheduler.fail(row)
+            yield self._complete(row.request, [], "error", fault)
+
+    def _let_go(self, pending: deque[Pending]) -> Iterator[Completion]:
+        """Rows that are not wanted any more leave with the tokens they have; looks for them now and then."""
+        now = time.monotonic()
+        if now - self._looked < CANCEL_SECONDS:
+            return
+        self._looked = now
+        if self._scheduler.unwanted:
+            yield from self._read(pending, leaving=0)
+        for row in self._scheduler.let_go():
+            self._count_output(row.request, row.output)
+            yield row.request.so_far(np.array(row.output, np.int32))
+
     def _take(self, row: Row, tokens: list[int]) -> str | None:
         """Adds a row's new tokens to its output; its finish reason, once it has one."""
         if tokens[-1] >= 0:
@@ -190,8 +236,11 @@ class PagedEngine:
         self, request: Request, output: list[int], reason: str, fault: RowFault | None
     ) -> Completion:
         self.stats.completions += 1
-        self.stats.output_tokens += len(output)
+        self._count_output(request, output)
         return Completion(request.id, np.array(output, np.int32), reason, fault)
+
+    def _count_output(self, request: Request, output: list[int]) -> None:
+        self.stats.output_tokens += max(0, len(output) - len(request.generated))
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -204,10 +253,12 @@ class PagedEngine:
     def _count(self) -> None:
         scheduler, runner, stats = self._scheduler, self._runner, self.stats
         stats.computed_tokens, stats.batches = runner.computed_tokens, runner.launches
+        stats.steps = runner.launches
         stats.prompt_tokens = scheduler.prompt_tokens - scheduler.shared_tokens
         stats.gauges |= {
             "active_rows": scheduler.active,
             "waiting_rows": len(scheduler.queue),
+            "pages": scheduler.pool.pages,
             "pages_free": scheduler.pool.available,
             "evictions": scheduler.evictions,
             "shared_prompt_tokens": scheduler.shared_tokens,

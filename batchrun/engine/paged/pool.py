@@ -163,6 +163,12 @@ class Pool:
         self.release(self.borrowed)
         self.borrowed.clear()
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """What was said of these pages, which are held, is not so: nobody may share or copy them."""
+        for page in pages:
+            self._forget(page)
+        self._coming = {parent: entry for parent, entry in self._coming.items() if entry[0] not in set(pages)}
+
     def check(self, holdings: Iterable[list[int]]) -> None:
         """Raises AssertionError unless every page is free, idle or held by exactly the given page lists."""
         count = [0] * len(self._holders)

@@ -34,8 +34,9 @@ class Row:
 
     @classmethod
     def of(cls, request: Request) -> Row:
-        prompt = np.ascontiguousarray(request.token_ids, dtype=np.int32)
-        return cls(request, prompt, len(prompt) + request.max_new_tokens - 1)
+        prompt = np.ascontiguousarray(request.start, dtype=np.int32)
+        last = len(request.token_ids) + request.max_new_tokens - 1
+        return cls(request, prompt, last, request.generated.tolist())
 
 
 class Queue:
@@ -86,6 +87,22 @@ class Queue:
         if not group:
             del self._groups[self._current]
         return row
+
+    def take_cancelled(self) -> list[Row]:
+        """Takes out the rows that are not wanted any more."""
+        gone = [row for row in self._first if row.request.cancelled]
+        self._first = deque(row for row in self._first if not row.request.cancelled)
+        for key, group in list(self._groups.items()):
+            kept = [entry for entry in group if not entry[2].request.cancelled]
+            if len(kept) == len(group):
+                continue
+            gone += [entry[2] for entry in group if entry[2].request.cancelled]
+            self._count -= len(group) - len(kept)
+            heapq.heapify(kept)
+            self._groups[key] = kept
+            if not kept:
+                del self._groups[key]
+        return gone
 
     def _group(self) -> list[tuple[int, int, Row]]:
         """The group being served, or the next one. An entry of `_order` may be out of date: its row has gone."""

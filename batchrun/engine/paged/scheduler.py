@@ -13,6 +13,9 @@ from batchrun.engine.protocol import Request
 
 Ints = NDArray[np.int32]
 
+SMALLEST_PACK = 16
+"""Tokens. Where the device has no memory even for these, the row itself does not fit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -87,6 +90,7 @@ class Scheduler:
         self.prompt_tokens = 0
         self.shared_tokens = 0
         self._prefill_tokens = prefill_tokens
+        self._most_rows = max_rows
         self._rows: list[Row | None] = [None] * max_rows
         self._free_slots = list(range(max_rows - 1, -1, -1))
         self._table = np.zeros((max_rows, pool.pages_for(max_context)), np.int32)
@@ -121,12 +125,12 @@ class Scheduler:
         self._release_ended()
         if self._partial is not None:
             return True
-        if not len(self.queue) or not self._free_slots:
+        if not len(self.queue) or not self._free_slots or self.active >= self._most_rows:
             return False
         if not self.active:
             return True
-        room, slots = self._room(), len(self._free_slots)
-        wanted = min(len(self.queue), max(1, len(self._rows) // 16))
+        room, slots = self._room(), self._most_rows - self.active
+        wanted = min(len(self.queue), max(1, self._most_rows // 16))
         return slots >= wanted and room >= min(
             self.pool.pages // 16, wanted * self._needs(self.queue.peek(), Match())
         )
@@ -140,7 +144,7 @@ class Scheduler:
             row, self._partial = self._partial, None
             segments.append(self._segment(row, row.cached, tokens))
             tokens -= segments[-1].stop - segments[-1].start
-        while tokens > 0 and len(self.queue) and self._free_slots and self._partial is None:
+        while tokens > 0 and len(self.queue) and self.active < self._most_rows and self._partial is None:
             row = self.queue.peek()
             match = self.pool.match(row.prompt)
             needs = self._needs(row, match)
@@ -202,6 +206,58 @@ class Scheduler:
         if row.slot >= 0 and row not in self._ending:
             self._release(row)
 
+    @property
+    def unwanted(self) -> bool:
+        """Whether an active row is not wanted any more."""
+        return any(row is not None and row.request.cancelled for row in self._rows)
+
+    def let_go(self) -> list[Row]:
+        """Rows that are not wanted any more leave, waiting or active; every round must have been read back before."""
+        self._release_ended()
+        gone = self.queue.take_cancelled()
+        for row in self._rows:
+            if row is not None and row.request.cancelled:
+                gone.append(row)
+                self._release(row)
+                row.done = True
+                if row is self._partial:
+                    self._partial = None
+        return gone
+
+    def retreat(self, work: list[Segment] | Round) -> bool:
+        """Work that did not fit the device is undone; its rows wait again, and later work is half as large.
+
+        Whoever calls must have read back every round before. False, and nothing is undone, if it cannot be halved.
+        """
+        if isinstance(work, Round):
+            rows, smaller = work.rows, len(work.rows) // 2
+            self._most_rows = smaller or self._most_rows
+        else:
+            rows, smaller = [segment.row for segment in work], self._prefill_tokens // 2
+            if len(rows) == 1 and smaller < SMALLEST_PACK:
+                return False
+            self._prefill_tokens = max(1, smaller)
+            for segment in work:  # what was to be computed is not
+                self.pool.forget(segment.row.pages[segment.start // self.pool.page_size :])
+        if not smaller:
+            return False
+        for row in reversed(rows):
+            if row.slot >= 0 and not row.done:
+                self._requeue(row)
+        self._ending = [row for row in self._ending if row.slot >= 0]
+        self.pool.launched()
+        return True
+
+    def fail(self, row: Row) -> None:
+        """A row whose work never ran leaves."""
+        row.done = True
+        if row is self._partial:
+            self._partial = None
+        self.pool.forget(row.pages)
+        self._ending = [other for other in self._ending if other is not row]
+        self._release(row)
+        self.pool.launched()
+
     def drop_all(self) -> None:
         """Lets every row go, waiting or active."""
         self._release_ended()
@@ -237,6 +293,7 @@ class Scheduler:
         return self.pool.pages_for(tokens) - len(match.pages) + self.pool.idle([*match.pages, *source])
 
     def _admit(self, row: Row, match: Match, start: int, tokens: int) -> Segment:
+        first = row.admitted < 0
         self._admissions += 1
         row.slot, row.admitted = self._free_slots.pop(), self._admissions
         slot = row.slot
@@ -249,7 +306,7 @@ class Scheduler:
         own = self.pool.take(self.pool.pages_for(len(row.prompt)) - len(match.pages))
         row.pages = []
         self._extend(slot, [*match.pages, *own])
-        if not row.output:
+        if first:
             self.prompt_tokens += len(row.prompt)
             self.shared_tokens += start
         return self._segment(row, start, tokens, match.source, match.copied)
@@ -294,11 +351,16 @@ class Scheduler:
         slots = np.flatnonzero(self._decoding)
         row = self._rows[slots[self._admitted[slots].argmax()]]
         assert row is not None
+        self._requeue(row)
+        self.evictions += 1
+
+    def _requeue(self, row: Row) -> None:
+        if row is self._partial:
+            self._partial = None
         self._release(row)
         row.prompt = np.concatenate([row.request.token_ids, np.array(row.output, np.int32)]).astype(np.int32)
         row.cached = 0
         self.queue.push_first(row)
-        self.evictions += 1
 
     def _end(self, slot: int) -> None:
         """No step after the coming one is needed; what the row holds is, until that one has been handed over."""

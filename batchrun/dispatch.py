@@ -1,0 +1,369 @@
+"""A plan onto Dask: the window in flight, lost attempts, stops, the circuit breaker."""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any
+
+from distributed import Client, Future
+
+from batchrun import heartbeats
+from batchrun.cluster import dashboard
+from batchrun.engine.protocol import EngineStats
+from batchrun.errors import CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
+from batchrun.generation import Tally
+from batchrun.heartbeats import Heartbeats
+from batchrun.judging import Judge, Trial, one_line
+from batchrun.output import state
+from batchrun.output.attempt import Receipt
+from batchrun.output.retry import Retry
+from batchrun.prepare import Prepared
+from batchrun.report.progress import Progress, Watch
+from batchrun.report.record import SlowPartition
+from batchrun.stalls import Stalls
+from batchrun.worker import (
+    BatchrunPlugin,
+    Task,
+    TaskReceipt,
+    WorkOrder,
+    end_at_once,
+    examine,
+    request_stop,
+    run_partition,
+    run_partitions,
+)
+
+log = logging.getLogger(__name__)
+
+WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
+POLL = 1.0  # seconds between two looks at the workers' counters
+TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
+REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
+RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
+DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
+SLOWEST = 10  # partitions that are named in the run's record
+
+
+class Dispatch:
+    """The partitions of one run between storage and Dask: `todo`, `flying`, and what came of them.
+
+    `work` says how many rows of which partitions are to be generated; with `retry` they are those that it selects.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        work: dict[int, int],
+        stop: threading.Event,
+        watch: Watch,
+        retry: Retry | None = None,
+    ) -> None:
+        self.plan, self.job, self.folder = prepared.plan, prepared.job, prepared.folder
+        self.layout = replace(prepared.layout, generation=0 if retry is None else retry.number)
+        self.work = work
+        self.order = WorkOrder(
+            run=uuid.uuid4().hex,
+            job=prepared.job,
+            schema=prepared.plan.schema,
+            layout=self.layout,
+            job_hash=prepared.identity.job_hash,
+            model_fingerprint=prepared.model.fingerprint,
+            retry=retry,
+        )
+        self.stop, self.watch = stop, watch
+        self.todo = deque(work)
+        self.rows_committed = self.plan.rows - sum(work.values())
+        self.flying: dict[Future, list[int]] = {}
+        self.single: set[int] = set()  # partitions that share no task any more: one that they shared was lost
+        self.pace = math.inf  # seconds that a partition takes, as of late
+        self.finished: queue.Queue[Future] = queue.Queue()
+        self.judge = Judge(self.plan, self.folder, self.layout)
+        self.stalls = Stalls(self.job.limits.stall_seconds)
+        self.trials: dict[Future, Trial] = {}  # those of `flying` that try a suspect
+        self.workers: dict[str, Any] = {}
+        self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
+        self.total = Tally(self.order.run, -1)  # of finished attempts
+        self.engines: dict[tuple[str, int], EngineStats] = {}
+        self.slowest: list[SlowPartition] = []
+        self.dashboard: str | None = None
+        self.started = time.monotonic()
+
+    def execute(self, client: Client) -> None:
+        """Keeps the window full until every partition is committed."""
+        next_poll = 0.0
+        try:
+            _register(client)
+            self.dashboard = dashboard(client)
+            while self.todo or self.flying or self.judge.suspects:
+                if self.stop.is_set():
+                    raise Interrupted("stopped")
+                if client.status != "running":
+                    raise ConnectionError("no connection to the Dask scheduler")
+                if time.monotonic() >= next_poll:
+                    self.workers = self._poll(client)
+                    next_poll = time.monotonic() + POLL
+                self._fill(client, self.workers)
+                self._try_suspects(client)
+                self._settle(POLL / 4)
+            self._poll(client)
+        except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
+            # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
+            lost = isinstance(interrupt, OSError | TimeoutError)
+            reason = "lost the Dask scheduler" if lost else getattr(interrupt, "what", "stopped")
+            fix = getattr(interrupt, "fix", "") or "the same command goes on from there"
+            self._drain(client)
+            raise Interrupted(f"{reason}, with {self._safe()}", self.folder.url, fix) from None
+        except BaseException:
+            self._drain(client)
+            raise
+
+    def _fill(self, client: Client, workers: dict[str, Any]) -> None:
+        slots = sum(worker["nthreads"] for worker in workers.values())
+        window = max(1, math.ceil(WINDOW * slots))
+        while self.todo and len(self.flying) < window:
+            members = self._next(window)
+            tasks = [self._task(index) for index in members]
+            self._submit(client, members, run_partitions, tasks, TASK_SECONDS)
+
+    def _task(self, index: int) -> Task:
+        partition = self.plan.partitions[index]
+        return Task(partition, self.plan.files_of(partition))
+
+    def _submit(
+        self, client: Client, members: list[int], work: Callable[..., Any], *arguments: Any, **where: Any
+    ) -> Future:
+        key = f"batchrun-{self.layout.plan_hash[:8]}-{members[0]:05d}-{uuid.uuid4().hex[:8]}"
+        future = client.submit(work, self.order, *arguments, key=key, pure=False, retries=0, **where)
+        self.flying[future] = members
+        future.add_done_callback(self.finished.put)
+        return future
+
+    def _try_suspects(self, client: Client) -> None:
+        """Begins trials once nothing else is in flight."""
+        if self.todo or len(self.flying) > len(self.trials):
+            return
+        for future, trial in list(self.trials.items()):
+            if trial.worker not in self.workers and not future.done():
+                self.flying.pop(future)  # it left in peace, and nothing can be said of the rows
+                del self.trials[future]
+                future.cancel()
+        for trial in list(self.judge.trials(self.trials.values(), self.workers)):
+            self._try(client, trial)
+
+    def _try(self, client: Client, trial: Trial) -> None:
+        work = examine if trial.rows is None else run_partition
+        task = self.judge.task(trial)
+        future = self._submit(client, [trial.partition], work, task, workers=[trial.worker])
+        self.trials[future] = trial
+
+    def _take_trial(self, future: Future, trial: Trial) -> None:
+        try:
+            outcome = future.result(timeout=RECEIPT)
+        except (Refused, StorageError):
+            raise
+        except Exception as error:
+            self.judge.lost_alone(trial, error, self.workers)
+            return
+        if isinstance(outcome, TaskReceipt):
+            self._book(trial.partition, outcome)
+        else:
+            self._try(future.client, self.judge.examined(trial, outcome))
+
+    def _next(self, window: int) -> list[int]:
+        """The partitions of one task: one as a rule, more of tiny ones, fewer of these again towards the end."""
+        members = [self.todo.popleft()]
+        size = min(TASK_SECONDS / self.pace, len(self.todo) / (2 * window))
+        while len(members) < size and not self.single.intersection((members[0], self.todo[0])):
+            members.append(self.todo.popleft())
+        return members
+
+    def _settle(self, timeout: float) -> None:
+        """Takes in what finished; waits for the first one, then takes all that is there."""
+        try:
+            future = self.finished.get(timeout=timeout)
+            while True:
+                self._take(future)
+                future = self.finished.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, future: Future) -> None:
+        if future not in self.flying:
+            return
+        members = self.flying.pop(future)
+        if trial := self.trials.pop(future, None):
+            if future.status != "cancelled":
+                self._take_trial(future, trial)
+            return
+        if future.status == "finished":
+            try:
+                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
+            except (OSError, TimeoutError) as lost:
+                self._lose(members, lost)  # its worker left with the receipts; the parts may well be there
+                return
+            for index, receipt in zip(members, receipts, strict=False):
+                self._book(index, receipt)
+                if receipt.part is None:
+                    self.todo.append(index)
+            self._again_alone(members[len(receipts) :])
+            return
+        error = future.exception() if future.status == "error" else None
+        if isinstance(error, (Refused, StorageError, CorruptInput)):
+            raise error
+        self._lose(members, error)
+
+    def _book(self, index: int, receipt: TaskReceipt) -> None:
+        self.total.absorb(receipt.tally)
+        self._see_slow(receipt)
+        self._see_engine(receipt.worker, receipt.engine)
+        if receipt.part is None:
+            if receipt.tally.rows:
+                self.judge.progress(index)
+            return
+        self.judge.committed(index)
+        self.receipts[index] = receipt.part
+        self.rows_committed += self.work[index]
+        known = math.isfinite(self.pace)
+        self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
+
+    def _lose(self, members: list[int], error: BaseException | None) -> None:
+        """A lost task that several partitions shared tells nothing of any one of them."""
+        if len(members) > 1:
+            log.warning(
+                "%d partitions lost their task to %s; each goes on by itself", len(members), one_line(error)
+            )
+            self._again_alone(members)
+        else:
+            self._strike(members[0], error)
+
+    def _again_alone(self, members: list[int]) -> None:
+        self.single.update(members)
+        self.todo.extend(members)
+
+    def _strike(self, index: int, error: BaseException | None) -> None:
+        if self.judge.lost(index, error, self.workers, len(self.flying) + 1):
+            self.todo.append(index)
+
+    def _poll(self, client: Client) -> dict[str, Any]:
+        """Reads the workers' counters off the scheduler, shows them, breaks the circuit and ends who hangs."""
+        workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+        beats = self._show(workers)
+        self._check_faults(beats.total)
+        for address, tally, signs in beats.signs:
+            self._end_if_stalled(client, address, tally, signs)
+        self.stalls.forget(self._members())
+        return workers
+
+    def _show(self, workers: dict[str, Any]) -> Heartbeats:
+        """Gives the watch the run's counters, those of tasks in flight included."""
+        flying = self._members()
+        beats = heartbeats.read(workers, self.total, flying)
+        for address, stats in beats.engines:
+            self._see_engine(address, stats)
+        live = beats.total
+        self.watch(
+            Progress(
+                seconds=time.monotonic() - self.started,
+                partitions=self.layout.partitions,
+                partitions_done=self.layout.partitions
+                - len(self.todo)
+                - len(flying | {*self.judge.suspects}),
+                partitions_flying=len(flying),
+                rows=self.plan.rows,
+                rows_done=min(self.rows_committed + beats.covered, self.plan.rows),
+                rows_failed=live.failed,
+                new_rows=live.rows,
+                reused=live.reused,
+                requests=live.requests,
+                pulled=live.pulled,
+                sent_tokens=live.sent_tokens,
+                prompt_tokens=live.prompt_tokens,
+                output_tokens=live.output_tokens,
+                workers=len(workers),
+                commits=live.commits,
+                commit_seconds=live.commit_seconds,
+                errors=live.errors,
+                examples=live.examples,
+                crew=beats.crew,
+                engines=list(self.engines.values()),
+                slowest=self.slowest,
+                dashboard=self.dashboard,
+            )
+        )
+        return beats
+
+    def _members(self) -> set[int]:
+        return {index for members in self.flying.values() for index in members}
+
+    def _end_if_stalled(self, client: Client, worker: str, tally: Tally, signs: Hashable) -> None:
+        """Ends a worker that hangs alive; its attempts are then judged like any lost ones."""
+        if self.stalls.stalled(tally.partition, (worker, signs), time.monotonic()):
+            limit = self.job.limits.stall_seconds
+            log.warning(
+                "partition %d: no sign of progress for %g s; its worker is restarted", tally.partition, limit
+            )
+            client.run(end_at_once, workers=[worker], wait=False, on_error="ignore")
+
+    def _check_faults(self, tally: Tally) -> None:
+        limits = self.job.limits
+        if tally.rows >= limits.error_sample and tally.failed > limits.max_error_rate * tally.rows:
+            examples = "; ".join(tally.examples)
+            raise TooManyFaults(
+                f"{tally.failed:,} of the first {tally.rows:,} rows failed, e.g. {examples}",
+                self.folder.url,
+                "mend the prompt or the model, or raise limits.max_error_rate",
+            )
+
+    def _drain(self, client: Client) -> None:
+        """Lets the tasks in flight stage what they hold, for as long as that should take."""
+        self.todo.clear()
+        if client.status != "running":
+            return
+        client.run(request_stop, self.order.run, wait=False, on_error="ignore")
+        deadline = time.monotonic() + DRAIN
+        while self.flying and time.monotonic() < deadline:
+            try:
+                future = self.finished.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            self.flying.pop(future, None)
+        client.cancel(list(self.flying))
+
+    def _safe(self) -> str:
+        if self.order.retry is not None:
+            return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
+        found = state.scan(self.folder, self.layout)
+        committed, begun = int(found.committed.sum()), int(found.streaming.sum())
+        return f"{committed:,} of {self.layout.partitions:,} parts committed, {begun} begun"
+
+    def _see_slow(self, receipt: TaskReceipt) -> None:
+        tally = receipt.tally
+        tokens = tally.prompt_tokens + tally.output_tokens
+        slow = SlowPartition(tally.partition, receipt.seconds, tally.rows, tokens, receipt.worker)
+        self.slowest = sorted([*self.slowest, slow], key=lambda s: -s.seconds)[:SLOWEST]
+
+    def _see_engine(self, worker: str, stats: EngineStats | None) -> None:
+        if stats is None or not stats.pid:  # not loaded yet
+            return
+        key = (worker, stats.pid)
+        if key not in self.engines or self.engines[key].requests <= stats.requests:
+            self.engines[key] = stats
+
+
+def _register(client: Client) -> None:
+    """Hooks the plugin into all workers, now and later. One that dies in the midst of it fails the whole call."""
+    for more in reversed(range(REGISTRATIONS)):
+        try:
+            client.register_plugin(BatchrunPlugin())
+            return
+        except OSError:
+            if client.status != "running" or not more:
+                raise

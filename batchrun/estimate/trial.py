@@ -1,0 +1,150 @@
+"""A short trial: sampled rows through the job's own engine, timed so that the whole job can be told from them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from batchrun.engine.batching import by_length, take_batch
+from batchrun.engine.process import EngineProcess
+from batchrun.engine.protocol import Request
+from batchrun.errors import EngineError
+from batchrun.estimate.cost import Observation, Throughput
+from batchrun.estimate.sample import Sample, spread
+from batchrun.prepare import Prepared
+
+FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
+WARM_ROWS = 8  # that go through the engine untimed, for what it does only once
+
+
+def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -> Throughput:
+    """Generates answers for some of the sampled rows, for about so long once the engine is loaded.
+
+    Where the engine cuts batches by a budget of padded tokens, the sample is cut into the very batches that a window
+    of it would become, and batches at equal distances are run. Any other engine gets streams of twice as many rows
+    each time; what the last one took beyond the one before it is the cost of those rows without the ramps at both
+    ends. `opening` is how many seconds the driver took until the plan was there.
+
+    Raises:
+        EngineError: nothing was finished in twice the time. ModelError, EngineDied: what the engine ended with.
+    """
+    limit = prepared.job.generation.max_new_tokens
+    requests = [Request(i, prompt, limit, i) for i, prompt in enumerate(sampled.prompts)]
+    if not requests:
+        raise EngineError("no sampled row has a prompt", "plan --trial", "mend the prompt first")
+    started = time.monotonic()
+    engine = EngineProcess(prepared.texts.engine)
+    try:
+        shortest = min(requests, key=lambda request: len(request.token_ids))
+        _run(engine, [replace(shortest, max_new_tokens=1)], started + 600)
+        loaded = time.monotonic()
+        # A worker imports the same libraries and opens the same tokenizer once more.
+        start_seconds = loaded - started + 2 * opening
+        budget = engine.stats().gauges.get("batch_tokens")
+        if budget is None:
+            observations = _streams(engine, requests, seconds)
+        else:
+            observations = _batches(engine, requests, int(budget), seconds)
+        stats = engine.stats()
+    finally:
+        engine.stop()
+    source = f"a trial of {sum(o.rows for o in observations):,} rows in {time.monotonic() - loaded:.0f} s"
+    return Throughput(source, stats.engine, stats.device, observations, True, start_seconds)
+
+
+def _batches(
+    engine: EngineProcess, requests: list[Request], budget: int, seconds: float
+) -> list[Observation]:
+    waiting = deque(by_length(requests))
+    batches: list[list[Request]] = []
+    while waiting:
+        batches.append(take_batch(waiting, budget).requests)
+    work = np.array([sum(len(r.token_ids) + r.max_new_tokens for r in batch) for batch in batches])
+    order = _by_work(work)
+    deadline = time.monotonic() + seconds
+    _run(engine, batches[order[0]][:WARM_ROWS], deadline + seconds)
+    done: dict[int, Observation] = {}
+    for i in order:
+        # A batch or two say little: for the third, a trial may take half as long again.
+        patience = seconds / 2 if len(done) < 3 else 0.0
+        if done and time.monotonic() + _expected(done, work, i) > deadline + patience:
+            break
+        done[i] = _run(engine, batches[i], deadline + 2 * seconds)
+    # Each batch stands for those that are nearest to it in the order of lengths.
+    middle = np.cumsum(work) - work / 2
+    ran = np.array(sorted(done))
+    nearest = ran[np.abs(middle[:, None] - middle[ran]).argmin(1)]
+    return [replace(done[i], times=float(work[nearest == i].sum() / work[i])) for i in ran.tolist()]
+
+
+def _by_work(work: np.ndarray) -> list[int]:
+    """All places, ordered so that any first few share the work evenly: the middle, then the quarters, and so on."""
+    ends = np.cumsum(work)
+    slots = 4 * len(work)
+    first, *rest = spread(slots)
+    targets = ((i + 0.5) / slots * ends[-1] for i in [*rest, first])
+    return list(dict.fromkeys(int(np.searchsorted(ends, target)) for target in targets)) or [0]
+
+
+def _expected(done: dict[int, Observation], work: np.ndarray, i: int) -> float:
+    return sum(o.seconds for o in done.values()) / work[list(done)].sum() * float(work[i])
+
+
+def _streams(engine: EngineProcess, requests: list[Request], seconds: float) -> list[Observation]:
+    order = np.random.default_rng(0).permutation(len(requests)).tolist()
+    deadline = time.monotonic() + seconds
+    done: list[Observation] = []
+    size = FIRST_STREAM
+    first = min(FIRST_STREAM, len(order) // 4)
+    if first:  # as many as the first stream has: a GPU's kernels are compiled for a number of rows
+        _run(engine, [requests[i] for i in order[:first]], deadline + seconds)
+    while first < len(order):
+        now = time.monotonic()
+        if done and now + 2 * done[-1].seconds > deadline:
+            break
+        done.append(_run(engine, [requests[i] for i in order[first : first + size]], deadline + 2 * seconds))
+        first, size = first + size, 2 * size
+    return _beyond(done)
+
+
+def _beyond(streams: Sequence[Observation]) -> list[Observation]:
+    """What the last stream that was twice as long took beyond the one before it; the last itself where that says
+    nothing."""
+    if len(streams) >= 2:
+        longer, shorter = streams[-1], streams[-2]
+        more = Observation(
+            longer.rows - shorter.rows,
+            longer.prompt_tokens - shorter.prompt_tokens,
+            longer.output_tokens - shorter.output_tokens,
+            longer.seconds - shorter.seconds,
+        )
+        if (
+            more.rows >= shorter.rows / 2
+            and more.seconds > 0
+            and more.prompt_tokens > 0
+            and more.output_tokens > 0
+        ):
+            return [more]
+    return [max(streams, key=lambda o: o.rows)]
+
+
+def _run(engine: EngineProcess, requests: list[Request], until: float) -> Observation:
+    """All completions of these requests, or EngineError where they are not out in time."""
+    started = time.monotonic()
+    outputs = 0
+    for completion in engine.generate(iter(requests)):
+        if completion is not None:
+            outputs += len(completion.token_ids)
+        elif time.monotonic() > until:
+            raise EngineError(
+                f"{len(requests)} rows were not finished in time",
+                "plan --trial",
+                "give it more time: --trial 10m",
+            )
+    return Observation(
+        len(requests), sum(len(r.token_ids) for r in requests), outputs, time.monotonic() - started
+    )

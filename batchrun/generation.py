@@ -1,0 +1,211 @@
+"""The missing rows of one attempt through an engine: prompts in, answers out, begun answers kept."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from batchrun.answers import answered, failed
+from batchrun.dataset.reader import Batch
+from batchrun.engine.process import EngineProcess
+from batchrun.engine.protocol import NO_TOKENS, Completion, Request
+from batchrun.errors import FaultCode, RowFault
+from batchrun.output.attempt import Attempt, Begun
+from batchrun.prepare import Texts
+
+ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
+SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come
+EXAMPLES = 5
+REPEATED = (
+    64  # tokens: an answer of at least so many, all the same one and cut by length, comes of a broken model
+)
+
+Read = Callable[[Sequence[str]], Iterator[Batch]]
+
+
+@dataclass
+class Tally:
+    """An attempt's counters; the worker's heartbeat reads them while the task adds to them.
+
+    `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer; `requests`
+    of the `pulled` ones, which were read, went to the engine, `sent_tokens` tokens of prompts in all. Tokens are those
+    of the new rows, `errors` failed rows by code. `commit_seconds` is what building and putting the part took. `signs`
+    grows with whatever the attempt does.
+    """
+
+    run: str
+    partition: int
+    reused: int = 0
+    rows: int = 0
+    failed: int = 0
+    requests: int = 0
+    pulled: int = 0
+    sent_tokens: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    commits: int = 0
+    commit_seconds: float = 0.0
+    signs: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+
+    def absorb(self, other: Tally) -> None:
+        """Adds another attempt's counters."""
+        for name in SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.errors = dict(Counter(self.errors) + Counter(other.errors))
+        self.examples = (self.examples + other.examples)[:EXAMPLES]
+
+    def add(self, answers: pa.Table) -> None:
+        """Counts new rows, schema ANSWERS."""
+        errors = answers["error"].drop_null()
+        self.rows += answers.num_rows
+        self.failed += len(errors)
+        self.prompt_tokens += int(np.sum(answers["prompt_tokens"].to_numpy()))
+        self.output_tokens += int(np.sum(answers["output_tokens"].to_numpy()))
+        if len(errors):
+            # A new dict each time: the heartbeat reads the old one meanwhile.
+            codes = Counter(error.partition(":")[0] for error in errors.to_pylist())
+            self.errors = dict(Counter(self.errors) + codes)
+        if len(self.examples) < EXAMPLES and len(errors):
+            some = answers.filter(answers["error"].is_valid()).slice(0, EXAMPLES - len(self.examples))
+            self.examples += tuple(
+                f"partition {self.partition}, row {row}: {error}"
+                for row, error in zip(some["row"].to_pylist(), some["error"].to_pylist(), strict=True)
+            )
+
+
+SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "errors", "examples")]
+
+
+class Generation:
+    """Fills an attempt with the answers to `rows` (bool, by row of the partition).
+
+    A row whose logits were no numbers, or whose answer is one token repeated, is tried once more in a fresh engine
+    at the end. `begun` holds what rows are so far that the engine let go of when they were not wanted any more.
+    """
+
+    def __init__(
+        self,
+        read: Read,
+        attempt: Attempt,
+        texts: Texts,
+        max_new_tokens: int,
+        tally: Tally,
+        rows: NDArray[np.bool_],
+    ) -> None:
+        self.begun: dict[int, Begun] = {}
+        self._read, self._attempt, self._texts, self._tally = read, attempt, texts, tally
+        self._max_new_tokens = max_new_tokens
+        self._rows = rows
+        self._lengths = np.zeros(len(rows), np.int32)
+        self._done: list[Completion] = []
+        self._faults: dict[int, RowFault] = {}
+        self._doubtful: list[int] = []
+        self._doubtful_pid = 0
+        self._second = False
+        self._settled = time.monotonic()
+
+    def run(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
+        """Raises what reading, the engine and storage raise; what was finished before is in the attempt."""
+        self._once(engine, still_wanted)
+        if self._doubtful and still_wanted():
+            self._second = True
+            self._rows = np.zeros_like(self._rows)
+            self._rows[self._doubtful] = True
+            engine.renew(self._doubtful_pid)
+            self._once(engine, still_wanted)
+
+    def _once(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
+        try:
+            with contextlib.closing(engine.generate(self._requests(), still_wanted)) as completions:
+                for completion in completions:
+                    if completion is not None:
+                        self._sort(completion, engine)
+                        due = time.monotonic() - self._settled >= SETTLE_SECONDS
+                        if len(self._done) < ANSWER_BATCH and not due:
+                            continue
+                    self._settle()
+        finally:  # also when the engine died: what was finished before is not generated again
+            self._settle()
+
+    def _requests(self) -> Iterator[Request]:
+        builder = self._texts.builder
+        for batch in self._read(builder.columns):
+            self._tally.signs += 1
+            wanted = np.flatnonzero(self._rows[batch.first : batch.first + batch.records.num_rows])
+            if not len(wanted):
+                continue
+            rows = (batch.first + wanted).tolist()
+            if batch.fault is not None:
+                self._faults.update(dict.fromkeys(rows, batch.fault))
+                continue
+            whole = len(wanted) == batch.records.num_rows
+            records = batch.records if whole else batch.records.take(pa.array(wanted))
+            seeds = batch.row_ids[wanted].view(np.int64).tolist()
+            for row, seed, prompt in zip(rows, seeds, builder.build(records), strict=True):
+                self._tally.pulled += 1
+                if isinstance(prompt, RowFault):
+                    self._faults[row] = prompt
+                    continue
+                self._lengths[row] = len(prompt)
+                self._tally.requests += 1
+                self._tally.sent_tokens += len(prompt)
+                generated = self._begun_before(row, len(prompt))
+                yield Request(row, prompt, self._max_new_tokens, seed, generated)
+
+    def _begun_before(self, row: int, prompt_tokens: int) -> NDArray[np.int32]:
+        """The tokens that an earlier attempt left; none where they cannot be this prompt's."""
+        one = self._attempt.begun.get(row)
+        if one is None or self._second or one.prompt_tokens != prompt_tokens:
+            return NO_TOKENS
+        return one.tokens if len(one.tokens) < self._max_new_tokens else NO_TOKENS
+
+    def _sort(self, completion: Completion, engine: EngineProcess) -> None:
+        """To the finished rows, the begun ones, or those that are tried again."""
+        if completion.finish_reason == "cancelled":
+            if len(completion.token_ids):
+                self.begun[completion.id] = Begun(int(self._lengths[completion.id]), completion.token_ids)
+            return
+        completion = _judged(completion)
+        if completion.fault is None or self._second or completion.fault.code not in SECOND_TRY:
+            self._done.append(completion)
+            return
+        self._doubtful.append(completion.id)
+        self._doubtful_pid = engine.pid or 0
+
+    def _settle(self) -> None:
+        if self._done:
+            self._add(answered(self._done, self._lengths, self._texts.detokenizer))
+        if self._faults:
+            self._add(failed(self._faults))
+        self._done.clear()
+        self._faults.clear()
+        self._attempt.maybe_flush()
+        self._settled = time.monotonic()
+
+    def _add(self, answers: pa.Table) -> None:
+        self._tally.signs += 1
+        self._tally.add(answers)
+        self._attempt.add(answers)
+
+
+SECOND_TRY = {FaultCode.BAD_LOGITS, FaultCode.REPEATED_TOKEN}
+
+
+def _judged(completion: Completion) -> Completion:
+    """The completion, with a fault where its answer is one token all through."""
+    tokens = completion.token_ids
+    if completion.finish_reason != "length" or len(tokens) < REPEATED or tokens[0] != tokens[-1]:
+        return completion
+    if (tokens != tokens[0]).any():
+        return completion
+    fault = RowFault(FaultCode.REPEATED_TOKEN, f"{len(tokens)} times token {tokens[0]} and nothing else")
+    return replace(completion, token_ids=NO_TOKENS, finish_reason="error", fault=fault)

@@ -1,0 +1,66 @@
+"""What the workers say of themselves with every heartbeat, added up to what the run looks like now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchrun.engine.protocol import EngineStats
+from batchrun.generation import Tally
+from batchrun.report.gpu import Gpu
+from batchrun.report.progress import WorkerView
+
+
+@dataclass
+class Heartbeats:
+    """`total` adds the attempts in flight to the finished ones, `covered` is how many rows those in flight have done.
+
+    `signs` names for each of them its worker, its counters, and what changes as long as anything there goes on.
+    """
+
+    total: Tally
+    covered: int = 0
+    crew: list[WorkerView] = field(default_factory=list)
+    engines: list[tuple[str, EngineStats]] = field(default_factory=list)
+    signs: list[tuple[str, Tally, Hashable]] = field(default_factory=list)
+
+
+def read(workers: Mapping[str, Any], finished: Tally, flying: Collection[int]) -> Heartbeats:
+    """Reads the scheduler's view of its workers, by address, for the run and the partitions in flight."""
+    beats = Heartbeats(copy(finished))
+    for address, worker in workers.items():
+        snapshot = worker["metrics"].get("batchrun") or {
+            "tasks": [],
+            "engines": [],
+            "loading": 0,
+            "gpu": None,
+        }
+        engines = [EngineStats(**values) for values in snapshot["engines"]]
+        beats.engines += [(address, stats) for stats in engines]
+        tallies = [Tally(**values) for values in snapshot["tasks"]]
+        mine = [tally for tally in tallies if tally.run == finished.run and tally.partition in flying]
+        # An engine at work on another attempt's rows is a sign of life, and so is one that loads.
+        alive = (snapshot["loading"], *map(_signs, engines))
+        for tally in mine:
+            beats.covered += tally.reused + tally.rows
+            beats.total.absorb(tally)
+            beats.signs.append((address, tally, (tally.signs, tally.requests, alive)))
+        beats.crew.append(
+            WorkerView(
+                address=address,
+                host=worker["host"],
+                tasks=len(mine),
+                slots=worker["nthreads"],
+                memory=worker["metrics"].get("memory", 0),
+                engine=next((stats for stats in engines if stats.pid), None),
+                gpu=Gpu(**snapshot["gpu"]) if snapshot["gpu"] else None,
+            )
+        )
+    return beats
+
+
+def _signs(stats: EngineStats) -> Hashable:
+    tokens = (stats.output_tokens, stats.computed_tokens)
+    return (stats.pid, stats.requests, stats.completions, stats.batches, stats.steps, *tokens)

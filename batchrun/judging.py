@@ -1,0 +1,109 @@
+"""What becomes of partitions whose attempts were lost: again, or alone on a worker. Dask stays with the driver."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from batchrun.dataset.plan import Plan
+from batchrun.errors import BatchrunError, EngineNotLoaded
+from batchrun.output.layout import Layout
+from batchrun.storage import Folder
+from batchrun.suspects import STRIKES, Suspects
+from batchrun.worker import Task
+
+log = logging.getLogger(__name__)
+
+WHY = f"its engine or worker died {STRIKES} times while this row was alone in it"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A suspect alone on a worker: `rows` None while the worker shows that it can load the engine, and empty when
+    all that is left is to seal the part."""
+
+    partition: int
+    worker: str
+    rows: tuple[int, ...] | None = None
+
+
+class Judge:
+    """Judges lost attempts by what they left in storage: Dask's own suspicion blames every task that shared a worker
+    with the guilty one."""
+
+    def __init__(self, plan: Plan, folder: Folder, layout: Layout) -> None:
+        self._plan, self._folder, self._layout = plan, folder, layout
+        self._suspects = Suspects()
+        self._staged: dict[int, int] = {}  # objects seen for partitions whose attempts were lost
+
+    @property
+    def suspects(self) -> Collection[int]:
+        """Partitions that are to be tried alone."""
+        return self._suspects.open.keys()
+
+    def lost(
+        self, partition: int, error: BaseException | None, workers: Collection[str], flying: int
+    ) -> bool:
+        """An attempt was lost, to None if to a dead worker; whether the partition may go on like any other.
+
+        One that staged something is free. Raises as `Suspects` does.
+        """
+        staged = len(self._folder.list(self._layout.stage(partition)))
+        reason = one_line(error)
+        if staged > self._staged.get(partition, 0):
+            self._suspects.progress(partition)
+        elif isinstance(error, EngineNotLoaded):
+            self._suspects.unloaded(error.where, workers, reason)
+        elif self._suspects.lost(partition, reason, flying):
+            log.warning("partition %d is lost again, to %s; it is tried alone, at the end", partition, reason)
+            return False
+        self._staged[partition] = staged
+        log.warning("partition %d lost its attempt to %s; it goes on", partition, reason)
+        return True
+
+    def progress(self, partition: int) -> None:
+        """New rows of the partition are durable."""
+        self._suspects.progress(partition)
+
+    def committed(self, partition: int) -> None:
+        self._suspects.progress(partition)
+        self._suspects.open.pop(partition, None)
+
+    def trials(self, running: Collection[Trial], workers: Collection[str]) -> Iterator[Trial]:
+        """The next ones to begin: one partition to a worker."""
+        busy = {trial.worker for trial in running}
+        idle = [worker for worker in workers if worker not in busy]
+        random.shuffle(idle)  # so that no suspect depends on one bad machine
+        tried = {trial.partition for trial in running}
+        for partition, worker in zip([i for i in self.suspects if i not in tried], idle, strict=False):
+            yield Trial(partition, worker)
+
+    def task(self, trial: Trial) -> Task:
+        partition = self._plan.partitions[trial.partition]
+        condemned = dict.fromkeys(self._suspects.open[trial.partition].condemned, WHY)
+        return Task(partition, self._plan.files_of(partition), trial.rows or None, condemned)
+
+    def examined(self, trial: Trial, missing: list[int]) -> Trial:
+        """The worker can load its engine, and `missing` rows are not durable: what it is to try of them."""
+        return replace(trial, rows=tuple(self._suspects.next_trial(trial.partition, missing)))
+
+    def lost_alone(self, trial: Trial, error: BaseException, workers: Collection[str]) -> None:
+        """The trial was lost. Raises as `Suspects` does."""
+        if trial.rows is None or isinstance(error, EngineNotLoaded):
+            self._suspects.unloaded(trial.worker, workers, one_line(error))
+            return
+        log.warning(
+            "partition %d, %d rows alone: lost to %s", trial.partition, len(trial.rows), one_line(error)
+        )
+        self._suspects.lost_alone(trial.partition, trial.rows, one_line(error))
+
+
+def one_line(error: BaseException | None) -> str:
+    """What happened to an attempt, for a person."""
+    if error is None:
+        return "a lost worker"
+    return (
+        str(error) if isinstance(error, BatchrunError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    )

@@ -1,0 +1,90 @@
+"""Where a run stops by itself, staged and resumable: money, a time, a number of rows."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from batchrun.errors import Interrupted
+
+if TYPE_CHECKING:
+    from batchrun.job import Job
+    from batchrun.report.progress import Progress, Watch
+
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def parse_duration(text: str) -> timedelta:
+    """A duration such as 90s, 30m, 6h, 1d or 1h30m.
+
+    Raises:
+        ValueError: it is none, or nothing at all.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if not match or not any(match.groups()):
+        raise ValueError(f"{text!r} is no duration such as 90s, 30m, 6h or 1h30m")
+    days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def parse_deadline(text: str, now: datetime) -> datetime:
+    """An ISO 8601 time, local unless it names an offset, or a duration from `now` on (which has a time zone).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        return now + parse_duration(text)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text.strip()).astimezone()
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is neither a duration such as 6h nor a time such as 2026-01-31T06:00+01:00"
+        ) from None
+
+
+class Limits:
+    """A run's limits, its deadline fixed when the run starts.
+
+    Args:
+        earlier: worker seconds of all earlier runs of this output, which `limits.max_cost` counts too.
+        watch: gets every progress on.
+    """
+
+    def __init__(self, job: Job, earlier: float, watch: Watch) -> None:
+        settings = job.limits
+        self.max_cost, self.max_rows = settings.max_cost, settings.max_rows
+        self.price = job.cluster.price_per_gpu_hour or 0.0
+        self.worker_seconds, self.watch = earlier, watch
+        now = datetime.now().astimezone()
+        self.deadline = None if settings.deadline is None else parse_deadline(settings.deadline, now)
+        self._seconds = 0.0
+
+    def see(self, now: Progress) -> None:
+        """A watch: raises Interrupted, naming the limit and how to go on, once one is reached."""
+        self.worker_seconds += now.workers * (now.seconds - self._seconds)
+        self._seconds = now.seconds
+        self.watch(now)
+        if now.partitions_done < now.partitions:
+            self.check(now.rows_done)
+
+    def check(self, rows: int) -> None:
+        """The same for so many rows of the output that are done."""
+        hours = self.worker_seconds / 3600
+        cost = hours * self.price
+        if self.max_cost is not None and cost >= self.max_cost:
+            raise _reached("max_cost", f"{hours:,.2f} worker hours cost {cost:,.2f}", f"{self.max_cost:,}")
+        if self.max_rows is not None and rows >= self.max_rows:
+            raise _reached("max_rows", f"{rows:,} rows are done", f"{self.max_rows:,}")
+        if self.deadline is not None and datetime.now().astimezone() >= self.deadline:
+            raise _reached("deadline", "the time is up", self.deadline.isoformat(timespec="seconds"))
+
+
+def _reached(name: str, what: str, limit: str) -> Interrupted:
+    return Interrupted(
+        f"stopped by limits.{name} ({what}, the limit is {limit})",
+        fix=f"raise limits.{name} or leave it out, and the same command goes on from there",
+    )

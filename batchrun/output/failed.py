@@ -1,0 +1,150 @@
+"""The failed rows of an output as a small dataset of its own: carried columns, error, and the place in the input.
+
+Every part with failed rows has a file of its own name in the folder `output.failed`. It is told from the part's bytes
+alone and names the attempt that made those, so that it can be written by anybody, at any time, and again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchrun.errors import OutputError
+from batchrun.job import OUTPUT_COLUMNS, OutputSettings
+from batchrun.output import part
+from batchrun.output.layout import DATA, Layout
+from batchrun.output.part import Summary
+from batchrun.storage import Folder, NotFound
+
+# Where a row stands in the input: the file, the number of its row group, and its place in there from 0 on.
+PLACE = pa.schema(
+    [
+        pa.field("source_file", pa.string()),
+        pa.field("source_row_group", pa.int32()),
+        pa.field("source_row", pa.int64()),
+    ]
+)
+
+# A partition's rows as places, schema PLACE, in order.
+Places = Callable[[int], Iterable[pa.RecordBatch]]
+
+# Whole parts are held while they are read, so few at a time.
+READERS = 4
+
+
+def refuse_taken(carried: Sequence[str], settings: OutputSettings) -> None:
+    """Raises OutputError where a column that is carried along has one of the place's names."""
+    own = settings.column("error")
+    if settings.failed is not None and (taken := [name for name in PLACE.names if name in (*carried, own)]):
+        raise OutputError(
+            f"the name {taken[0]!r} of a column in {settings.failed}/ is taken",
+            "output.failed",
+            "leave that column out of input.columns, or do without output.failed",
+        )
+
+
+def update(folder: Folder, layout: Layout, partition: int, settings: OutputSettings, places: Places) -> None:
+    """Makes the partition's file of failed rows agree with its part: one put, or a delete where none failed."""
+    key = _key(settings, layout, partition)
+    table, summary = _failed(folder, layout, partition, settings, places)
+    if table.num_rows == 0:
+        folder.delete([key])
+        return
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink, table.schema, compression=settings.compression, write_page_checksum=True
+    ) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"batchrun": json.dumps({"attempt": summary.attempt})})
+    folder.put(key, sink.getvalue().to_pybytes())
+
+
+def complete(
+    folder: Folder, layout: Layout, summaries: Sequence[Summary], settings: OutputSettings, places: Places
+) -> None:
+    """Writes what is missing or of a part's earlier bytes, and deletes what no part has failed rows for."""
+    there = folder.list(f"{settings.failed}/")
+    wanted = {_key(settings, layout, i): i for i, summary in enumerate(summaries) if summary.failed}
+
+    def bring_up(key: str) -> None:
+        i = wanted[key]
+        if key not in there or _attempt_of(folder, key) != summaries[i].attempt:
+            update(folder, layout, i, settings, places)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(bring_up, wanted))
+    folder.delete([key for key in owned(there, settings.failed) if key not in wanted])
+
+
+def problems(
+    folder: Folder,
+    layout: Layout,
+    failed: Sequence[int],
+    settings: OutputSettings,
+    places: Places | None,
+) -> Iterator[str]:
+    """What is wrong with the dataset of failed rows, `failed` of them per partition; every value is compared."""
+    there = folder.list(f"{settings.failed}/")
+    wanted = {_key(settings, layout, i): i for i, rows in enumerate(failed) if rows}
+    yield from (f"{key}: no part of this output has these failed rows" for key in there if key not in wanted)
+    for key, i in wanted.items():
+        if key not in there:
+            yield f"{key}: missing"
+            continue
+        try:
+            found = pq.read_table(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
+            expected, _ = _failed(folder, layout, i, settings, places)
+        except (FileNotFoundError, OutputError, pa.ArrowException, OSError, ValueError, KeyError) as error:
+            yield f"{key}: {error}"
+            continue
+        names = [name for name in expected.column_names if places or name not in PLACE.names]
+        # Arrow holds NaN unequal to itself; as text it is not.
+        if [*found.column_names] != expected.column_names or repr(found.select(names).to_pylist()) != repr(
+            expected.select(names).to_pylist()
+        ):
+            yield f"{key}: other rows than the part's failed ones"
+
+
+def owned(keys: Iterable[str], failed: str | None) -> list[str]:
+    """Those of the keys that this module writes into the folder `failed`."""
+    return [key for key in keys if failed is not None and key.startswith(f"{failed}/part-")]
+
+
+def _failed(
+    folder: Folder, layout: Layout, partition: int, settings: OutputSettings, places: Places | None
+) -> tuple[pa.Table, Summary]:
+    """The part's failed rows with their places, and the footer of the very bytes they were read from."""
+    key = layout.part(partition)
+    file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
+    rows = file.read()
+    own = {settings.column(name) for name in OUTPUT_COLUMNS}
+    names = [name for name in rows.column_names if name not in own] + [settings.column("error")]
+    failed = pc.equal(rows[settings.column("status")], "failed")
+    empty = pa.table({field.name: pa.nulls(rows.num_rows, field.type) for field in PLACE})
+    some = places is not None and pc.any(failed, min_count=0).as_py()
+    place = pa.Table.from_batches(places(partition), PLACE) if some and places else empty
+    if place.num_rows != rows.num_rows:
+        raise part.damaged(folder, key, f"{rows.num_rows} rows where the input gives {place.num_rows}")
+    table = pa.table(
+        [rows[name] for name in names] + place.columns,
+        schema=pa.schema([*(rows.schema.field(name) for name in names), *PLACE]),
+    )
+    return table.filter(failed), part.read_summary(file.metadata, folder, key)
+
+
+def _attempt_of(folder: Folder, key: str) -> str:
+    """Of which attempt's part the file was told; empty where it does not say."""
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(folder.read(key))).metadata
+        return json.loads(metadata[b"batchrun"])["attempt"]
+    except (NotFound, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _key(settings: OutputSettings, layout: Layout, partition: int) -> str:
+    return f"{settings.failed}/{layout.part(partition).removeprefix(DATA)}"

@@ -1,0 +1,73 @@
+"""Log lines on standard error: for a person, or one JSON object per line for a log collector."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TextIO
+
+from batchrun.report.redact import Redactor
+
+if TYPE_CHECKING:
+    from batchrun.report.progress import Progress, Rates
+
+log = logging.getLogger("batchrun")
+
+
+class _StandardError(logging.StreamHandler):
+    """Looks standard error up anew for each line: a live view puts itself between while it is open."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        values: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            values["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(values, ensure_ascii=False)
+
+
+def configure(log_format: str, redact: Redactor) -> None:
+    """Sends warnings of all libraries to standard error, through `redact`; replaces what was configured before."""
+    handler = _StandardError()
+    plain = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_Json() if log_format == "json" else plain)
+    handler.addFilter(redact.filter_record)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    if log_format == "json":
+        log.setLevel(logging.INFO)
+
+
+def progress_event(now: Progress, rates: Rates) -> None:
+    """One log line of a run's progress, its numbers as fields of their own."""
+    remaining = rates.remaining()
+    values = {
+        "event": "progress",
+        "seconds": round(now.seconds, 1),
+        "rows": now.rows,
+        "rows_done": now.rows_done,
+        "rows_failed": now.rows_failed,
+        "partitions": now.partitions,
+        "partitions_done": now.partitions_done,
+        "rows_per_second": round(rates.per_second("new_rows"), 2),
+        "prompt_tokens_per_second": round(rates.per_second("prompt_tokens"), 1),
+        "output_tokens_per_second": round(rates.per_second("output_tokens"), 1),
+        "seconds_left": None if remaining is None else round(remaining, 1),
+        "workers": now.workers,
+        "errors": dict(now.errors),
+    }
+    log.info("%s of %s rows", now.rows_done, now.rows, extra={"fields": values})

@@ -1,0 +1,174 @@
+"""Everything that watches a run beside its user: its record, its metrics, and the report at its end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from batchrun.errors import BatchrunError, ExitCode, StorageError
+from batchrun.prepare import Prepared
+from batchrun.report import record
+from batchrun.report.progress import Progress, Watch
+from batchrun.report.record import RunRecord, Timeline
+from batchrun.report.redact import Redactor
+
+log = logging.getLogger(__name__)
+
+WRITE_EVERY = 15.0  # seconds between two puts of a running run's record
+
+
+@contextmanager
+def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
+    """Yields a watch that passes everything on to `watch` and keeps the run's record meanwhile.
+
+    However the run ends, its record says how, and `_job/report.html` tells what is known by then. The job's
+    `cluster.metrics_port` is served for as long as this is open.
+    """
+    with ExitStack() as stack:
+        watches = [watch]
+        port = prepared.job.cluster.metrics_port
+        if port is not None:
+            from batchrun.report import metrics  # only who asks for metrics pays for them
+
+            watches.insert(0, stack.enter_context(metrics.serve(port, prepared)))
+        recorder = Recorder(prepared, run)
+        watches.insert(0, recorder.see)
+
+        def see(now: Progress) -> None:
+            for one in watches:
+                one(now)
+
+        try:
+            yield see
+        except BaseException as error:
+            recorder.end(*_outcome(error))
+            raise
+        recorder.end("complete")
+
+
+class Recorder:
+    """Folds a run's progress into its record, and puts it now and then from a thread of its own."""
+
+    def __init__(self, prepared: Prepared, run: str) -> None:
+        job = prepared.job
+        self.prepared = prepared
+        self.redact = Redactor()
+        self.redact.add(job.secrets())
+        self.record = RunRecord(
+            run=run,
+            started=record.now(),
+            outcome="running",
+            seconds=0.0,
+            plan_rows=prepared.plan.rows,
+            partitions=prepared.layout.partitions,
+            price_per_gpu_hour=job.cluster.price_per_gpu_hour,
+            model=job.model.name,
+            model_fingerprint=prepared.model.fingerprint,
+            job_hash=prepared.identity.job_hash,
+            job=job.without_storage_options(),
+            versions=record.versions(),
+            machine=record.machine(),
+        )
+        self._began = time.monotonic()
+        self._timeline = Timeline()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._write_now_and_then, name="batchrun-record", daemon=True)
+        self._thread.start()
+
+    def see(self, now: Progress) -> None:
+        """Takes in what the run has come to. The most is kept where a count falls: a lost attempt's rows."""
+        last = self.record
+        loaded = [engine for engine in now.engines if engine.pid]
+        engine = loaded[-1] if loaded else None
+        self._timeline.add(_sample(now))
+        spent = last.worker_seconds + now.workers * max(0.0, now.seconds - last.seconds)
+        self.record = replace(
+            last,
+            start_seconds=last.start_seconds if last.rows else now.seconds,
+            start_worker_seconds=last.start_worker_seconds if last.rows else spent,
+            seconds=now.seconds,
+            rows=now.new_rows,
+            failed=now.rows_failed,
+            reused=now.reused,
+            requests=now.requests,
+            prompt_tokens=now.prompt_tokens,
+            output_tokens=now.output_tokens,
+            errors=dict(now.errors),
+            examples=list(now.examples),
+            workers=max(last.workers, now.workers),
+            worker_seconds=spent,
+            engine=engine.engine if engine else "",
+            attention=engine.attention if engine else "",
+            device=engine.device if engine else "",
+            dtype=engine.dtype if engine else "",
+            load_seconds=max((e.load_seconds for e in loaded), default=0.0),
+            busy_seconds=sum(e.busy_seconds for e in loaded),
+            computed_tokens=now.computed_tokens,
+            real_tokens=now.real_tokens,
+            batches=now.batches,
+            notes=sorted({note for e in loaded for note in e.notes}),
+            slowest=list(now.slowest),
+            samples=self._timeline.columns(),
+        )
+
+    def end(self, outcome: str, message: str = "") -> None:
+        """Writes the record for the last time, then the report. A run never fails over what only tells of it."""
+        self._ended.set()
+        self._thread.join()
+        if outcome == "unwritable":
+            return  # the store has just failed for minutes
+        self.record = replace(
+            self.record, outcome=outcome, message=message, seconds=time.monotonic() - self._began
+        )
+        try:
+            self._write()
+            from batchrun.report import page  # plots take a second to import
+
+            page.write(self.prepared.job, self.redact)
+        except Exception as error:  # whatever it is, the answers are there and the run's own outcome stands
+            log.warning("the run's report could not be written: %s: %s", type(error).__name__, error)
+
+    def _write_now_and_then(self) -> None:
+        while not self._ended.wait(WRITE_EVERY):
+            try:
+                self._write()
+            except StorageError as error:
+                log.warning("the run's record could not be written: %s", error)
+
+    def _write(self) -> None:
+        record.write(self.prepared.folder, self.record, self.redact)
+
+
+def _outcome(error: BaseException) -> tuple[str, str]:
+    if isinstance(error, StorageError):
+        return "unwritable", ""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "stopped"
+    if isinstance(error, BatchrunError):
+        interrupted = error.exit_code == ExitCode.INTERRUPTED
+        return ("interrupted" if interrupted else "failed"), error.what
+    return "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _sample(now: Progress) -> dict[str, float | None]:
+    """Sums since the start, and gauges of this moment (shares between 0 and 1)."""
+    return {
+        "seconds": now.seconds,
+        "rows_done": now.rows_done,
+        "rows": now.new_rows,
+        "failed": now.rows_failed,
+        "prompt_tokens": now.prompt_tokens,
+        "output_tokens": now.output_tokens,
+        "real_tokens": now.real_tokens,
+        "computed_tokens": now.computed_tokens,
+        "batches": now.batches,
+        "workers": now.workers,
+        "waiting": now.waiting,
+        "pool_fill": now.pool_fill,
+        "gpu_use": now.gpu_use,
+        "gpu_memory": now.gpu_memory,
+    }

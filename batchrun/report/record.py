@@ -1,0 +1,226 @@
+"""What a run leaves behind about itself: one small JSON object per run, for status, reports and estimates."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import batchrun
+from batchrun.output import document, lease
+from batchrun.output.document import Damaged
+from batchrun.output.layout import JOB_FOLDER
+from batchrun.report.redact import Redactor
+from batchrun.storage import Folder, NotFound
+
+log = logging.getLogger(__name__)
+
+RUNS = f"{JOB_FOLDER}runs/"
+REPORT = f"{JOB_FOLDER}report.html"
+LIBRARIES = ("torch", "transformers", "flash-attn", "pyarrow", "dask")
+
+
+@dataclass(frozen=True, slots=True)
+class SlowPartition:
+    """One of the partitions that took longest: its seconds on the worker, its new rows and their tokens."""
+
+    partition: int
+    seconds: float
+    rows: int
+    tokens: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run as its driver saw it, last written at `seconds` after `started` (UTC, ISO 8601).
+
+    `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed. `rows`, tokens
+    and `errors` (rows by code) are of what this run itself generated, `reused` rows were staged before it. `workers`
+    is the most there were at once, `worker_seconds` their time added up: with one GPU each, GPU seconds.
+    `start_seconds` passed before the first rows were finished, `start_worker_seconds` over all workers.
+    `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model;
+    `real_tokens` of the `computed_tokens` were no padding. `samples` is the run over time, a list per quantity (see
+    `Timeline`), all equally long.
+    """
+
+    run: str
+    started: str
+    outcome: str
+    seconds: float
+    message: str = ""
+    plan_rows: int = 0
+    partitions: int = 0
+    rows: int = 0
+    failed: int = 0
+    reused: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    workers: int = 0
+    worker_seconds: float = 0.0
+    start_seconds: float = 0.0
+    start_worker_seconds: float = 0.0
+    price_per_gpu_hour: float | None = None
+    engine: str = ""
+    attention: str = ""
+    device: str = ""
+    dtype: str = ""
+    load_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    real_tokens: int = 0
+    computed_tokens: int = 0
+    batches: int = 0
+    notes: list[str] = field(default_factory=list)
+    model: str = ""
+    model_fingerprint: str = ""
+    job_hash: str = ""
+    job: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    slowest: list[SlowPartition] = field(default_factory=list)
+    samples: dict[str, list[float | None]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """`_job/runs/20260131T020000Z-1f0c9a3e.json`: sorted by name is sorted by time."""
+        return f"{RUNS}{self.started.replace('-', '').replace(':', '')}-{self.run[:8]}.json"
+
+    @property
+    def cost(self) -> float | None:
+        """Money that the workers' time came to, None where the job gives no price."""
+        if self.price_per_gpu_hour is None:
+            return None
+        return self.price_per_gpu_hour * self.worker_seconds / 3600
+
+    @property
+    def padding_efficiency(self) -> float | None:
+        """Real tokens / computed tokens of the engines used, None before anything was computed."""
+        return self.real_tokens / self.computed_tokens if self.computed_tokens else None
+
+
+def write(folder: Folder, record: RunRecord, redact: Redactor) -> None:
+    """Puts the record in place of its earlier self; every text in it goes through `redact`."""
+    folder.put(record.key, document.encode(_redacted(asdict(record), redact)))
+
+
+def read_all(folder: Folder) -> list[RunRecord]:
+    """The runs into this output, oldest first; what is no whole record is left out with a warning."""
+    found = (_read(folder, key) for key in sorted(folder.list(RUNS)))
+    return [record for record in found if record is not None]
+
+
+def settle(runs: Sequence[RunRecord], holder: lease.Holder | None) -> list[RunRecord]:
+    """The same runs, those called killed that say running although the output's lease is not theirs.
+
+    Only the newest can be running, and only while its driver holds the lease.
+    """
+    alive = is_alive(holder)
+    last = len(runs) - 1
+    return [
+        replace(run, outcome="killed") if run.outcome == "running" and not (alive and i == last) else run
+        for i, run in enumerate(runs)
+    ]
+
+
+def is_alive(holder: lease.Holder | None) -> bool:
+    """Whether a driver is at work, as far as its heartbeat and this machine's clock tell."""
+    return holder is not None and not holder.is_dead() and time.time() - holder.heartbeat < lease.EXPIRY
+
+
+def errors(runs: Iterable[RunRecord]) -> dict[str, int]:
+    """Failed rows by code over all runs; rows that were lost with a killed worker count in each run."""
+    total: Counter[str] = Counter()
+    for run in runs:
+        total.update(run.errors)
+    return dict(total)
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def versions() -> dict[str, str]:
+    """Of batchrun, Python and the libraries that decide speed and answers, as far as they are installed."""
+    installed = {"batchrun": batchrun.__version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def machine() -> dict[str, Any]:
+    """The driver's machine; what the workers' engines ran on stands in `device`."""
+    return {
+        "host": socket.gethostname(),
+        "system": f"{sys.platform} {platform.machine()}",
+        "cores": os.cpu_count(),
+    }
+
+
+def _read(folder: Folder, key: str) -> RunRecord | None:
+    try:
+        values = document.decode(folder.read(key))
+        known = {f.name: values[f.name] for f in fields(RunRecord) if f.name in values}
+        known["slowest"] = [SlowPartition(**entry) for entry in known.get("slowest", [])]
+        return RunRecord(**known)
+    except NotFound:
+        return None
+    except (Damaged, TypeError) as error:
+        log.warning("%s is left aside: %s", folder.where(key), error)
+        return None
+
+
+def _redacted(value: Any, redact: Redactor) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(str(name)): _redacted(inner, redact) for name, inner in value.items()}
+    if isinstance(value, Iterable):
+        return [_redacted(inner, redact) for inner in value]
+    return value
+
+
+class Timeline:
+    """A run over time in a bounded number of samples: when it is full, every second one goes and the step doubles.
+
+    The counters in it are sums since the start, so that a rate is a difference and thinning out loses none.
+    """
+
+    LIMIT = 240
+
+    def __init__(self) -> None:
+        self.step = 0.0
+        self._rows: list[dict[str, float | None]] = []
+
+    def add(self, sample: dict[str, float | None]) -> None:
+        """Takes a sample, always the same keys, `seconds` among them; the last one taken is always kept."""
+        seconds = sample["seconds"] or 0.0
+        if len(self._rows) > 1 and seconds - (self._rows[-2]["seconds"] or 0.0) < self.step:
+            self._rows[-1] = sample  # too close to the one before the last: the newest stands for both
+            return
+        self._rows.append(sample)
+        if len(self._rows) > self.LIMIT:
+            self._rows = self._rows[::2]
+            self.step = 2 * seconds / self.LIMIT
+
+    def columns(self) -> dict[str, list[float | None]]:
+        names = self._rows[0] if self._rows else {}
+        return {name: [_short(row[name]) for row in self._rows] for name in names}
+
+
+def _short(value: float | None) -> float | None:
+    return value if value is None or isinstance(value, int) else round(value, 4)

@@ -1,0 +1,28 @@
+"""Attempts that show no sign of life: a worker or engine that hangs keeps its heartbeat, and its partition."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable
+
+
+class Stalls:
+    """Remembers when each attempt's signs last changed. Signs are any counters that grow while work is done."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._seen: dict[int, tuple[Hashable, float]] = {}
+
+    def stalled(self, partition: int, signs: Hashable, now: float) -> bool:
+        """Whether the attempt's signs have been these for too long. The clock starts anew when it says so."""
+        before = self._seen.get(partition)
+        if before is None or before[0] != signs:
+            self._seen[partition] = (signs, now)
+            return False
+        if now - before[1] <= self._seconds:
+            return False
+        del self._seen[partition]
+        return True
+
+    def forget(self, running: Collection[int]) -> None:
+        """Only these attempts are still running."""
+        self._seen = {partition: seen for partition, seen in self._seen.items() if partition in running}

@@ -1,0 +1,134 @@
+"""Engines that fail as real ones do: on a certain row, for a while, or for ever. What they did stays in a log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from engines import EchoEngine
+from tokenizers.pre_tokenizers import ByteLevel
+
+from batchrun.engine.protocol import Completion, EngineSpec, Request
+from batchrun.errors import FaultCode, RowFault
+
+_ALPHABET = sorted(ByteLevel.alphabet())
+
+
+def text_of(request: Request) -> str:
+    """The prompt behind the ids of the tests' byte tokenizer."""
+    return "".join(_ALPHABET[token - 3] for token in request.token_ids).replace("Ġ", " ")
+
+
+def notes(spec: EngineSpec) -> Path:
+    """A folder for what engines of one model folder, of any process, tell the test."""
+    folder = Path(tempfile.gettempdir()) / f"batchrun-notes-{Path(spec.model_path).name}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+class NotedEngine(EchoEngine):
+    """Notes each process that loaded it, and each request: one file per process, a line per request."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        place = notes(spec)
+        self.first = not any(place.iterdir())
+        self.notes = (place / f"{time.time_ns()}-{os.getpid()}").open("w", buffering=1)
+
+    def answer(self, request: Request) -> Completion:
+        self.notes.write(f"{text_of(request)}\n")
+        return super().answer(request)
+
+
+class EngineKiller(NotedEngine):
+    """Row 5 kills the engine."""
+
+    def answer(self, request: Request) -> Completion:
+        if text_of(request).startswith("row 5 "):
+            self.kill()
+        return super().answer(request)
+
+    def kill(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class WorkerKiller(EngineKiller):
+    """Row 5 kills the worker, and the engine with it."""
+
+    def kill(self) -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+
+
+class BrokenKernel(EngineKiller):
+    """Every row raises what a broken kernel would."""
+
+    def answer(self, request: Request) -> Completion:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class Unloadable(NotedEngine):
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HangingEngine(NotedEngine):
+    """The first process hangs for ever in its third row."""
+
+    def answer(self, request: Request) -> Completion:
+        if self.first and self.stats.completions == 2:
+            time.sleep(3600)
+        return super().answer(request)
+
+
+class DoubtfulEngine(NotedEngine):
+    """The first process fails every odd row; rows 4 and 5 repeat one token in every process."""
+
+    def answer(self, request: Request) -> Completion:
+        completion = super().answer(request)
+        number = int(text_of(request).split()[1])
+        if number in (4, 5):
+            return Completion(request.id, np.full(request.max_new_tokens, 7, np.int32), "length")
+        if self.first and number % 2:
+            fault = RowFault(FaultCode.BAD_LOGITS, "not a number")
+            return Completion(request.id, np.empty(0, np.int32), "error", fault)
+        return completion
+
+
+class SteppingEngine(NotedEngine):
+    """Token by token, all rows at once: each answer is its prompt, a token every so often.
+
+    Lets go of rows as engines do, and notes how many tokens it has generated: "tokens N".
+    """
+
+    STEP = 0.05
+
+    def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        running: dict[int, tuple[Request, list[int]]] = {}
+        more = True
+        while more or running:
+            while more and len(running) < 16:
+                request = next(requests, StopIteration)
+                if request is StopIteration:
+                    more = False
+                elif request is None:
+                    break
+                else:
+                    running[request.id] = request, request.generated.tolist()
+                    self.notes.write(f"{text_of(request)} from {len(request.generated)}\n")
+            time.sleep(self.STEP)
+            for number, (request, answer) in list(running.items()):
+                answer.append(int(request.token_ids[len(answer)]))
+                self.stats.output_tokens += 1
+                ended = len(answer) == min(len(request.token_ids), request.max_new_tokens)
+                if ended or request.cancelled:
+                    del running[number]
+                    tokens = np.array(answer, np.int32)
+                    yield Completion(request.id, tokens, "length") if ended else request.so_far(tokens)
+            self.notes.write(f"tokens {self.stats.output_tokens}\n")

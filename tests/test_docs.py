@@ -1,0 +1,194 @@
+"""What the documentation says is so: its commands run, its job files parse, its tables are the code's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from batchrun import errors
+from batchrun.cli import app
+from batchrun.cluster import kubernetes_spec, slurm_options, worker_environment
+from batchrun.errors import BatchrunError, ExitCode, FaultCode
+from batchrun.job import ClusterSettings, EngineSettings, Job
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "jobs/README.md",
+    ROOT / "jobs/ERRORS.md",
+    ROOT / "docker/README.md",
+    ROOT / "batchrun/output/README.md",
+    ROOT / "batchrun/engine/README.md",
+]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Commands on indented lines, `a && b` taken apart, environment variables in front left out."""
+    for line in re.findall(r"^    (\S.*)$", page.read_text(), re.MULTILINE):
+        for command in line.split(" && "):
+            yield re.sub(r"^(\w+=\S+ )+", "", command.strip())
+
+
+def batchrun_commands() -> list[tuple[str, list[str]]]:
+    found = []
+    for page in [*PAGES, *sorted((ROOT / "jobs").rglob("*.yaml"))]:
+        text = page.read_text()
+        lines = (
+            commands(page) if page.suffix == ".md" else re.findall(r"^#   (batchrun .+)$", text, re.MULTILINE)
+        )
+        for line in lines:
+            for command in line.split(" && "):
+                words = shlex.split(command, comments=True)
+                if words and Path(words[0]).name == "batchrun" and len(words) > 1:
+                    found.append((str(page.relative_to(ROOT)), words[1:]))
+    return found
+
+
+def test_every_batchrun_command_in_the_docs_is_one_with_options_that_exist() -> None:
+    group = typer.main.get_command(app)
+    seen = batchrun_commands()
+    assert len(seen) > 15
+    for page, words in seen:
+        if words[0].startswith("--"):
+            continue
+        command = group.commands.get(words[0])  # type: ignore[attr-defined]
+        assert command is not None, f"{page}: {words}"
+        context = command.make_context(words[0], words[1:])
+        path = context.params.get("job_file")
+        if path is None or str(path) == "job.yaml":
+            continue
+        assert (ROOT / path).exists(), f"{page}: {words}"
+        Job.load(ROOT / path, context.params["overrides"])
+
+
+@pytest.mark.timeout(600)
+def test_the_newcomers_first_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As printed but for the rows, the engine and the place: those are a test's.
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    own = ["input.limit=4", "engine.kind=batchrun.engine.instant:InstantEngine", f"output.path={tmp_path}"]
+    sets = [word for value in own for word in ("--set", value)]
+    first = [
+        words for page, words in batchrun_commands() if page == "jobs/README.md" and "quickstart" in words[-1]
+    ]
+    assert [words[0] for words in first] == ["plan", "run", "verify"]
+    for words in first:
+        result = CliRunner().invoke(app, [*words, *sets, "--json"])
+        assert result.exit_code == 0, f"{words}: {result.output}"
+
+
+def test_an_error_is_one_line_with_place_and_fix_and_debug_adds_the_traceback(tmp_path: Path) -> None:
+    short = CliRunner().invoke(app, ["plan", str(tmp_path / "none.yaml")])
+    assert short.exit_code == ExitCode.REFUSED
+    assert short.stderr.count("\n") == 1
+    assert "none.yaml: cannot read the job file" in short.stderr
+    assert "give the path of a YAML file" in short.stderr
+    long = CliRunner().invoke(app, ["plan", str(tmp_path / "none.yaml"), "--debug"])
+    assert "Traceback" in long.stderr
+    assert long.stderr.endswith(short.stderr)
+
+
+def test_paths_and_links_in_the_docs_exist() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for path in re.findall(r"`((?:tests|jobs|docker|batchrun)/[\w./-]+\w)`", text):
+            assert (ROOT / path).exists() or "answers" in path, f"{page.name}: {path}"
+
+
+def test_yaml_in_the_docs_is_what_the_code_takes() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docker/README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        settings = ClusterSettings(**yaml.safe_load(block)["cluster"])
+        if settings.slurm is not None:
+            import dask_jobqueue
+
+            options = {**slurm_options(settings), "scheduler_options": {"dashboard_address": ":0"}}
+            with dask_jobqueue.SLURMCluster(**options) as cluster:
+                assert "--gres=gpu:1" in cluster.job_script()
+        else:
+            assert kubernetes_spec(settings)["spec"]["worker"]["replicas"] == settings.workers
+
+
+def test_the_line_for_a_worker_has_the_settings_that_batchrun_wants() -> None:
+    line = next(
+        line for line in (ROOT / "docker/README.md").read_text().splitlines() if "dask worker tcp" in line
+    )
+    words = shlex.split(line)
+    for word in words[: words.index("dask")]:
+        name, _, value = word.partition("=")
+        assert name == "CUDA_VISIBLE_DEVICES" or worker_environment()[name] == value
+    assert words[words.index("--nthreads") + 1] == str(ClusterSettings().slots)
+    ran = subprocess.run(
+        [sys.executable, "-m", "dask", "worker", "--help"], capture_output=True, text=True, check=True
+    )
+    for word in words:
+        if word.startswith("--"):
+            assert word in ran.stdout
+
+
+def test_every_row_error_is_in_the_table_with_its_fix() -> None:
+    rows = re.findall(
+        r"^\| `([A-Z0-9_]+)` \| (.+?) \| (.+?) \|$", (ROOT / "jobs/ERRORS.md").read_text(), re.MULTILINE
+    )
+    assert {code for code, _, _ in rows} >= set(FaultCode)
+    assert all(what and fix for _, what, fix in rows)
+
+
+def test_every_kind_of_error_is_under_its_exit_code() -> None:
+    text = (ROOT / "jobs/ERRORS.md").read_text()
+    listed = {
+        name: int(code)
+        for code, names in re.findall(r"^\| (\d) \| (`.+?`) \|", text, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    kinds = {
+        name: kind.exit_code
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, BatchrunError)
+    }
+    assert listed.items() >= kinds.items()
+    assert set(listed.values()) == {ExitCode.FAILED, ExitCode.REFUSED, ExitCode.INTERRUPTED}
+
+
+def test_keys_and_defaults_in_the_performance_page_are_the_codes() -> None:
+    text = (ROOT / "batchrun/engine/README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", text, re.MULTILINE)
+    assert rows
+    for key, shown in rows:
+        default = EngineSettings.model_fields[key].default
+        if default is not None and default is not True:
+            assert str(default) in shown.replace(",", ""), key
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_offered(shell: str) -> None:
+    asked = {"COMP_WORDS": "batchrun st", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "batchrun st"}
+    asked |= {"_BATCHRUN_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    variables = {**os.environ, **asked}
+    code = "import sys; sys.argv = ['batchrun']; from batchrun.cli import app; app(prog_name='batchrun')"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False
+    )
+    assert "status" in ran.stdout, ran.stderr
+
+
+def test_every_commands_help_has_an_example_that_parses() -> None:
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        example = re.search(r"Example: batchrun (\S+) (.+)", command.epilog or "")
+        assert example, f"batchrun {name} --help has no example"
+        assert example[1] == name
+        command.make_context(name, shlex.split(example[2]))

@@ -1,0 +1,198 @@
+"""Faults of rows, engines, workers and files, with real processes: each costs what it must and nothing more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client
+
+import batchrun as library
+from batchrun.errors import BatchrunError, ExitCode, TooManyFaults
+from batchrun.report.result import RunResult
+from batchrun.report.status import verify
+from batchrun.suspects import STRIKES
+from jobs import answers, dataset, load, write_job
+
+ROWS, PART = 16, 8
+
+
+class Setting:
+    """A job of two partitions with an engine of `faulty_engines`, and what its processes noted."""
+
+    def __init__(self, folder: Path, model: Path, cluster: Client, engine: str, **sections: Any) -> None:
+        self.folder, self.cluster, self.name = folder, cluster, f"{engine}-{time.time_ns()}"
+        self.rows = sections.get("rows", ROWS)
+        shutil.copytree(model, folder / self.name)
+        output = {"rows_per_part": PART, **sections.pop("output", {})}
+        self.job = write_job(
+            folder, folder / self.name, **{"rows": ROWS, "row_group": PART, "output": output, **sections},
+            engine={"kind": f"faulty_engines:{engine}"},
+        )  # fmt: skip
+
+    def run(self, *overrides: str) -> RunResult:
+        return library.run(load(self.job, *overrides), client=self.cluster)
+
+    @property
+    def processes(self) -> list[list[str]]:
+        """What each engine process noted, in the order of their starts."""
+        place = Path(tempfile.gettempdir()) / f"batchrun-notes-{self.name}"
+        return [file.read_text().splitlines() for file in sorted(place.iterdir())]
+
+    def check(self, errors: dict[int, str]) -> pa.Table:
+        """Every row once and in order, answered or with this code; and `verify` agrees."""
+        table = answers(self.folder / "out")
+        expected = dataset(self.rows)
+        assert table.select(expected.column_names).equals(expected)
+        codes = {i: e.split(":")[0] for i, e in enumerate(table["error"].to_pylist()) if e}
+        assert codes == errors
+        texts = [None if i in errors else text for i, text in enumerate(expected["text"].to_pylist())]
+        assert table["answer"].to_pylist() == texts
+        assert verify(load(self.job)).found.passed
+        return table
+
+
+@pytest.fixture
+def setting(tmp_path, tiny_llama, cluster, request):
+    made = []
+
+    def make(engine: str, **sections: Any) -> Setting:
+        made.append(Setting(tmp_path, tiny_llama, cluster, engine, **sections))
+        return made[-1]
+
+    yield make
+    for one in made:
+        shutil.rmtree(Path(tempfile.gettempdir()) / f"batchrun-notes-{one.name}", ignore_errors=True)
+
+
+@pytest.mark.parametrize("engine", ["EngineKiller", "WorkerKiller"])
+def test_a_row_that_kills_its_engine_or_worker_is_its_own_error_and_all_others_complete(setting, engine):
+    # Small, since a worker takes seconds to come back: tests/test_suspects.py bisects thousands.
+    one = setting(engine, rows=8, row_group=4, output={"rows_per_part": 4})
+    result = one.run()
+    assert (result.exit_code, result.errors) == (ExitCode.FAILED_ROWS, {"WORKER_CRASH": 1})
+    one.check({5: "WORKER_CRASH"})
+    # A death before which other rows got done is free, so that there may be one for each of the neighbours.
+    deaths = STRIKES + 2 + STRIKES + 3
+    assert len(one.processes) <= deaths + 1
+    # A death costs no more than the rows that were in the engine, eight of them.
+    asked = sum(len(lines) for lines in one.processes)
+    assert asked <= 8 + deaths * 8
+
+
+def test_an_engine_that_cannot_be_loaded_is_a_clear_error_and_no_rows_fault(setting):
+    one = setting("Unloadable")
+    with pytest.raises(BatchrunError, match="no row is to blame") as caught:
+        one.run()
+    assert "signal 9 (SIGKILL) while its model was loaded" in str(caught.value)
+    assert len(one.processes) < 20
+    one.job.write_text(one.job.read_text().replace("faulty_engines:Unloadable", "engines:EchoEngine"))
+    one.run()
+    one.check({})
+
+
+def test_rows_that_all_crash_stop_the_run_instead_of_being_bisected_for_ever(setting):
+    one = setting("BrokenKernel")
+    with pytest.raises(TooManyFaults, match="illegal memory access"):
+        one.run()
+    assert len(one.processes) < 30
+    assert not list((one.folder / "out/data").glob("*.parquet"))
+
+
+def test_an_engine_that_hangs_alive_is_ended_and_its_rows_go_on(setting):
+    one = setting("HangingEngine", limits={"stall_seconds": 10})
+    one.run()
+    one.check({})
+    assert len(one.processes) >= 2
+
+
+def test_doubtful_rows_are_tried_once_more_in_a_fresh_engine_and_then_fail(setting):
+    one = setting("DoubtfulEngine", generation={"max_new_tokens": 64})
+    one.run()
+    one.check({4: "REPEATED_TOKEN", 5: "REPEATED_TOKEN"})
+    assert len(one.processes) == 2
+    again = sorted(int(line.split()[1]) for line in one.processes[1])
+    assert set(again) <= {4, 5, *range(1, ROWS, 2)}
+    assert len(again) == len(set(again)), "once"
+
+
+def test_a_worker_told_to_leave_keeps_what_its_rows_are_so_far(setting):
+    long = {"prompt": {"template": "{{ text }}" + " and so on" * 30}, "generation": {"max_new_tokens": 200}}
+    one = setting("SteppingEngine", **long)
+    staged = one.folder / "out/_job/stage"
+    took = []
+
+    def preempt() -> None:
+        """Three times in the middle of answers that take ten seconds."""
+        for n in range(3):
+            while len(one.processes) <= n or not any(line.startswith("tokens") for line in one.processes[n]):
+                time.sleep(0.1)
+            time.sleep(2)
+            before = len(list(staged.rglob("*.partial")))
+            began = time.monotonic()
+            one.cluster.run(terminate, wait=False, on_error="ignore")
+            while len(list(staged.rglob("*.partial"))) == before:
+                assert time.monotonic() - began < 20
+                time.sleep(0.05)
+            took.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=preempt, daemon=True)
+    thread.start()
+    result = one.run()
+    thread.join(1)
+    assert len(took) == 3, "preempted three times"
+    assert max(took) < 5, took
+    assert result.ok == ROWS
+    table = answers(one.folder / "out")
+    expected = [(text + " and so on" * 30)[:200] for text in dataset(ROWS)["text"].to_pylist()]
+    assert table["answer"].to_pylist() == expected
+    lines = [line for process in one.processes for line in process]
+    assert any(line.split()[-1] != "0" for line in lines if " from " in line), "rows went on"
+    generated = sum(int([x for x in p if x.startswith("tokens")][-1].split()[1]) for p in one.processes)
+    twice = generated - sum(table["output_tokens"].to_pylist())
+    print(f"{twice} tokens generated twice in 3 preemptions, {took} s each until they were staged")
+    assert twice <= 3 * ROWS * 8
+    assert not list(staged.rglob("*")) or not [f for f in staged.rglob("*") if f.is_file()], "swept"
+
+
+def terminate() -> None:
+    import signal
+
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_damaged_page_costs_its_rows_and_a_second_reading(tmp_path, tiny_llama, cluster):
+    rows = 3000
+    table = pa.table({"id": range(rows), "text": [f"row {i} " * 9 for i in range(rows)]}).cast(
+        pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string())])
+    )
+    job = write_job(tmp_path, tiny_llama, output={"rows_per_part": 1000}, limits={"max_error_rate": 1.0})
+    file = tmp_path / "in.parquet"
+    pq.write_table(
+        table, file, row_group_size=1000, write_page_checksum=True, compression="none", use_dictionary=False,
+        data_page_size=4096,
+    )  # fmt: skip
+    column = pq.read_metadata(file).row_group(1).column(1)
+    data = bytearray(file.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(data)
+    result = library.run(load(job), client=cluster)
+    found = answers(tmp_path / "out")
+    errors = found["error"].to_pylist()
+    lost = [i for i, error in enumerate(errors) if error]
+    assert result.errors == {"INPUT_CORRUPT": len(lost)}
+    assert lost == list(range(lost[0], 2000))
+    assert 1000 < lost[0] < 2000
+    ids = found["id"].to_pylist()
+    assert ids == [None if i in set(lost) else i for i in range(rows)]
+    assert np.all([errors[i].startswith("INPUT_CORRUPT: ") for i in lost])
+    assert verify(load(job)).found.passed

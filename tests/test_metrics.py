@@ -1,0 +1,269 @@
+"""What a run shows of itself while it goes on: metrics for Prometheus, a view for a person, lines for a log."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+import batchrun as library
+from batchrun.engine.protocol import EngineStats
+from batchrun.errors import ClusterError
+from batchrun.report import gpu, live, logs
+from batchrun.report.gpu import Gpu
+from batchrun.report.metrics import Exporter
+from batchrun.report.progress import Progress, Rates, WorkerView
+from batchrun.report.redact import Redactor
+from jobs import ROWS_OF_JOB as ROWS
+from jobs import load, write_job
+
+DASHBOARD = Path(__file__).parent.parent / "docker/grafana/batchrun.json"
+CARD = Gpu("H200", 0.75, 60 << 30, 140 << 30)
+
+
+def crew(tokens: int, card: Gpu | None = CARD) -> list[WorkerView]:
+    stats = EngineStats(
+        engine="paged", pid=1, requests=30, completions=20, prompt_tokens=tokens, output_tokens=tokens,
+        computed_tokens=3 * tokens, batches=2, busy_seconds=1.5, load_seconds=9.0,
+        gauges={"pages": 100, "pages_free": 25, "active_rows": 8, "batch_tokens": 4096},
+    )  # fmt: skip
+    return [WorkerView(f"tcp://10.0.0.{i}:9000", f"10.0.0.{i}", 2, 2, 1 << 30, stats, card) for i in (1, 2)]
+
+
+def at(seconds: float, rows: int, **more) -> Progress:
+    workers = crew(rows * 10)
+    values = {
+        "seconds": seconds, "partitions": 10, "partitions_done": 2, "partitions_flying": 3, "rows": 1000,
+        "rows_done": rows, "rows_failed": 3, "new_rows": rows, "reused": 0, "requests": rows + 50, "pulled": rows + 50,
+        "sent_tokens": (rows + 50) * 10, "prompt_tokens": rows * 10, "output_tokens": rows * 10, "workers": 2,
+        "commits": 2, "commit_seconds": 0.5, "errors": {"NULL_PROMPT": 3}, "crew": workers,
+        "engines": [worker.engine for worker in workers],
+    }  # fmt: skip
+    return Progress(**{**values, **more})
+
+
+def exported(*seen: Progress) -> dict[str, Metric]:
+    """What the last of so many scrapes reads, one after each look at the run."""
+    exporter = Exporter({"model": "m", "output": "o"})
+    registry = CollectorRegistry()
+    registry.register(exporter)
+    for now in seen:
+        exporter.see(now)
+        text = generate_latest(registry).decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def value(families: dict[str, Metric], name: str, sample: str | None = None, **labels: str) -> float:
+    (found,) = [
+        s.value
+        for s in families[name].samples
+        if s.name == (sample or name) and labels.items() <= s.labels.items()
+    ]
+    return found
+
+
+def test_names_types_and_units_are_in_prometheus_own_style():
+    for name, family in exported(at(1, 100), at(2, 200)).items():
+        assert re.fullmatch(r"batchrun_[a-z_]+", name), name
+        assert family.documentation.endswith("."), name
+        assert not re.search(
+            r"_(ms|millis|minutes|percent|kb|mb|gb|kib|mib|gib|count|total|info)$", name
+        ) or (name == "batchrun_run_info")
+        samples = {sample.name for sample in family.samples}
+        if family.type == "counter":
+            assert samples == {f"{name}_total"}, "a counter, and only a counter, ends with _total"
+        assert family.type in ("counter", "gauge", "summary"), name
+
+
+def test_each_value_is_the_runs_or_the_workers_own():
+    families = exported(at(1, 100), at(2, 200))
+    assert value(families, "batchrun_rows_generated", "batchrun_rows_generated_total") == 200
+    assert value(families, "batchrun_rows_failed", "batchrun_rows_failed_total", code="NULL_PROMPT") == 3
+    assert value(families, "batchrun_commit_seconds", "batchrun_commit_seconds_sum") == 0.5
+    assert value(families, "batchrun_partitions", state="waiting") == 5
+    assert value(families, "batchrun_engine_waiting_requests", host="10.0.0.2") == 10
+    assert value(families, "batchrun_gpu_utilization_ratio", worker="tcp://10.0.0.1:9000") == 0.75
+    assert value(families, "batchrun_remaining_seconds") == pytest.approx(8, rel=0.5)
+
+
+def test_without_a_gpu_there_are_no_gpu_values():
+    families = exported(at(1, 100, crew=crew(100, card=None)))
+    assert not [s for name, family in families.items() if "gpu" in name for s in family.samples]
+
+
+def test_counters_never_fall_when_a_lost_attempt_takes_its_rows_along():
+    families = exported(at(1, 500), at(2, 400, errors={}))
+    assert value(families, "batchrun_rows_generated", "batchrun_rows_generated_total") == 500
+    assert value(families, "batchrun_rows_failed", "batchrun_rows_failed_total", code="NULL_PROMPT") == 3
+
+
+def test_every_metric_that_the_dashboard_asks_for_is_exported():
+    there = {s.name for family in exported(at(1, 100), at(2, 200)).values() for s in family.samples}
+    dashboard = json.loads(DASHBOARD.read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    expressions += [
+        v["query"]["query"] for v in dashboard["templating"]["list"] if isinstance(v["query"], dict)
+    ]
+    asked = {name for expression in expressions for name in re.findall(r"batchrun_\w+", expression)}
+    assert len(asked) > 15
+    assert asked <= there
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_a_run_serves_its_workers_metrics_and_stops_serving_when_it_ends(tmp_path, tiny_llama, cluster):
+    port = free_port()
+    job = write_job(
+        tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"}, cluster={"metrics_port": port}
+    )
+    address, texts = f"http://127.0.0.1:{port}/metrics", []
+    stop = threading.Event()
+
+    def watch(now: Progress) -> None:
+        texts.append(urllib.request.urlopen(address, timeout=10).read().decode())
+        if now.new_rows > 3 and now.engines:
+            stop.set()
+
+    with pytest.raises(library.errors.Interrupted):
+        library.run(job, client=cluster, stop=stop, watch=watch)
+    families = {family.name: family for family in text_string_to_metric_families(texts[-1])}
+    assert value(families, "batchrun_rows_planned") == ROWS
+    assert value(families, "batchrun_rows_generated", "batchrun_rows_generated_total") > 3
+    worker = next(iter(cluster.scheduler_info()["workers"]))
+    assert value(families, "batchrun_worker_tasks", worker=worker) > 0
+    assert (
+        value(families, "batchrun_engine_output_tokens", "batchrun_engine_output_tokens_total", worker=worker)
+        > 0
+    )
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address, timeout=5)
+
+
+def test_a_port_that_is_taken_is_refused_by_its_key(tmp_path, tiny_llama, cluster):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        job = write_job(tmp_path, tiny_llama, cluster={"metrics_port": taken.getsockname()[1]})
+        with pytest.raises(ClusterError, match=r"cluster\.metrics_port"):
+            library.run(load(job), client=cluster)
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_the_live_view_says_what_counts_at_any_width(width):
+    rates, bill = Rates(), live.Bill(2.0)
+    for now in (at(10, 100), at(20, 200), at(30, 300)):
+        rates.add(now)
+        bill.add(now)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(live.view(now, rates, bill))
+    text = console.file.getvalue()
+    assert max(len(line) for line in text.splitlines()) <= width
+    words = " ".join(text.split())
+    for expected in (
+        "30%",
+        "70 s left",
+        "NULL_PROMPT 3",
+        "pool 75%",
+        "0.667",
+        "10.0.0.1:9000",
+        "75%",
+        "0.03 so far",
+    ):
+        assert expected in words, (expected, text)
+
+
+def test_many_workers_take_few_lines():
+    now = at(1, 100, crew=crew(100) * 50)
+    rates = Rates()
+    rates.add(now)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(live.view(now, rates, live.Bill(None)))
+    assert console.file.getvalue().count("\n") < 20
+    assert "and 92 more" in console.file.getvalue()
+
+
+def test_json_log_lines_are_one_object_each_and_keep_secrets(capsys):
+    redact = Redactor()
+    redact.add(["planted-s3cret"])
+    before = logging.getLogger().handlers[:]
+    try:
+        logs.configure("json", redact)
+        logging.getLogger("some.library").warning("token %s\nin two lines", "planted-s3cret")
+        rates = Rates()
+        rates.add(at(1, 100))
+        logs.progress_event(at(1, 100), rates)
+    finally:
+        logging.basicConfig(handlers=before, force=True)
+        logging.getLogger("batchrun").setLevel(logging.NOTSET)
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (first["level"], first["message"]) == ("warning", "token ***\nin two lines")
+    assert (second["event"], second["rows_done"], second["errors"]) == ("progress", 100, {"NULL_PROMPT": 3})
+
+
+@pytest.fixture
+def nvml(monkeypatch) -> Iterator[list[object]]:
+    """A machine with NVML and one GPU; the list is which GPUs were asked for."""
+    asked: list[object] = []
+
+    def by(which: object) -> str:
+        asked.append(which)
+        return "handle"
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", by)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", by)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: "H200")
+    memory = SimpleNamespace(used=3, total=4)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: memory)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda handle: SimpleNamespace(gpu=50))
+    gpu._handle.cache_clear()
+    yield asked
+    gpu._handle.cache_clear()
+
+
+@pytest.mark.parametrize(("visible", "which"), [(None, 0), ("3,1", 3), ("GPU-8d1c,GPU-1", "GPU-8d1c")])
+def test_the_workers_own_gpu_is_sampled(nvml, monkeypatch, visible, which):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu.gpu_now() == Gpu("H200", 0.5, 3, 4)
+    assert nvml == [which]
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_a_worker_that_may_use_no_gpu_samples_none(nvml, monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu.gpu_now() is None
+    assert nvml == []
+
+
+def test_what_a_gpu_cannot_say_is_left_out_and_a_lost_one_too(nvml, monkeypatch):
+    def not_supported(handle: object) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", not_supported)
+    found = gpu.gpu_now()
+    assert found is not None
+    assert found.use is None
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", not_supported)
+    assert gpu.gpu_now() is None
