@@ -21,17 +21,12 @@ from distributed import Client, Future
 from batchrun.cluster import connect
 from batchrun.dataset.plan import Plan, difference
 from batchrun.engine.protocol import EngineStats
-from batchrun.errors import (
-    CorruptInput,
-    Interrupted,
-    Refused,
-    StorageError,
-    TooManyFaults,
-)
+from batchrun.errors import CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
 from batchrun.generation import EXAMPLES, Tally
 from batchrun.job import Job
-from batchrun.judging import Judge, Trial
+from batchrun.judging import Judge, Trial, one_line
 from batchrun.output import identity, manifest, state
+from batchrun.output.attempt import Receipt
 from batchrun.output.layout import PLAN
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
@@ -49,12 +44,15 @@ from batchrun.worker import (
     examine,
     request_stop,
     run_partition,
+    run_partitions,
 )
 
 log = logging.getLogger(__name__)
 
 WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
 POLL = 1.0  # seconds between two looks at the workers' counters
+TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
+REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 
@@ -100,7 +98,7 @@ def run(
                 client = stack.enter_context(connect(prepared.job.cluster))
             dispatch.execute(client)
         rows = [partition.rows for partition in prepared.plan.partitions]
-        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows)
+        done = manifest.write(folder, prepared.layout, prepared.identity.job_hash, rows, dispatch.receipts)
     return _result(prepared, done, time.monotonic() - started, dispatch)
 
 
@@ -153,21 +151,24 @@ class Dispatch:
         self.todo = deque(np.flatnonzero(~found.committed).tolist())
         rows = np.array([partition.rows for partition in self.plan.partitions])
         self.rows_committed = int(rows[found.committed].sum())
-        self.flying: dict[Future, int] = {}
+        self.flying: dict[Future, list[int]] = {}
+        self.alone: set[int] = set()  # partitions that share no task any more: one that they shared was lost
+        self.pace = math.inf  # seconds that a partition takes, as of late
         self.finished: queue.Queue[Future] = queue.Queue()
         self.judge = Judge(self.plan, self.folder, self.layout)
+        self.trials: dict[Future, Trial] = {}  # those of `flying` that try a suspect
         self.stalls = Stalls(self.job.limits.stall_seconds)
-        self.alone: dict[Future, Trial] = {}  # those of `flying` that try a suspect
         self.workers: dict[str, Any] = {}
+        self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
         self.started = time.monotonic()
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
-        client.register_plugin(BatchrunPlugin())
         next_poll = 0.0
         try:
+            _register(client)
             while self.todo or self.flying or self.judge.suspects:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
@@ -192,37 +193,50 @@ class Dispatch:
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
         slots = sum(worker["nthreads"] for worker in workers.values())
-        while self.todo and len(self.flying) < max(1, math.ceil(WINDOW * slots)):
-            index = self.todo.popleft()
-            partition = self.plan.partitions[index]
-            self._submit(client, index, run_partition, Task(partition, self.plan.files_of(partition)))
+        window = max(1, math.ceil(WINDOW * slots))
+        while self.todo and len(self.flying) < window:
+            members = self._next(window)
+            tasks = [self._task(index) for index in members]
+            self._submit(client, members, run_partitions, tasks, TASK_SECONDS)
+
+    def _task(self, index: int) -> Task:
+        partition = self.plan.partitions[index]
+        return Task(partition, self.plan.files_of(partition))
 
     def _submit(
-        self, client: Client, index: int, work: Callable[..., Any], task: Task, **where: Any
+        self, client: Client, members: list[int], work: Callable[..., Any], *what: Any, **where: Any
     ) -> Future:
-        key = f"batchrun-{self.layout.plan_hash[:8]}-{index:05d}-{uuid.uuid4().hex[:8]}"
-        future = client.submit(work, self.order, task, key=key, pure=False, retries=0, **where)
-        self.flying[future] = index
+        key = f"batchrun-{self.layout.plan_hash[:8]}-{members[0]:05d}-{uuid.uuid4().hex[:8]}"
+        future = client.submit(work, self.order, *what, key=key, pure=False, retries=0, **where)
+        self.flying[future] = members
         future.add_done_callback(self.finished.put)
         return future
 
+    def _next(self, window: int) -> list[int]:
+        """The partitions of one task: one as a rule, more of tiny ones, fewer of these again towards the end."""
+        members = [self.todo.popleft()]
+        size = min(TASK_SECONDS / self.pace, len(self.todo) / (2 * window))
+        while len(members) < size and not self.alone.intersection((members[0], self.todo[0])):
+            members.append(self.todo.popleft())
+        return members
+
     def _try_suspects(self, client: Client) -> None:
         """Begins trials once nothing else is in flight."""
-        if self.todo or len(self.flying) > len(self.alone):
+        if self.todo or len(self.flying) > len(self.trials):
             return
-        for future, trial in list(self.alone.items()):
+        for future, trial in list(self.trials.items()):
             if trial.worker not in self.workers and not future.done():
                 self.flying.pop(future)  # it left in peace, and nothing can be said of the rows
-                del self.alone[future]
+                del self.trials[future]
                 future.cancel()
-        for trial in list(self.judge.trials(self.alone.values(), self.workers)):
+        for trial in list(self.judge.trials(self.trials.values(), self.workers)):
             self._try(client, trial)
 
     def _try(self, client: Client, trial: Trial) -> None:
         work = examine if trial.rows is None else run_partition
         task = self.judge.task(trial)
-        future = self._submit(client, trial.partition, work, task, workers=[trial.worker])
-        self.alone[future] = trial
+        future = self._submit(client, [trial.partition], work, task, workers=[trial.worker])
+        self.trials[future] = trial
 
     def _take_trial(self, future: Future, trial: Trial) -> None:
         try:
@@ -233,7 +247,7 @@ class Dispatch:
             self.judge.lost_alone(trial, error, self.workers)
             return
         if isinstance(outcome, TaskReceipt):
-            self._count(trial.partition, outcome)
+            self._book(trial.partition, outcome)
         else:
             self._try(future.client, self.judge.examined(trial, outcome))
 
@@ -250,43 +264,60 @@ class Dispatch:
     def _take(self, future: Future) -> None:
         if future not in self.flying:
             return
-        index = self.flying.pop(future)
-        if trial := self.alone.pop(future, None):
+        members = self.flying.pop(future)
+        if trial := self.trials.pop(future, None):
             if future.status != "cancelled":
                 self._take_trial(future, trial)
             return
         if future.status == "finished":
             try:
-                receipt: TaskReceipt = future.result(timeout=RECEIPT)
+                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
             except (OSError, TimeoutError) as lost:
-                self._strike(index, lost)  # its worker left with the receipt; the part may well be there
+                self._lose(members, lost)  # its worker left with the receipts; the parts may well be there
                 return
-            self._count(index, receipt)
-            if receipt.part is None:
-                self.todo.append(index)
+            for index, receipt in zip(members, receipts, strict=False):
+                self._book(index, receipt)
+                if receipt.part is None:
+                    self.todo.append(index)
+            self._again_alone(members[len(receipts) :])
             return
         error = future.exception() if future.status == "error" else None
         if isinstance(error, (Refused, StorageError, CorruptInput)):
             raise error
-        self._strike(index, error)
+        self._lose(members, error)
 
-    def _count(self, index: int, receipt: TaskReceipt) -> None:
+    def _book(self, index: int, receipt: TaskReceipt) -> None:
         _sum(self.total, receipt.tally)
         self._see_engine(receipt.worker, receipt.engine)
-        if receipt.part is not None:
-            self.rows_committed += self.plan.partitions[index].rows
-            self.judge.committed(index)
-        elif receipt.tally.rows:
+        if receipt.tally.rows:
             self.judge.progress(index)
+        if receipt.part is None:
+            return
+        self.judge.committed(index)
+        self.receipts[index] = receipt.part
+        self.rows_committed += self.plan.partitions[index].rows
+        known = math.isfinite(self.pace)
+        self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
 
-    def _strike(self, index: int, error: BaseException | None) -> None:
-        if self.judge.lost(index, error, self.workers, len(self.flying) + 1):
-            self.todo.append(index)
+    def _lose(self, members: list[int], error: BaseException | None) -> None:
+        """A lost task that several partitions shared tells nothing of any one of them."""
+        if len(members) > 1:
+            log.warning(
+                "%d partitions lost their task to %s; each goes on by itself", len(members), one_line(error)
+            )
+            self._again_alone(members)
+        else:
+            if self.judge.lost(members[0], error, self.workers, len(self.flying) + 1):
+                self.todo.append(members[0])
+
+    def _again_alone(self, members: list[int]) -> None:
+        self.alone.update(members)
+        self.todo.extend(members)
 
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, and breaks the circuit where it must."""
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-        flying = set(self.flying.values())
+        flying = {index for members in self.flying.values() for index in members}
         live = replace(self.total)
         covered = self.rows_committed
         for address, worker in workers.items():
@@ -304,7 +335,7 @@ class Dispatch:
             Progress(
                 seconds=time.monotonic() - self.started,
                 partitions=self.layout.partitions,
-                partitions_done=self.layout.partitions - len(self.todo) - len(self.flying),
+                partitions_done=self.layout.partitions - len(self.todo) - len(flying),
                 rows=self.plan.rows,
                 rows_done=min(covered, self.plan.rows),
                 rows_failed=live.failed,
@@ -366,6 +397,17 @@ class Dispatch:
         key = (worker, stats.pid)
         if key not in self.engines or self.engines[key].requests <= stats.requests:
             self.engines[key] = stats
+
+
+def _register(client: Client) -> None:
+    """Hooks the plugin into all workers, now and later. One that dies in the midst of it fails the whole call."""
+    for more in reversed(range(REGISTRATIONS)):
+        try:
+            client.register_plugin(BatchrunPlugin())
+            return
+        except OSError:
+            if client.status != "running" or not more:
+                raise
 
 
 SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "examples")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from batchrun.output.attempt import Attempt, Begun
 from batchrun.prepare import Texts
 
 ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
+SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come
 EXAMPLES = 5
 REPEATED = (
     64  # tokens: an answer of at least so many, all the same one and cut by length, comes of a broken model
@@ -86,6 +88,7 @@ class Generation:
         self._doubtful: list[int] = []
         self._doubtful_pid = 0
         self._second = False
+        self._settled = time.monotonic()
 
     def run(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         """Raises what reading, the engine and storage raise; what was finished before is in the attempt."""
@@ -103,7 +106,8 @@ class Generation:
                 for completion in completions:
                     if completion is not None:
                         self._sort(completion, engine)
-                        if len(self._done) < ANSWER_BATCH:
+                        due = time.monotonic() - self._settled >= SETTLE_SECONDS
+                        if len(self._done) < ANSWER_BATCH and not due:
                             continue
                     self._settle()
         finally:  # also when the engine died: what was finished before is not generated again
@@ -160,6 +164,7 @@ class Generation:
         self._done.clear()
         self._faults.clear()
         self._attempt.maybe_flush()
+        self._settled = time.monotonic()
 
     def _add(self, answers: pa.Table) -> None:
         self._tally.signs += 1

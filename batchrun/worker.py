@@ -7,6 +7,7 @@ signal, a crash, a scheduler that went away, the next attempt goes on from what 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import threading
@@ -27,7 +28,15 @@ from batchrun.dataset.reader import Batch
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec, EngineStats
-from batchrun.errors import ChangedError, CorruptInput, EngineNotLoaded, FaultCode, RowFault, StorageError
+from batchrun.errors import (
+    BatchrunError,
+    ChangedError,
+    CorruptInput,
+    EngineNotLoaded,
+    FaultCode,
+    RowFault,
+    StorageError,
+)
 from batchrun.generation import Generation, Tally
 from batchrun.job import Job
 from batchrun.model import resolve
@@ -35,6 +44,8 @@ from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.layout import Layout
 from batchrun.prepare import Texts, open_texts, read_rows
 from batchrun.storage import Folder
+
+log = logging.getLogger(__name__)
 
 WANTED_EVERY = 0.5  # seconds between two looks at whether the task is still wanted
 FLUSH_ON_EXIT = (
@@ -78,6 +89,7 @@ class TaskReceipt:
     part: Receipt | None
     tally: Tally
     engine: EngineStats | None
+    seconds: float
 
 
 _lock = threading.Lock()
@@ -89,19 +101,41 @@ _leaving = threading.Event()
 _leave_tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds no task
 
 
+def run_partitions(order: WorkOrder, tasks: Sequence[Task], seconds: float) -> list[TaskReceipt]:
+    """Works off partitions one after the other, and begins none any more after `seconds`.
+
+    Those left without a receipt, from the first one that fails on, the driver sends again one by one.
+
+    Raises:
+        BatchrunError: the first of them failed.
+    """
+    started = time.monotonic()
+    receipts = [run_partition(order, tasks[0])]
+    for task in tasks[1:]:
+        if receipts[-1].part is None or time.monotonic() - started > seconds:
+            break
+        try:
+            receipts.append(run_partition(order, task))
+        except BatchrunError as error:
+            log.warning("partition %d is tried again by itself: %s", task.partition.index, error)
+            break
+    return receipts
+
+
 def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     """Brings one partition to its committed part, or as far as it gets before it is told to stop.
 
     Raises:
         BatchrunError: a fault of storage, input or engine. What was finished is staged.
     """
+    started = time.monotonic()
     job = order.job
     still_wanted = _wanted_check(order.run)
     tally = Tally(order.run, task.partition.index)
     stats = None
 
     def receipt(part: Receipt | None) -> TaskReceipt:
-        return TaskReceipt(get_worker().address, part, tally, stats)
+        return TaskReceipt(get_worker().address, part, tally, stats, time.monotonic() - started)
 
     _running[id(tally)] = tally
     try:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine, unsupported
-from batchrun.engine.paged.architecture import Layer, Unsupported, attention_layers, check_sinks
+from batchrun.engine.paged.architecture import Unsupported, attention_layers
 from batchrun.engine.paged.compiling import compile_layers
 from batchrun.engine.paged.projections import join_projections
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
@@ -374,10 +374,3 @@ def test_an_embedding_that_changes_with_the_longest_row_is_refused(tmp_path: Pat
     reason = unsupported(_spec(tmp_path))
     assert reason is not None
     assert "dynamic" in reason
-
-
-def test_attention_sinks_are_refused_on_a_gpu_and_taken_on_a_cpu() -> None:
-    layer = Layer(query_heads=4, kv_heads=2, head_dim=16, scale=0.25, sinks=True)
-    check_sinks([(torch.nn.Identity(), layer)], "cpu")
-    with pytest.raises(Unsupported, match="sinks"):
-        check_sinks([(torch.nn.Identity(), layer)], "cuda")

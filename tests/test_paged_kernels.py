@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from batchrun.engine.paged import kernels
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.attention import Batch, GatheredPages
+from batchrun.engine.paged.batch import Batch
+from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.sampler import top_p_threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +78,14 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Lay
         out = kernels.prefill(query, *own, None, starts, lengths, 64, layer)
     expected = GatheredPages().prefill(query, query, query, keys, values, batch, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def test_a_copied_page_is_the_same_up_to_the_copied_token_in_every_plane() -> None:
+    memory = _random(6, 9, 16, 24)
+    before = memory.clone()
+    kernels.copy(memory, _int([1, 1, 4]).long(), _int([2, 3, 8]).long(), 5)
+    before[:, [2, 3, 8], :5] = before[:, [1, 1, 4], :5]
+    assert torch.equal(memory, before)
 
 
 def test_attention_over_two_halves_joins_to_attention_over_the_whole() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from batchrun.errors import OutputError
 from batchrun.output import document, part, state
+from batchrun.output.attempt import Receipt
 from batchrun.output.document import Damaged
 from batchrun.output.layout import MANIFEST, Layout
 from batchrun.output.part import Summary
@@ -48,8 +50,16 @@ class Manifest:
         return not found.foreign and np.array_equal(found.part_bytes, [entry.bytes for entry in self.parts])
 
 
-def write(folder: Folder, layout: Layout, job_hash: str, rows: Sequence[int]) -> Manifest:
+def write(
+    folder: Folder,
+    layout: Layout,
+    job_hash: str,
+    rows: Sequence[int],
+    receipts: Mapping[int, Receipt] = MappingProxyType({}),
+) -> Manifest:
     """Checks every part against `rows` (per partition, by the plan) and writes the manifest, once.
+
+    A part is read for it, unless there is a receipt (by partition) and the part is still as long as it says.
 
     Raises:
         OutputError: a part is missing, damaged, foreign or of another length: names what and where.
@@ -62,10 +72,15 @@ def write(folder: Folder, layout: Layout, job_hash: str, rows: Sequence[int]) ->
         what = f"{len(missing)} of {layout.partitions} parts are missing, the first is {first}"
         raise OutputError(what, folder.name, "run again to go on from here")
     sizes = found.part_bytes.tolist()
+
+    def summary_of(partition: int) -> Summary:
+        receipt = receipts.get(partition)
+        if receipt is not None and receipt.bytes == sizes[partition]:
+            return receipt.summary
+        return part.inspect(folder, layout.part(partition), sizes[partition])
+
     with ThreadPoolExecutor(READERS) as pool:
-        summaries = list(
-            pool.map(lambda i: part.inspect(folder, layout.part(i), sizes[i]), range(layout.partitions))
-        )
+        summaries = list(pool.map(summary_of, range(layout.partitions)))
     for i, summary in enumerate(summaries):
         if problem := disagreement(summary, layout, job_hash, i, rows[i]):
             raise part.damaged(folder, layout.part(i), problem)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface
 
-from batchrun.engine.paged.architecture import Layer, attention_layers, check_sinks
+from batchrun.engine.paged.architecture import Layer, attention_layers
+from batchrun.engine.paged.batch import Batch, Provider
+from batchrun.engine.paged.gathered import GatheredPages
 
 IMPLEMENTATION = "batchrun_paged"
 """The name under which transformers finds the attention function."""
@@ -24,64 +24,11 @@ CASCADE_ROWS = 16
 On an H200 a step of 1024 rows of 600 tokens (Qwen3-0.6B) takes 8.7 instead of 20.9 ms when 512 are common."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trunk:
-    """Pages that begin every row of a decode step; the step's own `tables` and `lengths` start after them.
-
-    `table` (1, pages) int32; `ends` (2,) int32: 0 and how many tokens the trunk has; `starts` (2,) int32: 0 and how
-    many rows there are.
-    """
-
-    table: Tensor
-    ends: Tensor
-    starts: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Where the tokens of one model call stand in the pool.
-
-    `places` (tokens,) int64 is where each token's key and value go, page * page size + offset. `tables` (rows, pages)
-    int32 and `lengths` (rows,) int32 are each row's pages and tokens, this call's included. A decode step has one
-    token per row. A prefill has `starts` (rows + 1,) int32, where each row's tokens begin in the pack, `ends`
-    (rows + 1,) int32, the running sum of `lengths`, and the longest of both; `fresh` when no row has older tokens.
-    """
-
-    places: Tensor
-    tables: Tensor
-    lengths: Tensor
-    starts: Tensor | None = None
-    ends: Tensor | None = None
-    longest_query: int = 1
-    longest: int = 0
-    fresh: bool = False
-    trunk: Trunk | None = None
-
-
-class Provider(Protocol):
-    """Attention over pages. `keys` and `values` are (pages, page size, kv heads, head size) of one layer; query, key
-    and value are (tokens, heads, head size); `sinks` (query heads,) are logits without a value, where a model has
-    them. Gives (tokens, query heads, head size)."""
-
-    name: str
-    cascades: bool
-
-    def prefill(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
-        sinks: Tensor | None,
-    ) -> Tensor: ...  # fmt: skip
-
-    def decode(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
-    ) -> Tensor: ...
-
-
 class Cache:
     """The key/value pool's memory, and the model's attention layers bound to it."""
 
     def __init__(self, model: nn.Module, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         found = attention_layers(model)
-        check_sinks(found, device.type)
         self.layers = [layer for _, layer in found]
         self.sinks = [getattr(module, "sinks", None) for module, _ in found]
         self.modules = [module for module, _ in found]
@@ -109,7 +56,12 @@ class Cache:
 
     def copy(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
         """The first `tokens` tokens of each source page, in all layers, to its target page."""
-        self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
+        if self.memory.is_cuda:
+            from batchrun.engine.paged import kernels
+
+            kernels.copy(self.memory.flatten(4).flatten(0, 1), sources, targets, tokens)
+        else:
+            self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
 
 
 @contextmanager
@@ -174,70 +126,6 @@ def choose(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> Pro
         if provider.cascades or not any(layer.sinks for layer in layers):
             return provider
     return GatheredPages()
-
-
-class GatheredPages:
-    """Plain attention over a copy of each row's pages: any device, any dtype, and the reference for the others."""
-
-    name = "sdpa over gathered pages"
-    cascades = False
-
-    def prefill(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
-        sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        assert batch.starts is not None
-        out = torch.empty_like(query)
-        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-        for row, length in enumerate(lengths):
-            begin, end = starts[row], starts[row + 1]
-            if end > begin:
-                table = batch.tables[row, : -(-length // keys.shape[1])].long()
-                own_keys, own_values = (x[table].flatten(0, 1)[:length] for x in (keys, values))
-                places = torch.arange(length - (end - begin), length, device=query.device)
-                out[begin:end] = _attend(
-                    query[begin:end][None], own_keys[None], own_values[None], places[None], layer, sinks
-                )[0]
-        return out
-
-    def decode(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
-    ) -> Tensor:
-        tables = batch.tables.long()
-        own_keys, own_values = (x[tables].flatten(1, 2) for x in (keys, values))
-        places = (batch.lengths - 1).long()[:, None]
-        # A row's last page keeps what earlier rows left behind its end, which need not be finite.
-        behind = (torch.arange(own_keys.shape[1], device=query.device) > places)[:, :, None, None]
-        own_keys, own_values = own_keys.masked_fill(behind, 0), own_values.masked_fill(behind, 0)
-        return _attend(query[:, None], own_keys, own_values, places, layer, sinks)[:, 0]
-
-
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, layer: Layer, sinks: Tensor | None
-) -> Tensor:
-    """query (rows, q, heads, size) at `places` (rows, q) over keys (rows, k, kv heads, size) at 0, 1, 2, ..."""
-    behind = places[:, :, None] - torch.arange(keys.shape[1], device=query.device)
-    seen = behind >= 0
-    if layer.window is not None:
-        seen &= behind < layer.window
-    query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
-    seen = seen[:, None]
-    if layer.softcap is None and sinks is None:
-        out = functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=seen, scale=layer.scale, enable_gqa=True
-        )
-        return out.transpose(1, 2)
-    group = query.shape[1] // keys.shape[1]
-    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-    scores = (query @ keys.transpose(2, 3)).float() * layer.scale
-    if layer.softcap is not None:
-        scores = torch.tanh(scores / layer.softcap) * layer.softcap
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : keys.shape[2]].to(query.dtype)
-    return (weights @ values).transpose(1, 2)
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchrun.engine.paged import kernels
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.attention import Batch
+from batchrun.engine.paged.batch import Batch
 
 
 class FlashAttention:

@@ -56,6 +56,32 @@ def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tens
 
 
 @triton.jit
+def _copy(
+    memory, sources, targets, pages, tokens, WIDTH: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr
+):
+    plane = tl.program_id(1).to(tl.int64) * pages
+    source = (plane + tl.load(sources + tl.program_id(0))) * PAGE * WIDTH
+    target = (plane + tl.load(targets + tl.program_id(0))) * PAGE * WIDTH
+    for start in range(0, tokens * WIDTH, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < tokens * WIDTH
+        tl.store(memory + target + place, tl.load(memory + source + place, mask=inside), mask=inside)
+
+
+def copy(memory: Tensor, sources: Tensor, targets: Tensor, tokens: int) -> None:
+    """The first `tokens` tokens of each source page, in all planes, to its target page; needs no memory besides.
+
+    Args:
+        memory: (planes, pages, page size, numbers), contiguous.
+        sources, targets: (copies,) int64; no target is a source.
+    """
+    planes, pages, page_size, width = memory.shape
+    _copy[(len(sources), planes)](
+        memory, sources, targets, pages, tokens, WIDTH=width, PAGE=page_size, BLOCK=4096, num_warps=8
+    )
+
+
+@triton.jit
 def _join(
     first, first_lse, second, second_lse, joined, lse, heads, lse_row, lse_head,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
