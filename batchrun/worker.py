@@ -296,7 +296,7 @@ async def request_stop(run: str) -> None:
     _stopped_runs.add(run)
 
 
-def end_at_once() -> None:
+async def end_at_once() -> None:
     """Run on a worker that hangs: its nanny, or whoever started it, starts another one."""
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -167,9 +168,7 @@ def test_a_worker_told_to_leave_keeps_what_its_rows_are_so_far(setting):
     assert not list(staged.rglob("*")) or not [f for f in staged.rglob("*") if f.is_file()], "swept"
 
 
-def terminate() -> None:
-    import signal
-
+async def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
