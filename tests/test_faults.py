@@ -47,7 +47,7 @@ class Setting:
     def processes(self) -> list[list[str]]:
         """What each engine process noted, in the order of their starts."""
         place = Path(tempfile.gettempdir()) / f"batchrun-notes-{self.name}"
-        return [file.read_text().splitlines() for file in sorted(place.iterdir())]
+        return [file.read_text().splitlines() for file in sorted(place.glob("*"))]
 
     def check(self, errors: dict[int, str]) -> pa.Table:
         """Every row once and in order, answered or with this code; and `verify` agrees."""
@@ -193,7 +193,7 @@ def test_a_damaged_page_costs_its_rows_and_a_second_reading(tmp_path, tiny_llama
     lost = [i for i, error in enumerate(errors) if error]
     assert result.errors == {"INPUT_CORRUPT": len(lost)}
     assert lost == list(range(lost[0], 2000))
-    assert 1000 < lost[0] < 2000
+    assert 1300 < lost[0] < 1600, "what stands before the page is read"
     ids = found["id"].to_pylist()
     assert ids == [None if i in set(lost) else i for i in range(rows)]
     assert np.all([errors[i].startswith("INPUT_CORRUPT: ") for i in lost])
