@@ -34,6 +34,8 @@ from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import PromptBuilder, check_sample
 from batchrun.storage import Folder
 
+# Rows read at once. With a damaged page, so many in front of it may be lost as well.
+BATCH_ROWS, SALVAGE_ROWS = 1024, 64
 # Where a model's config names no limit: bounds memory, and no prompt of a sane job reaches it.
 UNBOUNDED_CONTEXT = 1 << 20
 
@@ -175,6 +177,7 @@ def read_rows(
             settings.filters,
             settings.cast,
             settings.storage_options,
+            batch_rows=SALVAGE_ROWS if salvage else BATCH_ROWS,
             salvage=salvage,
         )
 

@@ -115,6 +115,7 @@ _texts: dict[str, Texts] = {}
 _engines: dict[str, EngineProcess] = {}
 _running: dict[int, Tally] = {}
 _stopped_runs: set[str] = set()
+_opening = threading.Event()
 _leaving = threading.Event()
 _leave_tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds no task
 
@@ -256,15 +257,19 @@ def _texts_for(order: WorkOrder) -> Texts:
         # Budgets of the engine decide no output, yet a living worker must heed a change of them.
         key = f"{order.job_hash} {order.job.engine.model_dump_json()}"
         if key not in _texts:
-            model = resolve(order.job.model)
-            if model.fingerprint != order.model_fingerprint:
-                raise ChangedError(
-                    "the model on this worker differs from the driver's",
-                    order.job.model.name,
-                    "give every machine the same model folder",
-                )
-            _texts.clear()  # a worker runs one job at a time as a rule, and tokenizers are large
-            _texts[key] = open_texts(order.job, model, order.schema)
+            _opening.set()
+            try:
+                model = resolve(order.job.model)
+                if model.fingerprint != order.model_fingerprint:
+                    raise ChangedError(
+                        "the model on this worker differs from the driver's",
+                        order.job.model.name,
+                        "give every machine the same model folder",
+                    )
+                _texts.clear()  # a worker runs one job at a time as a rule, and tokenizers are large
+                _texts[key] = open_texts(order.job, model, order.schema)
+            finally:
+                _opening.clear()
         return _texts[key]
 
 
@@ -306,7 +311,7 @@ async def request_stop(run: str) -> None:
     _stopped_runs.add(run)
 
 
-def end_at_once() -> None:
+async def end_at_once() -> None:
     """Run on a worker that hangs: its nanny, or whoever started it, starts another one."""
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -314,14 +319,15 @@ def end_at_once() -> None:
 def snapshot(dask_worker: Worker) -> dict[str, Any]:
     """The worker's part of the heartbeat: plain values of all running tasks, of the engine and of the GPU.
 
-    `loading` is the CPU time of engines that have no counters yet.
+    `loading` is the CPU time of what has no counters yet: engines, and this process while it opens a tokenizer.
     """
     engines = list(_engines.values())
     gpu = gpu_now()
+    own = time.process_time() if _opening.is_set() else 0.0
     return {
         "tasks": [asdict(tally) for tally in list(_running.values())],
         "engines": [asdict(engine.stats()) for engine in engines],
-        "loading": sum(engine.loading_seconds() for engine in engines),
+        "loading": own + sum(engine.loading_seconds() for engine in engines),
         "gpu": asdict(gpu) if gpu else None,
     }
 

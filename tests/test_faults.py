@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -46,7 +47,7 @@ class Setting:
     def processes(self) -> list[list[str]]:
         """What each engine process noted, in the order of their starts."""
         place = Path(tempfile.gettempdir()) / f"batchrun-notes-{self.name}"
-        return [file.read_text().splitlines() for file in sorted(place.iterdir())]
+        return [file.read_text().splitlines() for file in sorted(place.glob("*"))]
 
     def check(self, errors: dict[int, str]) -> pa.Table:
         """Every row once and in order, answered or with this code; and `verify` agrees."""
@@ -167,9 +168,7 @@ def test_a_worker_told_to_leave_keeps_what_its_rows_are_so_far(setting):
     assert not list(staged.rglob("*")) or not [f for f in staged.rglob("*") if f.is_file()], "swept"
 
 
-def terminate() -> None:
-    import signal
-
+async def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -194,7 +193,7 @@ def test_a_damaged_page_costs_its_rows_and_a_second_reading(tmp_path, tiny_llama
     lost = [i for i, error in enumerate(errors) if error]
     assert result.errors == {"INPUT_CORRUPT": len(lost)}
     assert lost == list(range(lost[0], 2000))
-    assert 1000 < lost[0] < 2000
+    assert 1300 < lost[0] < 1600, "what stands before the page is read"
     ids = found["id"].to_pylist()
     assert ids == [None if i in set(lost) else i for i in range(rows)]
     assert np.all([errors[i].startswith("INPUT_CORRUPT: ") for i in lost])

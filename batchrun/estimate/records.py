@@ -8,8 +8,11 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import batchrun
 from batchrun.engine.choose import BUILT_IN
@@ -18,8 +21,11 @@ from batchrun.estimate.cost import Observation, Throughput
 from batchrun.job import stable_hash
 from batchrun.prepare import Prepared
 from batchrun.report import record
+from batchrun.report.record import RunRecord
 
 log = logging.getLogger(__name__)
+
+STRETCHES = 12  # that an earlier run is cut into, to see how steady it was
 
 
 def device_name() -> str:
@@ -62,18 +68,37 @@ def recall(prepared: Prepared) -> Throughput | None:
 
 
 def _from_runs(prepared: Prepared) -> Throughput | None:
-    # Of a run that finished all its rows at once, nothing can be told.
-    runs = [run for run in record.read_all(prepared.folder) if run.worker_seconds > run.start_worker_seconds]
-    if not runs:
+    seen: list[Observation] = []
+    rows, start = 0, 0.0
+    for run in record.read_all(prepared.folder):
+        stretches, began = _stretches(run)
+        if stretches:
+            seen += stretches
+            rows, start = rows + run.rows, began
+    if not seen:
         return None
-    seen = [
-        Observation(
-            run.rows, run.prompt_tokens, run.output_tokens, run.worker_seconds - run.start_worker_seconds
-        )
-        for run in runs
-    ]
-    source = f"earlier runs into this output, {sum(run.rows for run in runs):,} rows"
-    return Throughput(source, "", "", seen, True, runs[-1].start_seconds)
+    return Throughput(f"earlier runs into this output, {rows:,} rows", "", "", seen, True, start)
+
+
+def _stretches(run: RunRecord) -> tuple[list[Observation], float]:
+    """A run from its first finished rows on, cut into stretches, and the seconds before them."""
+    names = ("seconds", "workers", "rows", "prompt_tokens", "output_tokens")
+    samples = np.array([run.samples.get(name, []) for name in names], float).T
+    began = int(np.argmax(samples[:, 2] > 0)) if samples[:, 2].any() else len(samples)
+    samples = samples[began:]
+    if not len(samples):
+        return [], 0.0
+    # Equal shares of the rows: a batch's rows come all at once, so that equal times would hold none or many.
+    shares = np.linspace(0, 1, STRETCHES + 1) * samples[-1, 2]
+    ends = np.unique(np.searchsorted(samples[:, 2], shares)).tolist()
+    observations = []
+    for first, last in pairwise(ends):
+        steps = samples[first : last + 1]
+        rows, prompt, output = steps[-1, 2:] - steps[0, 2:]
+        if rows > 0:
+            seconds = float(np.diff(steps[:, 0]) @ steps[1:, 1])
+            observations.append(Observation(int(rows), int(prompt), int(output), seconds))
+    return observations, float(samples[0, 0])
 
 
 def _from_cache(prepared: Prepared) -> Throughput | None:

@@ -85,11 +85,8 @@ class Recorder:
         loaded = [engine for engine in now.engines if engine.pid]
         engine = loaded[-1] if loaded else None
         self._timeline.add(_sample(now))
-        spent = last.worker_seconds + now.workers * max(0.0, now.seconds - last.seconds)
         self.record = replace(
             last,
-            start_seconds=last.start_seconds if last.rows else now.seconds,
-            start_worker_seconds=last.start_worker_seconds if last.rows else spent,
             seconds=now.seconds,
             rows=now.new_rows,
             failed=now.rows_failed,
@@ -100,7 +97,7 @@ class Recorder:
             errors=dict(now.errors),
             examples=list(now.examples),
             workers=max(last.workers, now.workers),
-            worker_seconds=spent,
+            worker_seconds=last.worker_seconds + now.workers * max(0.0, now.seconds - last.seconds),
             engine=engine.engine if engine else "",
             attention=engine.attention if engine else "",
             device=engine.device if engine else "",

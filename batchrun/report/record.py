@@ -47,7 +47,6 @@ class RunRecord:
     `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed. `rows`, tokens
     and `errors` (rows by code) are of what this run itself generated, `reused` rows were staged before it. `workers`
     is the most there were at once, `worker_seconds` their time added up: with one GPU each, GPU seconds.
-    `start_seconds` passed before the first rows were finished, `start_worker_seconds` over all workers.
     `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model;
     `real_tokens` of the `computed_tokens` were no padding. `samples` is the run over time, a list per quantity (see
     `Timeline`), all equally long.
@@ -70,8 +69,6 @@ class RunRecord:
     examples: list[str] = field(default_factory=list)
     workers: int = 0
     worker_seconds: float = 0.0
-    start_seconds: float = 0.0
-    start_worker_seconds: float = 0.0
     price_per_gpu_hour: float | None = None
     engine: str = ""
     attention: str = ""
