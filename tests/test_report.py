@@ -164,6 +164,7 @@ def test_a_killed_run_is_called_killed_and_its_staged_rows_are_counted(tmp_path,
 
 
 def test_a_damaged_record_is_left_aside_and_a_newer_one_is_read(tmp_path, caplog):
+    caplog.set_level("WARNING")  # Dask turns pytest's own handlers off while a cluster is up
     folder = Folder(str(tmp_path))
     first, second = (
         RunRecord(c * 32, f"2026-01-0{i}T00:00:00Z", "complete", 1.0) for i, c in ((1, "a"), (2, "b"))
