@@ -16,15 +16,11 @@ from fleet import fleet, wait_until
 from pydantic import ValidationError
 
 import batchrun as library
-from batchrun.cluster import (
-    WorkerFacts,
-    check_workers,
-    connect,
-    find_problem,
-    kubernetes_spec,
-    slurm_options,
-    worker_environment,
-)
+from batchrun.cluster import connect
+from batchrun.cluster.check import WorkerFacts, check_workers, find_problem
+from batchrun.cluster.config import worker_environment
+from batchrun.cluster.kubernetes import kubernetes_spec
+from batchrun.cluster.slurm import slurm_options
 from batchrun.errors import ClusterError, ExitCode
 from batchrun.job import ClusterSettings
 from jobs import batchrun, check_complete, environment, load, write_job
@@ -160,7 +156,7 @@ def test_a_job_runs_on_slurm_and_takes_its_workers_away_afterwards(
 def test_a_slurm_job_that_ends_before_the_run_is_submitted_again(
     slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchrun.cluster.RESUBMIT", 1.0)
+    monkeypatch.setattr("batchrun.cluster.slurm.RESUBMIT", 1.0)
     monkeypatch.setitem(library.cluster.DASK_CONFIG, "distributed.deploy.lost-worker-timeout", "1s")  # type: ignore[attr-defined]
     local = {"scheduler_options": {"host": "127.0.0.1"}, "memory": "2GiB"}
     with connect(settings(slurm=local)) as client:
@@ -246,7 +242,7 @@ def test_without_a_kubernetes_cluster_the_error_is_one_line(tmp_path: Path, tiny
 def test_every_setting_reaches_workers_that_others_start(tmp_path: Path) -> None:
     import dask
 
-    from batchrun.cluster import DASK_CONFIG
+    from batchrun.cluster.config import DASK_CONFIG
 
     shown = "import dask, json, sys; print(json.dumps({k: dask.config.get(k) for k in sys.argv[1:]}))"
     keys = [key for key in DASK_CONFIG if "environ" not in key]

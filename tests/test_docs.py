@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 from batchrun import errors
 from batchrun.cli import app
-from batchrun.cluster import kubernetes_spec, slurm_options, worker_environment
+from batchrun.cluster.config import worker_environment
+from batchrun.cluster.kubernetes import kubernetes_spec
+from batchrun.cluster.slurm import slurm_options
 from batchrun.errors import BatchrunError, ExitCode, FaultCode
 from batchrun.job import ClusterSettings, EngineSettings, Job
 

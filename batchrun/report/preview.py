@@ -11,7 +11,7 @@ from rich.bar import Bar
 from rich.console import RenderableType
 from rich.table import Table
 
-from batchrun.cluster import visible_gpus
+from batchrun.cluster.local import visible_gpus
 from batchrun.dataset.plan import Partition
 from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.records import device_name, recall, remember

@@ -1,0 +1,92 @@
+"""A Dask client for the job: local workers, one per GPU or one on a CPU, or workers elsewhere.
+
+Elsewhere is a running scheduler's address, jobs on Slurm (dask-jobqueue) or pods on Kubernetes (dask-kubernetes).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from urllib.request import urlopen
+
+import dask
+from distributed import Client, Security
+
+from batchrun.cluster.check import check_workers
+from batchrun.cluster.config import DASK_CONFIG
+from batchrun.cluster.kubernetes import kubernetes
+from batchrun.cluster.local import local
+from batchrun.cluster.slurm import slurm
+from batchrun.errors import ClusterError
+from batchrun.job import ClusterSettings, TlsSettings
+
+
+@contextmanager
+def connect(settings: ClusterSettings) -> Iterator[Client]:
+    """Yields a client of the cluster that the job asks for; a local cluster ends with the context.
+
+    Raises:
+        ClusterError: no scheduler answers at the address.
+    """
+    # That a worker left, came or closed a connection is the driver's news to tell, in the run's own words.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    with dask.config.set(DASK_CONFIG):
+        if settings.address is not None:
+            try:
+                client = Client(
+                    settings.address, timeout="15s", set_as_default=False, security=_security(settings.tls)
+                )
+            except (OSError, TimeoutError, ValueError) as error:
+                raise ClusterError(
+                    f"no Dask scheduler answers ({type(error).__name__})",
+                    settings.address,
+                    "start one with `dask scheduler`, or leave cluster.address out for a local cluster",
+                ) from None
+            with client:
+                check_workers(client, settings.slots)
+                yield client
+            return
+        with _start(settings) as cluster, Client(cluster, set_as_default=False) as client:
+            yield client
+
+
+def _start(settings: ClusterSettings) -> AbstractContextManager[Any]:
+    if settings.slurm is not None:
+        return slurm(settings)
+    if settings.kubernetes is not None:
+        return kubernetes(settings)
+    return local(settings)
+
+
+def _security(tls: TlsSettings | None) -> Security | None:
+    """What a client shows and asks for at a `tls://` address.
+
+    Raises:
+        ClusterError: a file is missing, or holds no certificate or key.
+    """
+    if tls is None:
+        return None
+    security = Security(
+        require_encryption=True, tls_ca_file=tls.ca, tls_client_cert=tls.cert, tls_client_key=tls.key
+    )
+    try:
+        security.get_connection_args("client")
+    except OSError as error:  # ssl.SSLError is one
+        raise ClusterError(
+            f"its certificates cannot be loaded ({error})", "cluster.tls", "give PEM files for ca, cert, key"
+        ) from None
+    return security
+
+
+def dashboard(client: Client) -> str | None:
+    """The address of Dask's own dashboard, where the scheduler serves one that can be reached from here."""
+    if "dashboard" not in client.scheduler_info(n_workers=0)["services"]:
+        return None
+    link: str = client.dashboard_link
+    try:
+        urlopen(link, timeout=2).close()
+    except OSError:  # the port is named even where no dashboard was asked for
+        return None
+    return link

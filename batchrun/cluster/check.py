@@ -1,0 +1,85 @@
+"""Whether workers that others started can do the job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Worker
+
+import batchrun
+from batchrun.cluster.config import first_line
+from batchrun.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerFacts:
+    """What a worker says of itself. `gpu` names the GPU that its engine would take; empty without one."""
+
+    version: str
+    threads: int
+    profiler: bool
+    gpu: str
+
+
+def check_workers(client: Client, slots: int) -> None:
+    """Looks at the workers that are there now; later ones are taken as they are.
+
+    Raises:
+        ClusterError: names the worker and how to start it right.
+    """
+    found: dict[str, Any] = client.run(_facts, on_error="return")
+    if not found:
+        log.warning("no workers at %s yet: the run waits for the first one", client.scheduler.address)
+    facts = {
+        address: fact for address, fact in found.items() if not isinstance(fact, OSError)
+    }  # it has just left
+    if problem := find_problem(facts, slots):
+        raise ClusterError(*problem)
+    if any(fact.profiler for fact in facts.values()):
+        name = "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False"
+        log.warning("Dask's profiler is on and can hang a worker for ever: start the workers with %s", name)
+
+
+def find_problem(facts: dict[str, Any], slots: int) -> tuple[str, str, str] | None:
+    """The first thing wrong with workers, by address: what, where and the fix. An exception stands for no answer."""
+    owners: dict[str, str] = {}
+    for address, fact in facts.items():
+        if not isinstance(fact, WorkerFacts):
+            install = f"install batchrun {batchrun.__version__} beside it"
+            return f"the worker cannot load batchrun ({first_line(fact)})", address, install
+        if fact.version != batchrun.__version__:
+            what = f"the worker has batchrun {fact.version}, the driver {batchrun.__version__}"
+            return what, address, "install the same on both"
+        if fact.threads != slots:
+            what = f"the worker takes {fact.threads} partitions at once, cluster.slots says {slots}"
+            return what, address, f"start it with --nthreads {slots}, or set cluster.slots: {fact.threads}"
+        if fact.gpu and fact.gpu in owners:
+            what = f"the worker uses the same GPU as {owners[fact.gpu]}"
+            return what, address, "start each with a CUDA_VISIBLE_DEVICES of its own"
+        owners[fact.gpu] = address
+    return None
+
+
+def _facts(dask_worker: Worker) -> WorkerFacts:
+    return WorkerFacts(
+        version=batchrun.__version__,
+        threads=dask_worker.state.nthreads,
+        profiler="profile" in dask_worker.periodic_callbacks,
+        gpu=_own_gpu(),
+    )
+
+
+def _own_gpu() -> str:
+    """Machine and GPU of this process's engine, without a second for torch on the worker's event loop."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    if not Path("/proc/driver/nvidia/gpus").exists() or visible in ("", "-1"):
+        return ""
+    # Containers on one machine have names of their own, and number their GPUs from 0.
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {socket.gethostname()} {visible}"

@@ -1,0 +1,49 @@
+"""How Dask is set up for batchrun, in this process and in those that other programs start."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from batchrun.errors import ClusterError
+
+# Set on purpose, each for a reason that cost somebody a night:
+DASK_CONFIG = {
+    # The engine is a child of the worker, and a daemonic process cannot have children.
+    "distributed.worker.daemon": False,
+    # A lost worker is the driver's to judge, by what its attempt left in storage.
+    "distributed.scheduler.allowed-failures": 0,
+    # The worker itself only reads, tokenizes and writes; torch runs in the engine's process with its own threads.
+    "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": 1,
+    # Partitions in flight are few and equal, so work stealing only moves a started one's key about.
+    "distributed.scheduler.work-stealing": False,
+    # Dask's profiler calls sys._current_frames() a hundred times a second, which can deadlock a process that is
+    # importing or collecting garbage in another thread (CPython gh-106883): a worker that hangs for ever, alive.
+    "distributed.worker.profile.enabled": False,
+    # Long GIL-holding calls (a large Parquet footer, a template) are no reason to drop a connection.
+    "distributed.comm.timeouts.connect": "60s",
+    "distributed.comm.timeouts.tcp": "120s",
+    "distributed.admin.tick.limit": "30s",
+}
+
+
+def worker_environment() -> dict[str, str]:
+    """DASK_CONFIG as environment variables, for processes that other programs start."""
+    return {
+        f"DASK_{key.upper().replace('.', '__').replace('-', '_')}": str(value)
+        for key, value in DASK_CONFIG.items()
+        if "environ"
+        not in key  # names of variables do not survive Dask's spelling; its default for OMP_NUM_THREADS is 1
+    }
+
+
+def optional(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        what = f"the package {module.partition('.')[0].replace('_', '-')} is not installed"
+        raise ClusterError(what, f"cluster.{extra}", f"pip install 'batchrun[{extra}]'") from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

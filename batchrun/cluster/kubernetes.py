@@ -1,0 +1,95 @@
+"""Scheduler and workers as pods, through dask-kubernetes."""
+
+from __future__ import annotations
+
+import importlib
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from batchrun.cluster.config import first_line, optional, worker_environment
+from batchrun.errors import ClusterError
+from batchrun.job import ClusterSettings
+
+# Seconds that the scheduler's pod has to come up: a node may have to pull an image of gigabytes first.
+SCHEDULER_POD = 900
+
+
+@contextmanager
+def kubernetes(settings: ClusterSettings) -> Iterator[Any]:
+    """Scheduler and workers as pods, by the Dask operator (which has to be installed in the cluster)."""
+    module = optional("dask_kubernetes.operator", "kubernetes")
+    spec, namespace = kubernetes_spec(settings), (settings.kubernetes or {}).get("namespace")
+    try:
+        # Asked first: a KubeCluster that finds nobody prints a traceback of its own when the process ends.
+        importlib.import_module("kr8s").api().version()
+        cluster = module.KubeCluster(
+            custom_cluster_spec=spec, namespace=namespace, resource_timeout=SCHEDULER_POD, quiet=True
+        )
+    except Exception as error:  # kr8s, httpx and the operator's own: all mean that there is no cluster
+        fix = "check kubectl's context and that the Dask operator is installed"
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ClusterError(what, "cluster.kubernetes", fix) from None
+    with cluster:
+        yield cluster
+
+
+def kubernetes_spec(settings: ClusterSettings) -> dict[str, Any]:
+    """The DaskCluster resource (kubernetes.dask.org/v1) for the Dask operator.
+
+    Written out here, since dask-kubernetes' own generator gives the scheduler the workers' resources too, so a GPU,
+    and starts both by commands that Dask has no more.
+
+    Raises:
+        ClusterError: a key that is not known, or no image.
+    """
+    options = dict(settings.kubernetes or {})
+    name = options.pop("name", f"batchrun-{uuid.uuid4().hex[:8]}")
+    image, env = options.pop("image", None), options.pop("env", {})
+    resources, pod = options.pop("resources", {}), options.pop("pod", {})
+    options.pop("namespace", None)
+    if options or image is None:
+        what = f"unknown {', '.join(options)}" if options else "no image"
+        known = "image, name, namespace, resources, env, pod"
+        raise ClusterError(what, "cluster.kubernetes", f"it takes {known}; docker/ builds an image")
+    variables = [{"name": key, "value": str(value)} for key, value in {**worker_environment(), **env}.items()]
+    threads = ["--nthreads", str(settings.slots)]
+    worker = {
+        "name": "worker",
+        "image": image,
+        "args": ["dask", "worker", "--name", "$(DASK_WORKER_NAME)", *threads, "--no-dashboard"],
+        "env": variables,
+        "resources": resources,
+    }
+    probe = {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 10}
+    scheduler = {
+        "name": "scheduler",
+        "image": image,
+        "args": ["dask", "scheduler", "--host", "0.0.0.0"],
+        "env": variables,
+        "ports": [
+            {"name": "tcp-comm", "containerPort": 8786, "protocol": "TCP"},
+            {"name": "http-dashboard", "containerPort": 8787, "protocol": "TCP"},
+        ],
+        "readinessProbe": {**probe, "initialDelaySeconds": 5},
+        "livenessProbe": {**probe, "initialDelaySeconds": 15},
+    }
+    labels = {"dask.org/cluster-name": name, "dask.org/component": "scheduler"}
+    service = {
+        "type": "ClusterIP",
+        "selector": labels,
+        "ports": [
+            {"name": "tcp-comm", "protocol": "TCP", "port": 8786, "targetPort": "tcp-comm"},
+            {"name": "http-dashboard", "protocol": "TCP", "port": 8787, "targetPort": "http-dashboard"},
+        ],
+    }
+    return {
+        "apiVersion": "kubernetes.dask.org/v1",
+        "kind": "DaskCluster",
+        "metadata": {"name": name},
+        "spec": {
+            "worker": {"replicas": settings.workers or 1, "spec": {**pod, "containers": [worker]}},
+            "scheduler": {"spec": {"containers": [scheduler]}, "service": service},
+        },
+    }

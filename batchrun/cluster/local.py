@@ -1,0 +1,74 @@
+"""Workers on this machine, reachable from nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from distributed import Nanny, Scheduler, Security, SpecCluster
+
+from batchrun.errors import ClusterError
+from batchrun.job import ClusterSettings
+
+
+def local(settings: ClusterSettings) -> SpecCluster:
+    """A scheduler and the job's workers, as processes of this machine.
+
+    Raises:
+        ClusterError: more workers are asked for than there are GPUs.
+    """
+    # Everybody with an account on this machine reaches its loopback, and a scheduler runs what it is sent.
+    private = Security.temporary()
+    return SpecCluster(
+        security=private,
+        workers=_workers(settings, private),
+        scheduler={
+            "cls": Scheduler,
+            "options": {
+                "dashboard": False,
+                "dashboard_address": "127.0.0.1:0",
+                "host": "127.0.0.1",
+                "port": 0,
+                "protocol": "tls",
+                "security": private,
+            },
+        },
+        silence_logs=logging.CRITICAL,
+    )
+
+
+def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str, Any]]:
+    gpus = visible_gpus()
+    count = settings.workers or max(1, len(gpus))
+    if gpus and count > len(gpus):
+        raise ClusterError(
+            f"{count} workers asked for, {len(gpus)} GPUs visible",
+            "cluster.workers",
+            "a GPU takes one worker",
+        )
+    workers = {}
+    for i in range(count):
+        env = {"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}
+        options = {
+            "nthreads": settings.slots,
+            "memory_limit": settings.memory_limit,
+            "host": "127.0.0.1",
+            "protocol": "tls",
+            "security": private,
+            "dashboard": False,
+            "dashboard_address": "127.0.0.1:0",
+            "silence_logs": logging.CRITICAL,
+            "env": env,
+        }
+        workers[i] = {"cls": Nanny, "options": options}
+    return workers
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as values for CUDA_VISIBLE_DEVICES; empty on a machine without one."""
+    import torch  # heavy, and only a local cluster needs to know
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()  # asks the driver library: takes no memory on any GPU
+    return [name.strip() for name in named.split(",")][:count] if named else [str(i) for i in range(count)]

@@ -1,0 +1,76 @@
+"""Workers as Slurm jobs, through dask-jobqueue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import Status
+from tornado.ioloop import PeriodicCallback
+
+from batchrun.cluster.config import first_line, optional, worker_environment
+from batchrun.errors import ClusterError
+from batchrun.job import ClusterSettings
+
+# Seconds between two looks at whether a Slurm job has to be submitted again, after a preemption or its time limit.
+RESUBMIT = 30.0
+
+
+@contextmanager
+def slurm(settings: ClusterSettings) -> Iterator[Any]:
+    """As many one-worker Slurm jobs as the job asks for; those that end before the run are submitted again."""
+    if shutil.which("sbatch") is None:
+        raise ClusterError(
+            "no sbatch command here", "cluster.slurm", "start the run on a machine that submits jobs"
+        )
+    module = optional("dask_jobqueue", "slurm")
+    jobs = settings.workers or 1
+    try:
+        cluster = module.SLURMCluster(**slurm_options(settings), silence_logs=logging.CRITICAL)
+    except (TypeError, ValueError) as error:
+        raise ClusterError(first_line(error), "cluster.slurm", "options are those of SLURMCluster") from None
+    with cluster:
+
+        async def submitted() -> None:
+            await cluster
+            # Where sbatch failed, this tries once more and raises what it said; the line above swallows it.
+            await asyncio.gather(*cluster.workers.values())
+
+        cluster.scale(jobs)
+        try:
+            cluster.sync(submitted)
+        except RuntimeError as error:
+            for job in cluster.workers.values():
+                job.status = Status.failed  # a job left as created makes closing the cluster fail
+            reason = " ".join(str(error).partition("stderr:")[2].split()) or first_line(error)
+            raise ClusterError(
+                f"sbatch refused ({reason})", "cluster.slurm", "try the options with sbatch"
+            ) from None
+        again = PeriodicCallback(lambda: cluster.scale(jobs), RESUBMIT * 1000)
+        cluster.loop.add_callback(again.start)
+        try:
+            yield cluster
+        finally:
+            cluster.loop.add_callback(again.stop)
+
+
+def slurm_options(settings: ClusterSettings) -> dict[str, Any]:
+    """Options of dask-jobqueue's SLURMCluster: the job's own, and those that batchrun needs.
+
+    One worker process per Slurm job, with as many threads as it has slots; `job_cpu` books more cores.
+    """
+    options = dict(settings.slurm or {})
+    exports = [f"export {name}={value}" for name, value in worker_environment().items()]
+    return {
+        "memory": "16GiB",
+        **options,
+        "cores": settings.slots,
+        "processes": 1,
+        "job_script_prologue": [*options.get("job_script_prologue", []), *exports],
+        "worker_extra_args": [*options.get("worker_extra_args", []), "--no-dashboard"],
+        "scheduler_options": {"dashboard_address": ":0", **options.get("scheduler_options", {})},
+    }
