@@ -332,10 +332,21 @@ def snapshot(dask_worker: Worker) -> dict[str, Any]:
     }
 
 
-def _leave(worker: Worker) -> None:
-    """On SIGTERM, which a nanny's worker would die of at once."""
+async def _stop_work() -> None:
+    """Tasks stage what they hold and return; then the engines end."""
     _leaving.set()
-    _leave_tasks.add(asyncio.get_running_loop().create_task(worker.close(nanny=False, reason="SIGTERM")))
+    deadline = time.monotonic() + FLUSH_ON_EXIT
+    while _running and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    for engine in list(_engines.values()):
+        engine.stop()
+
+
+async def _leave() -> None:
+    """On SIGTERM, which a nanny's worker would die of at once. Whether another one takes its place is the nanny's
+    decision; a worker that closes by itself it would take for one that is not wanted any more."""
+    await _stop_work()
+    os._exit(128 + signal.SIGTERM)
 
 
 class BatchrunPlugin(WorkerPlugin):
@@ -350,12 +361,8 @@ class BatchrunPlugin(WorkerPlugin):
             # Ctrl-C reaches the whole process group; the driver decides what it means for a worker.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-                asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _leave, worker)
+                loop = asyncio.get_running_loop()
+                loop.add_signal_handler(signal.SIGTERM, lambda: _leave_tasks.add(loop.create_task(_leave())))
 
     async def teardown(self, worker: Worker) -> None:
-        _leaving.set()
-        deadline = time.monotonic() + FLUSH_ON_EXIT
-        while _running and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        for engine in list(_engines.values()):
-            engine.stop()
+        await _stop_work()
