@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from batchrun.retrying import retry
 
 __all__ = ["Job", "RunResult", "__version__", "retry", "run"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "run": "batchrun.driver",

@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # batchrun for driver and workers on CPUs. From the repository's root:
-#   docker build -f docker/cpu.Dockerfile -t batchrun:0.1.0 .
+#   docker build -f docker/cpu.Dockerfile -t batchrun:0.2.0 .
 # PyPI's torch brings CUDA along; --build-arg TORCH_INDEX=... with the CPU wheel index that pytorch.org names on its
 # install page makes an image several gigabytes smaller.
 FROM python:3.11-slim-bookworm AS build

@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # batchrun for workers on NVIDIA GPUs (driver for CUDA 13 on the machine). From the repository's root:
-#   docker build -f docker/gpu.Dockerfile -t batchrun:0.1.0-gpu .
+#   docker build -f docker/gpu.Dockerfile -t batchrun:0.2.0-gpu .
 # flash-attn is compiled here, an hour on 16 cores; where there is a wheel for this Python, torch and CUDA, name it with
 # --build-arg FLASH_ATTN=<URL or path of the wheel>.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS build

@@ -21,6 +21,8 @@ import pytest
 import torch
 import transformers as tf
 
+pytest.importorskip("triton")
+
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.batch import Batch, Trunk
