@@ -29,7 +29,7 @@ EVENTS = {
     "second-driver": 1,
     "scheduler-kill": 1,
 }
-GAP = (1.5, 6.0)  # seconds between two events, while there is an engine to work on rows
+GAP = (4.0, 10.0)  # seconds between two events, while there is an engine to work on rows
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .processes import SLOTS, TTL, Cluster, Driver, below, environment, send
 from .proxy import FaultyProxy
 from .schedule import Event, events
 
-ROWS, PART_ROWS, WORKERS = 1200, 30, 2
+ROWS, PART_ROWS, WORKERS = 800, 20, 2
 DELAY = 0.06  # seconds that an engine takes over a row
 STORM = 300.0  # seconds at most; it ends earlier when the job comes through
 STARTING = 0.25  # how fast the clock of events goes while no engine works: also what only starts is hit
