@@ -18,10 +18,11 @@ import typer
 from rich.console import Console, RenderableType
 
 from batchrun.errors import BatchrunError, ExitCode, JobError
-from batchrun.job import OUTPUT_COLUMNS, Job
+from batchrun.job import Job
 from batchrun.limits import parse_duration
 from batchrun.report import logs
 from batchrun.report.redact import Redactor
+from batchrun.settings import OUTPUT_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from batchrun.errors import JobError
-from batchrun.limits import parse_deadline
+from batchrun.settings import (
+    ClusterSettings,
+    EngineSettings,
+    GenerationSettings,
+    InputSettings,
+    LimitSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptSettings,
+    Settings,
+    TlsSettings,
+    nearest,
+)
 
 # Values of storage options that may be shown: everything else there is taken for a secret.
 HARMLESS_OPTIONS = {"anon", "endpoint_url", "region", "region_name", "use_ssl", "account_name", "project"}
@@ -26,248 +36,6 @@ _SECRET_IN_URL = re.compile(
     r"://[^/@\s]*:[^/@\s]*@|://.*[?&]([\w-]*(signature|token|credential|secret|password|key)|sig)=",
     re.IGNORECASE,
 )
-
-OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
-
-
-class Settings(BaseModel):
-    """A section of the job file: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class InputSettings(Settings):
-    path: str | list[str] = Field(description="a file, folder, glob, or a list of them, on any fsspec URL")
-    columns: list[str] | None = Field(None, description="columns carried into the output; all by default")
-    filters: list[Any] | None = Field(
-        None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]"
-    )
-    limit: int | None = Field(None, ge=1, description="the first so many rows only")
-    since: Literal["last"] | None = Field(
-        None, description="last: only files that no earlier run into this output took"
-    )
-    cast: dict[str, str] = Field(default_factory=dict, description="column: type, where files differ")
-    skip_bad_files: bool = Field(False, description="leave unreadable files out, recorded in the plan")
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict, repr=False, description="fsspec's options for the input; never written anywhere"
-    )
-
-    @property
-    def paths(self) -> list[str]:
-        return [self.path] if isinstance(self.path, str) else self.path
-
-    @model_validator(mode="after")
-    def _no_limit_on_growth(self) -> Self:
-        if self.since is not None and self.limit is not None:
-            raise ValueError("limit leaves rows of taken files out for ever; use it without since")
-        return self
-
-
-class Message(Settings):
-    role: str = Field(description="system, user or assistant, as the chat template knows them")
-    content: str = Field(description="Jinja text over the row's columns")
-
-
-class PromptSettings(Settings):
-    template: str | None = Field(None, description="Jinja text over the row's columns, sent as it is")
-    messages: list[Message] | None = Field(None, description="Jinja messages through the chat template")
-    column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
-    chat_template: str | None = Field(None, description="used instead of the tokenizer's own chat template")
-    truncate: Literal["left", "right"] | None = Field(
-        None, description="the side cut off a prompt that is too long"
-    )
-    empty: Literal["fail", "send"] = Field("fail", description="what an empty prompt becomes")
-    max_bytes: int = Field(1 << 20, ge=1, description="a longer rendered prompt is never tokenized whole")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if sum(v is not None for v in (self.template, self.messages, self.column)) != 1:
-            raise ValueError("give exactly one of template, messages, column")
-        return self
-
-
-class ModelSettings(Settings):
-    name: str = Field(description="hub id, local folder, or fsspec URL of a folder")
-    revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
-    tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the weights; auto is float32 on a CPU, half precision on a GPU"
-    )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    allow_pickle: bool = Field(False, description="load weights from pickle files, which can run code")
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict, repr=False, description="fsspec's options for the model; never written anywhere"
-    )
-
-
-class GenerationSettings(Settings):
-    max_new_tokens: int = Field(
-        256, ge=1, description="an answer is cut there; also what a row's room is for"
-    )
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this share")
-    top_k: int = Field(0, ge=0, description="sample from so many likeliest tokens; 0 is all")
-    min_p: float = Field(0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest")
-    repetition_penalty: float = Field(
-        1.0, gt=0, description="above 1, tokens that were there are less likely"
-    )
-    stop: list[str] = Field(default_factory=list, description="texts that end an answer; not part of it")
-    seed: int = Field(
-        0,
-        ge=-(1 << 63),
-        lt=1 << 63,
-        description="with a row's place and the position it decides the sampling",
-    )
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, stop: list[str]) -> list[str]:
-        if "" in stop:
-            raise ValueError("an empty stop text would end every answer at once")
-        return stop
-
-
-class EngineSettings(Settings):
-    kind: str = Field("auto", description="auto, padded, paged, or module:Class of an engine of your own")
-    batch_tokens: int | None = Field(
-        None, ge=1, description="padded: prompt + new tokens of one batch, padding included"
-    )
-    window_rows: int = Field(8192, ge=1, description="rows looked ahead at, and ordered by length together")
-    max_rows: int | None = Field(None, ge=1, description="paged: rows that decode at once; 2048 on a GPU")
-    prefill_tokens: int | None = Field(None, ge=1, description="paged: prompt tokens computed at once")
-    decode_steps: int = Field(8, ge=1, le=64, description="paged: steps between two looks at the results")
-    memory_fraction: float = Field(0.9, gt=0, lt=1, description="paged: share of the GPU's memory to use")
-    cache_tokens: int | None = Field(
-        None, ge=1, description="paged: at most so many tokens of keys and values"
-    )
-    compile: bool = Field(True, description="paged: torch.compile for the model on a GPU")
-
-    @field_validator("kind")
-    @classmethod
-    def _known(cls, kind: str) -> str:
-        if kind not in ("auto", "padded", "paged") and not re.fullmatch(r"[\w.]+:\w+", kind):
-            raise ValueError("use auto, padded, paged, or module:Class")
-        return kind
-
-
-class OutputSettings(Settings):
-    path: str = Field(description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}"
-    )
-    failed: str | None = Field(
-        None, description="a folder beside data/: the failed rows alone, each with its place in the input"
-    )
-    rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
-    bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
-    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="of the parts")
-    flush_rows: int = Field(2048, ge=1, description="finished rows are staged once there are so many")
-    flush_bytes: int = Field(
-        16 << 20, ge=1, description="finished rows are staged once they have so many bytes"
-    )
-    flush_seconds: float = Field(
-        15.0, gt=0, description="finished rows are staged after so many seconds at the latest"
-    )
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict,
-        repr=False,
-        description="fsspec's options for the output; never written anywhere",
-    )
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        for name in columns:
-            if name not in OUTPUT_COLUMNS:
-                raise ValueError(f"{name!r} is no output column{nearest(name, OUTPUT_COLUMNS)}")
-        return columns
-
-    @field_validator("failed")
-    @classmethod
-    def _folder_of_its_own(cls, failed: str | None) -> str | None:
-        if failed is not None and (failed in ("data", "_job") or not re.fullmatch(r"\w[\w.-]*", failed)):
-            raise ValueError("give the name of a folder beside data/ and _job/, such as failed")
-        return failed
-
-    def column(self, name: str) -> str:
-        """The name that the output column `name` (one of OUTPUT_COLUMNS) has in this job."""
-        return self.columns.get(name, name)
-
-
-class TlsSettings(Settings):
-    ca: str = Field(description="PEM file of the authority that signed the scheduler's certificate")
-    cert: str = Field(description="PEM file of this client's certificate")
-    key: str = Field(description="PEM file of its key")
-
-
-class ClusterSettings(Settings):
-    address: str | None = Field(None, description="of a running Dask scheduler; a local cluster by default")
-    tls: TlsSettings | None = Field(
-        None, description="for a tls:// address; Dask's own configuration by default"
-    )
-    workers: int | None = Field(
-        None, ge=1, description="how many; one per GPU of this machine, or one, by default"
-    )
-    slots: int = Field(2, ge=1, description="partitions at once on a worker")
-    memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
-    price_per_gpu_hour: float | None = Field(
-        None, ge=0, description="what an hour of one worker (one GPU) costs, in any currency"
-    )
-    metrics_port: int | None = Field(
-        None,
-        ge=1,
-        le=65535,
-        description="where the driver serves Prometheus metrics of the run and all workers",
-    )
-    slurm: dict[str, Any] | None = Field(
-        None, description="workers as Slurm jobs: options of dask-jobqueue's SLURMCluster"
-    )
-    kubernetes: dict[str, Any] | None = Field(
-        None, description="workers as pods: image, name, namespace, resources, env, pod"
-    )
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if sum(place is not None for place in (self.address, self.slurm, self.kubernetes)) > 1:
-            raise ValueError("give at most one of address, slurm, kubernetes")
-        return self
-
-    @model_validator(mode="after")
-    def _tls_where_it_is_used(self) -> Self:
-        if self.tls is not None and not (self.address or "").startswith("tls://"):
-            raise ValueError("tls is for an address that starts with tls://")
-        return self
-
-
-class LimitSettings(Settings):
-    max_error_rate: float = Field(0.2, ge=0, le=1, description="share of failed rows that stops the job")
-    error_sample: int = Field(1000, ge=1, description="rows seen before that share counts")
-    stall_seconds: float = Field(
-        900, gt=0, description="without any progress of a partition before its worker is restarted"
-    )
-    max_cost: float | None = Field(
-        None,
-        gt=0,
-        description="stop, resumable, once all runs of this output together have cost so much: hours of workers "
-        "times cluster.price_per_gpu_hour",
-    )
-    deadline: str | None = Field(
-        None,
-        description="stop, resumable, at this time: ISO 8601 (local without an offset), or a duration from the "
-        "start of the run such as 6h or 1h30m",
-    )
-    max_rows: int | None = Field(
-        None,
-        ge=1,
-        description="stop, resumable, once so many rows of the output are done; a few more may be by then",
-    )
-
-    @field_validator("deadline")
-    @classmethod
-    def _a_time(cls, deadline: str | None) -> str | None:
-        if deadline is not None:
-            parse_deadline(deadline, datetime.now().astimezone())
-        return deadline
 
 
 class Job(Settings):
@@ -393,12 +161,6 @@ class Job(Settings):
 def stable_hash(value: object) -> str:
     """Hex SHA-256 of a JSON value, the same in every process and version of Python."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`, did you mean 'x'?` for the known name nearest to a misspelt one, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
 
 
 class _Loader(yaml.SafeLoader):

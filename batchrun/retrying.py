@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from batchrun.driver import Dispatch, finish, result
 from batchrun.errors import FaultCode, JobError, OutputError
-from batchrun.job import Job, nearest
+from batchrun.job import Job
 from batchrun.output import manifest
 from batchrun.output import retry as retries
 from batchrun.output.lease import Lease
 from batchrun.prepare import prepare_again
 from batchrun.report.progress import Watch, silent
 from batchrun.report.result import RunResult
+from batchrun.settings import nearest
 
 if TYPE_CHECKING:
     from distributed import Client

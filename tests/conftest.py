@@ -11,7 +11,7 @@ from distributed import Client
 from tiny_models import make_model
 
 from batchrun.cluster import connect
-from batchrun.job import ClusterSettings
+from batchrun.settings import ClusterSettings
 from jobs import environment
 
 

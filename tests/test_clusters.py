@@ -22,7 +22,7 @@ from batchrun.cluster.config import worker_environment
 from batchrun.cluster.kubernetes import kubernetes_spec
 from batchrun.cluster.slurm import slurm_options
 from batchrun.errors import ClusterError, ExitCode
-from batchrun.job import ClusterSettings
+from batchrun.settings import ClusterSettings
 from jobs import batchrun, check_complete, environment, load, write_job
 
 ROWS = 60

@@ -18,8 +18,8 @@ from tiny import byte_tokenizer
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from batchrun.errors import ModelError
-from batchrun.job import ModelSettings
 from batchrun.model import context_length, load_tokenizer, resolve, stop_token_ids
+from batchrun.settings import ModelSettings
 
 WEIGHTS = bytes(range(256)) * (5 << 12)  # 5 MiB: more than is hashed whole
 

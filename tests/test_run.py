@@ -24,8 +24,8 @@ from batchrun.errors import (
     OutputError,
     TooManyFaults,
 )
-from batchrun.job import OUTPUT_COLUMNS
 from batchrun.report.status import clean, verify
+from batchrun.settings import OUTPUT_COLUMNS
 from jobs import answers, batchrun, check_complete, dataset, environment, load, start, wait_until, write_job
 
 ROWS = 60

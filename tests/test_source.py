@@ -13,7 +13,7 @@ from tiny import plan_of, rows_of, write
 from batchrun.dataset.plan import carried_columns, check_output_names
 from batchrun.dataset.source import parse_type, read_source
 from batchrun.errors import InputError, OutputError
-from batchrun.job import InputSettings, OutputSettings
+from batchrun.settings import InputSettings, OutputSettings
 
 
 def source_of(*paths: Path, needed: tuple[str, ...] = (), **settings: object):

@@ -20,7 +20,7 @@ from batchrun.cluster.kubernetes import kubernetes
 from batchrun.cluster.local import local
 from batchrun.cluster.slurm import slurm
 from batchrun.errors import ClusterError
-from batchrun.job import ClusterSettings, TlsSettings
+from batchrun.settings import ClusterSettings, TlsSettings
 
 
 @contextmanager

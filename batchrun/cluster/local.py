@@ -9,7 +9,7 @@ from typing import Any
 from distributed import Nanny, Scheduler, Security, SpecCluster
 
 from batchrun.errors import ClusterError
-from batchrun.job import ClusterSettings
+from batchrun.settings import ClusterSettings
 
 
 def local(settings: ClusterSettings) -> SpecCluster:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from batchrun.errors import InputError
-from batchrun.job import nearest
+from batchrun.settings import nearest
 
 _WHERE = "input.filters"
 _COMPARE: dict[str, tuple[Callable[..., Any], Callable[[Any, Any], Any]]] = {

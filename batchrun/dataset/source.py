@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from batchrun.dataset.location import Found, find_files, is_damage, open_parquet
 from batchrun.errors import ChangedError, InputError
-from batchrun.job import InputSettings, nearest
+from batchrun.settings import InputSettings, nearest
 
 T = TypeVar("T")
 U = TypeVar("U")

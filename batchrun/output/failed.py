@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchrun.errors import OutputError
-from batchrun.job import OUTPUT_COLUMNS, OutputSettings
 from batchrun.output import part
 from batchrun.output.layout import DATA, Layout
 from batchrun.output.part import Summary
+from batchrun.settings import OUTPUT_COLUMNS, OutputSettings
 from batchrun.storage import Folder, NotFound
 
 # Where a row stands in the input: the file, the number of its row group, and its place in there from 0 on.

@@ -9,8 +9,8 @@ import pyarrow as pa
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 
 from batchrun.errors import FaultCode, InputError, JobError, RowFault
-from batchrun.job import PromptSettings, nearest
 from batchrun.prompt.sandbox import Sandbox
+from batchrun.settings import PromptSettings, nearest
 
 
 class NullPrinted(Exception):
