@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import fsspec
@@ -10,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import plan_of, rows_of, write
 
+from batchrun.dataset import location, source
 from batchrun.dataset.plan import carried_columns, check_output_names
 from batchrun.dataset.source import parse_type, read_source
-from batchrun.errors import InputError, OutputError
+from batchrun.errors import ExitCode, InputError, OutputError, StorageError
 from batchrun.settings import InputSettings, OutputSettings
 
 
@@ -209,3 +211,35 @@ def test_a_column_without_any_value_fits_the_type_it_has_elsewhere(tmp_path: Pat
     settings = InputSettings(path=str(tmp_path))
     table = rows_of(plan_of(settings, needed=("n",)), settings)
     assert (table["n"].type, table["n"].to_pylist()) == (pa.int32(), [None, None, 5])
+
+
+def test_a_store_that_is_busy_while_planning_is_asked_again(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    calls = {"list": 0, "open": 0}
+
+    def sometimes(name, real):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            if calls[name] <= 2:
+                raise OSError(errno.EBUSY, "Service Unavailable")
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(location, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(location, "_list", sometimes("list", location._list))
+    monkeypatch.setattr(source, "open_parquet", sometimes("open", source.open_parquet))
+    found = source_of(tmp_path, needed=("text",))
+    assert [file.group_rows for file in found.files] == [(2,)]
+    assert calls == {"list": 3, "open": 3}
+
+
+def test_a_store_that_stays_busy_while_planning_interrupts_the_run(tmp_path, monkeypatch):
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Service Unavailable")
+
+    monkeypatch.setattr(location, "PATIENCE", 0.0)
+    monkeypatch.setattr(location, "_list", busy)
+    with pytest.raises(StorageError, match="kept failing") as caught:
+        source_of(tmp_path, needed=("text",))
+    assert caught.value.exit_code == ExitCode.INTERRUPTED

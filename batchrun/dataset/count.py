@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchrun.dataset.filters import Filters
-from batchrun.dataset.location import native_filesystem, open_parquet
+from batchrun.dataset.location import native_filesystem, open_parquet, persistently
 from batchrun.dataset.rowgroup import READING, read_group
 from batchrun.dataset.source import DataFile, concurrently
 from batchrun.errors import CorruptInput, InputError
@@ -95,6 +95,9 @@ class Counter:
 
     def _count_file(self, pieces: Sequence[Piece]) -> list[Piece]:
         file = self.files[pieces[0].file]
+        return persistently(file.path, lambda: self._count_once(file, pieces))
+
+    def _count_once(self, file: DataFile, pieces: Sequence[Piece]) -> list[Piece]:
         counted: list[Piece] = []
         with self._open(file) as parquet:
             possible = self._possible_groups(file)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tenacity
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as NativeFileSystem
 
-from batchrun.errors import InputError
+from batchrun.errors import InputError, StorageError
+from batchrun.storage.faults import is_transient, one_line
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PATIENCE = 30.0  # seconds that a busy store is asked again while planning
+FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0  # seconds; each wait is a random one
 
 # What stores call the thing that changes when an object's bytes change, the most telling one first.
 _VERSION_KEYS = (
@@ -49,6 +59,34 @@ def find_files(paths: Sequence[str], storage_options: Mapping[str, Any]) -> list
     """
     found = {file.path: file for path in paths for file in _expand(path, storage_options)}
     return [found[path] for path in sorted(found)]
+
+
+def persistently(where: str, ask: Callable[[], T]) -> T:
+    """What `ask()` gives, which is asked again while the store at `where` is only busy.
+
+    Raises:
+        StorageError: it was busy for half a minute.
+        Exception: whatever else `ask` raises.
+    """
+
+    def note(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        log.warning("%s: %s, trying again", where, one_line(error))
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
+        stop=tenacity.stop_after_delay(PATIENCE),
+        before_sleep=note,
+        reraise=True,
+    )
+    try:
+        return retrying(ask)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        what = f"the store kept failing ({one_line(error)})"
+        raise StorageError(what, where, "run again to go on from here") from error
 
 
 def stat(path: str, storage_options: Mapping[str, Any]) -> Found:
@@ -105,7 +143,9 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
     fs, inner = filesystem(path, storage_options)
     fs.invalidate_cache()
     try:
-        files = _list(fs, inner)
+        files = persistently(path, lambda: _list(fs, inner))
+    except StorageError:
+        raise
     except Exception as error:  # every store's client has errors of its own
         raise InputError(
             f"cannot be listed ({type(error).__name__}: {error})", path, "check path and access"
@@ -114,11 +154,13 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
         raise InputError(
             "no file matches", path, "give a Parquet file, a folder with *.parquet in it, or a glob"
         )
-    # A store may list an object without its size (HTTP folders do): only asking for it by name tells.
-    return [
-        _found(_full(path, fs, name), info if info.get("size") is not None else fs.info(name))
-        for name, info in files.items()
-    ]
+
+    def listed(name: str, info: Mapping[str, Any]) -> Found:
+        # A store may list an object without its size (HTTP folders do): only asking for it by name tells.
+        known = info if info.get("size") is not None else persistently(path, lambda: fs.info(name))
+        return _found(_full(path, fs, name), known)
+
+    return [listed(name, info) for name, info in files.items()]
 
 
 def _list(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, dict[str, Any]]:

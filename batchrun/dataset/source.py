@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from batchrun.dataset.location import Found, find_files, is_damage, open_parquet
-from batchrun.errors import ChangedError, InputError
+from batchrun.dataset.location import Found, find_files, is_damage, open_parquet, persistently
+from batchrun.errors import ChangedError, InputError, StorageError
 from batchrun.settings import InputSettings, nearest
 
 T = TypeVar("T")
@@ -139,13 +139,19 @@ def _remote(found: Sequence[Found]) -> bool:
 
 def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataFile, pa.Schema, str]:
     """The planned file and its schema, or the reason why there is none."""
-    try:
+
+    def read() -> tuple[DataFile, pa.Schema, str]:
         with open_parquet(file.path, storage_options) as parquet:
             footer, schema = parquet.metadata, parquet.schema_arrow
             groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
             rows = tuple(group.num_rows for group in groups)
             sizes = tuple(group.total_byte_size for group in groups)
             return DataFile(file.path, file.size, file.version, rows, sizes), schema, ""
+
+    try:
+        return persistently(file.path, read)
+    except StorageError:
+        raise
     except Exception as error:  # every store's client has errors of its own
         if not is_damage(error):
             raise InputError(
