@@ -16,9 +16,9 @@ from distributed import Client, Security
 
 from batchrun.cluster.check import check_workers
 from batchrun.cluster.config import DASK_CONFIG
-from batchrun.cluster.kubernetes import kubernetes
-from batchrun.cluster.local import local
-from batchrun.cluster.slurm import slurm
+from batchrun.cluster.kubernetes import kubernetes_cluster
+from batchrun.cluster.local import local_cluster
+from batchrun.cluster.slurm import slurm_cluster
 from batchrun.errors import ClusterError
 from batchrun.settings import ClusterSettings, TlsSettings
 
@@ -54,10 +54,10 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
 
 def _start(settings: ClusterSettings) -> AbstractContextManager[Any]:
     if settings.slurm is not None:
-        return slurm(settings)
+        return slurm_cluster(settings)
     if settings.kubernetes is not None:
-        return kubernetes(settings)
-    return local(settings)
+        return kubernetes_cluster(settings)
+    return local_cluster(settings)
 
 
 def _security(tls: TlsSettings | None) -> Security | None:

@@ -17,7 +17,7 @@ SCHEDULER_POD = 900
 
 
 @contextmanager
-def kubernetes(settings: ClusterSettings) -> Iterator[Any]:
+def kubernetes_cluster(settings: ClusterSettings) -> Iterator[Any]:
     """Scheduler and workers as pods, by the Dask operator (which has to be installed in the cluster)."""
     module = optional("dask_kubernetes.operator", "kubernetes")
     spec, namespace = kubernetes_spec(settings), (settings.kubernetes or {}).get("namespace")

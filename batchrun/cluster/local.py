@@ -12,7 +12,7 @@ from batchrun.errors import ClusterError
 from batchrun.settings import ClusterSettings
 
 
-def local(settings: ClusterSettings) -> SpecCluster:
+def local_cluster(settings: ClusterSettings) -> SpecCluster:
     """A scheduler and the job's workers, as processes of this machine.
 
     Raises:

@@ -21,7 +21,7 @@ RESUBMIT = 30.0
 
 
 @contextmanager
-def slurm(settings: ClusterSettings) -> Iterator[Any]:
+def slurm_cluster(settings: ClusterSettings) -> Iterator[Any]:
     """As many one-worker Slurm jobs as the job asks for; those that end before the run are submitted again."""
     if shutil.which("sbatch") is None:
         raise ClusterError(
