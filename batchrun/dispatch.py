@@ -171,6 +171,8 @@ class Dispatch:
             raise
         except Exception as error:
             self.judge.lost_alone(trial, error, self.workers)
+            # It may be gone, and what is pinned to a worker that is gone waits for ever: ask first who is there.
+            self.workers = {name: one for name, one in self.workers.items() if name != trial.worker}
             return
         if isinstance(outcome, TaskReceipt):
             self._book(trial.partition, outcome)

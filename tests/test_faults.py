@@ -130,7 +130,7 @@ def test_doubtful_rows_are_tried_once_more_in_a_fresh_engine_and_then_fail(setti
 
 
 def test_a_worker_told_to_leave_keeps_what_its_rows_are_so_far(setting):
-    long = {"prompt": {"template": "{{ text }}" + " and so on" * 30}, "generation": {"max_new_tokens": 200}}
+    long = {"prompt": {"template": "{{ text }}" + " and so on" * 25}, "generation": {"max_new_tokens": 200}}
     one = setting("SteppingEngine", **long)
     staged = one.folder / "out/_job/stage"
     took = []
@@ -157,7 +157,7 @@ def test_a_worker_told_to_leave_keeps_what_its_rows_are_so_far(setting):
     assert max(took) < 5, took
     assert result.ok == ROWS
     table = answers(one.folder / "out")
-    expected = [(text + " and so on" * 30)[:200] for text in dataset(ROWS)["text"].to_pylist()]
+    expected = [(text + " and so on" * 25)[:200] for text in dataset(ROWS)["text"].to_pylist()]
     assert table["answer"].to_pylist() == expected
     lines = [line for process in one.processes for line in process]
     assert any(line.split()[-1] != "0" for line in lines if " from " in line), "rows went on"
@@ -181,7 +181,7 @@ def test_a_damaged_page_costs_its_rows_and_a_second_reading(tmp_path, tiny_llama
     file = tmp_path / "in.parquet"
     pq.write_table(
         table, file, row_group_size=1000, write_page_checksum=True, compression="none", use_dictionary=False,
-        data_page_size=4096,
+        data_page_size=4096, write_batch_size=50,
     )  # fmt: skip
     column = pq.read_metadata(file).row_group(1).column(1)
     data = bytearray(file.read_bytes())
