@@ -264,7 +264,7 @@ def init(
         _print({"written": [str(path) for path in written]}, lines, as_json, redact)
 
 
-@app.command(epilog="Example: batchrun schema > job.schema.json")
+@app.command(epilog="Example: batchrun schema --markdown")
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="a reference for people")] = False,
 ) -> None:
