@@ -9,7 +9,8 @@ from batchrun.errors import ClusterError
 
 # Set on purpose, each for a reason that cost somebody a night:
 DASK_CONFIG = {
-    # The engine is a child of the worker, and a daemonic process cannot have children.
+    # A daemonic process may start the engine, a plain subprocess, but nothing through multiprocessing: a tokenizer or
+    # filesystem that a user brings along may want to.
     "distributed.worker.daemon": False,
     # A lost worker is the driver's to judge, by what its attempt left in storage.
     "distributed.scheduler.allowed-failures": 0,
