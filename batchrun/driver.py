@@ -25,6 +25,7 @@ from batchrun.report import record
 from batchrun.report.observe import observed
 from batchrun.report.progress import Watch, silent
 from batchrun.report.result import RunResult
+from batchrun.storage import Folder
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +59,20 @@ def run(
     if done is not None:
         return result(prepared, done, time.monotonic() - started)
     folder = prepared.folder
-    if not folder.probe():
-        log.warning(
-            "%s ignores conditional puts: two drivers at once may write a part twice, alike", folder.name
-        )
+    try_store(folder)
     with Lease(folder, force=force):
         _pin(prepared)
         dispatch = Dispatch(prepared, _uncommitted(prepared), stop or threading.Event(), watch)
         done = finish(prepared, dispatch, client)
     return result(prepared, done, time.monotonic() - started, dispatch)
+
+
+def try_store(folder: Folder) -> None:
+    """Writes and deletes an object before anything costs time. Raises OutputError where that is refused."""
+    if not folder.probe():
+        log.warning(
+            "%s ignores conditional puts: two drivers at once may write a part twice, alike", folder.name
+        )
 
 
 def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Manifest:
@@ -75,7 +81,7 @@ def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Man
         if dispatch.todo:
             watch = stack.enter_context(observed(prepared, dispatch.order.run, dispatch.watch))
             earlier = sum(past.worker_seconds for past in record.read_all(prepared.folder))
-            limits = Limits(prepared.job, earlier, watch)
+            limits = Limits(prepared.job, earlier, watch, count_rows=dispatch.order.retry is None)
             limits.check(dispatch.rows_committed)
             dispatch.watch = limits.see
             dispatch.execute(client or stack.enter_context(connect(prepared.job.cluster)))

@@ -52,11 +52,12 @@ class Limits:
     Args:
         earlier: worker seconds of all earlier runs of this output, which `limits.max_cost` counts too.
         watch: gets every progress on.
+        count_rows: whether `limits.max_rows` holds; of a retry all rows are done already.
     """
 
-    def __init__(self, job: Job, earlier: float, watch: Watch) -> None:
+    def __init__(self, job: Job, earlier: float, watch: Watch, count_rows: bool = True) -> None:
         settings = job.limits
-        self.max_cost, self.max_rows = settings.max_cost, settings.max_rows
+        self.max_cost, self.max_rows = settings.max_cost, settings.max_rows if count_rows else None
         self.price = job.cluster.price_per_gpu_hour or 0.0
         self.worker_seconds, self.watch = earlier, watch
         now = datetime.now().astimezone()

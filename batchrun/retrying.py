@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchrun.driver import Dispatch, finish, result
+from batchrun.dispatch import Dispatch
+from batchrun.driver import finish, result, try_store
 from batchrun.errors import FaultCode, JobError, OutputError
 from batchrun.job import Job
 from batchrun.output import manifest
@@ -66,6 +67,7 @@ def retry(
     written = manifest.read(folder)
     if written is None:
         raise OutputError("not complete yet", folder.name, "finish it with `batchrun run` first")
+    try_store(folder)
     with Lease(folder, force=force):
         found, _ = manifest.summaries(folder, layout)
         recorded = [past.number for past in written.retries if past.finished]

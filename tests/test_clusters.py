@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import psutil
 import pytest
 from fleet import fleet, wait_until
 from pydantic import ValidationError
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 import batchrun as library
 from batchrun.cluster import connect
 from batchrun.cluster.check import WorkerFacts, check_workers, find_problem
-from batchrun.cluster.config import worker_environment
+from batchrun.cluster.config import DASK_CONFIG, worker_environment
 from batchrun.cluster.kubernetes import kubernetes_spec
 from batchrun.cluster.slurm import slurm_options
 from batchrun.errors import ClusterError, ExitCode
@@ -58,6 +59,20 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def settings(**values: Any) -> ClusterSettings:
     return ClusterSettings(**values)
+
+
+def test_a_local_worker_that_stays_away_for_long_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask takes its nanny away then: 15 seconds of one death after the other would leave a run without workers."""
+    monkeypatch.setitem(DASK_CONFIG, "distributed.deploy.lost-worker-timeout", "500ms")
+    me = psutil.Process()
+    before = set(me.children())
+    with connect(settings(workers=1)) as client:
+        first = set(client.scheduler_info()["workers"])
+        for child in set(me.children()) - before:
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+        wait_until(lambda: set(client.scheduler_info()["workers"]) - first, "no worker came again", 90)
+        assert client.submit(int, "7").result(timeout=60) == 7
 
 
 def test_a_job_runs_on_at_most_one_kind_of_cluster() -> None:

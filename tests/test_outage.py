@@ -49,7 +49,7 @@ def generate(one: Attempt, engine: Any) -> Tally:
 
     def read(columns: Sequence[str]) -> Iterator[Batch]:
         rows = np.arange(ROWS)
-        yield Batch(0, records, rows.astype(np.uint64), 0, 0, rows)
+        yield Batch(0, records, rows.astype(np.uint64), "here", 0, rows)
 
     Generation(read, one, texts, 4, tally, np.ones(ROWS, bool)).run(engine, lambda: True)
     return tally

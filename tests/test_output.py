@@ -25,10 +25,12 @@ from parts import (
     layout,
     store_of,
 )
+from parts import settings as output_settings
 
 from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output import attempt as attempt_module
 from batchrun.output import chunk, part
+from batchrun.output.attempt import Attempt
 from batchrun.output.chunk import ANSWERS, BadChunk, Origin
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder, folder
@@ -437,6 +439,9 @@ def test_a_part_of_another_job_under_our_key_is_refused(place: Folder) -> None:
     receipt = commit(place, layout(1), 0, 3)
     with pytest.raises(OutputError, match="another job, plan or partition"):
         attempt(place, Layout(PLAN_HASH[:8] + "0" * 56, 1), 0, 3, "me").open()
+    other = Attempt(place, layout(1), "another job", 0, 3, "me", output_settings())
+    with pytest.raises(OutputError, match="another job, plan or partition"):
+        other.open()
     place.put(receipt.key, b"PAR1 not really")
     with pytest.raises(OutputError, match="not a whole part"):
         attempt(place, layout(1), 0, 3, "me").open()

@@ -331,9 +331,11 @@ def test_cleaning_sweeps_what_is_committed_and_nothing_else(place: Folder) -> No
         zombie.flush()
     place.put("data/foreign", b"x")
     place.put("_job/tmp/young", b"x")
-    place.put("_job/tmp/old", b"x")
-    store_of(place).written[place.url.removeprefix("faulty://") + "/_job/tmp/old"] -= 7200
-    assert verify.clean(place, PLAN) == ["_job/stage/00000-abcdef01/1-zombie-1.chunk", "_job/tmp/old"]
+    for key in ("_job/tmp/old", "_job/probe-of-a-killed-driver"):
+        place.put(key, b"x")
+        store_of(place).written[f"{place.url.removeprefix('faulty://')}/{key}"] -= 7200
+    swept = ["_job/probe-of-a-killed-driver", "_job/stage/00000-abcdef01/1-zombie-1.chunk", "_job/tmp/old"]
+    assert verify.clean(place, PLAN) == swept
     kept = {"_job/stage/00001-abcdef01/1-zombie-1.chunk", "_job/tmp/young", "data/foreign", PLAN.part(0)}
     assert set(place.list()) == kept
 

@@ -43,7 +43,7 @@ class Source:
                 fault = FAULT
             places = np.arange(first, first + count)
             records = pa.RecordBatch.from_pydict({"n": [None] * count if fault else places.tolist()})
-            yield Batch(first, records, places.astype(np.uint64), fault)
+            yield Batch(first, records, places.astype(np.uint64), "there", 0, places, fault)
 
 
 def rows_of(source: Source) -> list[int | None]:

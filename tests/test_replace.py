@@ -75,6 +75,19 @@ def replace(place: Folder, one: Retry, who: str = "again", failed: Iterable[int]
     assert mine.seal(carried(0, ROWS[0]), SCHEMA).won
 
 
+def test_a_retry_carries_the_columns_of_the_part_and_needs_none_of_the_input(place: Folder) -> None:
+    one = begin(place)
+    assert one is not None
+    before = pq.read_table(pa.BufferReader(place.read(PLAN.part(0)))).select(SCHEMA.names)
+    mine = reopened(place, one, "again")
+    assert mine.open() is None
+    mine.add(answers(0, mine.missing, "again"))
+    mine.seal(mine.carried.to_batches(), mine.carried.schema)
+    after = pq.read_table(pa.BufferReader(place.read(PLAN.part(0)))).select(SCHEMA.names)
+    assert after.equals(before)
+    assert after.schema.equals(before.schema)
+
+
 def texts(place: Folder) -> list[str | None]:
     return pq.read_table(pa.BufferReader(place.read(PLAN.part(0))))["answer"].to_pylist()
 

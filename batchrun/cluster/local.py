@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from distributed import Nanny, Scheduler, Security, SpecCluster
+from distributed import Nanny, Scheduler, Security, SpecCluster, Status
+from tornado.ioloop import PeriodicCallback
 
 from batchrun.errors import ClusterError
 from batchrun.settings import ClusterSettings
 
+# Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
+# Dask takes one away whose worker was gone for 15 seconds.
+MEND = 2.0
 
-def local_cluster(settings: ClusterSettings) -> SpecCluster:
-    """A scheduler and the job's workers, as processes of this machine.
+
+@contextmanager
+def local_cluster(settings: ClusterSettings) -> Iterator[SpecCluster]:
+    """A scheduler and the job's workers, as processes of this machine; workers that are lost come again.
 
     Raises:
         ClusterError: more workers are asked for than there are GPUs.
     """
     # Everybody with an account on this machine reaches its loopback, and a scheduler runs what it is sent.
     private = Security.temporary()
-    return SpecCluster(
+    workers = _workers(settings, private)
+    with SpecCluster(
         security=private,
-        workers=_workers(settings, private),
+        workers=workers,
         scheduler={
             "cls": Scheduler,
             "options": {
@@ -35,7 +44,21 @@ def local_cluster(settings: ClusterSettings) -> SpecCluster:
             },
         },
         silence_logs=logging.CRITICAL,
-    )
+    ) as cluster:
+
+        def mend() -> None:
+            for name, nanny in list(cluster.workers.items()):
+                if nanny.status in (Status.closed, Status.failed):
+                    del cluster.workers[name]
+            if len(cluster.workers) < len(workers):
+                cluster.scale(len(workers))
+
+        again = PeriodicCallback(mend, MEND * 1000)
+        cluster.loop.add_callback(again.start)
+        try:
+            yield cluster
+        finally:
+            cluster.loop.add_callback(again.stop)
 
 
 def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str, Any]]:

@@ -238,12 +238,15 @@ class Attempt:
         return Receipt(self._key, size, summary, won=summary.attempt == self.attempt_id)
 
     def _inspect(self, size: int) -> Summary:
-        """Of which job a part may be is for the manifest to say: a retry may have replaced it with a changed one."""
         summary = part.inspect(self.folder, self._key, size)
         expected = (self._origin.plan_hash, self.partition, self.rows)
-        if (summary.plan_hash, summary.partition, summary.rows) != expected:
+        if (summary.plan_hash, summary.partition, summary.rows) != expected or self._is_foreign(summary):
             raise part.damaged(self.folder, self._key, "a part of another job, plan or partition")
         return summary
+
+    def _is_foreign(self, summary: Summary) -> bool:
+        """Whether the part is another job's. A retry may have replaced it with a changed one: the manifest tells."""
+        return summary.job_hash != self._origin.job_hash and not summary.retries
 
     def _summarize(self, answers: pa.Table) -> Summary:
         origin = self._origin

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchrun.errors import OutputError
+from batchrun.errors import BatchrunError, OutputError
 from batchrun.output import part
 from batchrun.output.layout import DATA, Layout
 from batchrun.output.part import Summary
@@ -99,7 +99,7 @@ def problems(
         try:
             found = pq.read_table(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
             expected, _ = _failed(folder, layout, i, settings, places)
-        except (FileNotFoundError, OutputError, pa.ArrowException, OSError, ValueError, KeyError) as error:
+        except (BatchrunError, pa.ArrowException, OSError, ValueError, KeyError) as error:
             yield f"{key}: {error}"
             continue
         names = [name for name in expected.column_names if places or name not in PLACE.names]

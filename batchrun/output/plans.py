@@ -48,4 +48,9 @@ def add(folder: Folder, plans: Sequence[Plan], known: int) -> None:
 
 
 def _taken(folder: Folder, what: str) -> ChangedError:
-    return ChangedError(what, folder.name, "run again to take up what the other run planned")
+    return ChangedError(
+        what,
+        folder.name,
+        "run again to take up what the other run planned; if that says the same, "
+        "`batchrun clean --all` begins anew",
+    )

@@ -43,6 +43,7 @@ class ReplacingAttempt(Attempt):
     ) -> None:
         super().__init__(folder, layout, retry.identity.job_hash, partition, rows, attempt_id, settings)
         self.retry = retry
+        self.carried = pa.table({})  # the part's input columns, which a retry keeps as they are
         self._old: Summary | None = None
         self._retried: NDArray[np.bool_] = np.zeros(rows, dtype=bool)
 
@@ -53,13 +54,16 @@ class ReplacingAttempt(Attempt):
         data = self.folder.read(self._key)
         try:
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-            known = read_answers(file.read(), self.settings.columns)
+            table = file.read()
+            known = read_answers(table, self.settings.columns)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise part.damaged(self.folder, self._key, f"damaged ({error})") from error
         # Of these very bytes: another retry may have replaced the part since it was looked at.
         self._old = part.read_summary(file.metadata, self.folder, self._key)
         if self._old.generation >= self.retry.number:
             return Receipt(self._key, len(data), self._old, won=False)
+        own = [self.settings.column(field.name) for field in part.ANSWER_FIELDS]
+        self.carried = table.drop_columns(own).replace_schema_metadata(None)
         self._retried = selected(known, self.retry)
         kept = ~self._retried & (self._place < 0)
         self._hold(known.filter(pa.array(kept)))
@@ -72,6 +76,9 @@ class ReplacingAttempt(Attempt):
                 "the part to be mended is gone", self.folder.where(self._key), "`batchrun run` makes it again"
             )
         return receipt if receipt.summary.generation >= self.retry.number else None
+
+    def _is_foreign(self, summary: Summary) -> bool:
+        return False
 
     def _summarize(self, answers: pa.Table) -> Summary:
         assert self._old is not None

@@ -117,9 +117,12 @@ def _swept(keys: Iterable[str], layout: Layout | None, retrying: int) -> Iterato
             yield key
 
 
+PROBES = f"{JOB_FOLDER}probe-"  # of drivers that died while they tried the store
+
+
 def _stale(folder: Folder, keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
-        if key.startswith(TEMPORARY):
+        if key.startswith((TEMPORARY, PROBES)):
             written = folder.modified(key)
             if written is not None and time.time() - written > STALE_SECONDS:
                 yield key
