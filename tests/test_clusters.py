@@ -63,7 +63,7 @@ def settings(**values: Any) -> ClusterSettings:
 
 def test_a_local_worker_that_stays_away_for_long_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dask takes its nanny away then: 15 seconds of one death after the other would leave a run without workers."""
-    monkeypatch.setitem(DASK_CONFIG, "distributed.deploy.lost-worker-timeout", "500ms")
+    monkeypatch.setitem(DASK_CONFIG, "distributed.deploy.lost-worker-timeout", "10ms")
     me = psutil.Process()
     before = set(me.children())
     with connect(settings(workers=1)) as client:
