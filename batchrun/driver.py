@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,12 @@ def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Man
             limits = Limits(prepared.job, earlier, watch, count_rows=dispatch.order.retry is None)
             limits.check(dispatch.rows_committed)
             dispatch.watch = limits.see
-            dispatch.execute(client or stack.enter_context(connect(prepared.job.cluster)))
+            with connect(prepared.job.cluster) if client is None else nullcontext(client) as cluster:
+                dispatch.execute(cluster)
+        return _conclude(prepared, dispatch)
+
+
+def _conclude(prepared: Prepared, dispatch: Dispatch) -> Manifest:
     folder, layout, job, plan = prepared.folder, prepared.layout, prepared.job, prepared.plan
     pinned = identity.read(folder) or prepared.identity
     # A retry's parts may be replaced again at the same length: only a run's are what they were for good.

@@ -33,7 +33,7 @@ class Fleet:
         file = self.folder / "scheduler.json"
         words = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
         self.start("scheduler", [*DASK, "scheduler", *words, "--scheduler-file", str(file)])
-        wait_until(file.exists, "the scheduler does not start")
+        wait_until(lambda: file.exists() and file.read_text(), "the scheduler does not start")
         self.address = json.loads(file.read_text())["address"]
         return self.address
 

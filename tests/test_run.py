@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from distributed import Client
+from fleet import fleet
 
 import batchrun as library
 from batchrun.errors import (
@@ -83,11 +85,15 @@ def test_python_gives_the_same_meaning_and_a_dask_frame_with_arrow_types(tmp_pat
     assert whole["tags"].to_pylist() == dataset(ROWS)["tags"].to_pylist()
 
 
-def test_a_running_scheduler_is_used_by_its_address_and_left_running(tmp_path, tiny_llama, cluster):
+def test_a_running_scheduler_is_used_by_its_address_and_left_running(tmp_path, tiny_llama):
     job = write_job(tmp_path, tiny_llama)
-    code, out, err = batchrun("run", str(job), "--address", cluster.scheduler.address, "--json")
-    assert (code, json.loads(out)["requests"]) == (0, ROWS), err
-    assert cluster.submit(lambda: 1).result() == 1, "the cluster goes on"
+    with fleet(tmp_path / "logs") as one:
+        one.worker("127.0.0.1")
+        one.wait_for(1)
+        code, out, err = batchrun("run", str(job), "--address", one.address, "--json")
+        assert (code, json.loads(out).get("requests")) == (0, ROWS), err
+        with Client(one.address, set_as_default=False) as client:
+            assert client.submit(int, "1").result() == 1, "the cluster goes on"
     check_complete(tmp_path / "out", ROWS)
 
 

@@ -62,7 +62,7 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(
     found = {entry.key: entry.get()["Body"].read() for entry in bucket.objects.filter(Prefix="secrets/out/")}
     assert {
         "secrets/out/_job/job.json",
-        "secrets/out/_job/plan.parquet",
+        "secrets/out/_job/plans/00000.parquet",
         "secrets/out/_job/manifest.json",
     } <= set(found)
     check_silence(*found, *found.values())

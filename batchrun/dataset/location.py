@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PATIENCE = 30.0  # seconds that a busy store is asked again while planning
-FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0  # seconds; each wait is a random one
+PATIENCE = 10.0  # seconds that a busy store is asked again while planning
+FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0  # seconds; each wait is a random one
 
 # What stores call the thing that changes when an object's bytes change, the most telling one first.
 _VERSION_KEYS = (
@@ -65,7 +65,7 @@ def persistently(where: str, ask: Callable[[], T]) -> T:
     """What `ask()` gives, which is asked again while the store at `where` is only busy.
 
     Raises:
-        StorageError: it was busy for half a minute.
+        StorageError: it was busy for ten seconds and more.
         Exception: whatever else `ask` raises.
     """
 

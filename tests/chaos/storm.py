@@ -26,7 +26,8 @@ from .schedule import Event, events
 
 ROWS, PART_ROWS, WORKERS = 800, 20, 2
 DELAY = 0.06  # seconds that an engine takes over a row
-STORM = 300.0  # seconds at most; it ends earlier when the job comes through
+STORM = 300.0  # seconds at most; it ends earlier when the job comes through, or after
+LEAST, ENOUGH = 75.0, 120  # so many seconds, if there were so many faults by then
 STARTING = 0.25  # how fast the clock of events goes while no engine works: also what only starts is hit
 CALM = 240.0  # seconds in which a run without faults must have ended
 PAUSE = TTL + 4.0
@@ -78,7 +79,7 @@ class Round:
             stale = self.proxy.stale_stage_lists
             before = Counter(self.proxy.faults)
             self.proxy.storm(self.result.seed)
-            self._storm(started + STORM)
+            self._storm(started, before)
             self.proxy.calm()
             self.result.faults += self.proxy.faults - before
             self.result.allowed += (self.proxy.stale_stage_lists - stale) * PART_ROWS
@@ -91,11 +92,15 @@ class Round:
         self.result.seconds = time.monotonic() - started
         return self.result
 
-    def _storm(self, end: float) -> None:
+    def _storm(self, started: float, before: Counter[str]) -> None:
         coming = events(self.result.seed, self.only)
         event = next(coming, None)
         clock, looked = 0.0, time.monotonic()
-        while time.monotonic() < end and not self.complete:
+        while not self.complete:
+            lasted = time.monotonic() - started
+            faults = (self.proxy.faults - before).total() + self.result.faults.total()
+            if lasted > STORM or (lasted > LEAST and faults >= ENOUGH):
+                break
             self._reap()
             if not self.drivers and not self.complete:
                 self._drive()
