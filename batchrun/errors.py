@@ -36,7 +36,8 @@ class BatchrunError(Exception):
 
 
 class Refused(BatchrunError):
-    """Found before a model is loaded: nothing was generated, nothing was written."""
+    """Running the same command again cannot help. Nearly always found before a model is loaded; what an earlier run, or
+    this one, has staged stays."""
 
     exit_code = ExitCode.REFUSED
 

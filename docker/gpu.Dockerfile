@@ -7,7 +7,7 @@ FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS build
 ARG FLASH_ATTN="flash-attn==2.8.3"
 ARG CUDA_ARCHITECTURES="80;90"
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# The distribution's own patch releases are wanted; the digest of the base image pins the rest.
+# The distribution's own patch releases are wanted, so these packages are not pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-dev python3-venv ninja-build git \
