@@ -118,6 +118,7 @@ def test_a_profiler_and_missing_workers_are_warned_about(
 ) -> None:
     from distributed import Client
 
+    caplog.set_level("WARNING")  # Dask turns pytest's own handlers off while a cluster is up
     with fleet(tmp_path / "logs") as one, Client(one.address, set_as_default=False) as client:
         check_workers(client, 2)
         assert "waits for the first one" in caplog.text

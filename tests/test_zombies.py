@@ -163,6 +163,7 @@ def test_a_scheduler_that_was_killed_and_started_again_takes_the_same_command(tm
     cluster.scheduler.kill()
     _, err = run.communicate(timeout=120)
     assert run.returncode == 4, err
+    cluster.workers[0].wait(60)  # without its scheduler it leaves, after it has staged what it holds
     deadline = time.monotonic() + 60
     while cluster.scheduler.poll() is not None or cluster.workers[0].poll() is not None:
         cluster.mend()
