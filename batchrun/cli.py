@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console, RenderableType
 
-from batchrun.errors import BatchrunError, ExitCode, JobError
+from batchrun.errors import BatchrunError, ExitCode, JobError, one_line
 from batchrun.job import Job
 from batchrun.limits import parse_duration
 from batchrun.report import logs
@@ -90,15 +90,14 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Start a job, or go on where an earlier run of it ended."""
-    with _errors(as_json, debug, log_format) as redact:
-        job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], redact)
-        stop = _stop_on_signals()
-        from batchrun import driver
-        from batchrun.report import live
 
-        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
-            result = driver.run(job, force=force, stop=stop, watch=watch)
-        _end(job, result, as_json, redact)
+    def work(job: Job, **how: Any) -> RunResult:
+        from batchrun import driver
+
+        return driver.run(job, force=force, **how)
+
+    overrides = [*overrides, *_for_this_run(address, max_error_rate)]
+    _work_off(work, job_file, overrides, log_format, as_json, debug)
 
 
 @app.command(epilog="Example: batchrun retry job.yaml --error PROMPT_TOO_LONG --set prompt.truncate=left")
@@ -121,15 +120,14 @@ def retry(
     debug: Debug = False,
 ) -> None:
     """Run the failed rows of a complete output again, once their cause is mended."""
-    with _errors(as_json, debug, log_format) as redact:
-        job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], redact)
-        stop = _stop_on_signals()
-        from batchrun import retrying
-        from batchrun.report import live
 
-        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
-            result = retrying.retry(job, errors=errors, allow=allow, force=force, stop=stop, watch=watch)
-        _end(job, result, as_json, redact)
+    def work(job: Job, **how: Any) -> RunResult:
+        from batchrun import retrying
+
+        return retrying.retry(job, errors=errors, allow=allow, force=force, **how)
+
+    overrides = [*overrides, *_for_this_run(address, max_error_rate)]
+    _work_off(work, job_file, overrides, log_format, as_json, debug)
 
 
 @app.command(epilog="Example: batchrun status job.yaml --json")
@@ -234,14 +232,27 @@ def _for_this_run(address: str | None, max_error_rate: float | None) -> list[str
     return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
 
 
-def _end(job: Job, result: RunResult, as_json: bool, redact: Redactor) -> None:
-    from batchrun.report import summary
+def _work_off(
+    work: Callable[..., RunResult],
+    job_file: Path,
+    overrides: list[str],
+    log_format: LogFormat,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Shows `work(job, stop=, watch=)` while it goes on, then what came of it; ends with its exit code."""
+    with _errors(as_json, debug, log_format) as redact:
+        job = _load(job_file, overrides, redact)
+        stop = _stop_on_signals()
+        from batchrun.report import live, summary
 
-    if not as_json and result.rows:
-        sample = result.sample(summary.SHOWN_ROWS)
-        out.print(summary.rows_table(sample, _columns_to_show(job, sample)), markup=False)
-    _print(result.to_json(), summary.run_lines(result), as_json, redact)
-    raise typer.Exit(result.exit_code)
+        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
+            result = work(job, stop=stop, watch=watch)
+        if not as_json and result.rows:
+            sample = result.sample(summary.SHOWN_ROWS)
+            out.print(summary.rows_table(sample, _columns_to_show(job, sample)), markup=False)
+        _print(result.to_json(), summary.run_lines(result), as_json, redact)
+        raise typer.Exit(result.exit_code)
 
 
 @app.command(epilog="Example: batchrun init s3://lake/reviews/ --model org/name --out job.yaml")
@@ -324,7 +335,7 @@ def _errors(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Itera
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERRUPTED
         _fail(redact(str(error) or "stopped"), code, as_json, debug, log_format, redact)
     except Exception as error:
-        text = redact(f"{type(error).__name__}: {error}".splitlines()[0])
+        text = redact(one_line(error))
         hint = "" if debug else "; add --debug for the traceback"
         _fail(text, ExitCode.FAILED, as_json, debug, log_format, redact, f"unexpected {text}{hint}")
 

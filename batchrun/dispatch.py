@@ -21,7 +21,7 @@ from batchrun.engine.protocol import EngineStats
 from batchrun.errors import CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
 from batchrun.generation import Tally
 from batchrun.heartbeats import Heartbeats
-from batchrun.judging import Judge, Trial, one_line
+from batchrun.judging import Judge, Trial, reason_of
 from batchrun.output import state
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
@@ -240,7 +240,7 @@ class Dispatch:
         """A lost task that several partitions shared tells nothing of any one of them."""
         if len(members) > 1:
             log.warning(
-                "%d partitions lost their task to %s; each goes on by itself", len(members), one_line(error)
+                "%d partitions lost their task to %s; each goes on by itself", len(members), reason_of(error)
             )
             self._again_alone(members)
         else:

@@ -7,7 +7,6 @@ import threading
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from distributed import Client
@@ -20,7 +19,7 @@ from batchrun.limits import Limits
 from batchrun.output import failed, identity, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
-from batchrun.prepare import Prepared, places_of, prepare
+from batchrun.prepare import Prepared, places_in, prepare
 from batchrun.report import record
 from batchrun.report.observe import observed
 from batchrun.report.progress import Watch, silent
@@ -80,8 +79,7 @@ def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Man
     with ExitStack() as stack:
         if dispatch.todo:
             watch = stack.enter_context(observed(prepared, dispatch.order.run, dispatch.watch))
-            earlier = sum(past.worker_seconds for past in record.read_all(prepared.folder))
-            limits = Limits(prepared.job, earlier, watch, count_rows=dispatch.order.retry is None)
+            limits = Limits(prepared.job, _spent(prepared), watch, count_rows=dispatch.order.retry is None)
             limits.check(dispatch.rows_committed)
             dispatch.watch = limits.see
             with connect(prepared.job.cluster) if client is None else nullcontext(client) as cluster:
@@ -96,14 +94,16 @@ def _conclude(prepared: Prepared, dispatch: Dispatch) -> Manifest:
     receipts = dispatch.receipts if dispatch.order.retry is None else {}
     if job.output.failed is not None:
         found, _ = manifest.summaries(folder, layout, receipts)
-
-        def places(index: int) -> Any:
-            partition = plan.partitions[index]
-            return places_of(job, plan.schema, partition, plan.files_of(partition))
-
-        failed.complete(folder, layout, found, job.output, places)
+        failed.complete(folder, layout, found, job.output, places_in(job, plan))
     rows = [partition.rows for partition in plan.partitions]
     return manifest.write(folder, layout, pinned.job_hash, rows, receipts, job.output.failed)
+
+
+def _spent(prepared: Prepared) -> float:
+    """Worker seconds of all earlier runs of the output, which only a limit on their cost asks for."""
+    if prepared.job.limits.max_cost is None:
+        return 0.0
+    return sum(past.worker_seconds for past in record.read_all(prepared.folder))
 
 
 def _uncommitted(prepared: Prepared) -> dict[int, int]:
@@ -130,12 +130,12 @@ def _finished(prepared: Prepared) -> Manifest | None:
 
 
 def _pin(prepared: Prepared) -> None:
-    folder = prepared.folder
-    pinned = identity.read(folder)
-    if pinned is not None:
+    if identity.read(prepared.folder) is not None:
         _compare(prepared)
+        plans.add(prepared.folder, prepared.plans, max(prepared.known, 1))
+        return
     # The job pins its first plan. A job without a plan would pin an input that nobody can tell any more.
-    plans.add(folder, prepared.plans, max(prepared.known, 0 if pinned is None else 1))
+    plans.add(prepared.folder, prepared.plans, prepared.known)
     _compare(prepared)
 
 

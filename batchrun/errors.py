@@ -35,6 +35,13 @@ class BatchrunError(Exception):
         return f"{where}{self.what}{fix}"
 
 
+def one_line(error: BaseException) -> str:
+    """An error for a person: its own words if it is meant for one, else its type and first line."""
+    if isinstance(error, BatchrunError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class Refused(BatchrunError):
     """Running the same command again cannot help. Nearly always found before a model is loaded; what an earlier run, or
     this one, has staged stays."""

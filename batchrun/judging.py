@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from batchrun.dataset.plan import Plan
-from batchrun.errors import BatchrunError, EngineNotLoaded
+from batchrun.errors import EngineNotLoaded, one_line
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
 from batchrun.suspects import STRIKES, Suspects
@@ -51,7 +51,7 @@ class Judge:
         One that staged something is free. Raises as `Suspects` does.
         """
         staged = len(self._folder.list(self._layout.stage(partition)))
-        reason = one_line(error)
+        reason = reason_of(error)
         if staged > self._staged.get(partition, 0):
             self._suspects.progress(partition)
         elif isinstance(error, EngineNotLoaded):
@@ -100,10 +100,6 @@ class Judge:
         self._suspects.lost_alone(trial.partition, trial.rows, one_line(error))
 
 
-def one_line(error: BaseException | None) -> str:
-    """What happened to an attempt, for a person."""
-    if error is None:
-        return "a lost worker"
-    return (
-        str(error) if isinstance(error, BatchrunError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    )
+def reason_of(error: BaseException | None) -> str:
+    """What an attempt was lost to; None stands for its worker."""
+    return "a lost worker" if error is None else one_line(error)

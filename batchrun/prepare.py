@@ -204,6 +204,16 @@ def places_of(
         yield pa.RecordBatch.from_arrays(columns, schema=failed.PLACE)
 
 
+def places_in(job: Job, plan: Plan) -> failed.Places:
+    """`places_of` by a partition's number in the plan."""
+
+    def places(index: int) -> Iterator[pa.RecordBatch]:
+        partition = plan.partitions[index]
+        return places_of(job, plan.schema, partition, plan.files_of(partition))
+
+    return places
+
+
 def all_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of every partition that can be read, in the plan's order; take as many as are wanted."""
     for partition in plan.partitions:

@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ from batchrun.errors import (
 from batchrun.generation import Generation, Tally
 from batchrun.job import Job
 from batchrun.model import resolve
-from batchrun.output.attempt import Attempt, Receipt
+from batchrun.output.attempt import Attempt, Begun, Receipt
 from batchrun.output.failed import Places
 from batchrun.output.failed import update as update_failed
 from batchrun.output.layout import Layout
@@ -148,16 +149,14 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         BatchrunError: a fault of storage, input or engine. What was finished is staged.
     """
     started = time.monotonic()
-    job = order.job
-    still_wanted = _wanted_check(order.run)
-    tally = Tally(order.run, task.partition.index)
+    output = order.job.output
     stats = None
+    begun: Mapping[int, Begun] = {}
 
     def receipt(part: Receipt | None) -> TaskReceipt:
         return TaskReceipt(get_worker().address, part, tally, stats, time.monotonic() - started)
 
-    _running[id(tally)] = tally
-    try:
+    with _counted(order, task) as tally:
         attempt = order.attempt(task.partition)
         if part := attempt.open():
             return receipt(part)
@@ -170,50 +169,58 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
             tally.add(answers)
             attempt.add(answers)
         if missing.any():
-            texts = _texts_for(order)
-            engine = _engine_for(texts.engine)
-            tokens = job.generation.max_new_tokens
-            generation = Generation(
-                lambda columns: order.read(task, columns), attempt, texts, tokens, tally, missing
-            )
-            try:
-                generation.run(engine, still_wanted)
-            except StorageError:
-                raise
-            except EngineNotLoaded as error:
-                raise EngineNotLoaded(error.what, get_worker().address, error.fix) from None
-            except Exception:
-                attempt.flush()
-                raise
-            stats = engine.stats()
-            if not attempt.covered:
-                attempt.flush()
-                attempt.keep(generation.begun)
+            stats, begun = _generate(order, task, attempt, tally, missing)
         if not attempt.covered:
             attempt.flush()
+            attempt.keep(begun)
             return receipt(None)
         sealing = time.monotonic()
         part = _seal(order, task, attempt, tally)
         tally.commits, tally.commit_seconds = 1, time.monotonic() - sealing
-        if job.output.failed is not None and (part.summary.failed or order.retry is not None):
-            update_failed(attempt.folder, order.layout, task.partition.index, job.output, order.places(task))
+        if output.failed is not None and (part.summary.failed or order.retry is not None):
+            update_failed(attempt.folder, order.layout, task.partition.index, output, order.places(task))
         return receipt(part)
-    finally:
-        del _running[id(tally)]
 
 
 def examine(order: WorkOrder, task: Task) -> list[int]:
     """Proves that this worker can load the engine; the rows of the partition that nothing durable is there of."""
-    tally = Tally(order.run, task.partition.index)
-    _running[id(tally)] = tally
-    try:
+    with _counted(order, task):
         attempt = order.attempt(task.partition)
         if attempt.open():
             return []
         _engine_for(_texts_for(order).engine).load()
         return attempt.missing.tolist()
+
+
+@contextmanager
+def _counted(order: WorkOrder, task: Task) -> Iterator[Tally]:
+    """The task's counters, which the heartbeat carries for as long as this is open."""
+    tally = Tally(order.run, task.partition.index)
+    _running[id(tally)] = tally
+    try:
+        yield tally
     finally:
         del _running[id(tally)]
+
+
+def _generate(
+    order: WorkOrder, task: Task, attempt: Attempt, tally: Tally, missing: NDArray[np.bool_]
+) -> tuple[EngineStats, Mapping[int, Begun]]:
+    """Generates the missing rows, as far as they are wanted; the engine's counters and the rows that were begun."""
+    texts = _texts_for(order)
+    engine = _engine_for(texts.engine)
+    tokens = order.job.generation.max_new_tokens
+    generation = Generation(lambda columns: order.read(task, columns), attempt, texts, tokens, tally, missing)
+    try:
+        generation.run(engine, _wanted_check(order.run))
+    except StorageError:
+        raise
+    except EngineNotLoaded as error:
+        raise EngineNotLoaded(error.what, get_worker().address, error.fix) from None
+    except Exception:
+        attempt.flush()  # what was finished before costs no second time
+        raise
+    return engine.stats(), generation.begun
 
 
 def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,20 +10,18 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tenacity
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as NativeFileSystem
 
 from batchrun.errors import InputError, StorageError
-from batchrun.storage.faults import is_transient, one_line
-
-log = logging.getLogger(__name__)
+from batchrun.storage.backoff import back_off, kept_failing
+from batchrun.storage.faults import is_transient
 
 T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds that a busy store is asked again while planning
-FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0  # seconds; each wait is a random one
+FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0  # seconds, for `back_off`
 
 # What stores call the thing that changes when an object's bytes change, the most telling one first.
 _VERSION_KEYS = (
@@ -68,25 +65,12 @@ def persistently(where: str, ask: Callable[[], T]) -> T:
         StorageError: it was busy for ten seconds and more.
         Exception: whatever else `ask` raises.
     """
-
-    def note(state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        log.warning("%s: %s, trying again", where, one_line(error))
-
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
-        stop=tenacity.stop_after_delay(PATIENCE),
-        before_sleep=note,
-        reraise=True,
-    )
     try:
-        return retrying(ask)
+        return back_off(where, PATIENCE, FIRST_WAIT, LONGEST_WAIT)(ask)
     except Exception as error:
         if not is_transient(error):
             raise
-        what = f"the store kept failing ({one_line(error)})"
-        raise StorageError(what, where, "run again to go on from here") from error
+        raise kept_failing(error, where) from error
 
 
 def stat(path: str, storage_options: Mapping[str, Any]) -> Found:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from batchrun.errors import BatchrunError, ExitCode, StorageError
+from batchrun.errors import BatchrunError, ExitCode, StorageError, one_line
 from batchrun.prepare import Prepared
 from batchrun.report import record
 from batchrun.report.progress import Progress, Watch
@@ -148,7 +148,7 @@ def _outcome(error: BaseException) -> tuple[str, str]:
     if isinstance(error, BatchrunError):
         interrupted = error.exit_code == ExitCode.INTERRUPTED
         return ("interrupted" if interrupted else "failed"), error.what
-    return "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+    return "failed", one_line(error)
 
 
 def _sample(now: Progress) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.verify import Verification
 from batchrun.output.verify import clean as clean_folder
 from batchrun.output.verify import verify as verify_folder
-from batchrun.prepare import layout_of, open_folder, places_of, rows_of
+from batchrun.prepare import layout_of, open_folder, places_in, rows_of
 from batchrun.report import record
 from batchrun.report.progress import duration
 from batchrun.report.record import RunRecord
@@ -215,9 +215,7 @@ def verify(job: Job) -> Checked:
         [partition.rows for partition in plan.partitions],
         job.output,
         (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if columns else None,
-        lambda index: places_of(
-            job, plan.schema, plan.partitions[index], plan.files_of(plan.partitions[index])
-        ),
+        places_in(job, plan),
     )
     return Checked(folder.name, found)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import threading
@@ -13,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import fsspec.core
-import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
 from batchrun.errors import OutputError, StorageError
+from batchrun.storage.backoff import back_off, kept_failing
 from batchrun.storage.faults import http_status, is_transient, is_unauthorised, one_line
 from batchrun.storage.local import LocalStore
 from batchrun.storage.remote import remote_store
@@ -24,9 +23,7 @@ from batchrun.storage.store import Data, NotFound, Store, Unconditional
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
-# Seconds. The n-th wait is a random one up to FIRST_WAIT * 2**n, never above LONGEST_WAIT.
+# Seconds, for `back_off`.
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
 PATIENCE = 300.0
@@ -134,15 +131,9 @@ class Folder:
             renewed = True
             return action(_store(self.url, self.storage_options, renew=True))
 
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_transient),
-            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
-            stop=tenacity.stop_after_delay(PATIENCE if patience is None else patience),
-            before_sleep=lambda state: self._note(key, state),
-            reraise=True,
-        )
+        patience = PATIENCE if patience is None else patience
         try:
-            return retrying(once)
+            return back_off(self.where(key), patience, FIRST_WAIT, LONGEST_WAIT)(once)
         except (Unconditional, NotFound):
             raise
         except Exception as error:
@@ -152,14 +143,10 @@ class Folder:
                 raise self._explained(error, key) from error
             raise
 
-    def _note(self, key: str, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        log.warning("%s: %s, trying again", self.where(key), one_line(error))
-
     def _explained(self, error: Exception, key: str) -> StorageError:
         what, where = one_line(error), self.where(key)
         if is_transient(error):
-            return StorageError(f"the store kept failing ({what})", where, "run again to go on from here")
+            return kept_failing(error, where)
         if is_unauthorised(error):
             return StorageError(
                 f"access denied ({what})", where, "check the credentials and what they may do"
