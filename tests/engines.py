@@ -16,6 +16,20 @@ LOG = "BATCHRUN_TEST_LOG"  # a folder: one file per engine process, a line per r
 DELAY = "BATCHRUN_TEST_DELAY"  # seconds per row
 
 
+def waiting_now(requests: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:
+    """At most `room` requests that wait now, and whether more may come."""
+    taken: list[Request] = []
+    while len(taken) < room:
+        try:
+            request = next(requests)
+        except StopIteration:
+            return taken, False
+        if request is None:
+            break
+        taken.append(request)
+    return taken, True
+
+
 class EchoEngine:
     """Answers with the prompt's first tokens, slowly and in a shuffled order."""
 
@@ -33,17 +47,12 @@ class EchoEngine:
         waiting: list[Request] = []
         more = True
         while more or waiting:
-            while more and len(waiting) < 8:
-                request = next(requests, StopIteration)
-                if request is StopIteration:
-                    more = False
-                elif request is None:
-                    break
-                else:
-                    waiting.append(request)
-                    self.stats.requests += 1
-                    if self.log:
-                        self.log.write(f"{time.time()} {request.row_seed}\n")
+            new, more = waiting_now(requests, 8 - len(waiting)) if more else ([], False)
+            waiting += new
+            self.stats.requests += len(new)
+            for request in new:
+                if self.log:
+                    self.log.write(f"{time.time()} {request.row_seed}\n")
             if waiting:
                 time.sleep(self.delay)
                 yield self.answer(waiting.pop(len(waiting) // 2))

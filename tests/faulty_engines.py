@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from engines import EchoEngine
+from engines import EchoEngine, waiting_now
 from tokenizers.pre_tokenizers import ByteLevel
 
 from batchrun.engine.protocol import Completion, EngineSpec, Request
@@ -113,15 +113,10 @@ class SteppingEngine(NotedEngine):
         running: dict[int, tuple[Request, list[int]]] = {}
         more = True
         while more or running:
-            while more and len(running) < 16:
-                request = next(requests, StopIteration)
-                if request is StopIteration:
-                    more = False
-                elif request is None:
-                    break
-                else:
-                    running[request.id] = request, request.generated.tolist()
-                    self.notes.write(f"{text_of(request)} from {len(request.generated)}\n")
+            new, more = waiting_now(requests, 16 - len(running)) if more else ([], False)
+            for request in new:
+                running[request.id] = request, request.generated.tolist()
+                self.notes.write(f"{text_of(request)} from {len(request.generated)}\n")
             time.sleep(self.STEP)
             for number, (request, answer) in list(running.items()):
                 answer.append(int(request.token_ids[len(answer)]))

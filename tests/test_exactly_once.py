@@ -1,14 +1,8 @@
-"""The invariants of the output, under every interleaving, crash and fault that a search finds.
-
-The real code runs in threads that stop before each request to the store until the search lets one go on.
-So a schedule is a list of choices, and a failure is replayed exactly.
-"""
+"""The invariants of the output, under every interleaving, crash and fault that a search finds."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -18,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import initialize, invariant, rule
+from interleaving import Actor, Interleaving, OneThread
 from numpy.typing import NDArray
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout
 
@@ -29,67 +24,6 @@ from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.identity import Identity
 from batchrun.output.layout import MANIFEST, STAGE
 from batchrun.storage import folder
-
-
-class Crash(BaseException):
-    """The process is gone: nothing catches this, and no request gets through any more."""
-
-
-class Actor:
-    """A process of the model: it runs up to its next request, and waits there for what becomes of it."""
-
-    def __init__(self, work: Callable[[Actor], object]) -> None:
-        self.work = work
-        self.request: tuple[str, str] | None = None
-        self.verdict: str | None = None
-        self.crashed = False
-        self.done = False
-        self.error: BaseException | None = None
-        self.seen: set[str] = set()
-        self.listed: dict[int, set[int]] = {}
-        self.begun: dict[int, dict[int, int]] = {}
-        self._go = threading.Semaphore(0)
-        self._stopped = threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        self.thread.start()
-        self._stopped.acquire()
-
-    def _run(self) -> None:
-        try:
-            self.work(self)
-        except Crash:
-            self.crashed = True
-        except BatchrunError as error:
-            self.error = error
-        except BaseException as error:  # handed to the search, which fails on it
-            self.error = error
-        self.done = True
-        self.request = None
-        self._stopped.release()
-
-    def ask(self, operation: str, key: str) -> str | None:
-        """Called in the actor's thread: what becomes of this request."""
-        if self.crashed:
-            raise Crash
-        self.request = (operation, key)
-        self._stopped.release()
-        self._go.acquire()
-        if self.verdict == "crash":
-            self.crashed = True
-            raise Crash
-        return self.verdict
-
-    def advance(self, verdict: str | None = None) -> None:
-        self.verdict = verdict
-        self._go.release()
-        self._stopped.acquire()
-
-    def finish(self) -> None:
-        while not self.done:
-            self.advance()
-
 
 VERDICTS = st.sampled_from(
     [None] * 5 + ["crash", "crash after", "crash within", "reset", "lost", "busy", "truncate"] + ["stale"] * 3
@@ -109,16 +43,7 @@ def tokens(partition: int, row: int, length: int) -> NDArray[np.int32]:
     return np.arange(length, dtype=np.int32) + 1000 * partition + 10 * row
 
 
-class OneThread(contextlib.nullcontext):
-    """In place of a thread pool: an actor is one thread."""
-
-    def __enter__(self) -> OneThread:
-        return self
-
-    map = staticmethod(map)
-
-
-class ExactlyOnce(RuleBasedStateMachine):
+class ExactlyOnce(Interleaving):
     @initialize(
         rows=st.lists(st.integers(0, 6), min_size=1, max_size=3),
         actors=st.lists(ACTORS, min_size=2, max_size=4),
@@ -206,39 +131,11 @@ class ExactlyOnce(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 3), requests=st.integers(1, 6), verdict=VERDICTS)
     def go_on(self, which: int, requests: int, verdict: str | None) -> None:
-        for request in range(requests):
-            alive = [actor for actor in self.actors if not actor.done]
-            if alive:
-                self.advance(alive[which % len(alive)], verdict if request == requests - 1 else None)
-
-    def advance(self, actor: Actor, verdict: str | None) -> None:
-        assert actor.request is not None
-        operation, key = actor.request
-        staging = operation == "put" and STAGE in key
-        if verdict in ("truncate", "crash within") and not staging:
-            verdict = {"truncate": "reset", "crash within": "crash"}[verdict]
-        if verdict == "stale" and operation not in ("find", "info"):
-            verdict = None
-        if verdict in ("crash after", "crash within"):
-            actor.crashed = True
-            verdict = "lost" if verdict == "crash after" else "truncate"
-        actor.advance(verdict)
-
-    def spawn(self, work: Callable[[Actor], object]) -> None:
-        actor = Actor(work)
-        self.actors.append(actor)
-        actor.start()
+        self.let_go_on(which, requests, verdict)
 
     def name(self) -> str:
         self.started += 1
         return f"a{self.started}"
-
-    def gate(self, operation: str, key: str) -> str | None:
-        return self.me().ask(operation, key)
-
-    def me(self) -> Actor:
-        current = threading.current_thread()
-        return next(a for a in self.actors if a.thread is current)
 
     # What must hold
 
@@ -333,9 +230,7 @@ class ExactlyOnce(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "store"):
             return
-        for actor in self.actors:
-            while not actor.done:
-                self.advance(actor, "crash")
+        self.crash_all()
         self.spawn(lambda actor: self.one_run(actor, self.name(), 2, 2))
         self.actors[-1].finish()
         assert self.actors[-1].error is None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from chaos.processes import below
 
 from batchrun.dataset.plan import Plan
 from batchrun.dataset.reader import read_partition
@@ -86,21 +87,7 @@ class Watcher:
 
 def family(process: subprocess.Popen[str]) -> dict[str, list[psutil.Process]]:
     """The run's living processes by what they are."""
-    found: dict[str, list[psutil.Process]] = {
-        "driver": [psutil.Process(process.pid)],
-        "worker": [],
-        "engine": [],
-    }
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            words = " ".join(child.cmdline())
-        except psutil.Error:
-            continue
-        if "batchrun.engine.server" in words:
-            found["engine"].append(child)
-        elif "spawn_main" in words:
-            found["worker"].append(child)
-    return found
+    return {"driver": [psutil.Process(process.pid)], **below([process.pid])}
 
 
 @pytest.mark.timeout(600)

@@ -3,8 +3,7 @@ what had succeeded stays as it was, and what a retry has staged is not generated
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
@@ -12,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import initialize, invariant, rule
+from interleaving import Actor, Interleaving, OneThread
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout
 from parts import settings as output_settings
-from test_exactly_once import Actor, OneThread
 
 from batchrun.errors import BatchrunError
 from batchrun.output import chunk, failed, identity, manifest, retry, verify
@@ -69,7 +68,7 @@ VERDICTS = st.sampled_from(
 RETRIES = st.tuples(st.sampled_from(CODES), st.integers(1, 3), st.integers(1, 2))
 
 
-class Retries(RuleBasedStateMachine):
+class Retries(Interleaving):
     @initialize(
         rows=st.lists(st.integers(0, 7), min_size=1, max_size=3),
         actors=st.lists(RETRIES, min_size=1, max_size=3),
@@ -151,35 +150,7 @@ class Retries(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 2), requests=st.integers(1, 12), verdict=VERDICTS)
     def go_on(self, which: int, requests: int, verdict: str | None) -> None:
-        for request in range(requests):
-            alive = [actor for actor in self.actors if not actor.done]
-            if alive:
-                self.advance(alive[which % len(alive)], verdict if request == requests - 1 else None)
-
-    def advance(self, actor: Actor, verdict: str | None) -> None:
-        assert actor.request is not None
-        operation, key = actor.request
-        if verdict in ("truncate", "crash within") and not (operation == "put" and STAGE in key):
-            verdict = {"truncate": "reset", "crash within": "crash"}[verdict]
-        if verdict == "stale" and operation not in ("find", "info"):
-            verdict = None
-        if verdict in ("crash after", "crash within"):
-            actor.crashed = True
-            verdict = "lost" if verdict == "crash after" else "truncate"
-        actor.advance(verdict)
-
-    def spawn(self, work: Callable[[Actor], object]) -> Actor:
-        actor = Actor(work)
-        self.actors.append(actor)
-        actor.start()
-        return actor
-
-    def gate(self, operation: str, key: str) -> str | None:
-        return self.me().ask(operation, key)
-
-    def me(self) -> Actor:
-        current = threading.current_thread()
-        return next(a for a in self.actors if a.thread is current)
+        self.let_go_on(which, requests, verdict)
 
     # What must hold
 
@@ -253,9 +224,7 @@ class Retries(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "checked"):
             return
-        for actor in self.actors:
-            while not actor.done:
-                self.advance(actor, "crash")
+        self.crash_all()
         last = self.spawn(lambda actor: self.one_retry(actor, "alast", [], 2, 2))
         last.finish()
         assert last.error is None, repr(last.error)

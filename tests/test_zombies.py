@@ -17,7 +17,7 @@ from chaos.processes import Cluster, below, environment
 from distributed import Client
 
 from batchrun.report.status import verify
-from jobs import batchrun, check_complete, load, start, write_job
+from jobs import batchrun, check_complete, load, start, wait_until, write_job
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -83,23 +83,13 @@ class Relay:
                 one.shutdown(socket.SHUT_RDWR)
 
 
-def wait_until(
-    condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 240.0
-) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-
-
 def begin(job: Path, cluster: Cluster) -> subprocess.Popen[str]:
     """A run that all workers of the cluster take part in, rows staged already."""
     with Client(cluster.address, timeout="60s", set_as_default=False) as client:
         client.wait_for_workers(len(cluster.workers), timeout=120)
     run = start("run", str(job), "--address", cluster.address, "--json")
     pids = [worker.pid for worker in cluster.workers]
-    wait_until(lambda: staged(job.parent) and all(below([pid])["engine"] for pid in pids), run)
+    wait_until(lambda: staged(job.parent) and all(below([pid])["engine"] for pid in pids), run, 240.0)
     return run
 
 
