@@ -374,3 +374,16 @@ def test_an_embedding_that_changes_with_the_longest_row_is_refused(tmp_path: Pat
     reason = unsupported(_spec(tmp_path))
     assert reason is not None
     assert "dynamic" in reason
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_prefill_ends_its_last_layer_for_the_wanted_tokens_alone(
+    folders: dict[str, Path], name: str
+) -> None:
+    engine = _engine(folders[name])
+    computed = []
+    for layer in engine._runner._model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, given: computed.append(given[0].shape[1]))
+    list(engine.generate(iter(_requests(0, rows=9, most_new=1))))
+    assert computed[0] > 9
+    assert computed[-1] == 9

@@ -23,6 +23,8 @@ CLOSE = {"atol": 2e-2, "rtol": 2e-2} if torch.cuda.is_available() else {"atol": 
 LAYERS = [
     Layer(query_heads=8, kv_heads=2, head_dim=32, scale=0.2),
     Layer(query_heads=4, kv_heads=4, head_dim=24, scale=0.2, window=20),
+    Layer(query_heads=7, kv_heads=1, head_dim=16, scale=0.3, window=50),
+    Layer(query_heads=40, kv_heads=1, head_dim=16, scale=0.25),
     Layer(query_heads=4, kv_heads=2, head_dim=64, scale=0.15, softcap=3.0),
 ]
 

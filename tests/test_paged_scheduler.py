@@ -139,6 +139,7 @@ def test_under_any_schedule_rows_read_their_own_tokens_no_page_leaks_and_each_ro
         waiting.append(_request(number, prompt, rng.randrange(1, min(30, context - len(prompt)) + 1)))
     going = True
     while waiting or going:
+        scheduler.last_rows = not waiting
         for _ in range(rng.randrange(4)):
             if waiting:
                 request = waiting.pop()
@@ -164,6 +165,51 @@ def test_rows_are_served_longest_first_and_groups_as_a_whole() -> None:
         assert queue.pop() is first
         order.append(first.request.id)
     assert order == [20, 12, 10, 11, 1, 2, 0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**9))
+def test_the_queue_knows_how_much_its_rows_may_generate_and_the_longest_of_them(seed: int) -> None:
+    rng = random.Random(seed)
+    queue, waiting = Queue(), []
+    for number in range(80):
+        if waiting and rng.random() < 0.4:
+            row = queue.pop()
+            waiting.remove(row)
+            if rng.random() < 0.2:
+                row.prompt = np.concatenate([row.prompt, np.zeros(1, np.int32)])
+                queue.push_first(row)
+                waiting.append(row)
+                assert queue.pop() is waiting.pop()
+        else:
+            beginning = [rng.randrange(3)] * rng.choice([1, 70])
+            waiting.append(Row.of(_request(number, beginning, rng.randrange(2, 40))))
+            queue.push(waiting[-1])
+        assert queue.new_tokens == sum(row.request.max_new_tokens for row in waiting)
+        assert queue.longest == max((row.request.max_new_tokens for row in waiting), default=0)
+
+
+def test_the_last_rows_end_together_instead_of_leaving_a_few_to_steps_of_their_own() -> None:
+    rng = random.Random(0)
+    lengths = [min(600, max(8, int(rng.lognormvariate(4.6, 0.7)))) for _ in range(1500)]
+
+    def rows_per_step(last_rows: bool) -> list[int]:
+        scheduler = Scheduler(Pool(6000, 16), 2048, 4096, 640, OutputLengths(certain=True))
+        scheduler.last_rows = last_rows
+        for number, new in enumerate(lengths):
+            scheduler.add(_request(number, [number % 50] * 20, new))
+        rows: list[int] = []
+        while scheduler.active or len(scheduler.queue):
+            while scheduler.worth_a_pack() and scheduler.next_pack():
+                scheduler.launched_pack()
+            if work := scheduler.next_round(8):
+                rows += [len(work.rows)] * work.steps
+        return rows
+
+    hasty, even = rows_per_step(False), rows_per_step(True)
+    assert len(even) <= 1.01 * len(hasty)
+    assert sum(rows < 128 for rows in hasty) > 0.25 * len(hasty)
+    assert sum(rows < 128 for rows in even) < 0.1 * len(even)
 
 
 def test_an_evicted_row_comes_first_with_its_output() -> None:

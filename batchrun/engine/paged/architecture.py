@@ -90,6 +90,18 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
     return calls
 
 
+def decoder_layers(model: nn.Module, attention: list[nn.Module]) -> list[nn.Module]:
+    """The model's layers that hold the attention modules, in their order; empty where each has no layer of its own."""
+    wanted = {id(module) for module in attention}
+    return [
+        layer
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList) and len(stack) == len(attention)
+        for layer in stack
+        if any(id(module) in wanted for module in layer.modules())
+    ]
+
+
 def unsupported(spec: EngineSpec) -> str | None:
     """Why the paged engine cannot run the model at `spec.model_path`, in one line; None when it can.
 

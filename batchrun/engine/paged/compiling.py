@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchrun.engine.paged.architecture import decoder_layers
 from batchrun.engine.paged.sampler import Sampler
 
 
@@ -17,16 +18,9 @@ def compile_layers(model: nn.Module, attention: list[nn.Module]) -> int:
     Layer by layer, because tracing one takes a second and a model of 30 layers half a minute; what is lost is the
     fusion of the addition at a layer's end with the norm at the next one's start.
     """
-    wanted = {id(module) for module in attention}
-    layers = [
-        layer
-        for stack in model.modules()
-        if isinstance(stack, nn.ModuleList) and len(stack) == len(attention)
-        for layer in stack
-        if any(id(module) in wanted for module in layer.modules())
-    ]
+    layers = decoder_layers(model, attention)
     for layer in layers:
-        layer.forward = _dynamic(torch.compile(layer.forward, fullgraph=True))
+        layer.forward = compiled(layer.forward)
     return len(layers)
 
 
@@ -46,16 +40,18 @@ def compile_sampler(sampler: Sampler) -> None:
     sampler.choose = call  # type: ignore[method-assign]
 
 
-def _dynamic(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Says which sizes vary when it is first called, so that no number of tokens is compiled for itself alone."""
-    compiled = False
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward, compiled when it is first called, which tells the sizes that vary: no number of tokens is
+    compiled for itself alone."""
+    forward = torch.compile(forward, fullgraph=True)
+    called = False
 
     def call(hidden: Tensor, *arguments: Any, **named: Any) -> Any:
-        nonlocal compiled
-        if not compiled:
+        nonlocal called
+        if not called:
             for argument in (hidden, *arguments, *named.values()):
                 _mark(argument, hidden.shape[1])
-            compiled = True
+            called = True
         return forward(hidden, *arguments, **named)
 
     return call

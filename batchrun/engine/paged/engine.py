@@ -112,6 +112,7 @@ class PagedEngine:
         try:
             while True:
                 yield from self._pull(feed)
+                scheduler.last_rows = feed.ended
                 yield from self._let_go(pending)
                 while scheduler.worth_a_pack() and (pack := scheduler.next_pack()):
                     if (prefilled := self._try(runner.prefill, pack)) is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from batchrun.engine.paged.architecture import Layer
 
 _LOG2_E = 1.4426950408889634
-_QUERIES = 64
+_QUERIES, _MOST_PACKED = 64, 16
 
 
 @triton.jit
@@ -159,17 +159,17 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
 @triton.jit
 def _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
     """One block of keys into a running softmax (Milakov and Gimelshein, 2018), in powers of two."""
-    score = tl.dot(q, k) * scale
+    score = tl.dot(q, k)
     if SOFTCAP:  # a tanh of what the GPU has an instruction for
-        bent = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * score / softcap)) - 1.0
-        score = softcap * 1.4426950408889634 * bent
+        bent = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale * score / softcap)) - 1.0
+        score, scale = softcap * 1.4426950408889634 * bent, 1.0
     if MASKED:
         score = tl.where(seen, score, float("-inf"))
-    higher = tl.maximum(top, tl.max(score, axis=1))
+    higher = tl.maximum(top, tl.max(score, axis=1) * scale)
     base = tl.where(higher == float("-inf"), 0.0, higher)
     shrink = tl.exp2(top - base)
-    weight = tl.exp2(score - base[:, None])
-    sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
+    weight = tl.exp2(score * scale - base[:, None])  # one instruction for both, since the scale comes last
+    sums = tl.dot(weight.to(v.dtype), v, sums * shrink[:, None])
     return higher, total * shrink + tl.sum(weight, axis=1), sums
 
 
@@ -250,31 +250,36 @@ def decode(
 def _prefill(
     query, keys, values, tables, starts, lengths, out, scale, softcap,
     query_token, query_head, key_token, value_token, table_row,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PAGED: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PAGED: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # PACK heads of a group, which have their keys in common, fill a block's queries: it then spans fewer tokens, and
+    # less of it is lost at a row's end and to keys that are too late.
+    TOKENS: tl.constexpr = QUERIES // PACK
     # The last queries of a row see most keys: they go first, so that no long block is left for the end.
-    block, head, row = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, pack, row = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(starts + row)
     count = tl.load(starts + row + 1) - begin
-    if block * QUERIES >= count:
+    if block * TOKENS >= count:
         return
     length = tl.load(lengths + row)
-    member = block * QUERIES + tl.arange(0, QUERIES)
+    number = tl.arange(0, QUERIES)
+    member = block * TOKENS + number // PACK
+    head = pack * PACK + number % PACK
     column = tl.arange(0, COLUMNS)
     inside = column < SIZE
-    part = head // GROUP * SIZE + column
-    own = (member < count)[:, None] & inside[None, :]
+    part = pack * PACK // GROUP * SIZE + column
+    own = ((member < count) & (number < TOKENS * PACK))[:, None] & inside[None, :]
     token = (begin + member).to(tl.int64)
     q = tl.load(
-        query + token[:, None] * query_token + head * query_head + column[None, :], mask=own, other=0.0
+        query + (token * query_token + head * query_head)[:, None] + column[None, :], mask=own, other=0.0
     )
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, COLUMNS), tl.float32)
     place = length - count + member
-    earliest = length - count + block * QUERIES
+    earliest = length - count + block * TOKENS
     first = 0
     if WINDOW > 0:
         first = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK * BLOCK
@@ -291,7 +296,7 @@ def _prefill(
         k = tl.load(keys + (source * key_token)[None, :] + part[:, None], mask=inside[:, None], other=0.0)
         v = tl.load(values + (source * value_token)[:, None] + part[None, :], mask=inside[None, :], other=0.0)
         top, total, sums = _attend(q, k, v, other[None, :], top, total, sums, scale, softcap, SOFTCAP, False)
-    for start in tl.range(whole, tl.minimum(earliest + QUERIES, length), BLOCK, num_stages=STAGES):
+    for start in tl.range(whole, tl.minimum(earliest + TOKENS, length), BLOCK, num_stages=STAGES):
         other = start + tl.arange(0, BLOCK)
         there = other < length
         if PAGED:
@@ -313,7 +318,7 @@ def _prefill(
         if WINDOW > 0:
             seen = seen & (other[None, :] > place[:, None] - WINDOW)
         top, total, sums = _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP, True)
-    target = out + (token[:, None] * HEADS + head) * SIZE + column[None, :]
+    target = out + (token * HEADS + head)[:, None] * SIZE + column[None, :]
     tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), mask=own)
 
 
@@ -337,13 +342,15 @@ def prefill(
     columns = triton.next_power_of_2(size)
     block, stages = _fitting(query, columns, ((64, 3), (64, 2), (32, 2), (16, 1)), queries=_QUERIES)
     axis = 0 if tables is None else 1
-    grid = (triton.cdiv(longest_query, _QUERIES), heads, len(lengths))
+    group = heads // layer.kv_heads
+    pack = max(heads for heads in range(1, _MOST_PACKED + 1) if group % heads == 0)
+    grid = (triton.cdiv(longest_query, _QUERIES // pack), heads // pack, len(lengths))
     _prefill[grid](
         query, keys, values, lengths if tables is None else tables, starts, lengths, out,
         layer.scale * (1.0 if layer.softcap else _LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), keys.stride(axis), values.stride(axis),
         0 if tables is None else tables.stride(0),
-        HEADS=heads, GROUP=heads // layer.kv_heads, SIZE=size, PAGE=1 if tables is None else keys.shape[1],
+        HEADS=heads, GROUP=group, PACK=pack, SIZE=size, PAGE=1 if tables is None else keys.shape[1],
         WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None, PAGED=tables is not None,
         QUERIES=_QUERIES, BLOCK=block, COLUMNS=columns, STAGES=stages, num_warps=4,
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from batchrun.engine.paged.attention import CASCADE_ROWS, Cache, using
 from batchrun.engine.paged.batch import Batch, Trunk
+from batchrun.engine.paged.last_layer import LastLayer
 from batchrun.engine.paged.pool import TRASH
 from batchrun.engine.paged.queue import Row
 from batchrun.engine.paged.sampler import BAD, Sampler
@@ -69,6 +72,7 @@ class Runner:
         self.computed_tokens = 0
         self.launches = 0
         self._model, self._sampler, self._device = model, sampler, device
+        self._last_layer = LastLayer(model, cache.modules)
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._memory_pool: Any = None
         self._capturing: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -186,7 +190,7 @@ class Runner:
             self._decode_step(shape)  # compiles what is not compiled yet, which a capture cannot
             here, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
             self._capturing.wait_stream(here)
-            with torch.cuda.stream(self._capturing):
+            with torch.cuda.stream(self._capturing), _no_collections():
                 graph.capture_begin(pool=self._memory_pool, capture_error_mode="thread_local")
                 self._decode_step(shape)
                 graph.capture_end()
@@ -270,7 +274,10 @@ class Runner:
 
     def _forward(self, tokens: Tensor, positions: Tensor, batch: Batch, keep: Tensor | int) -> Tensor:
         """Logits (rows, vocabulary): of all tokens with `keep` 0, else of those that it points at."""
-        with using(self.cache, batch):
+        with (
+            using(self.cache, batch),
+            self._last_layer.only(keep) if isinstance(keep, Tensor) else nullcontext(),
+        ):
             return self._model(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
             ).logits[0]
@@ -289,6 +296,18 @@ class Runner:
 
     def _pin(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """A collection may free what a CUDA graph or module holds, which ends a capture with an error."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _views(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,10 @@ Ints = NDArray[np.int32]
 
 SMALLEST_PACK = 16
 """Tokens. Where the device has no memory even for these, the row itself does not fit."""
+
+EVEN_ROWS, EVEN_STEP, EVEN_SLACK = 256, 32, 1.2
+"""A step of fewer rows takes a GPU hardly less time, since it reads the weights all the same; a step is captured for
+a multiple of so many; and so much more than an even share, so that the longest row need not wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class OutputLengths:
     """What rows are expected to generate, learned from those that have ended."""
 
     def __init__(self, certain: bool) -> None:
-        self._certain = certain
+        self.certain = certain
         self._mean = 0.0
         self._seen = 0
 
@@ -66,7 +71,7 @@ class OutputLengths:
 
         Half as much again as the mean, because who guesses too low evicts rows and computes them twice.
         """
-        if self._certain:
+        if self.certain:
             return limits
         typical = 1.5 * self._mean + 16 if self._seen >= 32 else limits / 4 + 16
         return np.minimum(limits, np.maximum(typical, 1.25 * done + 16)).astype(np.int32)
@@ -78,6 +83,8 @@ class Scheduler:
     A round is planned while the one before it still runs, so lengths here run ahead of what has been read back: rows
     that end by length leave as planned, rows that end by a stop token one round late. Pages and slots are used again
     only by work that is handed to the device afterwards, and the device works in order.
+
+    `last_rows` is for whoever calls to say: no rows will come but those that were added.
     """
 
     def __init__(
@@ -86,6 +93,7 @@ class Scheduler:
         self.pool = pool
         self.queue = Queue()
         self.lengths = lengths
+        self.last_rows = False
         self.evictions = 0
         self.prompt_tokens = 0
         self.shared_tokens = 0
@@ -125,12 +133,13 @@ class Scheduler:
         self._release_ended()
         if self._partial is not None:
             return True
-        if not len(self.queue) or not self._free_slots or self.active >= self._most_rows:
+        most = self._rows_at_once()
+        if not len(self.queue) or not self._free_slots or self.active >= most:
             return False
         if not self.active:
             return True
-        room, slots = self._room(), self._most_rows - self.active
-        wanted = min(len(self.queue), max(1, self._most_rows // 16))
+        room, slots = self._room(), most - self.active
+        wanted = min(len(self.queue), max(1, most // 16))
         return slots >= wanted and room >= min(
             self.pool.pages // 16, wanted * self._needs(self.queue.peek(), Match())
         )
@@ -139,12 +148,12 @@ class Scheduler:
         """Prompts to compute together, at most `prefill_tokens` of them; empty when none fits."""
         self._release_ended()
         segments: list[Segment] = []
-        tokens, room = self._prefill_tokens, self._room()
+        tokens, room, most = self._prefill_tokens, self._room(), self._rows_at_once()
         if self._partial is not None:
             row, self._partial = self._partial, None
             segments.append(self._segment(row, row.cached, tokens))
             tokens -= segments[-1].stop - segments[-1].start
-        while tokens > 0 and len(self.queue) and self.active < self._most_rows and self._partial is None:
+        while tokens > 0 and len(self.queue) and self.active < most and self._partial is None:
             row = self.queue.peek()
             match = self.pool.match(row.prompt)
             needs = self._needs(row, match)
@@ -273,6 +282,18 @@ class Scheduler:
         self.pool.check(
             [row.pages for row in self._rows if row is not None] + [[p] for p in self.pool.borrowed]
         )
+
+    def _rows_at_once(self) -> int:
+        """As many as the device takes; of the last rows, if it is known how long they get, as many as let the short
+        ones last as long as the longest. All at once, they would soon be gone and leave it to steps of a few rows."""
+        if not (self.last_rows and self.lengths.certain):
+            return self._most_rows
+        slots = np.flatnonzero(self._taken)
+        left = self._last[slots] - self._length[slots]
+        tokens = self.queue.new_tokens + int(left.sum())
+        longest = max(self.queue.longest, int(left.max(initial=1)))
+        even = math.ceil(EVEN_SLACK * tokens / longest / EVEN_STEP) * EVEN_STEP
+        return min(self._most_rows, max(EVEN_ROWS, even))
 
     def _room(self) -> int:
         """Pages that no active row is expected to need."""
