@@ -95,6 +95,7 @@ class Runner:
         self._inputs = zeros(torch.int32, 0)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
+        self._true = torch.ones((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
     def prefill(self, pack: list[Segment]) -> Pending:
@@ -270,7 +271,7 @@ class Runner:
         self._token[slots] = token
         self._alive[slots] = alive
         if self._seen is not None:
-            self._seen[slots, token] = True
+            self._seen.index_put_((slots, token), self._true)  # a plain True comes from the host
 
     def _forward(self, tokens: Tensor, positions: Tensor, batch: Batch, keep: Tensor | int) -> Tensor:
         """Logits (rows, vocabulary): of all tokens with `keep` 0, else of those that it points at."""
