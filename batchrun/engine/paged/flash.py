@@ -1,8 +1,8 @@
 """FlashAttention over pages on a GPU: Triton kernels of our own, and flash-attn 2 (Dao, 2023) where it is better.
 
 Measured on an H200 in bf16, microseconds, ours against flash-attn 2.8.3: decode of 1024 rows of 20 to 1500 tokens
-271 : 369 (4.4 : 3.2 TB/s); of 300 rows of 20 to 3300 tokens 261 : 322; prefill of 27 prompts of 600 tokens
-225 : 276, of 109 of 150 tokens 168 : 247, of 115 of 120 tokens behind 600 shared ones 365 : 478.
+271 : 369 (4.4 : 3.2 TB/s); of 300 rows of 20 to 3300 tokens 261 : 322; prefill, 32 query heads, of 27 prompts of 600
+tokens 327 : 444, of 109 of 150 tokens 216 : 393, of 5 of 3000 tokens 943 : 1200.
 """
 
 from __future__ import annotations
