@@ -173,6 +173,26 @@ def test_the_cronjobs_command_is_about_the_day_before_its_job_whenever_it_is_tri
     assert "output.path=s3://lake/answers/day=2026-02-28/" in machine.lines()[0]
 
 
+def test_argo_tries_again_after_interruptions_only_and_each_try_is_about_the_same_day(
+    machine: Machine,
+) -> None:
+    flow = yaml.safe_load((SCHEDULES / "argo.yaml").read_text())["spec"]["workflowSpec"]
+    template = next(t for t in flow["templates"] if t["name"] == flow["entrypoint"])
+    again = template["retryStrategy"]["expression"].split(" || ")
+    assert again == [
+        'lastRetry.status == "Error"',
+        f"asInt(lastRetry.exitCode) == {int(ExitCode.INTERRUPTED)}",
+    ]
+    container = template["container"]
+    assert container["command"][:4] == ["tini", "-e", str(int(ExitCode.FAILED_ROWS)), "--"]
+    names = {volume["name"] for volume in flow["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == names
+    assert container["env"] == [{"name": "SCHEDULED", "value": "{{workflow.scheduledTime}}"}]
+    words = [*container["command"][4:], *container["args"]]
+    assert machine.run("0", *words, SCHEDULED="2026-03-01T01:30:00Z") == 0
+    assert "output.path=s3://lake/answers/day=2026-02-28/" in machine.lines()[0]
+
+
 class FailForGood(Exception):
     pass
 
