@@ -22,7 +22,7 @@ from batchrun.output.manifest import Manifest
 from batchrun.prepare import Prepared, places_in, prepare
 from batchrun.report import record
 from batchrun.report.observe import observed
-from batchrun.report.progress import Watch, silent
+from batchrun.report.progress import Progress, Watch, silent
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder
 
@@ -42,12 +42,13 @@ def run(
     Args:
         job: a Job, or the path of a job file.
         client: a Dask client to run on; otherwise the job's own `cluster` section decides.
-        force: run although another driver seems to be at work. Still exact, at worst wasteful.
+        force: run although another driver seems to be at work, which stops once it sees that. Exact either way.
         stop: set it (from a signal handler, say) to let tasks stage what they hold and end the run.
         watch: called about once a second with the run's progress.
 
     Raises:
         Refused: before anything was generated: a bad job, input, model or destination, or changed ones.
+        LeaseHeld: another driver is at work, or took over on the way with `force`.
         Interrupted: stopped on the way, by `stop` or one of the job's limits; the same call goes on from there.
         TooManyFaults: more than `limits.max_error_rate` of the rows failed.
         BatchrunError: anything else that ended the run; it can be resumed.
@@ -59,10 +60,10 @@ def run(
         return result(prepared, done, time.monotonic() - started)
     folder = prepared.folder
     try_store(folder)
-    with Lease(folder, force=force):
+    with Lease(folder, force=force) as lease:
         _pin(prepared)
         dispatch = Dispatch(prepared, _uncommitted(prepared), stop or threading.Event(), watch)
-        done = finish(prepared, dispatch, client)
+        done = finish(prepared, dispatch, lease, client)
     return result(prepared, done, time.monotonic() - started, dispatch)
 
 
@@ -74,14 +75,19 @@ def try_store(folder: Folder) -> None:
         )
 
 
-def finish(prepared: Prepared, dispatch: Dispatch, client: Client | None) -> Manifest:
+def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, client: Client | None) -> Manifest:
     """Works off what the dispatch has to do, and writes what stands beside the parts, the manifest last."""
+
+    def see(now: Progress) -> None:
+        lease.check()
+        limits.see(now)
+
     with ExitStack() as stack:
         if dispatch.todo:
             watch = stack.enter_context(observed(prepared, dispatch.order.run, dispatch.watch))
             limits = Limits(prepared.job, _spent(prepared), watch, count_rows=dispatch.order.retry is None)
             limits.check(dispatch.rows_committed)
-            dispatch.watch = limits.see
+            dispatch.watch = see
             with connect(prepared.job.cluster) if client is None else nullcontext(client) as cluster:
                 dispatch.execute(cluster)
         return _conclude(prepared, dispatch)

@@ -68,11 +68,11 @@ def retry(
     if written is None:
         raise OutputError("not complete yet", folder.name, "finish it with `batchrun run` first")
     try_store(folder)
-    with Lease(folder, force=force):
+    with Lease(folder, force=force) as lease:
         found, _ = manifest.summaries(folder, layout)
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)
         work = {} if one is None else one.work(found)
         dispatch = Dispatch(prepared, work, stop or threading.Event(), watch, one)
-        done = finish(prepared, dispatch, client)
+        done = finish(prepared, dispatch, lease, client)
     return result(prepared, done, time.monotonic() - started, dispatch)

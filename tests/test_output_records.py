@@ -396,13 +396,32 @@ def test_a_forced_driver_takes_over_and_the_first_one_notices(
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT", 0.02)
     with Lease(place) as first:
+        first.check()
         with Lease(place, force=True):
             deadline = time.monotonic() + 10
-            while not first.lost and time.monotonic() < deadline:
+            while first.taken_by is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert first.lost
+            with pytest.raises(LeaseHeld, match=rf"process {os.getpid()} on .* took it over"):
+                first.check()
             assert lease.read(place) is not None
         assert lease.read(place) is None
+
+
+def test_a_lease_that_nobody_holds_any_more_is_held_again(
+    place: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT", 0.02)
+    with Lease(place) as first:
+        mine = lease.read(place)
+        place.delete([LEASE])
+        deadline = time.monotonic() + 10
+        while lease.read(place) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        first.check()
+        now = lease.read(place)
+        assert mine is not None
+        assert now is not None
+        assert now.driver == mine.driver
 
 
 def test_the_heartbeat_keeps_a_lease_alive(place: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

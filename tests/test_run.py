@@ -26,8 +26,10 @@ from batchrun.errors import (
     OutputError,
     TooManyFaults,
 )
+from batchrun.output.lease import Lease
 from batchrun.report.status import clean, verify
 from batchrun.settings import OUTPUT_COLUMNS
+from batchrun.storage import Folder
 from jobs import answers, batchrun, check_complete, dataset, environment, load, start, wait_until, write_job
 
 ROWS = 60
@@ -294,7 +296,7 @@ def test_a_second_interrupt_stops_at_once_and_the_same_command_goes_on(tmp_path,
     check_complete(tmp_path / "out", ROWS)
 
 
-def test_a_job_started_twice_says_so_and_forced_is_still_exact(tmp_path, tiny_llama, cluster):
+def test_a_job_started_twice_says_so_and_forced_takes_over(tmp_path, tiny_llama, cluster):
     job = write_job(tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"})
     first = start("run", str(job))
     wait_until(lambda: list((tmp_path / "out").rglob("*.chunk")), first)
@@ -305,6 +307,21 @@ def test_a_job_started_twice_says_so_and_forced_is_still_exact(tmp_path, tiny_ll
     assert first.returncode == 0, err
     check_complete(tmp_path / "out", ROWS)
     assert verify(load(job)).found.passed
+
+
+def test_a_run_whose_lease_is_taken_over_stops_with_its_rows_staged(tmp_path, tiny_llama, cluster):
+    job = write_job(tmp_path, tiny_llama, rows=300, engine={"kind": "engines:SecondsEngine"})
+    first = start("run", str(job))
+    wait_until(lambda: list((tmp_path / "out").rglob("*.chunk")), first)
+    with Lease(Folder(str(tmp_path / "out")), force=True):
+        _, err = first.communicate(timeout=60)
+    assert first.returncode == ExitCode.REFUSED, err
+    assert f"process {os.getpid()} on" in err
+    result = library.run(load(job, "engine.kind=engines:EchoEngine"), client=cluster)
+    assert result.requests < 300
+    check_complete(tmp_path / "out", 300)
+    runs = json.loads(batchrun("status", str(job), "--json")[1])["runs"]
+    assert [run["outcome"] for run in runs] == ["interrupted", "complete"]
 
 
 def test_planted_secrets_are_in_no_file_no_log_and_no_message(tmp_path, tiny_llama):

@@ -53,7 +53,7 @@ class Holder:
 class Lease:
     """A context: taken on entry, kept alive by a thread, given back on exit if still held.
 
-    `force` takes it over from a live driver. `lost` tells that another driver took it over.
+    `force` takes it over from a live driver, which `check` then stops.
 
     Raises:
         LeaseHeld: on entry, another driver is alive.
@@ -61,7 +61,7 @@ class Lease:
 
     folder: Folder
     force: bool = False
-    lost: bool = False
+    taken_by: Holder | None = None
     _holder: Holder = field(default_factory=lambda: _this_process())
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -85,6 +85,12 @@ class Lease:
             # It expires by itself, and must not hide why the run ended.
             log.warning("the lease could not be given back: %s", problem)
 
+    def check(self) -> None:
+        """Raises LeaseHeld once another driver has taken the lease over, at most a heartbeat ago."""
+        if self.taken_by is not None:
+            who = f"process {self.taken_by.pid} on {self.taken_by.host}"
+            raise LeaseHeld(f"{who} took it over; stopped, all staged", self.folder.name, "wait for it")
+
     def _acquire(self) -> None:
         if self.folder.put_if_absent(LEASE, self._document()) or self._is_ours():
             return
@@ -99,9 +105,10 @@ class Lease:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             try:
-                if not self._is_ours():
-                    self.lost = True
-                    log.warning("another driver took over the lease on %s", self.folder.name)
+                holder = read(self.folder)
+                # One that took it over and has left again leaves none.
+                if holder is not None and holder.driver != self._holder.driver:
+                    self.taken_by = holder
                     return
                 self._holder = replace(self._holder, heartbeat=time.time())
                 self.folder.put(LEASE, self._document())

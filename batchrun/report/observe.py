@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from batchrun.errors import BatchrunError, ExitCode, StorageError, one_line
+from batchrun.errors import BatchrunError, ExitCode, LeaseHeld, StorageError, one_line
 from batchrun.prepare import Prepared
 from batchrun.report import record
 from batchrun.report.progress import Progress, Watch
@@ -146,7 +146,7 @@ def _outcome(error: BaseException) -> tuple[str, str]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "stopped"
     if isinstance(error, BatchrunError):
-        interrupted = error.exit_code == ExitCode.INTERRUPTED
+        interrupted = error.exit_code == ExitCode.INTERRUPTED or isinstance(error, LeaseHeld)
         return ("interrupted" if interrupted else "failed"), error.what
     return "failed", one_line(error)
 
