@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console, RenderableType
 
+from batchrun import __version__
 from batchrun.errors import BatchrunError, ExitCode, JobError, one_line
 from batchrun.job import Job
 from batchrun.limits import parse_duration
@@ -46,7 +47,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 Address = Annotated[str | None, typer.Option(help="of a running Dask scheduler")]
-Force = Annotated[bool, typer.Option(help="run although another driver seems to be at work")]
+Force = Annotated[bool, typer.Option(help="take over from another driver that seems to be at work")]
 ErrorRate = Annotated[
     float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this once")
 ]
@@ -56,6 +57,21 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it and leave")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(epilog="Example: batchrun plan job.yaml --trial 60s --gpus 8")
