@@ -95,6 +95,7 @@ class Dispatch:
         self.slowest: list[SlowPartition] = []
         self.dashboard: str | None = None
         self.started = time.monotonic()
+        self.seconds = self.worker_seconds = 0.0  # of the run and of all workers, as last shown
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
@@ -271,9 +272,11 @@ class Dispatch:
         for address, stats in beats.engines:
             self._see_engine(address, stats)
         live = beats.total
+        before, self.seconds = self.seconds, time.monotonic() - self.started
+        self.worker_seconds += len(workers) * (self.seconds - before)
         self.watch(
             Progress(
-                seconds=time.monotonic() - self.started,
+                seconds=self.seconds,
                 partitions=self.layout.partitions,
                 partitions_done=self.layout.partitions
                 - len(self.todo)
@@ -290,6 +293,7 @@ class Dispatch:
                 prompt_tokens=live.prompt_tokens,
                 output_tokens=live.output_tokens,
                 workers=len(workers),
+                worker_seconds=self.worker_seconds,
                 commits=live.commits,
                 commit_seconds=live.commit_seconds,
                 errors=live.errors,

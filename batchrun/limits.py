@@ -59,15 +59,14 @@ class Limits:
         settings = job.limits
         self.max_cost, self.max_rows = settings.max_cost, settings.max_rows if count_rows else None
         self.price = job.cluster.price_per_gpu_hour or 0.0
-        self.worker_seconds, self.watch = earlier, watch
+        self.earlier, self.watch = earlier, watch
+        self.worker_seconds = earlier
         now = datetime.now().astimezone()
         self.deadline = None if settings.deadline is None else parse_deadline(settings.deadline, now)
-        self._seconds = 0.0
 
     def see(self, now: Progress) -> None:
         """A watch: raises Interrupted, naming the limit and how to go on, once one is reached."""
-        self.worker_seconds += now.workers * (now.seconds - self._seconds)
-        self._seconds = now.seconds
+        self.worker_seconds = self.earlier + now.worker_seconds
         self.watch(now)
         if now.partitions_done < now.partitions:
             self.check(now.rows_done)

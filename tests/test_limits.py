@@ -64,13 +64,14 @@ def progress(seconds: float, workers: int, rows: int = 0, left: int = 1) -> Prog
         prompt_tokens=10 * rows,
         output_tokens=5 * rows,
         workers=workers,
+        worker_seconds=seconds * workers,
     )
 
 
-def test_a_runs_record_adds_up_its_workers_time(tmp_path, tiny_llama):
+def test_a_runs_record_keeps_its_workers_time_apart_from_other_runs(tmp_path, tiny_llama):
     prepared = prepare(load(write_job(tmp_path, tiny_llama)))
     for run, seen in (
-        ("a" * 32, [progress(10.0, 2), progress(15.0, 4, rows=7), progress(20.0, 4, rows=20)]),
+        ("a" * 32, [progress(10.0, 2), progress(15.0, 4, rows=7), progress(20.0, 3, rows=20)]),
         ("b" * 32, [progress(3.0, 1)]),
     ):
         recorder = Recorder(prepared, run)

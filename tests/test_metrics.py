@@ -51,6 +51,7 @@ def at(seconds: float, rows: int, **more) -> Progress:
         "seconds": seconds, "partitions": 10, "partitions_done": 2, "partitions_flying": 3, "rows": 1000,
         "rows_done": rows, "rows_failed": 3, "new_rows": rows, "reused": 0, "requests": rows + 50, "pulled": rows + 50,
         "sent_tokens": (rows + 50) * 10, "prompt_tokens": rows * 10, "output_tokens": rows * 10, "workers": 2,
+        "worker_seconds": seconds * 2,
         "commits": 2, "commit_seconds": 0.5, "errors": {"NULL_PROMPT": 3}, "crew": workers,
         "engines": [worker.engine for worker in workers],
     }  # fmt: skip
@@ -169,12 +170,11 @@ def test_a_port_that_is_taken_is_refused_by_its_key(tmp_path, tiny_llama, cluste
 
 @pytest.mark.parametrize("width", [40, 120])
 def test_the_live_view_says_what_counts_at_any_width(width):
-    rates, bill = Rates(), live.Bill(2.0)
+    rates = Rates()
     for now in (at(10, 100), at(20, 200), at(30, 300)):
         rates.add(now)
-        bill.add(now)
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    console.print(live.view(now, rates, bill))
+    console.print(live.view(now, rates, 2.0))
     text = console.file.getvalue()
     assert max(len(line) for line in text.splitlines()) <= width
     words = " ".join(text.split())
@@ -196,7 +196,7 @@ def test_many_workers_take_few_lines():
     rates = Rates()
     rates.add(now)
     console = Console(file=io.StringIO(), width=100)
-    console.print(live.view(now, rates, live.Bill(None)))
+    console.print(live.view(now, rates, None))
     assert console.file.getvalue().count("\n") < 20
     assert "and 92 more" in console.file.getvalue()
 

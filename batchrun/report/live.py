@@ -30,38 +30,18 @@ def show(
     elif not console.is_terminal:
         yield log_lines(lambda now, rates: print(line(now, rates), file=sys.stderr, flush=True))
     else:
-        rates, bill = Rates(), Bill(price_per_gpu_hour)
+        rates = Rates()
         # Redrawn when there is something new, once a second: a thread that redraws on its own costs more.
         with Live(Text("starting"), console=console, auto_refresh=False, transient=True) as live:
 
             def redraw(now: Progress) -> None:
                 rates.add(now)
-                bill.add(now)
-                live.update(view(now, rates, bill), refresh=True)
+                live.update(view(now, rates, price_per_gpu_hour), refresh=True)
 
             yield redraw
 
 
-class Bill:
-    """Money for the workers' time, so far and in all."""
-
-    def __init__(self, price_per_gpu_hour: float | None) -> None:
-        self.price = price_per_gpu_hour
-        self._worker_seconds = self._seen = 0.0
-
-    def add(self, now: Progress) -> None:
-        self._worker_seconds += now.workers * (now.seconds - self._seen)
-        self._seen = now.seconds
-
-    def text(self, now: Progress, remaining: float | None) -> str:
-        price = self.price or 0.0
-        spent = price * self._worker_seconds / 3600
-        if remaining is None:
-            return f"{spent:,.2f} so far"
-        return f"{spent:,.2f} so far, about {spent + price * now.workers * remaining / 3600:,.2f} in all"
-
-
-def view(now: Progress, rates: Rates, bill: Bill) -> RenderableType:
+def view(now: Progress, rates: Rates, price_per_gpu_hour: float | None) -> RenderableType:
     """All that a person wants to know of a run at one moment; each line wraps by itself in a narrow window."""
     remaining = rates.remaining()
     share = now.rows_done / now.rows if now.rows else 1.0
@@ -72,12 +52,14 @@ def view(now: Progress, rates: Rates, bill: Bill) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in chain(_facts(now, rates, bill, remaining), _workers(now, rates)):
+    for name, value in chain(_facts(now, rates, price_per_gpu_hour, remaining), _workers(now, rates)):
         facts.add_row(name, Text(value, style="red" if name == "errors" else ""))
     return Group(head, bar, facts)
 
 
-def _facts(now: Progress, rates: Rates, bill: Bill, remaining: float | None) -> Iterator[tuple[str, str]]:
+def _facts(
+    now: Progress, rates: Rates, price: float | None, remaining: float | None
+) -> Iterator[tuple[str, str]]:
     before = f", {now.reused:,} from before" if now.reused else ""
     yield "rows", f"{now.rows_done:,} of {now.rows:,}, {rates.per_second('new_rows'):,.0f}/s{before}"
     yield "parts", f"{now.partitions_done:,} of {now.partitions:,}, {now.partitions_flying:,} at work"
@@ -92,8 +74,14 @@ def _facts(now: Progress, rates: Rates, bill: Bill, remaining: float | None) -> 
     if now.rows_failed:
         kinds = ", ".join(f"{code} {count:,}" for code, count in sorted(now.errors.items()))
         yield "errors", f"{now.rows_failed:,} rows: {kinds}"
-    if bill.price is not None:
-        yield "money", bill.text(now, remaining)
+    if price is not None:
+        spent = price * now.worker_seconds / 3600
+        in_all = (
+            ""
+            if remaining is None
+            else f", about {spent + price * now.workers * remaining / 3600:,.2f} in all"
+        )
+        yield "money", f"{spent:,.2f} so far{in_all}"
     if now.dashboard:
         yield "Dask", now.dashboard
     if not now.workers:

@@ -97,7 +97,7 @@ class Recorder:
             errors=dict(now.errors),
             examples=list(now.examples),
             workers=max(last.workers, now.workers),
-            worker_seconds=last.worker_seconds + now.workers * max(0.0, now.seconds - last.seconds),
+            worker_seconds=now.worker_seconds,
             engine=engine.engine if engine else "",
             attention=engine.attention if engine else "",
             device=engine.device if engine else "",

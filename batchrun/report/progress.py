@@ -33,7 +33,8 @@ class Progress:
     """A run at one moment. `rows_done` counts what is covered, of earlier runs too; the rest is this run's alone.
 
     Of the `pulled` rows, which were read and made prompts of, `requests` went to the engines, `sent_tokens` tokens in
-    all; `engines` holds the counters of every engine process that the run has used, `crew` the workers there are now.
+    all; `engines` holds the counters of every engine process that the run has used, `crew` the workers there are now,
+    and `worker_seconds` adds up for how long there were how many.
     """
 
     seconds: float
@@ -51,6 +52,7 @@ class Progress:
     prompt_tokens: int
     output_tokens: int
     workers: int
+    worker_seconds: float = 0.0
     commits: int = 0
     commit_seconds: float = 0.0
     errors: Mapping[str, int] = field(default_factory=dict)

@@ -25,14 +25,15 @@ class LastLayer:
     def __init__(self, model: nn.Module, attention: list[nn.Module]) -> None:
         """`attention` are the model's attention modules in the order they run; its layers may be compiled already,
         and then this one is too, for itself, when it first runs."""
-        layers = decoder_layers(model, attention)
+        last = attention[-1]
+        layers = [layer for layer in decoder_layers(model, attention) if last in layer.modules()]
         self._parts: list[tuple[nn.Module, str, nn.Module, _Chosen]] = []
         if not layers:
             return
-        for owner, name in ((attention[-1], "o_proj"), (layers[-1], "mlp")):
+        self._layer = layers[0]
+        for owner, name in ((last, "o_proj"), (self._layer, "mlp")):
             if isinstance(part := getattr(owner, name, None), nn.Module):
                 self._parts.append((owner, name, part, _Chosen(part)))
-        self._layer = layers[-1]
         self._usual = self._layer.__dict__.get("forward")
         forward = MethodType(type(self._layer).forward, self._layer)
         self._own = compiled(forward) if self._usual else forward

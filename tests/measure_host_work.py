@@ -1,0 +1,74 @@
+"""What the paged engine's host does for each decode step, while the device would compute: plan, upload, read back.
+
+    python tests/measure_host_work.py [--rows 1024] [--new-tokens 256] [--steps 8]
+
+A tiny model whose device work is left out: every round gives back tokens at once, so that all time is the host's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny_models import make_model
+
+from batchrun.engine.loading import load_model
+from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.runner import Pending
+from batchrun.engine.paged.scheduler import Round, Segment
+from batchrun.engine.protocol import EngineSpec, Request
+
+TOKEN = 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=8, help="decode steps in a round")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = str(make_model("llama", Path(scratch)))
+        for known in (True, False):
+            print(f"{args.rows} rows, lengths {'known' if known else 'learned'}: ", end="", flush=True)
+            print(f"{1000 * seconds_per_step(folder, args, known):.3f} ms of host work a decode step")
+
+
+def seconds_per_step(folder: str, args: argparse.Namespace, known: bool) -> float:
+    options: dict[str, object] = {
+        "max_rows": args.rows, "decode_steps": args.steps, "cache_tokens": 2 * args.rows * (args.new_tokens + 512),
+    }  # fmt: skip
+    stops = () if known else (TOKEN + 1,)
+    spec = EngineSpec(
+        "paged", folder, folder, max_context=args.new_tokens + 256, stop_token_ids=stops, options=options
+    )
+    engine = PagedEngine(spec, load_model(spec))
+    runner, steps, begun = engine._runner, 0, 0.0
+
+    def prefill(pack: list[Segment]) -> Pending:
+        rows = [segment.row for segment in pack if segment.complete]
+        return Pending(rows, torch.full((1, len(rows)), TOKEN, dtype=torch.int32), None)
+
+    def decode(work: Round) -> Pending:
+        nonlocal steps, begun
+        begun = begun or time.perf_counter()
+        steps += work.steps
+        runner._upload(runner._shape(len(work.rows), work.tables.shape[1], 0), work.slots, work.tables, 0)
+        return Pending(work.rows, torch.full((work.steps, len(work.rows)), TOKEN, dtype=torch.int32), None)
+
+    runner.prefill, runner.decode = prefill, decode  # type: ignore[method-assign]
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(i, rng.integers(3, 200, int(rng.integers(20, 250))).astype(np.int32), args.new_tokens)
+        for i in range(args.rows)
+    ]
+    assert sum(len(c.token_ids) for c in engine.generate(iter(requests))) == args.rows * args.new_tokens
+    return (time.perf_counter() - begun) / steps
+
+
+if __name__ == "__main__":
+    main()
