@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton")
+
+from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.paged import kernels
 from batchrun.engine.paged.architecture import Layer
@@ -112,3 +119,19 @@ def test_the_top_p_bisection_keeps_what_sorting_keeps() -> None:
         sorted_kept = probabilities >= top_p_threshold(probabilities, top_p)
         kept = probabilities.to(DEVICE) >= kernels.top_p_threshold(probabilities.to(DEVICE), top_p)
         assert (kept.cpu() == sorted_kept).all()
+
+
+def test_attention_compiles_for_gpus_and_fits_their_shared_memory() -> None:
+    """Without a GPU: the interpreter runs what no compiler would take."""
+    folder = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder.parent), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(folder / "compile_kernels.py")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(one["gpu"], one["model"]) for one in told} == set(product(GPUS, SHAPES))
+    assert {one["kernel"] for one in told} == {"_decode", "_prefill"}
+    for one in told:
+        assert one["shared"] <= GPUS[one["gpu"]], one

@@ -18,6 +18,9 @@ from batchrun.engine.paged.architecture import Layer
 
 _LOG2_E = 1.4426950408889634
 _QUERIES, _MOST_PACKED = 64, 16
+# Keys in a block and blocks in flight, best first.
+DECODE_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
+PREFILL_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
 
 
 @triton.jit
@@ -176,12 +179,12 @@ def _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP: tl.constex
 @triton.jit
 def _decode(
     query, keys, values, tables, lengths, out, lse, scale, softcap, query_row, query_head, table_row,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     length = tl.load(lengths + row)
-    member = tl.arange(0, 16)  # a matrix unit takes 16 queries at least; GROUP of them share a key
+    member = tl.arange(0, MEMBERS)  # GROUP of them share a key
     column = tl.arange(0, COLUMNS)
     own = member < GROUP
     inside = column < SIZE
@@ -189,9 +192,9 @@ def _decode(
         query + row.to(tl.int64) * query_row + (head * GROUP + member[:, None]) * query_head + column[None, :]
     )
     q = tl.load(places, mask=own[:, None] & inside[None, :], other=0.0)
-    top = tl.full((16,), float("-inf"), tl.float32)
-    total = tl.zeros((16,), tl.float32)
-    sums = tl.zeros((16, COLUMNS), tl.float32)
+    top = tl.full((MEMBERS,), float("-inf"), tl.float32)
+    total = tl.zeros((MEMBERS,), tl.float32)
+    sums = tl.zeros((MEMBERS, COLUMNS), tl.float32)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // BLOCK * BLOCK
@@ -234,12 +237,14 @@ def decode(
     out = torch.empty((rows, heads, size), dtype=query.dtype, device=query.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=query.device)
     columns = triton.next_power_of_2(size)
-    block, stages = _fitting(query, columns, ((128, 2), (64, 2), (32, 2), (16, 1)), queries=16)
+    group = heads // layer.kv_heads
+    members = max(16, triton.next_power_of_2(group))  # a matrix unit takes 16 queries at least
+    block, stages = _blocks(DECODE_BLOCKS, query, members)
     _decode[(rows * layer.kv_heads,)](
         query, keys, values, tables, lengths, out, lse,
         layer.scale * (1.0 if layer.softcap else _LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), tables.stride(0),
-        KV_HEADS=layer.kv_heads, GROUP=heads // layer.kv_heads, SIZE=size, PAGE=keys.shape[1],
+        KV_HEADS=layer.kv_heads, GROUP=group, MEMBERS=members, SIZE=size, PAGE=keys.shape[1],
         WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None,
         BLOCK=block, COLUMNS=columns, STAGES=stages, num_warps=4,
     )  # fmt: skip
@@ -340,10 +345,10 @@ def prefill(
     tokens, heads, size = query.shape
     out = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
     columns = triton.next_power_of_2(size)
-    block, stages = _fitting(query, columns, ((64, 3), (64, 2), (32, 2), (16, 1)), queries=_QUERIES)
+    block, stages = _blocks(PREFILL_BLOCKS, query, _QUERIES)
     axis = 0 if tables is None else 1
     group = heads // layer.kv_heads
-    pack = max(heads for heads in range(1, _MOST_PACKED + 1) if group % heads == 0)
+    pack = packed_heads(group)
     grid = (triton.cdiv(longest_query, _QUERIES // pack), heads // pack, len(lengths))
     _prefill[grid](
         query, keys, values, lengths if tables is None else tables, starts, lengths, out,
@@ -357,12 +362,24 @@ def prefill(
     return out
 
 
-def _fitting(x: Tensor, columns: int, choices: tuple[tuple[int, int], ...], queries: int) -> tuple[int, int]:
-    """The first choice of (keys in a block, blocks in flight) that leaves a quarter of the shared memory free."""
-    if not x.is_cuda:  # Triton's interpreter
+def packed_heads(group: int) -> int:
+    """How many of a group's heads stand side by side in a prefill's block."""
+    return max(heads for heads in range(1, _MOST_PACKED + 1) if group % heads == 0)
+
+
+def _blocks(choices: tuple[tuple[int, int], ...], query: Tensor, queries: int) -> tuple[int, int]:
+    if not query.is_cuda:  # Triton's interpreter
         return choices[-1]
-    device: Any = torch.cuda.get_device_properties(x.device)
+    device: Any = torch.cuda.get_device_properties(query.device)
     memory = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
-    needs = [(queries + 2 * block * stages) * columns * x.itemsize for block, stages in choices]
-    fits = [choice for choice, need in zip(choices, needs, strict=True) if need <= 0.75 * memory]
-    return fits[0] if fits else choices[-1]
+    return fitting(choices, queries, triton.next_power_of_2(query.shape[2]) * query.itemsize, memory)
+
+
+def fitting(
+    choices: tuple[tuple[int, int], ...], queries: int, head_bytes: int, memory: int
+) -> tuple[int, int]:
+    """The first choice that leaves a quarter of the shared memory free, or the last one. Sizes in bytes."""
+    for block, stages in choices:
+        if (queries + 2 * block * stages) * head_bytes <= 0.75 * memory:
+            return block, stages
+    return choices[-1]

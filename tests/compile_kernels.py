@@ -1,0 +1,67 @@
+"""Compiles the attention kernels for GPUs, on a machine that needs none, and says what shared memory each takes.
+
+    python tests/compile_kernels.py
+
+In a process of its own: where Triton interprets, it compiles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from batchrun.engine.paged import kernels
+
+# Compute capability, and bytes of shared memory that a block of threads may have there.
+GPUS = {80: 166912, 90: 232448}
+# query heads, key heads, head size, window, soft-capped: as in models of these kinds.
+SHAPES = {
+    "llama": (32, 8, 128, 0, False),
+    "qwen2": (14, 2, 64, 0, False),
+    "phi3": (32, 32, 96, 2047, False),
+    "gemma2": (8, 4, 256, 4096, True),
+    "falcon": (71, 1, 64, 0, False),
+}
+POINTERS = {"query": "bf16", "keys": "bf16", "values": "bf16", "out": "bf16", "lse": "fp32"}
+NUMBERS = {"scale": "fp32", "softcap": "fp32"}
+
+
+def main() -> None:
+    for gpu, memory in GPUS.items():
+        for name, (heads, kv_heads, size, window, softcap) in SHAPES.items():
+            group, columns = heads // kv_heads, triton.next_power_of_2(size)
+            shape = {"GROUP": group, "SIZE": size, "WINDOW": window, "SOFTCAP": softcap, "COLUMNS": columns}
+            members = max(16, triton.next_power_of_2(group))
+            block, stages = kernels.fitting(kernels.DECODE_BLOCKS, members, 2 * columns, memory)
+            constants = {**shape, "KV_HEADS": kv_heads, "MEMBERS": members, "PAGE": 256}
+            report(gpu, name, kernels._decode, {**constants, "BLOCK": block, "STAGES": stages})
+            block, stages = kernels.fitting(kernels.PREFILL_BLOCKS, kernels._QUERIES, 2 * columns, memory)
+            pack = kernels.packed_heads(group)
+            constants = {**shape, "HEADS": heads, "PACK": pack, "QUERIES": kernels._QUERIES}
+            for paged in (True, False):
+                own = {"PAGED": paged, "PAGE": 256 if paged else 1, "BLOCK": block, "STAGES": stages}
+                report(gpu, name, kernels._prefill, {**constants, **own})
+
+
+def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any]) -> None:
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = name in POINTERS or name in ("tables", "starts", "lengths")
+        signature[name] = f"*{POINTERS.get(name, 'i32')}" if pointer else NUMBERS.get(name, "i32")
+        if name not in NUMBERS:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": 4})
+    told = {"gpu": gpu, "kernel": kernel.__name__, "model": model, "shared": compiled.metadata.shared}
+    print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
