@@ -209,8 +209,11 @@ class Dispatch:
         if future.status == "finished":
             try:
                 receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
-            except (OSError, TimeoutError) as lost:
-                self._lose(members, lost)  # its worker left with the receipts; the parts may well be there
+            except (Refused, StorageError, CorruptInput):
+                raise
+            except Exception as lost:
+                # Its worker left with the receipts, and Dask may have begun the task anew. The parts may well be there.
+                self._lose(members, lost)
                 return
             for index, receipt in zip(members, receipts, strict=False):
                 self._book(index, receipt)

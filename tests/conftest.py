@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from distributed import Client
 from tiny_models import make_model
 
 from batchrun.cluster import connect
 from batchrun.settings import ClusterSettings
 from jobs import environment
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,20 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from distributed import Client
+from distributed import CancelledError, Client, KilledWorker
 
 import batchrun as library
+from batchrun.dispatch import Dispatch
 from batchrun.errors import BatchrunError, ExitCode, TooManyFaults
+from batchrun.prepare import prepare
+from batchrun.report.progress import silent
 from batchrun.report.result import RunResult
 from batchrun.report.status import verify
 from batchrun.suspects import STRIKES
@@ -198,3 +202,30 @@ def test_a_damaged_page_costs_its_rows_and_a_second_reading(tmp_path, tiny_llama
     assert ids == [None if i in set(lost) else i for i in range(rows)]
     assert np.all([errors[i].startswith("INPUT_CORRUPT: ") for i in lost])
     assert verify(load(job)).found.passed
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        KilledWorker("task", SimpleNamespace(address="tcp://gone"), 0),
+        CancelledError("task"),
+        OSError("closed"),
+    ],
+)  # type: ignore[arg-type]
+def test_a_task_whose_receipts_left_with_its_worker_is_done_again(tmp_path, tiny_llama, gone):
+    """Dask calls it finished, and then begins it anew, or cannot: the worker was told to leave meanwhile."""
+
+    class Finished:
+        status = "finished"
+
+        def result(self, timeout: float) -> None:
+            raise gone
+
+    prepared = prepare(load(write_job(tmp_path, tiny_llama)))
+    dispatch = Dispatch(prepared, {1: 20}, threading.Event(), silent)
+    future: Any = Finished()
+    dispatch.todo.clear()
+    dispatch.flying[future] = [1]
+    dispatch._take(future)
+    assert list(dispatch.todo) == [1]
+    assert not dispatch.flying
