@@ -26,7 +26,11 @@ SHAPES = {
     "gemma2": (8, 4, 256, 4096, True),
     "falcon": (71, 1, 64, 0, False),
 }
-POINTERS = {"query": "bf16", "keys": "bf16", "values": "bf16", "out": "bf16", "lse": "fp32"}
+POINTERS = {
+    **dict.fromkeys(("query", "key", "value", "keys", "values", "out"), "bf16"),
+    **dict.fromkeys(("tables", "starts", "lengths"), "i32"),
+    **{"places": "i64", "lse": "fp32"},
+}
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 
 
@@ -35,7 +39,7 @@ def main() -> None:
         for name, (heads, kv_heads, size, window, softcap) in SHAPES.items():
             group, columns = heads // kv_heads, triton.next_power_of_2(size)
             shape = {"GROUP": group, "SIZE": size, "WINDOW": window, "SOFTCAP": softcap, "COLUMNS": columns}
-            members = max(16, triton.next_power_of_2(group))
+            members = kernels.matrix_rows(group)
             block, stages = kernels.fitting(kernels.DECODE_BLOCKS, members, 2 * columns, memory)
             constants = {**shape, "KV_HEADS": kv_heads, "MEMBERS": members, "PAGE": 256}
             report(gpu, name, kernels._decode, {**constants, "BLOCK": block, "STAGES": stages})
@@ -53,8 +57,7 @@ def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any]) -> None
         if name in constants:
             signature[name] = "constexpr"
             continue
-        pointer = name in POINTERS or name in ("tables", "starts", "lengths")
-        signature[name] = f"*{POINTERS.get(name, 'i32')}" if pointer else NUMBERS.get(name, "i32")
+        signature[name] = f"*{POINTERS[name]}" if name in POINTERS else NUMBERS.get(name, "i32")
         if name not in NUMBERS:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

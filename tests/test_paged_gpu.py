@@ -43,6 +43,9 @@ CONFIGS: dict[str, Any] = {
     "mistral": lambda: tf.MistralConfig(**_SHAPE, head_dim=64, sliding_window=300),
     "gemma2": lambda: tf.Gemma2Config(**_SHAPE, head_dim=256, sliding_window=300),
     "phi3": lambda: tf.Phi3Config(**_SHAPE, pad_token_id=0),
+    "multi-query": lambda: tf.LlamaConfig(
+        **_SHAPE | {"num_attention_heads": 32, "num_key_value_heads": 1}, head_dim=64
+    ),
     # As many experts as a token goes through: bf16 would send a token near a router's tie to another one.
     "gpt_oss": lambda: tf.GptOssConfig(
         **_SHAPE,
@@ -105,6 +108,7 @@ def test_every_token_is_the_references_choice_or_next_to_it(name: str, rows: int
 
 LAYERS = {
     "plain": Layer(query_heads=8, kv_heads=2, head_dim=128, scale=0.09),
+    "many queries for a key": Layer(query_heads=32, kv_heads=1, head_dim=64, scale=0.12),
     "window": Layer(query_heads=8, kv_heads=2, head_dim=64, scale=0.12, window=300),
     "softcap": Layer(query_heads=4, kv_heads=4, head_dim=256, scale=0.06, softcap=20.0),
     "sinks": Layer(query_heads=8, kv_heads=2, head_dim=64, scale=0.12, sinks=True),
@@ -132,36 +136,39 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, alone: bool
     tables = torch.randperm(4 * rows, device=DEVICE, generator=rng).int().view(rows, 4)
     lengths = torch.randint(513, 1025, (rows,), device=DEVICE, generator=rng).int()
 
-    def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)
+    def agree(what: str, query: torch.Tensor, ours: Batch, theirs: Batch) -> None:
+        own = [random(len(query), layer.kv_heads, layer.head_dim) for _ in range(2)]
+        results = []
+        for provider, batch in ((flash, ours), (plain, theirs)):
+            pages = keys.clone(), values.clone()
+            out = getattr(provider, what)(query, *own, *pages, batch, layer, sinks)
+            results.append((out.float(), *pages))
+        torch.testing.assert_close(results[0][0], results[1][0], atol=2e-2, rtol=2e-2)
+        assert torch.equal(results[0][1], results[1][1])
+        assert torch.equal(results[0][2], results[1][2])
+
+    def places(new: list[int]) -> torch.Tensor:
+        ends = lengths.tolist()
+        tokens = [torch.arange(end - n, end, device=DEVICE) for end, n in zip(ends, new, strict=True)]
+        return torch.cat([tables[row, t // 256].long() * 256 + t % 256 for row, t in enumerate(tokens)])
 
     query = random(rows, layer.query_heads, layer.head_dim)
-    step = Batch(places=lengths.long(), tables=tables, lengths=lengths)
-    same(
-        flash.decode(query, keys, values, step, layer, sinks),
-        plain.decode(query, keys, values, step, layer, sinks),
-    )
+    step = Batch(places=places([1] * rows), tables=tables, lengths=lengths)
+    agree("decode", query, step, step)
+    new = [1 + 37 * row % 500 for row in range(rows)]
+    starts = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=DEVICE)
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    pack = Batch(places=places(new), tables=tables, lengths=lengths, starts=starts, ends=ends,
+                 longest_query=max(new), longest=1024)  # fmt: skip
+    agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), pack, pack)
     if flash.cascades and layer.window is None:
         tables[:, :2] = tables[0, :2]
         ends = torch.tensor([0, 512], dtype=torch.int32, device=DEVICE)
         starts = torch.tensor([0, rows], dtype=torch.int32, device=DEVICE)
+        step = Batch(places=places([1] * rows), tables=tables, lengths=lengths)
         own = Batch(places=step.places, tables=tables[:, 2:].contiguous(), lengths=lengths - 512,
                     trunk=Trunk(tables[:1, :2].contiguous(), ends, starts))  # fmt: skip
-        same(
-            flash.decode(query, keys, values, own, layer, sinks),
-            plain.decode(query, keys, values, step, layer, sinks),
-        )
-
-    new = [1 + 37 * row % 500 for row in range(rows)]
-    starts = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=DEVICE)
-    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    query = random(sum(new), layer.query_heads, layer.head_dim)
-    pack = Batch(places=step.places, tables=tables, lengths=lengths, starts=starts, ends=ends,
-                 longest_query=max(new), longest=1024)  # fmt: skip
-    same(
-        flash.prefill(query, query, query, keys, values, pack, layer, sinks),
-        plain.prefill(query, query, query, keys, values, pack, layer, sinks),
-    )
+        agree("decode", query, own, step)
 
 
 def test_sampled_tokens_are_the_same_in_another_batch() -> None:

@@ -51,15 +51,27 @@ def _pages(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
+def _own(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values; those are a part of a wider product, as they come out of joined projections."""
+    wider = _random(tokens, layer.kv_heads + 3, layer.head_dim)
+    return _random(tokens, layer.kv_heads, layer.head_dim), wider[:, : layer.kv_heads]
+
+
 @pytest.mark.parametrize("layer", LAYERS)
-def test_decode_is_attention_over_a_rows_own_pages(layer: Layer) -> None:
+def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(layer: Layer) -> None:
     keys, values = _pages(layer)
     tables, lengths = _int([[1, 11], [3, 11], [5, 6], [7, 8], [9, 10]]), _int([1, 64, 65, 100, 128])
-    query = _random(5, layer.query_heads, layer.head_dim)
-    out, lse = kernels.decode(query, keys, values, tables, lengths, layer)
-    batch = Batch(places=lengths, tables=tables, lengths=lengths)
-    expected = GatheredPages().decode(query, keys, values, batch, layer, None)
+    places = (_int([1, 3, 6, 8, 10]) * 64 + _int([0, 63, 0, 35, 63])).long()
+    query, own = _random(5, layer.query_heads, layer.head_dim), _own(layer, 5)
+    reference = keys.clone(), values.clone()
+    for pages in (keys, values):
+        pages.flatten(0, 1)[places] = float("nan")  # what was there before the new token is not read
+    out, lse = kernels.decode(query, *own, keys, values, places, tables, lengths, layer)
+    batch = Batch(places=places, tables=tables, lengths=lengths)
+    expected = GatheredPages().decode(query, *own, *reference, batch, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
+    assert torch.equal(keys[:11], reference[0][:11])
+    assert torch.equal(values[:11], reference[1][:11])
     assert lse.shape == (5, layer.query_heads)
     assert lse.isfinite().all()
 
@@ -71,20 +83,23 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Lay
     lengths = _int([a + b for a, b in zip(new, old, strict=True)])
     starts = _int([0, 40, 47, 111, 112])
     tables = _int([[1, 2], [3, 4], [5, 6], [7, 8]])
-    query = _random(112, layer.query_heads, layer.head_dim)
+    query, own = _random(112, layer.query_heads, layer.head_dim), _own(layer, 112)
     keys, values = _pages(layer)
-    batch = Batch(places=lengths, tables=tables, lengths=lengths, starts=starts)
+    places = torch.cat([
+        tables[row].long().repeat_interleave(64)[b : b + n] * 64 + torch.arange(b, b + n, device=DEVICE) % 64
+        for row, (n, b) in enumerate(zip(new, old, strict=True))
+    ])  # fmt: skip
+    reference = keys.clone(), values.clone()
+    kernels.write(*own, keys, values, places)
     if paged:
         out = kernels.prefill(query, keys, values, tables, starts, lengths, 64, layer)
     else:
-        # Values are a part of a wider product, as they come out of joined projections.
-        wider = _random(112, layer.kv_heads + 3, layer.head_dim)
-        own = [_random(112, layer.kv_heads, layer.head_dim), wider[:, : layer.kv_heads]]
-        places = torch.cat([tables[r, 0] * 64 + torch.arange(n, device=DEVICE) for r, n in enumerate(new)])
-        kernels.write(*own, keys, values, places.long())
         out = kernels.prefill(query, *own, None, starts, lengths, 64, layer)
-    expected = GatheredPages().prefill(query, query, query, keys, values, batch, layer, None)
+    batch = Batch(places=places, tables=tables, lengths=lengths, starts=starts)
+    expected = GatheredPages().prefill(query, *own, *reference, batch, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
+    assert torch.equal(keys[:11], reference[0][:11])
+    assert torch.equal(values[:11], reference[1][:11])
 
 
 def test_a_copied_page_is_the_same_up_to_the_copied_token_in_every_plane() -> None:

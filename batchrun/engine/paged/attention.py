@@ -90,13 +90,9 @@ def paged_attention(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) ->
     number = int(layer)
     keys, values = cache.memory[number, 0], cache.memory[number, 1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    key, value = _packed(key), _packed(value)
-    _write(key, value, keys, values, batch.places)
+    attend = cache.provider.decode if batch.starts is None else cache.provider.prefill
     needs, sinks = cache.layers[number], cache.sinks[number]
-    if batch.starts is None:
-        out = cache.provider.decode(query, keys, values, batch, needs, sinks)
-    else:
-        out = cache.provider.prefill(query, key, value, keys, values, batch, needs, sinks)
+    out = attend(query, _packed(key), _packed(value), keys, values, batch, needs, sinks)
     return out.contiguous()[None]
 
 
@@ -131,13 +127,3 @@ def choose(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> Pro
 def _packed(x: Tensor) -> Tensor:
     """A token's heads side by side, as the kernels want them; a copy only if they are not."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def _write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> None:
-    if keys.is_cuda:
-        from batchrun.engine.paged import kernels
-
-        kernels.write(key, value, keys, values, places)
-    else:
-        keys.flatten(0, 1).index_copy_(0, places, key)
-        values.flatten(0, 1).index_copy_(0, places, value)

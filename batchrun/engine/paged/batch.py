@@ -45,9 +45,12 @@ class Batch:
 
 
 class Provider(Protocol):
-    """Attention over pages. `keys` and `values` are (pages, page size, kv heads, head size) of one layer; query, key
-    and value are (tokens, heads, head size); `sinks` (query heads,) are logits without a value, where a model has
-    them. Gives (tokens, query heads, head size)."""
+    """Attention over pages, with the call's own keys and values, which it also writes to the pages.
+
+    `keys` and `values` are (pages, page size, kv heads, head size) of one layer; query, key and value are (tokens,
+    heads, head size); `sinks` (query heads,) are logits without a value, where a model has them. Gives (tokens,
+    query heads, head size).
+    """
 
     name: str
     cascades: bool
@@ -58,5 +61,6 @@ class Provider(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
     def decode(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
-    ) -> Tensor: ...
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
+        sinks: Tensor | None,
+    ) -> Tensor: ...  # fmt: skip

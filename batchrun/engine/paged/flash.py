@@ -30,6 +30,7 @@ class FlashAttention:
         sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
         assert batch.starts is not None
+        kernels.write(key, value, keys, values, batch.places)
         if sinks is None:
             # Rows without older tokens need no detour through the pages.
             keys, values, tables = (key, value, None) if batch.fresh else (keys, values, batch.tables)
@@ -45,14 +46,18 @@ class FlashAttention:
         return _with_sinks(out, lse.t(), sinks)
 
     def decode(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         splits = _splits(batch, layer, keys) if self.cascades else 1
         if splits == 1:
-            out, lse = kernels.decode(query, keys, values, batch.tables, batch.lengths, layer)
+            out, lse = kernels.decode(
+                query, key, value, keys, values, batch.places, batch.tables, batch.lengths, layer
+            )
         else:
             from flash_attn import flash_attn_with_kvcache
 
+            kernels.write(key, value, keys, values, batch.places)
             out, lse = flash_attn_with_kvcache(
                 query[:, None], keys, values, cache_seqlens=batch.lengths, block_table=batch.tables,
                 num_splits=splits, causal=True, return_softmax_lse=True, **_options(layer),

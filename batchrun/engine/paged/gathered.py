@@ -21,6 +21,7 @@ class GatheredPages:
         sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
         assert batch.starts is not None
+        _write(key, value, keys, values, batch)
         out = torch.empty_like(query)
         starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
         for row, length in enumerate(lengths):
@@ -35,8 +36,10 @@ class GatheredPages:
         return out
 
     def decode(
-        self, query: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer, sinks: Tensor | None
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        _write(key, value, keys, values, batch)
         tables = batch.tables.long()
         own_keys, own_values = (x[tables].flatten(1, 2) for x in (keys, values))
         places = (batch.lengths - 1).long()[:, None]
@@ -44,6 +47,11 @@ class GatheredPages:
         behind = (torch.arange(own_keys.shape[1], device=query.device) > places)[:, :, None, None]
         own_keys, own_values = own_keys.masked_fill(behind, 0), own_values.masked_fill(behind, 0)
         return _attend(query[:, None], own_keys, own_values, places, layer, sinks)[:, 0]
+
+
+def _write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch) -> None:
+    keys.flatten(0, 1).index_copy_(0, batch.places, key)
+    values.flatten(0, 1).index_copy_(0, batch.places, value)
 
 
 def _attend(

@@ -160,12 +160,18 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 @triton.jit
+def _capped(score, scale, softcap):
+    """A tanh of what the GPU has an instruction for, in powers of two."""
+    bent = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale * score / softcap)) - 1.0
+    return softcap * 1.4426950408889634 * bent
+
+
+@triton.jit
 def _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
     """One block of keys into a running softmax (Milakov and Gimelshein, 2018), in powers of two."""
     score = tl.dot(q, k)
-    if SOFTCAP:  # a tanh of what the GPU has an instruction for
-        bent = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale * score / softcap)) - 1.0
-        score, scale = softcap * 1.4426950408889634 * bent, 1.0
+    if SOFTCAP:
+        score, scale = _capped(score, scale, softcap), 1.0
     if MASKED:
         score = tl.where(seen, score, float("-inf"))
     higher = tl.maximum(top, tl.max(score, axis=1) * scale)
@@ -178,7 +184,8 @@ def _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP: tl.constex
 
 @triton.jit
 def _decode(
-    query, keys, values, tables, lengths, out, lse, scale, softcap, query_row, query_head, table_row,
+    query, key, value, keys, values, places, tables, lengths, out, lse, scale, softcap,
+    query_row, query_head, key_row, value_row, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -188,20 +195,26 @@ def _decode(
     column = tl.arange(0, COLUMNS)
     own = member < GROUP
     inside = column < SIZE
-    places = (
-        query + row.to(tl.int64) * query_row + (head * GROUP + member[:, None]) * query_head + column[None, :]
-    )
-    q = tl.load(places, mask=own[:, None] & inside[None, :], other=0.0)
-    top = tl.full((MEMBERS,), float("-inf"), tl.float32)
-    total = tl.zeros((MEMBERS,), tl.float32)
-    sums = tl.zeros((MEMBERS, COLUMNS), tl.float32)
+    long_row = row.to(tl.int64)
+    asked = query + long_row * query_row + (head * GROUP + member[:, None]) * query_head + column[None, :]
+    q = tl.load(asked, mask=own[:, None] & inside[None, :], other=0.0)
+    # The row's new token goes to its page and begins the softmax; nobody else reads or writes it in this step.
+    own_key = tl.load(key + long_row * key_row + head * SIZE + column, mask=inside, other=0.0)
+    own_value = tl.load(value + long_row * value_row + head * SIZE + column, mask=inside, other=0.0)
+    new = (tl.load(places + row) * KV_HEADS + head) * SIZE + column
+    tl.store(keys + new, own_key, mask=inside)
+    tl.store(values + new, own_value, mask=inside)
+    top = tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], axis=1)
+    top = _capped(top, scale, softcap) if SOFTCAP else top * scale
+    total = tl.full((MEMBERS,), 1.0, tl.float32)
+    sums = tl.zeros((MEMBERS, COLUMNS), tl.float32) + own_value.to(tl.float32)[None, :]
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // BLOCK * BLOCK
-    for start in tl.range(first, length, BLOCK, num_stages=STAGES):
-        page = tl.load(tables + row.to(tl.int64) * table_row + start // PAGE).to(tl.int64)
+    for start in tl.range(first, length - 1, BLOCK, num_stages=STAGES):
+        page = tl.load(tables + long_row * table_row + start // PAGE).to(tl.int64)
         token = start + tl.arange(0, BLOCK)
-        seen = token < length
+        seen = token < length - 1
         if WINDOW > 0:
             seen = seen & (token >= length - WINDOW)
         offset = ((page * PAGE + token % PAGE) * KV_HEADS + head) * SIZE
@@ -210,7 +223,7 @@ def _decode(
             values + offset[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0
         )
         top, total, sums = _attend(q, k, v, seen[None, :], top, total, sums, scale, softcap, SOFTCAP, True)
-    place = row.to(tl.int64) * KV_HEADS * GROUP + head * GROUP + member
+    place = long_row * KV_HEADS * GROUP + head * GROUP + member
     written = own[:, None] & inside[None, :]
     tl.store(
         out + place[:, None] * SIZE + column[None, :],
@@ -221,14 +234,19 @@ def _decode(
 
 
 def decode(
-    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, layer: Layer
-) -> tuple[Tensor, Tensor]:
-    """Attention of one query per row over its pages, a block of threads for each row and key head.
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor, tables: Tensor,
+    lengths: Tensor, layer: Layer,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes each row's new key and value to its pages as `write` does, and attends over the pages with its query.
+
+    A block of threads for each row and key head.
 
     Args:
         query: (rows, query heads, head size), a head's numbers contiguous.
+        key, value: (rows, kv heads, head size), each row's heads contiguous.
         keys, values: (pages, page size, kv heads, head size), contiguous.
-        tables: (rows, pages) int32. lengths: (rows,) int32, at least 1.
+        places: (rows,) int64, where the new ones go: the last of the row's tokens.
+        tables: (rows, pages) int32. lengths: (rows,) int32, the new token included.
 
     Returns:
         (rows, query heads, head size), and the scores' log-sum-exp (rows, query heads) float32.
@@ -238,12 +256,12 @@ def decode(
     lse = torch.empty((rows, heads), dtype=torch.float32, device=query.device)
     columns = triton.next_power_of_2(size)
     group = heads // layer.kv_heads
-    members = max(16, triton.next_power_of_2(group))  # a matrix unit takes 16 queries at least
+    members = matrix_rows(group)
     block, stages = _blocks(DECODE_BLOCKS, query, members)
     _decode[(rows * layer.kv_heads,)](
-        query, keys, values, tables, lengths, out, lse,
+        query, key, value, keys, values, places, tables, lengths, out, lse,
         layer.scale * (1.0 if layer.softcap else _LOG2_E), layer.softcap or 0.0,
-        query.stride(0), query.stride(1), tables.stride(0),
+        query.stride(0), query.stride(1), key.stride(0), value.stride(0), tables.stride(0),
         KV_HEADS=layer.kv_heads, GROUP=group, MEMBERS=members, SIZE=size, PAGE=keys.shape[1],
         WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None,
         BLOCK=block, COLUMNS=columns, STAGES=stages, num_warps=4,
@@ -360,6 +378,11 @@ def prefill(
         QUERIES=_QUERIES, BLOCK=block, COLUMNS=columns, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def matrix_rows(group: int) -> int:
+    """Rows that a group's heads take in a decode step's products; a matrix unit takes 16 at least."""
+    return int(max(16, triton.next_power_of_2(group)))
 
 
 def packed_heads(group: int) -> int:
