@@ -49,6 +49,11 @@ TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the
 REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
+ENDING = (
+    Refused,
+    StorageError,
+    CorruptInput,
+)  # errors of a partition that end the run; others lose the attempt
 SLOWEST = 10  # partitions that are named in the run's record
 
 
@@ -92,6 +97,7 @@ class Dispatch:
         self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
+        self.before: dict[tuple[str, int], EngineStats] = {}  # of engines that earlier runs have left
         self.slowest: list[SlowPartition] = []
         self.dashboard: str | None = None
         self.started = time.monotonic()
@@ -103,6 +109,8 @@ class Dispatch:
         try:
             _register(client)
             self.dashboard = dashboard(client)
+            there = heartbeats.read(client.scheduler_info(n_workers=-1)["workers"], self.total, ())
+            self.before = {(address, stats.pid): stats for address, stats in there.engines}
             while self.todo or self.flying or self.judge.suspects:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
@@ -209,7 +217,7 @@ class Dispatch:
         if future.status == "finished":
             try:
                 receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
-            except (Refused, StorageError, CorruptInput):
+            except ENDING:
                 raise
             except Exception as lost:
                 # Its worker left with the receipts, and Dask may have begun the task anew. The parts may well be there.
@@ -222,7 +230,7 @@ class Dispatch:
             self._again_alone(members[len(receipts) :])
             return
         error = future.exception() if future.status == "error" else None
-        if isinstance(error, (Refused, StorageError, CorruptInput)):
+        if isinstance(error, ENDING):
             raise error
         self._lose(members, error)
 
@@ -363,6 +371,10 @@ class Dispatch:
         if stats is None or not stats.pid:  # not loaded yet
             return
         key = (worker, stats.pid)
+        if key in self.before:
+            stats = stats.since(self.before[key])
+            if not stats.requests:  # perhaps another model's
+                return
         if key not in self.engines or self.engines[key].requests <= stats.requests:
             self.engines[key] = stats
 

@@ -39,7 +39,8 @@ def one_line(error: BaseException) -> str:
     """An error for a person: its own words if it is meant for one, else its type and first line."""
     if isinstance(error, BatchrunError):
         return str(error)
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 class Refused(BatchrunError):

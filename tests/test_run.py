@@ -88,12 +88,23 @@ def test_python_gives_the_same_meaning_and_a_dask_frame_with_arrow_types(tmp_pat
 
 
 def test_a_running_scheduler_is_used_by_its_address_and_left_running(tmp_path, tiny_llama):
+    """Its engines are as well, and what they did for an earlier run is not counted again."""
     job = write_job(tmp_path, tiny_llama)
     with fleet(tmp_path / "logs") as one:
         one.worker("127.0.0.1")
         one.wait_for(1)
-        code, out, err = batchrun("run", str(job), "--address", one.address, "--json")
-        assert (code, json.loads(out).get("requests")) == (0, ROWS), err
+        found = []
+        for output in ("out", "again"):
+            path = str(tmp_path / output)
+            words = ("--address", one.address, "--set", f"output.path={path}", "--json")
+            code, out, err = batchrun("run", str(job), *words)
+            assert code == 0, err
+            found.append(json.loads(out))
+        assert [run["requests"] for run in found] == [ROWS, ROWS]
+        engines = [engine for run in found for engine in run["engines"]]
+        assert len({engine["pid"] for engine in engines}) == 1
+        assert [engine["completions"] for engine in engines] == [ROWS, ROWS]
+        assert engines[0]["load_seconds"] > engines[1]["load_seconds"] == 0
         with Client(one.address, set_as_default=False) as client:
             assert client.submit(int, "1").result() == 1, "the cluster goes on"
     check_complete(tmp_path / "out", ROWS)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from batchrun.dataset.reader import Batch
-from batchrun.errors import BatchrunError, CorruptInput, StorageError
-from batchrun.storage.faults import is_transient, one_line
+from batchrun.errors import BatchrunError, CorruptInput, StorageError, one_line
+from batchrun.storage.faults import is_transient
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ An engine knows token ids and a model folder; it knows no files, no Parquet and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -130,12 +130,22 @@ class EngineStats:
     gauges: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def since(self, earlier: EngineStats) -> EngineStats:
+        """What the same engine has counted since then."""
+        return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in SUMS})
+
     @property
     def padding_efficiency(self) -> float:
         """Real tokens / computed tokens, 1.0 before anything was computed."""
         return (
             (self.prompt_tokens + self.output_tokens) / self.computed_tokens if self.computed_tokens else 1.0
         )
+
+
+SUMS = tuple(
+    field.name for field in fields(EngineStats) if field.type in ("int", "float") and field.name != "pid"
+)
+"""The counters among an engine's stats."""
 
 
 class Engine(Protocol):

@@ -44,6 +44,9 @@ class Holder:
     since: float
     heartbeat: float
 
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
     def is_dead(self) -> bool:
         """Whether its process is known to be gone; False where that cannot be known."""
         return bool(self.machine) and self.machine == _machine() and _started(self.pid) != self.started
@@ -88,8 +91,8 @@ class Lease:
     def check(self) -> None:
         """Raises LeaseHeld once another driver has taken the lease over, at most a heartbeat ago."""
         if self.taken_by is not None:
-            who = f"process {self.taken_by.pid} on {self.taken_by.host}"
-            raise LeaseHeld(f"{who} took it over; stopped, all staged", self.folder.name, "wait for it")
+            what = f"{self.taken_by} took it over; stopped, all staged"
+            raise LeaseHeld(what, self.folder.name, "wait for it")
 
     def _acquire(self) -> None:
         if self.folder.put_if_absent(LEASE, self._document()) or self._is_ours():
@@ -149,10 +152,8 @@ def _held(holder: Holder | None, folder: Folder) -> LeaseHeld:
     if holder is None:
         return LeaseHeld("another run has just taken it", folder.name, "run again")
     since = datetime.fromtimestamp(holder.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    who = f"process {holder.pid} on {holder.host}"
-    return LeaseHeld(
-        f"{who} is writing it since {since}", folder.name, "wait for it, or --force if it is gone"
-    )
+    what = f"{holder} is writing it since {since}"
+    return LeaseHeld(what, folder.name, "wait for it, or --force if it is gone")
 
 
 def _this_process() -> Holder:

@@ -174,7 +174,7 @@ def _driver(holder: lease.Holder | None) -> str | None:
     if holder is None or not record.is_alive(holder):
         return None
     age = max(0.0, time.time() - holder.heartbeat)
-    return f"{holder.host}, process {holder.pid}, last heartbeat {duration(age)} ago"
+    return f"{holder}, last heartbeat {duration(age)} ago"
 
 
 def _rows_staged(

@@ -6,8 +6,8 @@ import logging
 
 import tenacity
 
-from batchrun.errors import StorageError
-from batchrun.storage.faults import is_transient, one_line
+from batchrun.errors import StorageError, one_line
+from batchrun.storage.faults import is_transient
 
 log = logging.getLogger(__name__)
 
@@ -17,8 +17,8 @@ def back_off(where: str, patience: float, first_wait: float, longest_wait: float
     through. The n-th wait is a random one up to first_wait * 2**n seconds, never above `longest_wait`."""
 
     def note(state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        log.warning("%s: %s, trying again", where, one_line(error))
+        if state.outcome and (error := state.outcome.exception()):
+            log.warning("%s: %s, trying again", where, one_line(error))
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),

@@ -98,11 +98,6 @@ def http_status(error: BaseException) -> int | None:
     return None
 
 
-def one_line(error: BaseException | None) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
 def _code(error: BaseException) -> str:
     """S3's own name for an error, out of botocore's."""
     for e in _chain(error):

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 
-from batchrun.errors import OutputError, StorageError
+from batchrun.errors import OutputError, StorageError, one_line
 from batchrun.storage.backoff import back_off, kept_failing
-from batchrun.storage.faults import http_status, is_transient, is_unauthorised, one_line
+from batchrun.storage.faults import http_status, is_transient, is_unauthorised
 from batchrun.storage.local import LocalStore
 from batchrun.storage.remote import remote_store
 from batchrun.storage.store import Data, NotFound, Store, Unconditional
