@@ -14,12 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from parts import faulty_folder
 
 import batchrun as library
+from batchrun.errors import StorageError
 from batchrun.output import document
-from batchrun.report import charts, record
+from batchrun.prepare import prepare
+from batchrun.report import charts, observe, record
 from batchrun.report.page import Facts, render
-from batchrun.report.progress import Progress, Rates
+from batchrun.report.progress import Progress, Rates, silent
 from batchrun.report.record import REPORT, RunRecord, SlowPartition, Timeline
 from batchrun.report.redact import Redactor
 from batchrun.report.status import status
@@ -252,3 +255,28 @@ def test_an_output_without_rows_has_a_page_too(tmp_path, tiny_llama, cluster):
     job = write_job(tmp_path, tiny_llama, rows=0)
     library.run(job, client=cluster)
     assert "100% of 0" in Page((tmp_path / "out" / REPORT).read_text()).text
+
+
+@pytest.mark.parametrize("failing", ["input", "output"])
+def test_a_run_that_a_store_ended_says_so_unless_its_own_store_is_gone(
+    tmp_path, tiny_llama, monkeypatch, failing
+):
+    monkeypatch.setattr(observe, "PROBE_PATIENCE", 0.3)
+    output, store = faulty_folder()
+    prepared = prepare(load(write_job(tmp_path, tiny_llama), f"output.path={output.url}"))
+    record.write(output, RunRecord("earlier", "2026-01-01T00:00:00Z", "complete", 1.0), Redactor())
+
+    def run():
+        with observe.observed(prepared, "a" * 32, silent):
+            if failing == "output":
+                store.gate = lambda operation, key: "busy"
+            raise StorageError("the input cannot be read (busy)", "s3://somewhere")
+
+    with pytest.raises(StorageError, match="the input cannot be read"):
+        run()
+    store.gate = None
+    last = record.read_all(output)[-1]
+    if failing == "output":
+        assert last.run == "earlier"
+    else:
+        assert (last.outcome, last.message) == ("interrupted", "the input cannot be read (busy)")

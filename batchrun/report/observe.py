@@ -15,6 +15,7 @@ from batchrun.report import record
 from batchrun.report.progress import Progress, Watch
 from batchrun.report.record import RunRecord, Timeline
 from batchrun.report.redact import Redactor
+from batchrun.storage.folder import PROBE_PATIENCE
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
         try:
             yield see
         except BaseException as error:
-            recorder.end(*_outcome(error))
+            # A store that has just failed for minutes is not waited for again; it may be the input's, though.
+            recorder.end(*_outcome(error), PROBE_PATIENCE if isinstance(error, StorageError) else None)
             raise
         recorder.end("complete")
 
@@ -112,17 +114,15 @@ class Recorder:
             samples=self._timeline.columns(),
         )
 
-    def end(self, outcome: str, message: str = "") -> None:
+    def end(self, outcome: str, message: str = "", patience: float | None = None) -> None:
         """Writes the record for the last time, then the report. A run never fails over what only tells of it."""
         self._ended.set()
         self._thread.join()
-        if outcome == "unwritable":
-            return  # the store has just failed for minutes
         self.record = replace(
             self.record, outcome=outcome, message=message, seconds=time.monotonic() - self._began
         )
         try:
-            self._write()
+            self._write(patience)
             from batchrun.report import page  # plots take a second to import
 
             page.write(self.prepared.job, self.redact)
@@ -136,13 +136,11 @@ class Recorder:
             except StorageError as error:
                 log.warning("the run's record could not be written: %s", error)
 
-    def _write(self) -> None:
-        record.write(self.prepared.folder, self.record, self.redact)
+    def _write(self, patience: float | None = None) -> None:
+        record.write(self.prepared.folder, self.record, self.redact, patience)
 
 
 def _outcome(error: BaseException) -> tuple[str, str]:
-    if isinstance(error, StorageError):
-        return "unwritable", ""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "stopped"
     if isinstance(error, BatchrunError):

@@ -107,9 +107,9 @@ class RunRecord:
         return self.real_tokens / self.computed_tokens if self.computed_tokens else None
 
 
-def write(folder: Folder, record: RunRecord, redact: Redactor) -> None:
-    """Puts the record in place of its earlier self; every text in it goes through `redact`."""
-    folder.put(record.key, document.encode(_redacted(asdict(record), redact)))
+def write(folder: Folder, record: RunRecord, redact: Redactor, patience: float | None = None) -> None:
+    """Puts the record in place of its earlier self, see `Folder.put`; every text in it goes through `redact`."""
+    folder.put(record.key, document.encode(_redacted(asdict(record), redact)), patience)
 
 
 def read_all(folder: Folder) -> list[RunRecord]:

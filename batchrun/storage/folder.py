@@ -72,9 +72,12 @@ class Folder:
         """When the object was written, by the store's clock (Unix time); None where it cannot say."""
         return self._patiently(key, lambda store: store.modified(key))
 
-    def put(self, key: str, data: Data) -> None:
-        """Writes the whole object, from bytes or from a local file, in place of what was there."""
-        self._patiently(key, lambda store: store.put(key, data))
+    def put(self, key: str, data: Data, patience: float | None = None) -> None:
+        """Writes the whole object, from bytes or from a local file, in place of what was there.
+
+        `patience` in seconds is `PATIENCE` unless the caller has less.
+        """
+        self._patiently(key, lambda store: store.put(key, data), patience)
 
     def put_if_absent(self, key: str, data: Data) -> bool:
         """Writes the whole object unless the key is there; whether this call is known to have written it.
