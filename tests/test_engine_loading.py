@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +167,16 @@ def test_auto_is_paged_where_it_can_and_says_why_where_it_cannot(monkeypatch):
     assert why_not_paged(t5) == "t5 is an encoder-decoder model"
     monkeypatch.setitem(choose.BUILT_IN, "paged", "no_such_module:PagedEngine")
     assert "cannot be imported" in str(why_not_paged(llama))
+
+
+def test_an_engine_says_that_torch_is_compiled_at_every_start_and_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    assert "PYTHONDONTWRITEBYTECODE" in str(load_engine(spec(model_folder("llama"))).stats.notes)
+    cached = Path(importlib.util.cache_from_source(torch.__file__))
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    assert "PYTHONDONTWRITEBYTECODE" not in str(load_engine(spec(model_folder("llama"))).stats.notes)
 
 
 def test_the_instant_engine_answers_with_the_start_of_the_prompt():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from batchrun.engine.protocol import Engine, EngineSpec
@@ -31,13 +33,24 @@ def load_engine(spec: EngineSpec) -> Engine:
     if spec.kind not in ("auto", *BUILT_IN):
         return _find(spec.kind).load(spec)
     spec = _placed(spec)
-    if spec.kind != "auto":
-        return _find(spec.kind).load(spec)
-    reason = why_not_paged(spec)
-    engine = _find("padded" if reason else "paged").load(spec)
+    reason = why_not_paged(spec) if spec.kind == "auto" else None
+    kind = spec.kind if spec.kind != "auto" else "padded" if reason else "paged"
+    engine = _find(kind).load(spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")
+    if compiles_at_every_start():
+        engine.stats.notes.append(
+            "torch came without bytecode and PYTHONDONTWRITEBYTECODE keeps Python from writing it, so that every start "
+            "compiles it anew (10 s on an H200 machine): unset it, or run python -m compileall once"
+        )
     return engine
+
+
+def compiles_at_every_start() -> bool:
+    """Whether Python has no bytecode of torch and may not write any, as in many images."""
+    import torch  # the built-in engines have imported it
+
+    return sys.dont_write_bytecode and not Path(importlib.util.cache_from_source(torch.__file__)).exists()
 
 
 def why_not_paged(spec: EngineSpec) -> str | None:
