@@ -35,8 +35,11 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home batchrun
 COPY --from=build /opt/batchrun /opt/batchrun
+# What torch and Triton compile lies beside the weights: a volume there keeps both from start to start.
 ENV PATH=/opt/batchrun/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    TORCHINDUCTOR_CACHE_DIR=/home/batchrun/.cache/torchinductor \
+    TRITON_CACHE_DIR=/home/batchrun/.cache/triton \
     DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False
 USER 10001
 WORKDIR /home/batchrun
