@@ -49,12 +49,9 @@ TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the
 REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
-ENDING = (
-    Refused,
-    StorageError,
-    CorruptInput,
-)  # errors of a partition that end the run; others lose the attempt
 SLOWEST = 10  # partitions that are named in the run's record
+# Errors of a partition that end the run; others lose the attempt.
+ENDING = (Refused, StorageError, CorruptInput)
 
 
 class Dispatch:
@@ -97,7 +94,8 @@ class Dispatch:
         self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
-        self.before: dict[tuple[str, int], EngineStats] = {}  # of engines that earlier runs have left
+        # Of engines that earlier runs have left; known from the first look, which is before the first task.
+        self.before: dict[tuple[str, int], EngineStats] | None = None
         self.slowest: list[SlowPartition] = []
         self.dashboard: str | None = None
         self.started = time.monotonic()
@@ -109,8 +107,6 @@ class Dispatch:
         try:
             _register(client)
             self.dashboard = dashboard(client)
-            there = heartbeats.read(client.scheduler_info(n_workers=-1)["workers"], self.total, ())
-            self.before = {(address, stats.pid): stats for address, stats in there.engines}
             while self.todo or self.flying or self.judge.suspects:
                 if self.stop.is_set():
                     raise Interrupted("stopped")
@@ -280,6 +276,8 @@ class Dispatch:
         """Gives the watch the run's counters, those of tasks in flight included."""
         flying = self._members()
         beats = heartbeats.read(workers, self.total, flying)
+        if self.before is None:
+            self.before = {(address, stats.pid): stats for address, stats in beats.engines}
         for address, stats in beats.engines:
             self._see_engine(address, stats)
         live = beats.total
@@ -371,7 +369,7 @@ class Dispatch:
         if stats is None or not stats.pid:  # not loaded yet
             return
         key = (worker, stats.pid)
-        if key in self.before:
+        if self.before and key in self.before:
             stats = stats.since(self.before[key])
             if not stats.requests:  # perhaps another model's
                 return

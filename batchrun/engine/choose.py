@@ -33,8 +33,10 @@ def load_engine(spec: EngineSpec) -> Engine:
     if spec.kind not in ("auto", *BUILT_IN):
         return _find(spec.kind).load(spec)
     spec = _placed(spec)
-    reason = why_not_paged(spec) if spec.kind == "auto" else None
-    kind = spec.kind if spec.kind != "auto" else "padded" if reason else "paged"
+    kind, reason = spec.kind, None
+    if kind == "auto":
+        reason = why_not_paged(spec)
+        kind = "padded" if reason else "paged"
     engine = _find(kind).load(spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")

@@ -107,7 +107,7 @@ class Folder:
         """
         key = f"_job/probe-{uuid.uuid4().hex}"
         try:
-            self._patiently(key, lambda store: store.put(key, b"first"), PROBE_PATIENCE)
+            self.put(key, b"first", PROBE_PATIENCE)
             try:
                 return not self._patiently(key, lambda store: store.create(key, b"second"), PROBE_PATIENCE)
             except Unconditional:
