@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from batchrun.version import __version__
+
 if TYPE_CHECKING:
-    from batchrun.driver import run
-    from batchrun.job import Job
+    from batchrun.driver.retry import retry
+    from batchrun.driver.run import run
+    from batchrun.job.job import Job
     from batchrun.report.result import RunResult
-    from batchrun.retrying import retry
 
 __all__ = ["Job", "RunResult", "__version__", "retry", "run"]
-__version__ = "0.2.0"
 
 _HOMES = {
-    "run": "batchrun.driver",
-    "retry": "batchrun.retrying",
-    "Job": "batchrun.job",
+    "run": "batchrun.driver.run",
+    "retry": "batchrun.driver.retry",
+    "Job": "batchrun.job.job",
     "RunResult": "batchrun.report.result",
 }
 

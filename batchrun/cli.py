@@ -19,11 +19,11 @@ from rich.console import Console, RenderableType
 
 from batchrun import __version__
 from batchrun.errors import BatchrunError, ExitCode, JobError, one_line
-from batchrun.job import Job
-from batchrun.limits import parse_duration
-from batchrun.report import logs
-from batchrun.report.redact import Redactor
-from batchrun.settings import OUTPUT_COLUMNS
+from batchrun.job.durations import parse_duration
+from batchrun.job.job import Job
+from batchrun.job.settings import OUTPUT_COLUMNS
+from batchrun.telemetry import logs
+from batchrun.telemetry.redact import Redactor
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +88,7 @@ def plan(
     """Tell how much there is, whether it will work, how long it takes and what it costs, from a sample."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
-        from batchrun.report import preview
+        from batchrun.commands import plan as preview
 
         found = preview.preview(job, None if trial is None else _seconds(trial), gpus)
         _print(found, preview.lines(found), as_json, redact)
@@ -108,7 +108,7 @@ def run(
     """Start a job, or go on where an earlier run of it ended."""
 
     def work(job: Job, **how: Any) -> RunResult:
-        from batchrun import driver
+        from batchrun.driver import run as driver
 
         return driver.run(job, force=force, **how)
 
@@ -138,7 +138,7 @@ def retry(
     """Run the failed rows of a complete output again, once their cause is mended."""
 
     def work(job: Job, **how: Any) -> RunResult:
-        from batchrun import retrying
+        from batchrun.driver import retry as retrying
 
         return retrying.retry(job, errors=errors, allow=allow, force=force, **how)
 
@@ -153,7 +153,7 @@ def status(
     """Tell how far the output is, from the store alone."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
-        from batchrun.report.status import status as read_status
+        from batchrun.commands.status import status as read_status
 
         found = read_status(job)
         _print(found.to_json(), found.lines(), as_json, redact)
@@ -185,7 +185,7 @@ def verify(
     """Read everything back: rows in = rows ok + rows failed, part by part."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
-        from batchrun.report.status import verify as verify_output
+        from batchrun.commands.verify import verify as verify_output
 
         found = verify_output(job)
         _print(found.to_json(), found.lines(), as_json, redact)
@@ -205,7 +205,7 @@ def clean(
     """Delete what is left over from interrupted runs; never a row that is still needed."""
     with _errors(as_json, debug) as redact:
         job = _load(job_file, overrides, redact)
-        from batchrun.report.status import clean as clean_output
+        from batchrun.commands.clean import clean as clean_output
 
         deleted = clean_output(job, everything)
         _print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"], as_json, redact)
@@ -233,7 +233,7 @@ def bench(
 ) -> None:
     """Measure this machine: tokens per second, padding and share of the roofline, engine against engine."""
     with _errors(as_json, debug) as redact:
-        from batchrun import bench as benchmark
+        from batchrun.commands import bench as benchmark
 
         if job_file is None:
             results = benchmark.bench(model, workload, rows, engines)
@@ -281,7 +281,7 @@ def init(
 ) -> None:
     """Write a commented job file for a dataset."""
     with _errors(as_json, debug) as redact:
-        from batchrun import init as starter
+        from batchrun.commands import init as starter
 
         written = starter.init(dataset, job_file, model or starter.MODEL)
         lines = [
@@ -296,7 +296,7 @@ def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="a reference for people")] = False,
 ) -> None:
     """Print the JSON Schema of a job file, for editors, or a reference of its keys."""
-    from batchrun import schema as description
+    from batchrun.job import schema as description
 
     if markdown:
         print(description.markdown(), end="")

@@ -6,6 +6,8 @@ the output beside the row and never stops the job.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
@@ -134,3 +136,9 @@ class RowFault:
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`, did you mean 'x'?` for the known name nearest to a misspelt one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"

@@ -12,7 +12,7 @@ from distributed import Client
 from tiny_models import make_model
 
 from batchrun.cluster import connect
-from batchrun.settings import ClusterSettings
+from batchrun.job.settings import ClusterSettings
 from jobs import environment
 
 if not torch.cuda.is_available():

@@ -29,13 +29,13 @@ from parts import JOB_HASH, PLAN_HASH, answers, carried, commit, layout, setting
 from batchrun.dataset.plan import Plan, make_plan
 from batchrun.dataset.reader import read_partition
 from batchrun.errors import BatchrunError
-from batchrun.job import Job
+from batchrun.job.job import Job
+from batchrun.job.settings import InputSettings
 from batchrun.output import chunk, identity, lease, manifest, verify
 from batchrun.output.chunk import ANSWERS, BadChunk, Origin
 from batchrun.output.identity import Identity
 from batchrun.output.layout import JOB, LEASE, MANIFEST
 from batchrun.output.lease import Lease
-from batchrun.settings import InputSettings
 from batchrun.storage import Folder
 
 SECONDS = 90  # for one input; pyarrow takes seconds over a page header that does not end

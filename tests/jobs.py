@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from batchrun.job import Job
+from batchrun.job.job import Job
 
 ROWS_OF_JOB = 60  # rows that write_job makes by default
 TESTS = Path(__file__).parent

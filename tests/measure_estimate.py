@@ -21,12 +21,13 @@ import torch
 from tiny_models import make_model
 
 import batchrun.estimate.trial as trial
+from batchrun.dataset.rows import all_rows
+from batchrun.driver.prepare import prepare
 from batchrun.engine.choose import load_engine
 from batchrun.engine.protocol import Request
 from batchrun.estimate.cost import Throughput, estimate
 from batchrun.estimate.sample import sample
-from batchrun.job import Job
-from batchrun.prepare import all_rows, prepare
+from batchrun.job.job import Job
 
 # name: prompt bytes (median, spread of the logarithm, most), max_new_tokens
 DISTRIBUTIONS = {

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from batchrun.dataset.rows import read_rows
+from batchrun.driver.prepare import Prepared, prepare
 from batchrun.engine.process import EngineProcess
-from batchrun.generation import Generation, Tally
-from batchrun.job import Job
+from batchrun.job.job import Job
 from batchrun.output.attempt import Attempt
-from batchrun.prepare import Prepared, prepare, read_rows
 from batchrun.storage import Folder
+from batchrun.worker.generation import Generation, Tally
 
 
 def run(prepared: Prepared, rows: int, preemptions: int, steps: int, keep: bool) -> tuple[int, int]:

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from faulty import FaultyStore, new_store, stores
 
+from batchrun.job.settings import OutputSettings
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
 from batchrun.output.layout import Layout
-from batchrun.settings import OutputSettings
 from batchrun.storage import Folder
 
 PLAN_HASH = "abcdef0123456789" * 4

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from batchrun.bench import WORKLOADS, Workload, bench, bench_job, format_results
+from batchrun.commands.bench import WORKLOADS, Workload, bench, bench_job, format_results
+from batchrun.commands.plan import lines, preview
 from batchrun.errors import JobError, ModelError
-from batchrun.report.preview import lines, preview
 from jobs import load, write_job
 
 

@@ -17,8 +17,8 @@ from distributed.security import Security
 
 from batchrun.cluster import connect
 from batchrun.errors import ClusterError, JobError
-from batchrun.job import Job
-from batchrun.settings import ClusterSettings, TlsSettings
+from batchrun.job.job import Job
+from batchrun.job.settings import ClusterSettings, TlsSettings
 
 
 def test_a_local_cluster_listens_on_loopback_only_and_to_its_own_run_only() -> None:

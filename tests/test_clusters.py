@@ -23,7 +23,7 @@ from batchrun.cluster.config import DASK_CONFIG, worker_environment
 from batchrun.cluster.kubernetes import kubernetes_spec
 from batchrun.cluster.slurm import slurm_options
 from batchrun.errors import ClusterError, ExitCode
-from batchrun.settings import ClusterSettings
+from batchrun.job.settings import ClusterSettings
 from jobs import batchrun, check_complete, environment, load, write_job
 
 ROWS = 60

@@ -21,8 +21,8 @@ from batchrun.cluster.config import worker_environment
 from batchrun.cluster.kubernetes import kubernetes_spec
 from batchrun.cluster.slurm import slurm_options
 from batchrun.errors import BatchrunError, ExitCode, FaultCode
-from batchrun.job import Job
-from batchrun.settings import ClusterSettings, EngineSettings
+from batchrun.job.job import Job
+from batchrun.job.settings import ClusterSettings, EngineSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

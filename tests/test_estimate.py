@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 import batchrun as library
 import batchrun.estimate.trial as trial
 from batchrun.cli import app
+from batchrun.commands.plan import lines, preview
+from batchrun.driver.prepare import prepare
 from batchrun.engine.batching import by_length, take_batch
 from batchrun.engine.protocol import Completion, Request
 from batchrun.estimate.cost import Observation, Throughput, estimate, fit
 from batchrun.estimate.sample import interval, sample, spread
-from batchrun.job import Job
-from batchrun.prepare import prepare
-from batchrun.report.preview import lines, preview
+from batchrun.job.job import Job
 from jobs import batchrun, dataset, load, write_job
 
 BUDGET = 4096

@@ -11,7 +11,7 @@ import yaml
 from distributed import Client
 
 import batchrun
-from batchrun.job import Job
+from batchrun.job.job import Job
 
 JOBS = Path(__file__).parents[1] / "jobs"
 EXAMPLES = sorted(JOBS.glob("*.yaml"))

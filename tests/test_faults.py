@@ -19,13 +19,13 @@ import pytest
 from distributed import CancelledError, Client, KilledWorker
 
 import batchrun as library
-from batchrun.dispatch import Dispatch
+from batchrun.commands.verify import verify
+from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.poison_rows import STRIKES
+from batchrun.driver.prepare import prepare
 from batchrun.errors import BatchrunError, ExitCode, TooManyFaults
-from batchrun.prepare import prepare
-from batchrun.report.progress import silent
 from batchrun.report.result import RunResult
-from batchrun.report.status import verify
-from batchrun.suspects import STRIKES
+from batchrun.telemetry.progress import silent
 from jobs import answers, dataset, load, write_job
 
 ROWS, PART = 16, 8

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from batchrun import schema
+from batchrun.commands.init import init
+from batchrun.commands.plan import preview
 from batchrun.errors import InputError, OutputError
-from batchrun.init import init
-from batchrun.job import Job
-from batchrun.report.preview import preview
+from batchrun.job import schema
+from batchrun.job.job import Job
 from jobs import batchrun, dataset
 
 REFERENCE = Path(__file__).parent.parent / "jobs" / "REFERENCE.md"

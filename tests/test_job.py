@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.errors import BatchrunError, JobError
-from batchrun.job import Job, stable_hash
-from batchrun.report.redact import Redactor
+from batchrun.hashing import stable_hash
+from batchrun.job.job import Job
+from batchrun.telemetry.redact import Redactor
 
 BASE = """
 input:

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from chaos.processes import below
 
+from batchrun.commands.verify import verify
 from batchrun.dataset.plan import Plan
 from batchrun.dataset.reader import read_partition
 from batchrun.output import chunk, identity
 from batchrun.output.layout import STAGE, Layout, plan_key
-from batchrun.report.status import verify
 from batchrun.storage import Folder
 from jobs import batchrun, check_complete, load, start, write_job
 

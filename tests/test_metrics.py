@@ -24,11 +24,12 @@ from rich.console import Console
 import batchrun as library
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import ClusterError
-from batchrun.report import gpu, live, logs
-from batchrun.report.gpu import Gpu
-from batchrun.report.metrics import Exporter
-from batchrun.report.progress import Progress, Rates, WorkerView
-from batchrun.report.redact import Redactor
+from batchrun.report import live
+from batchrun.telemetry import gpu, logs
+from batchrun.telemetry.gpu import Gpu
+from batchrun.telemetry.progress import Progress, Rates, WorkerView
+from batchrun.telemetry.prometheus import Exporter
+from batchrun.telemetry.redact import Redactor
 from jobs import ROWS_OF_JOB as ROWS
 from jobs import load, write_job
 

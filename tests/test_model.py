@@ -18,8 +18,8 @@ from tiny import byte_tokenizer
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from batchrun.errors import ModelError
-from batchrun.model import context_length, load_tokenizer, resolve, stop_token_ids
-from batchrun.settings import ModelSettings
+from batchrun.job.settings import ModelSettings
+from batchrun.model.folder import context_length, load_tokenizer, resolve, stop_token_ids
 
 WEIGHTS = bytes(range(256)) * (5 << 12)  # 5 MiB: more than is hashed whole
 

@@ -12,13 +12,13 @@ import pytest
 from faulty import FaultyStore
 from parts import attempt, faulty_folder, layout
 
-from batchrun import generation
 from batchrun.dataset.reader import Batch
 from batchrun.engine.protocol import Completion, Request
 from batchrun.errors import EngineDied, StorageError
-from batchrun.generation import Generation, Tally
 from batchrun.output.attempt import Attempt
 from batchrun.storage import folder
+from batchrun.worker import generation
+from batchrun.worker.generation import Generation, Tally
 
 ROWS = 6
 

@@ -12,9 +12,9 @@ from parts import faulty_folder, store_of
 
 from batchrun.dataset.plan import Plan, extend, joined, make_plan
 from batchrun.errors import ChangedError
+from batchrun.job.settings import InputSettings
 from batchrun.output import plans
 from batchrun.output.layout import plan_key
-from batchrun.settings import InputSettings
 from batchrun.storage import Folder, folder
 
 

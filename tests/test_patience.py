@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from batchrun.dataset import patience
 from batchrun.dataset.patience import patiently
 from batchrun.dataset.reader import Batch
+from batchrun.driver.stalls import Stalls
 from batchrun.errors import ChangedError, CorruptInput, FaultCode, RowFault, StorageError
-from batchrun.stalls import Stalls
 
 FAULT = RowFault(FaultCode.INPUT_CORRUPT, "a page cannot be decoded")
 

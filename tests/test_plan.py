@@ -20,7 +20,7 @@ from batchrun.dataset.location import find_files
 from batchrun.dataset.plan import Partition, Plan, Slice, difference
 from batchrun.dataset.source import DataFile
 from batchrun.errors import InputError, OutputError
-from batchrun.settings import InputSettings
+from batchrun.job.settings import InputSettings
 
 BOUNDED = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

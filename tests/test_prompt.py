@@ -13,10 +13,10 @@ from tiny import CHATML, NO_SYSTEM, byte_tokenizer
 from transformers import ByT5Tokenizer
 
 from batchrun.errors import FaultCode, InputError, JobError, ModelError, RowFault
+from batchrun.job.settings import Message, PromptSettings
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.tokens import PromptBuilder, check_sample
-from batchrun.settings import Message, PromptSettings
 
 ROLE_CONTENT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from batchrun.job import Job
+from batchrun.job.job import Job
 
 FOLDER = Path(__file__).parents[1] / "jobs" / "quickstart"
 sys.path.insert(0, str(FOLDER))

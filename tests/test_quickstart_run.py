@@ -13,8 +13,8 @@ from distributed import Client
 
 import batchrun
 from batchrun.errors import Interrupted
-from batchrun.job import Job
-from batchrun.report.progress import Progress
+from batchrun.job.job import Job
+from batchrun.telemetry.progress import Progress
 
 QUICKSTART = Path(__file__).parent.parent / "jobs" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))

@@ -17,7 +17,7 @@ from tiny import batches_of, plan_of, rows_of, write
 from batchrun.dataset.plan import Plan
 from batchrun.dataset.reader import read_partition
 from batchrun.errors import ChangedError, CorruptInput, FaultCode
-from batchrun.settings import InputSettings
+from batchrun.job.settings import InputSettings
 
 ROLE_CONTENT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -17,16 +17,18 @@ from hypothesis import strategies as st
 from parts import faulty_folder
 
 import batchrun as library
+from batchrun.commands.status import status
+from batchrun.driver.prepare import prepare
 from batchrun.errors import StorageError
 from batchrun.output import document
-from batchrun.prepare import prepare
-from batchrun.report import charts, observe, record
+from batchrun.report import charts
 from batchrun.report.page import Facts, render
-from batchrun.report.progress import Progress, Rates, silent
-from batchrun.report.record import REPORT, RunRecord, SlowPartition, Timeline
-from batchrun.report.redact import Redactor
-from batchrun.report.status import status
 from batchrun.storage import Folder
+from batchrun.telemetry import record
+from batchrun.telemetry import recorder as observe
+from batchrun.telemetry.progress import Progress, Rates, silent
+from batchrun.telemetry.record import REPORT, RunRecord, SlowPartition, Timeline
+from batchrun.telemetry.redact import Redactor
 from jobs import ROWS_OF_JOB as ROWS
 from jobs import batchrun, load, start, wait_until, write_job
 

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchrun as library
+from batchrun.commands.clean import clean
+from batchrun.commands.status import status
+from batchrun.commands.verify import verify
 from batchrun.errors import ChangedError, ExitCode, JobError, LeaseHeld, OutputError, TooManyFaults
-from batchrun.report.status import clean, status, verify
 from jobs import answers, batchrun, dataset, load, start, write_job
 
 ROWS = 60

@@ -17,6 +17,8 @@ from distributed import Client
 from fleet import fleet
 
 import batchrun as library
+from batchrun.commands.clean import clean
+from batchrun.commands.verify import verify
 from batchrun.errors import (
     ChangedError,
     ExitCode,
@@ -26,9 +28,8 @@ from batchrun.errors import (
     OutputError,
     TooManyFaults,
 )
+from batchrun.job.settings import OUTPUT_COLUMNS
 from batchrun.output.lease import Lease
-from batchrun.report.status import clean, verify
-from batchrun.settings import OUTPUT_COLUMNS
 from batchrun.storage import Folder
 from jobs import answers, batchrun, check_complete, dataset, environment, load, start, wait_until, write_job
 

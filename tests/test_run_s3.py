@@ -13,10 +13,11 @@ import pytest
 from distributed import Client
 
 import batchrun
+from batchrun.commands.status import status
+from batchrun.commands.verify import verify
 from batchrun.errors import ChangedError, Interrupted
-from batchrun.job import Job
-from batchrun.report.progress import Progress
-from batchrun.report.status import status, verify
+from batchrun.job.job import Job
+from batchrun.telemetry.progress import Progress
 from jobs import dataset, load, write_job
 
 ROWS = 60

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from batchrun.errors import ExitCode
-from batchrun.job import Job
+from batchrun.job.job import Job
 
 JOBS = Path(__file__).parents[1] / "jobs"
 SCHEDULES = JOBS / "schedules"

@@ -10,7 +10,7 @@ import pytest
 import stores
 
 from batchrun.errors import JobError
-from batchrun.job import Job
+from batchrun.job.job import Job
 from jobs import batchrun, write_job
 
 SECRETS = {

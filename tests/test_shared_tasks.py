@@ -9,10 +9,10 @@ import pytest
 from parts import JOB_HASH, commit, faulty_folder, layout
 
 import batchrun as library
-from batchrun import worker
 from batchrun.errors import StorageError
 from batchrun.output import manifest, part
-from batchrun.worker import run_partitions
+from batchrun.worker import task as worker
+from batchrun.worker.task import run_partitions
 from jobs import check_complete, write_job
 
 ROWS = 240

@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchrun as library
+from batchrun.commands.clean import clean
+from batchrun.commands.status import status
+from batchrun.commands.verify import verify
 from batchrun.errors import ChangedError, ExitCode, InputError, JobError
-from batchrun.report.status import clean, status, verify
 from jobs import answers, dataset, load, start, write_job
 
 

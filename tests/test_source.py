@@ -15,7 +15,7 @@ from batchrun.dataset import location, source
 from batchrun.dataset.plan import carried_columns, check_output_names
 from batchrun.dataset.source import parse_type, read_source
 from batchrun.errors import ExitCode, InputError, OutputError, StorageError
-from batchrun.settings import InputSettings, OutputSettings
+from batchrun.job.settings import InputSettings, OutputSettings
 
 
 def source_of(*paths: Path, needed: tuple[str, ...] = (), **settings: object):

@@ -10,7 +10,7 @@ import pytest
 from tiny import plan_of, rows_of, write
 
 from batchrun.errors import ChangedError, InputError
-from batchrun.settings import InputSettings
+from batchrun.job.settings import InputSettings
 
 
 @pytest.fixture

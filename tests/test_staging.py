@@ -9,7 +9,7 @@ import pytest
 
 import batchrun as library
 from batchrun.errors import Interrupted
-from batchrun.report.progress import Progress
+from batchrun.telemetry.progress import Progress
 from jobs import check_complete, load, write_job
 
 ROWS = 40

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchrun.driver.poison_rows import CONDEMNED, HOPELESS, STRIKES, Suspect, Suspects
 from batchrun.errors import BatchrunError, TooManyFaults
-from batchrun.suspects import CONDEMNED, HOPELESS, STRIKES, Suspect, Suspects
 
 ROWS = st.integers(1, 3000)
 

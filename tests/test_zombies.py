@@ -16,7 +16,7 @@ import pytest
 from chaos.processes import Cluster, below, environment
 from distributed import Client
 
-from batchrun.report.status import verify
+from batchrun.commands.verify import verify
 from jobs import batchrun, check_complete, load, start, wait_until, write_job
 
 pytestmark = pytest.mark.timeout(600)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from batchrun.dataset.plan import Partition, Plan, make_plan
 from batchrun.dataset.reader import Batch, read_partition
-from batchrun.settings import InputSettings
+from batchrun.job.settings import InputSettings
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"

@@ -20,7 +20,7 @@ from batchrun.cluster.kubernetes import kubernetes_cluster
 from batchrun.cluster.local import local_cluster
 from batchrun.cluster.slurm import slurm_cluster
 from batchrun.errors import ClusterError
-from batchrun.settings import ClusterSettings, TlsSettings
+from batchrun.job.settings import ClusterSettings, TlsSettings
 
 
 @contextmanager

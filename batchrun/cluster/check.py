@@ -11,9 +11,9 @@ from typing import Any
 
 from distributed import Client, Worker
 
-import batchrun
 from batchrun.cluster.config import first_line
 from batchrun.errors import ClusterError
+from batchrun.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +52,10 @@ def find_problem(facts: dict[str, Any], slots: int) -> tuple[str, str, str] | No
     owners: dict[str, str] = {}
     for address, fact in facts.items():
         if not isinstance(fact, WorkerFacts):
-            install = f"install batchrun {batchrun.__version__} beside it"
+            install = f"install batchrun {__version__} beside it"
             return f"the worker cannot load batchrun ({first_line(fact)})", address, install
-        if fact.version != batchrun.__version__:
-            what = f"the worker has batchrun {fact.version}, the driver {batchrun.__version__}"
+        if fact.version != __version__:
+            what = f"the worker has batchrun {fact.version}, the driver {__version__}"
             return what, address, "install the same on both"
         if fact.threads != slots:
             what = f"the worker takes {fact.threads} partitions at once, cluster.slots says {slots}"
@@ -69,7 +69,7 @@ def find_problem(facts: dict[str, Any], slots: int) -> tuple[str, str, str] | No
 
 def _facts(dask_worker: Worker) -> WorkerFacts:
     return WorkerFacts(
-        version=batchrun.__version__,
+        version=__version__,
         threads=dask_worker.state.nthreads,
         profiler="profile" in dask_worker.periodic_callbacks,
         gpu=_own_gpu(),

@@ -10,7 +10,7 @@ from typing import Any
 
 from batchrun.cluster.config import first_line, optional, worker_environment
 from batchrun.errors import ClusterError
-from batchrun.settings import ClusterSettings
+from batchrun.job.settings import ClusterSettings
 
 # Seconds that the scheduler's pod has to come up: a node may have to pull an image of gigabytes first.
 SCHEDULER_POD = 900

@@ -12,7 +12,7 @@ from distributed import Nanny, Scheduler, Security, SpecCluster, Status
 from tornado.ioloop import PeriodicCallback
 
 from batchrun.errors import ClusterError
-from batchrun.settings import ClusterSettings
+from batchrun.job.settings import ClusterSettings
 
 # Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
 # Dask takes one away whose worker was gone for 15 seconds.

@@ -14,7 +14,7 @@ from tornado.ioloop import PeriodicCallback
 
 from batchrun.cluster.config import first_line, optional, worker_environment
 from batchrun.errors import ClusterError
-from batchrun.settings import ClusterSettings
+from batchrun.job.settings import ClusterSettings
 
 # Seconds between two looks at whether a Slurm job has to be submitted again, after a preemption or its time limit.
 RESUBMIT = 30.0

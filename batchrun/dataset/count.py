@@ -18,7 +18,7 @@ from batchrun.dataset.location import native_filesystem, open_parquet, persisten
 from batchrun.dataset.rowgroup import READING, read_group
 from batchrun.dataset.source import DataFile, concurrently
 from batchrun.errors import CorruptInput, InputError
-from batchrun.settings import InputSettings
+from batchrun.job.settings import InputSettings
 
 _COUNT_ROWS = 1 << 16
 

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchrun.errors import InputError
-from batchrun.settings import nearest
+from batchrun.errors import InputError, nearest
 
 _WHERE = "input.filters"
 _COMPARE: dict[str, tuple[Callable[..., Any], Callable[[Any, Any], Any]]] = {

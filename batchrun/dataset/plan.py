@@ -17,8 +17,8 @@ from batchrun.dataset.count import Counter, Piece, all_pieces, limited, shortene
 from batchrun.dataset.filters import filter_columns, parse_filters
 from batchrun.dataset.source import DataFile, Skipped, Source, read_source, untaken
 from batchrun.errors import InputError, OutputError
-from batchrun.job import stable_hash
-from batchrun.settings import OUTPUT_COLUMNS, InputSettings, OutputSettings
+from batchrun.hashing import stable_hash
+from batchrun.job.settings import OUTPUT_COLUMNS, InputSettings, OutputSettings
 
 
 class Slice(NamedTuple):

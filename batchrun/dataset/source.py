@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from batchrun.dataset.location import Found, find_files, is_damage, open_parquet, persistently
-from batchrun.errors import ChangedError, InputError, StorageError
-from batchrun.settings import InputSettings, nearest
+from batchrun.errors import ChangedError, InputError, StorageError, nearest
+from batchrun.job.settings import InputSettings
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-import batchrun
+from batchrun.driver.prepare import Prepared
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.process import available_cores
 from batchrun.estimate.cost import Observation, Throughput
-from batchrun.job import stable_hash
-from batchrun.prepare import Prepared
-from batchrun.report import record
-from batchrun.report.record import RunRecord
+from batchrun.hashing import stable_hash
+from batchrun.telemetry import record
+from batchrun.telemetry.record import RunRecord
+from batchrun.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def remember(fingerprint: str, kind: str, job_hash: str | None, known: Throughpu
         "kind": kind,
         "job_hash": job_hash,
         "fingerprint": fingerprint,
-        "version": batchrun.__version__,
+        "version": __version__,
     }
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(values))
@@ -120,7 +120,7 @@ def _remembered(fingerprint: str) -> Iterator[tuple[dict[str, Any], Throughput]]
     for path in sorted(_folder().glob(f"{fingerprint[:16]}-*.json")):
         try:
             values = json.loads(path.read_text())
-            if (values["fingerprint"], values["version"]) != (fingerprint, batchrun.__version__):
+            if (values["fingerprint"], values["version"]) != (fingerprint, __version__):
                 continue
             seen = [Observation(**o) for o in values["observations"]]
             names = ("source", "engine", "device", "own_rows", "start_seconds")
@@ -140,7 +140,7 @@ def _folder() -> Path:
 
 def _place(fingerprint: str, device: str, engine: str, own_rows: bool) -> Path:
     kind = "trial" if own_rows else "bench"
-    machine = stable_hash([device, engine, batchrun.__version__])[:16]
+    machine = stable_hash([device, engine, __version__])[:16]
     return _folder() / f"{fingerprint[:16]}-{kind}-{machine}.json"
 
 

@@ -14,10 +14,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchrun.dataset.plan import Partition, Plan, Slice
+from batchrun.dataset.rows import rows_of
 from batchrun.dataset.source import concurrently
+from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, RowFault
-from batchrun.prepare import Prepared, open_texts, rows_of
+from batchrun.prompt.codec import open_texts
 from batchrun.prompt.tokens import PromptBuilder
 
 ROWS = 2000  # sampled by default: shares are known to about two points, and a plan takes seconds

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from batchrun.driver.prepare import Prepared
 from batchrun.engine.batching import by_length, take_batch
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Request
 from batchrun.errors import EngineError
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.sample import Sample, spread
-from batchrun.prepare import Prepared
 
 FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
 WARM_ROWS = 8  # that go through the engine untimed, for what it does only once

@@ -14,11 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchrun.errors import StorageError
+from batchrun.job.settings import OutputSettings
 from batchrun.output import chunk, part
 from batchrun.output.chunk import ANSWERS, BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.part import Summary
-from batchrun.settings import OutputSettings
 from batchrun.storage import Folder, NotFound
 
 log = logging.getLogger(__name__)

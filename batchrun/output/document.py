@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from batchrun.job import stable_hash
+from batchrun.hashing import stable_hash
 
 
 class Damaged(ValueError):

@@ -7,31 +7,22 @@ alone and names the attempt that made those, so that it can be written by anybod
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchrun.dataset.rows import PLACE, Places
 from batchrun.errors import BatchrunError, OutputError
+from batchrun.job.settings import OUTPUT_COLUMNS, OutputSettings
 from batchrun.output import part
 from batchrun.output.layout import DATA, Layout
 from batchrun.output.part import Summary
-from batchrun.settings import OUTPUT_COLUMNS, OutputSettings
 from batchrun.storage import Folder, NotFound
 
 # Where a row stands in the input: the file, the number of its row group, and its place in there from 0 on.
-PLACE = pa.schema(
-    [
-        pa.field("source_file", pa.string()),
-        pa.field("source_row_group", pa.int32()),
-        pa.field("source_row", pa.int64()),
-    ]
-)
-
-# A partition's rows as places, schema PLACE, in order.
-Places = Callable[[int], Iterable[pa.RecordBatch]]
 
 # Whole parts are held while they are read, so few at a time.
 READERS = 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from batchrun.job import stable_hash
+from batchrun.hashing import stable_hash
 
 DATA = "data/"
 JOB_FOLDER = "_job/"

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchrun.errors import OutputError
+from batchrun.job.settings import OutputSettings
 from batchrun.output import part
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
 from batchrun.output.layout import Layout
 from batchrun.output.part import Replacement, Summary
 from batchrun.output.retry import Retry
-from batchrun.settings import OutputSettings
 from batchrun.storage import Folder
 
 

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchrun.errors import BatchrunError
+from batchrun.job.settings import OutputSettings
 from batchrun.output import failed, manifest, part, retry, state
 from batchrun.output.layout import DATA, JOB_FOLDER, STAGE, TEMPORARY, Layout, is_part, retry_of_chunk
-from batchrun.settings import OutputSettings
 from batchrun.storage import Folder
 
 # Whole parts are held while they are read, so few at a time.

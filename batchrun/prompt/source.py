@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from batchrun.errors import FaultCode, ModelError, RowFault
+from batchrun.job.settings import PromptSettings
 from batchrun.prompt.columns import (
     Message,
     check_prompt_column,
@@ -16,7 +17,6 @@ from batchrun.prompt.columns import (
     values,
 )
 from batchrun.prompt.template import NULL, check_columns, prompt_columns, row_templates
-from batchrun.settings import PromptSettings
 
 # Drops a number of units (bytes or tokens) from a text.
 Drop = Callable[[str, int], str]

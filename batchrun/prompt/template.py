@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 
-from batchrun.errors import FaultCode, InputError, JobError, RowFault
+from batchrun.errors import FaultCode, InputError, JobError, RowFault, nearest
+from batchrun.job.settings import PromptSettings
 from batchrun.prompt.sandbox import Sandbox
-from batchrun.settings import PromptSettings, nearest
 
 
 class NullPrinted(Exception):

@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, InputError, JobError, RowFault
+from batchrun.job.settings import PromptSettings
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.source import open_source
 from batchrun.prompt.template import prompt_columns
-from batchrun.settings import PromptSettings
 
 
 class PromptBuilder:

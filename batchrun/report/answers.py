@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchrun.errors import RowFault
-from batchrun.job import Job
+from batchrun.job.job import Job
+from batchrun.job.settings import OUTPUT_COLUMNS
 from batchrun.prompt.template import NULL, RowTemplate, prompt_columns, row_templates
-from batchrun.settings import OUTPUT_COLUMNS
 from batchrun.storage import Folder
 
 SAMPLED_PARTS = 32  # parts whose lengths are read; spread evenly

@@ -13,9 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batchrun.report import logs
-from batchrun.report.progress import Progress, Rates, Watch, duration, line, log_lines
 from batchrun.report.summary import size
+from batchrun.telemetry import logs
+from batchrun.telemetry.progress import Progress, Rates, Watch, duration, line, log_lines
 
 SHOWN_WORKERS = 8
 

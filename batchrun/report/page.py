@@ -9,19 +9,20 @@ from functools import cached_property
 import jinja2
 import yaml
 
+from batchrun.commands.status import open_output
 from batchrun.dataset.plan import Plan
-from batchrun.job import Job
+from batchrun.job.job import Job
 from batchrun.output import lease, manifest, state
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
-from batchrun.report import answers, charts, record
+from batchrun.report import answers, charts
 from batchrun.report.answers import Look
-from batchrun.report.progress import duration
-from batchrun.report.record import REPORT, RunRecord
-from batchrun.report.redact import Redactor
-from batchrun.report.status import open_output
 from batchrun.report.summary import size
 from batchrun.storage import Folder
+from batchrun.telemetry import record
+from batchrun.telemetry.progress import duration
+from batchrun.telemetry.record import REPORT, RunRecord
+from batchrun.telemetry.redact import Redactor
 
 SHOWN_RUNS = 50
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from batchrun.engine.protocol import EngineStats
-from batchrun.report.progress import duration
-from batchrun.report.record import REPORT
 from batchrun.report.result import RunResult
+from batchrun.telemetry.progress import duration
+from batchrun.telemetry.record import REPORT
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from batchrun.limits import parse_deadline
+from batchrun.errors import nearest
+from batchrun.job.durations import parse_deadline
 
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
 
@@ -253,9 +252,3 @@ class LimitSettings(Settings):
         if deadline is not None:
             parse_deadline(deadline, datetime.now().astimezone())
         return deadline
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`, did you mean 'x'?` for the known name nearest to a misspelt one, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"

@@ -13,15 +13,15 @@ from rich.table import Table
 
 from batchrun.cluster.local import visible_gpus
 from batchrun.dataset.plan import Partition
+from batchrun.driver.prepare import Prepared, prepare
 from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.records import device_name, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.estimate.trial import trial as run_trial
-from batchrun.job import Job
+from batchrun.job.job import Job
 from batchrun.output import identity, state
-from batchrun.prepare import Prepared, prepare
-from batchrun.report.progress import duration
 from batchrun.report.summary import size
+from batchrun.telemetry.progress import duration
 
 SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read
 TRIAL_SAMPLE_SHARE = 0.25  # of a trial's time, for a sample as large as what an engine looks ahead at

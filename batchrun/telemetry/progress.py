@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from batchrun.engine.protocol import EngineStats
-from batchrun.report.gpu import Gpu
-from batchrun.report.record import SlowPartition
+from batchrun.telemetry.gpu import Gpu
+from batchrun.telemetry.record import SlowPartition
 
 RATE_WINDOW = 30.0  # seconds over which the shown rates are taken
 LOG_EVERY = 15.0  # seconds between two lines where there is no terminal

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,8 +11,8 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from batchrun.errors import JobError
-from batchrun.settings import (
+from batchrun.errors import JobError, nearest
+from batchrun.job.settings import (
     ClusterSettings,
     EngineSettings,
     GenerationSettings,
@@ -25,7 +23,6 @@ from batchrun.settings import (
     PromptSettings,
     Settings,
     TlsSettings,
-    nearest,
 )
 
 # Values of storage options that may be shown: everything else there is taken for a secret.
@@ -156,11 +153,6 @@ class Job(Settings):
         for options in (self.input.storage_options, self.model.storage_options, self.output.storage_options):
             _collect_secrets(options, found)
         return found
-
-
-def stable_hash(value: object) -> str:
-    """Hex SHA-256 of a JSON value, the same in every process and version of Python."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class _Loader(yaml.SafeLoader):

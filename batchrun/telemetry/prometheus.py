@@ -16,9 +16,9 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from batchrun.driver.prepare import Prepared
 from batchrun.errors import ClusterError
-from batchrun.prepare import Prepared
-from batchrun.report.progress import Progress, Rates, Watch, WorkerView
+from batchrun.telemetry.progress import Progress, Rates, Watch, WorkerView
 
 # Of the whole run, sums since its start: the metric, the attribute of Progress, what it is.
 COUNTERS = [

@@ -8,10 +8,10 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
-from batchrun.report.redact import Redactor
+from batchrun.telemetry.redact import Redactor
 
 if TYPE_CHECKING:
-    from batchrun.report.progress import Progress, Rates
+    from batchrun.telemetry.progress import Progress, Rates
 
 log = logging.getLogger("batchrun")
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from batchrun.job import Job
+from batchrun.job.job import Job
 
 COMMAND = "batchrun schema --markdown > jobs/REFERENCE.md"
 

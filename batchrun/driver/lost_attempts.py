@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from batchrun.dataset.plan import Plan
+from batchrun.driver.poison_rows import STRIKES, Suspects
 from batchrun.errors import EngineNotLoaded, one_line
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
-from batchrun.suspects import STRIKES, Suspects
-from batchrun.worker import Task
+from batchrun.worker.task import Task
 
 log = logging.getLogger(__name__)
 

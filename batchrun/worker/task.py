@@ -23,9 +23,9 @@ import pyarrow as pa
 from distributed import Worker, WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
-from batchrun.answers import failed
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.reader import Batch
+from batchrun.dataset.rows import Places, places_of, read_rows
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec, EngineStats
@@ -38,18 +38,18 @@ from batchrun.errors import (
     RowFault,
     StorageError,
 )
-from batchrun.generation import Generation, Tally
-from batchrun.job import Job
-from batchrun.model import resolve
+from batchrun.job.job import Job
+from batchrun.model.folder import resolve
 from batchrun.output.attempt import Attempt, Begun, Receipt
-from batchrun.output.failed import Places
 from batchrun.output.failed import update as update_failed
 from batchrun.output.layout import Layout
 from batchrun.output.replace import ReplacingAttempt
 from batchrun.output.retry import Retry
-from batchrun.prepare import Texts, open_texts, places_of, read_rows
-from batchrun.report.gpu import gpu_now
+from batchrun.prompt.codec import Texts, open_texts
 from batchrun.storage import Folder
+from batchrun.telemetry.gpu import gpu_now
+from batchrun.worker.answers import failed
+from batchrun.worker.generation import Generation, Tally
 
 log = logging.getLogger(__name__)
 

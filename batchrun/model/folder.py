@@ -15,8 +15,8 @@ import fsspec
 
 from batchrun.dataset.location import version_of
 from batchrun.errors import ModelError
-from batchrun.job import stable_hash
-from batchrun.settings import ModelSettings
+from batchrun.hashing import stable_hash
+from batchrun.job.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

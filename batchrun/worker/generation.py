@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchrun.answers import answered, failed
 from batchrun.dataset.reader import Batch
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import NO_TOKENS, Completion, Request
 from batchrun.errors import FaultCode, RowFault, StorageError
 from batchrun.output.attempt import Attempt, Begun
-from batchrun.prepare import Texts
+from batchrun.prompt.codec import Texts
+from batchrun.worker.answers import answered, failed
 
 ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
 SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come

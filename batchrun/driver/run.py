@@ -13,18 +13,19 @@ from distributed import Client
 
 from batchrun.cluster import connect
 from batchrun.dataset.plan import difference, joined
-from batchrun.dispatch import Dispatch
-from batchrun.job import Job
-from batchrun.limits import Limits
+from batchrun.dataset.rows import places_in
+from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.limits import Limits
+from batchrun.driver.prepare import Prepared, prepare
+from batchrun.job.job import Job
 from batchrun.output import failed, identity, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
-from batchrun.prepare import Prepared, places_in, prepare
-from batchrun.report import record
-from batchrun.report.observe import observed
-from batchrun.report.progress import Progress, Watch, silent
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder
+from batchrun.telemetry import record
+from batchrun.telemetry.progress import Progress, Watch, silent
+from batchrun.telemetry.recorder import observed
 
 log = logging.getLogger(__name__)
 

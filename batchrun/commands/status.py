@@ -1,4 +1,4 @@
-"""What an output says of itself, to any machine that can read the store: its state, its verification, its leftovers."""
+"""What an output says of itself, to any machine that can read the store: its state."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.dataset.plan import Plan, carried_columns, joined
-from batchrun.errors import ExitCode, OutputError
-from batchrun.job import Job
+from batchrun.dataset.plan import Plan, joined
+from batchrun.driver.prepare import layout_of, open_folder
+from batchrun.errors import OutputError
+from batchrun.job.job import Job
 from batchrun.output import chunk, identity, lease, manifest, plans, state
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
-from batchrun.output.verify import Verification
-from batchrun.output.verify import clean as clean_folder
-from batchrun.output.verify import verify as verify_folder
-from batchrun.prepare import layout_of, open_folder, places_in, rows_of
-from batchrun.report import record
-from batchrun.report.progress import duration
-from batchrun.report.record import RunRecord
 from batchrun.report.summary import error_lines, size
 from batchrun.storage import Folder, NotFound
+from batchrun.telemetry import record
+from batchrun.telemetry.progress import duration
+from batchrun.telemetry.record import RunRecord
 
 READERS = 16  # partitions whose chunks are read at a time
 SHOWN_RUNS = 5
@@ -101,41 +98,6 @@ def _run_line(run: RunRecord) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A verification, as a command reports it."""
-
-    output: str
-    found: Verification
-
-    @property
-    def exit_code(self) -> ExitCode:
-        if not self.found.passed:
-            return ExitCode.FAILED
-        return ExitCode.FAILED_ROWS if self.found.failed else ExitCode.COMPLETE
-
-    def to_json(self) -> dict[str, Any]:
-        found = self.found
-        return {
-            "output": self.output,
-            "passed": found.passed,
-            "exit_code": int(self.exit_code),
-            "parts": found.parts,
-            "rows": found.rows,
-            "ok": found.ok,
-            "failed": found.failed,
-            "problems": found.problems,
-        }
-
-    def lines(self) -> list[str]:
-        found = self.found
-        counts = f"{found.rows:,} rows = {found.ok:,} ok + {found.failed:,} failed, in {found.parts:,} parts"
-        if found.passed:
-            return [f"verified: {counts}; every row of the plan stands once, beside its own input"]
-        more = [f"... and {len(found.problems) - 20} more"] if len(found.problems) > 20 else []
-        return [f"NOT verified: {counts}", *found.problems[:20], *more]
-
-
 def status(job: Job) -> Status:
     """Reads listing, plan, staged rows, runs and lease from the output; neither input nor cluster is asked.
 
@@ -163,7 +125,7 @@ def status(job: Job) -> Status:
         driver=_driver(holder),
         plans=max(1, len(layout.plans)),
         retries=found.retries,
-        retrying=_retrying(written, found) > 0,
+        retrying=unfinished_retry(written, found) > 0,
         failed=sum(errors.values()),
         examples=written.examples if written else {},
         runs=runs,
@@ -200,37 +162,7 @@ def _rows_staged(
         return sum(pool.map(count, partitions))
 
 
-def verify(job: Job) -> Checked:
-    """Reads every row of the output back and holds it against the plan, the manifest and the input.
-
-    Raises:
-        OutputError: nothing was ever run into this output, or its files are damaged.
-    """
-    folder, pinned, plan, layout = open_output(job)
-    columns = carried_columns(job.input, plan.schema)
-    found = verify_folder(
-        folder,
-        layout,
-        pinned.job_hash,
-        [partition.rows for partition in plan.partitions],
-        job.output,
-        (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if columns else None,
-        places_in(job, plan),
-    )
-    return Checked(folder.name, found)
-
-
-def clean(job: Job, everything: bool = False) -> list[str]:
-    """Deletes leftovers of interrupted runs, or with `everything` all that batchrun owns; the keys deleted."""
-    failed = job.output.failed
-    if everything:
-        return clean_folder(open_folder(job), everything=True, failed_folder=failed)
-    folder, _, _, layout = open_output(job)
-    retrying = _retrying(manifest.read(folder), state.scan(folder, layout))
-    return clean_folder(folder, layout, retrying=retrying)
-
-
-def _retrying(written: manifest.Manifest | None, found: state.State) -> int:
+def unfinished_retry(written: manifest.Manifest | None, found: state.State) -> int:
     """The number of the retry that was begun and has not finished, by the manifest; 0 where there is none."""
     recorded = len(written.retries) if written else 0
     unfinished = written is not None and written.unfinished is not None

@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-import batchrun
 from batchrun.output import document, lease
 from batchrun.output.document import Damaged
 from batchrun.output.layout import JOB_FOLDER
-from batchrun.report.redact import Redactor
 from batchrun.storage import Folder, NotFound
+from batchrun.telemetry.redact import Redactor
+from batchrun.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Of batchrun, Python and the libraries that decide speed and answers, as far as they are installed."""
-    installed = {"batchrun": batchrun.__version__, "python": platform.python_version()}
+    installed = {"batchrun": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
             installed[name] = metadata.version(name)

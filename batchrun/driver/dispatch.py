@@ -15,21 +15,21 @@ from typing import Any
 
 from distributed import Client, Future
 
-from batchrun import heartbeats
 from batchrun.cluster import dashboard
+from batchrun.driver import heartbeats
+from batchrun.driver.heartbeats import Heartbeats
+from batchrun.driver.lost_attempts import Judge, Trial, reason_of
+from batchrun.driver.prepare import Prepared
+from batchrun.driver.stalls import Stalls
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
-from batchrun.generation import Tally
-from batchrun.heartbeats import Heartbeats
-from batchrun.judging import Judge, Trial, reason_of
 from batchrun.output import state
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
-from batchrun.prepare import Prepared
-from batchrun.report.progress import Progress, Watch
-from batchrun.report.record import SlowPartition
-from batchrun.stalls import Stalls
-from batchrun.worker import (
+from batchrun.telemetry.progress import Progress, Watch
+from batchrun.telemetry.record import SlowPartition
+from batchrun.worker.generation import Tally
+from batchrun.worker.task import (
     BatchrunPlugin,
     Task,
     TaskReceipt,

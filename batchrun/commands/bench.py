@@ -17,14 +17,14 @@ import numpy as np
 import torch
 import transformers
 
+from batchrun.driver.prepare import prepare
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.protocol import EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, JobError, ModelError
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.records import device_name, remember
 from batchrun.estimate.sample import sample
-from batchrun.job import Job
-from batchrun.prepare import prepare
+from batchrun.job.job import Job
 
 # Rows without a word from the user: enough to fill a GPU, and few enough for minutes on a CPU.
 GPU_ROWS, CPU_ROWS = 1000, 100

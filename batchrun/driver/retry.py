@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchrun.dispatch import Dispatch
-from batchrun.driver import finish, result, try_store
-from batchrun.errors import FaultCode, JobError, OutputError
-from batchrun.job import Job
+from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.prepare import prepare_again
+from batchrun.driver.run import finish, result, try_store
+from batchrun.errors import FaultCode, JobError, OutputError, nearest
+from batchrun.job.job import Job
 from batchrun.output import manifest
 from batchrun.output import retry as retries
 from batchrun.output.lease import Lease
-from batchrun.prepare import prepare_again
-from batchrun.report.progress import Watch, silent
 from batchrun.report.result import RunResult
-from batchrun.settings import nearest
+from batchrun.telemetry.progress import Watch, silent
 
 if TYPE_CHECKING:
     from distributed import Client

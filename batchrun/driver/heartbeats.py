@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchrun.engine.protocol import EngineStats
-from batchrun.generation import Tally
-from batchrun.report.gpu import Gpu
-from batchrun.report.progress import WorkerView
+from batchrun.telemetry.gpu import Gpu
+from batchrun.telemetry.progress import WorkerView
+from batchrun.worker.generation import Tally
 
 
 @dataclass

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+from batchrun.driver.prepare import Prepared
 from batchrun.errors import BatchrunError, ExitCode, LeaseHeld, StorageError, one_line
-from batchrun.prepare import Prepared
-from batchrun.report import record
-from batchrun.report.progress import Progress, Watch
-from batchrun.report.record import RunRecord, Timeline
-from batchrun.report.redact import Redactor
 from batchrun.storage.folder import PROBE_PATIENCE
+from batchrun.telemetry import record
+from batchrun.telemetry.progress import Progress, Watch
+from batchrun.telemetry.record import RunRecord, Timeline
+from batchrun.telemetry.redact import Redactor
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
         watches = [watch]
         port = prepared.job.cluster.metrics_port
         if port is not None:
-            from batchrun.report import metrics  # only who asks for metrics pays for them
+            from batchrun.telemetry import prometheus  # only who asks for metrics pays for them
 
-            watches.insert(0, stack.enter_context(metrics.serve(port, prepared)))
+            watches.insert(0, stack.enter_context(prometheus.serve(port, prepared)))
         recorder = Recorder(prepared, run)
         watches.insert(0, recorder.see)
 

@@ -1,0 +1,69 @@
+"""The `verify` command: reads everything back and holds it against the plan, the manifest and the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from batchrun.commands.status import open_output
+from batchrun.dataset.plan import carried_columns
+from batchrun.dataset.rows import places_in, rows_of
+from batchrun.errors import ExitCode
+from batchrun.job.job import Job
+from batchrun.output.verify import Verification
+from batchrun.output.verify import verify as verify_folder
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A verification, as a command reports it."""
+
+    output: str
+    found: Verification
+
+    @property
+    def exit_code(self) -> ExitCode:
+        if not self.found.passed:
+            return ExitCode.FAILED
+        return ExitCode.FAILED_ROWS if self.found.failed else ExitCode.COMPLETE
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.found
+        return {
+            "output": self.output,
+            "passed": found.passed,
+            "exit_code": int(self.exit_code),
+            "parts": found.parts,
+            "rows": found.rows,
+            "ok": found.ok,
+            "failed": found.failed,
+            "problems": found.problems,
+        }
+
+    def lines(self) -> list[str]:
+        found = self.found
+        counts = f"{found.rows:,} rows = {found.ok:,} ok + {found.failed:,} failed, in {found.parts:,} parts"
+        if found.passed:
+            return [f"verified: {counts}; every row of the plan stands once, beside its own input"]
+        more = [f"... and {len(found.problems) - 20} more"] if len(found.problems) > 20 else []
+        return [f"NOT verified: {counts}", *found.problems[:20], *more]
+
+
+def verify(job: Job) -> Checked:
+    """Reads every row of the output back and holds it against the plan, the manifest and the input.
+
+    Raises:
+        OutputError: nothing was ever run into this output, or its files are damaged.
+    """
+    folder, pinned, plan, layout = open_output(job)
+    columns = carried_columns(job.input, plan.schema)
+    found = verify_folder(
+        folder,
+        layout,
+        pinned.job_hash,
+        [partition.rows for partition in plan.partitions],
+        job.output,
+        (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if columns else None,
+        places_in(job, plan),
+    )
+    return Checked(folder.name, found)

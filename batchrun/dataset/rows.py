@@ -1,0 +1,88 @@
+"""A partition's rows as a job reads them: filtered, cast, read again where a page is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import pyarrow as pa
+
+from batchrun.dataset.patience import patiently
+from batchrun.dataset.plan import Partition, Plan
+from batchrun.dataset.reader import Batch, read_partition
+from batchrun.dataset.source import DataFile
+from batchrun.job.job import Job
+
+# Rows read at once. With a damaged page, so many in front of it may be lost as well.
+BATCH_ROWS, SALVAGE_ROWS = 1024, 64
+PLACE = pa.schema(
+    [
+        pa.field("source_file", pa.string()),
+        pa.field("source_row_group", pa.int32()),
+        pa.field("source_row", pa.int64()),
+    ]
+)
+
+# A partition's rows as places, schema PLACE, in order.
+Places = Callable[[int], Iterable[pa.RecordBatch]]
+
+
+def read_rows(
+    job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile], columns: Sequence[str]
+) -> Iterator[Batch]:
+    """A partition's input rows in order, `columns` only, as the job filters and casts them.
+
+    Rows of a page that cannot be decoded, read twice, are nulls with a fault.
+    """
+    settings = job.input
+
+    def read(salvage: bool) -> Iterator[Batch]:
+        return read_partition(
+            partition.slices,
+            files,
+            schema,
+            columns,
+            settings.filters,
+            settings.cast,
+            settings.storage_options,
+            batch_rows=SALVAGE_ROWS if salvage else BATCH_ROWS,
+            salvage=salvage,
+        )
+
+    return patiently(read, job.input.paths[0])
+
+
+def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The same where the whole plan is at hand, without the rows' ids."""
+    batches = read_rows(job, plan.schema, partition, plan.files_of(partition), columns)
+    return (batch.records for batch in batches)
+
+
+def places_of(
+    job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile]
+) -> Iterator[pa.RecordBatch]:
+    """Where in the input a partition's rows stand, in order (schema `PLACE`)."""
+    for batch in read_rows(job, schema, partition, files, ()):
+        rows = len(batch.places)
+        columns = [
+            pa.repeat(pa.scalar(batch.file), rows),
+            pa.repeat(pa.scalar(batch.row_group, pa.int32()), rows),
+            pa.array(batch.places),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=PLACE)
+
+
+def places_in(job: Job, plan: Plan) -> Places:
+    """`places_of` by a partition's number in the plan."""
+
+    def places(index: int) -> Iterator[pa.RecordBatch]:
+        partition = plan.partitions[index]
+        return places_of(job, plan.schema, partition, plan.files_of(partition))
+
+    return places
+
+
+def all_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of every partition that can be read, in the plan's order; take as many as are wanted."""
+    for partition in plan.partitions:
+        batches = read_rows(job, plan.schema, partition, plan.files_of(partition), columns)
+        yield from (batch.records for batch in batches if batch.fault is None)

@@ -1,0 +1,82 @@
+"""Between text and token ids for one job: the same on the driver and on every worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun.engine.protocol import EngineSpec, Sampling
+from batchrun.errors import ModelError
+from batchrun.job.job import Job
+from batchrun.model.folder import ModelFolder, context_length, load_tokenizer, stop_token_ids
+from batchrun.prompt.detokenizer import Detokenizer
+from batchrun.prompt.tokens import PromptBuilder
+
+# Where a model's config names no limit: bounds memory, and no prompt of a sane job reaches it.
+UNBOUNDED_CONTEXT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Between text and token ids for one job: the same on the driver and on every worker."""
+
+    builder: PromptBuilder
+    detokenizer: Detokenizer
+    engine: EngineSpec
+
+
+def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
+    """Loads the tokenizer and compiles the prompt.
+
+    Raises:
+        Refused: a template that is wrong, columns that are missing, a tokenizer that cannot do what the job asks.
+    """
+    tokenizer = load_tokenizer(model, job.model)
+    context = _context(model, job)
+    stop_ids = stop_token_ids(model, tokenizer)
+    builder = PromptBuilder(job.prompt, tokenizer, context, job.generation.max_new_tokens, schema)
+    detokenizer = Detokenizer(tokenizer, job.generation.stop, stop_ids)
+    return Texts(builder, detokenizer, _engine_spec(job, model, context, stop_ids))
+
+
+def _context(model: ModelFolder, job: Job) -> int:
+    from transformers import AutoConfig  # seconds: not on the event loop that imports a worker's task
+
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            model.path, trust_remote_code=job.model.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"its config cannot be read ({reason})", model.path, "check config.json and transformers' version"
+        ) from None
+    return context_length(config) or UNBOUNDED_CONTEXT
+
+
+def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int, ...]) -> EngineSpec:
+    generation = job.generation
+    sampling = Sampling(
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k,
+        min_p=generation.min_p,
+        repetition_penalty=generation.repetition_penalty,
+        stop=tuple(generation.stop),
+        seed=generation.seed,
+    )
+    return EngineSpec(
+        kind=job.engine.kind,
+        model_path=model.path,
+        tokenizer_path=model.tokenizer_path,
+        dtype=job.model.dtype,
+        device="auto",
+        trust_remote_code=job.model.trust_remote_code,
+        allow_pickle=job.model.allow_pickle,
+        sampling=sampling,
+        stop_token_ids=stop_ids,
+        max_context=context,
+        options=job.engine.model_dump(exclude={"kind"}),
+    )

@@ -1,0 +1,1 @@
+"""A worker's process: one partition read, prompted, generated, staged and sealed."""
