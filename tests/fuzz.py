@@ -24,7 +24,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from parts import JOB_HASH, PLAN_HASH, answers, carried, commit, layout, settings, unique
 
 from batchrun.dataset.plan import Plan, make_plan
 from batchrun.dataset.reader import read_partition
@@ -37,6 +36,9 @@ from batchrun.output.identity import Identity
 from batchrun.output.layout import JOB, LEASE, MANIFEST
 from batchrun.output.lease import Lease
 from batchrun.storage import Folder
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+from parts import JOB_HASH, PLAN_HASH, answers, carried, commit, layout, settings, unique
 
 SECONDS = 90  # for one input; pyarrow takes seconds over a page header that does not end
 MEMORY = 12 << 30  # so that a length that lies fails to allocate instead of taking the machine down

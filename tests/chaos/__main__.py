@@ -17,7 +17,7 @@ from pathlib import Path
 
 import boto3
 
-from tests.tiny_models import make_model
+from tests.support.tiny_models import make_model
 
 from .check import Violation
 from .processes import environment, start_store

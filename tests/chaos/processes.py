@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SLOTS = 2
 # As Dask's own configuration names them. A worker that is paused for longer has lost its partitions.
 TTL = 15.0
@@ -26,7 +26,7 @@ REVIVAL = 1.0  # seconds that a dead worker or scheduler stays away
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "tests/support"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, **DASK, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 

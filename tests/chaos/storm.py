@@ -17,7 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
-from tests.jobs import dataset
+from tests.support.jobs import dataset
 
 from .check import Violation, Watcher
 from .processes import SLOTS, TTL, Cluster, Driver, below, environment, send

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 import batchrun as library
 from jobs import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 

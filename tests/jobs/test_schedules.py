@@ -22,7 +22,7 @@ import yaml
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 
-JOBS = Path(__file__).parents[1] / "jobs"
+JOBS = Path(__file__).parents[2] / "jobs"
 SCHEDULES = JOBS / "schedules"
 SCRIPTS = sorted(SCHEDULES.glob("*.sh"))
 MANIFESTS = sorted(SCHEDULES.glob("kubernetes-*.yaml"))

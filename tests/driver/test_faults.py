@@ -79,7 +79,7 @@ def setting(tmp_path, tiny_llama, cluster, request):
         shutil.rmtree(Path(tempfile.gettempdir()) / f"batchrun-notes-{one.name}", ignore_errors=True)
 
 
-# Few rows for the worker, which takes seconds to come back: tests/test_suspects.py bisects thousands.
+# Few rows for the worker, which takes seconds to come back: tests/driver/test_suspects.py bisects thousands.
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("engine", "part"), [("EngineKiller", 4), ("WorkerKiller", 1)])
 def test_a_row_that_kills_its_engine_or_worker_is_its_own_error_and_all_others_complete(

@@ -1,6 +1,6 @@
 """Compiles the attention kernels for GPUs, on a machine that needs none, and says what shared memory each takes.
 
-    python tests/compile_kernels.py
+    python tests/support/compile_kernels.py
 
 In a process of its own: where Triton interprets, it compiles nothing.
 """

@@ -18,7 +18,7 @@ import yaml
 from batchrun.job.job import Job
 
 ROWS_OF_JOB = 60  # rows that write_job makes by default
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent
 ECHO = "engines:EchoEngine"
 
 
@@ -61,7 +61,7 @@ def write_job(
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 

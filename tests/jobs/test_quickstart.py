@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batchrun.job.job import Job
 
-FOLDER = Path(__file__).parents[1] / "jobs" / "quickstart"
+FOLDER = Path(__file__).parents[2] / "jobs" / "quickstart"
 sys.path.insert(0, str(FOLDER))
 
 import orders  # noqa: E402

@@ -1,6 +1,6 @@
 """How close `batchrun plan --trial` comes: an estimate from a few seconds of trial, beside the whole job's own time.
 
-    python tests/measure_estimate.py [--rows 8000] [--trial 5] [--batch-tokens 4096] [--clock cpu]
+    python -m tests.measure.estimate [--rows 8000] [--trial 5] [--batch-tokens 4096] [--clock cpu]
 
 A random two-layer model with a byte tokenizer and the padded engine, in this process, on three distributions of
 lengths. `--clock cpu` counts this process's CPU time in place of wall time, which others on the machine stretch.
@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tiny_models import make_model
 
 import batchrun.estimate.trial as trial
 from batchrun.dataset.rows import all_rows
@@ -28,6 +27,7 @@ from batchrun.engine.protocol import Request
 from batchrun.estimate.cost import Throughput, estimate
 from batchrun.estimate.sample import sample
 from batchrun.job.job import Job
+from tests.support.tiny_models import make_model
 
 # name: prompt bytes (median, spread of the logarithm, most), max_new_tokens
 DISTRIBUTIONS = {

@@ -11,12 +11,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from chaos.schedule import EVENTS, REQUEST_FAULTS, events, verdict
 
+from chaos.schedule import EVENTS, REQUEST_FAULTS, events, verdict
 from jobs import environment
 
 FAULTS = 100
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(900)

@@ -17,7 +17,7 @@ from batchrun.job import schema
 from batchrun.job.job import Job
 from jobs import batchrun, dataset
 
-REFERENCE = Path(__file__).parent.parent / "jobs" / "REFERENCE.md"
+REFERENCE = Path(__file__).parents[2] / "jobs" / "REFERENCE.md"
 
 
 def write(folder: Path, **columns: object) -> str:

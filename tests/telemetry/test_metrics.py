@@ -33,7 +33,7 @@ from batchrun.telemetry.redact import Redactor
 from jobs import ROWS_OF_JOB as ROWS
 from jobs import load, write_job
 
-DASHBOARD = Path(__file__).parent.parent / "docker/grafana/batchrun.json"
+DASHBOARD = Path(__file__).parents[2] / "docker/grafana/batchrun.json"
 CARD = Gpu("H200", 0.75, 60 << 30, 140 << 30)
 
 

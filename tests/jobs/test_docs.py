@@ -24,7 +24,7 @@ from batchrun.errors import BatchrunError, ExitCode, FaultCode
 from batchrun.job.job import Job
 from batchrun.job.settings import ClusterSettings, EngineSettings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "jobs/README.md",

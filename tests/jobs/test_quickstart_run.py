@@ -16,7 +16,7 @@ from batchrun.errors import Interrupted
 from batchrun.job.job import Job
 from batchrun.telemetry.progress import Progress
 
-QUICKSTART = Path(__file__).parent.parent / "jobs" / "quickstart"
+QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
 import orders  # noqa: E402

@@ -13,7 +13,7 @@ from distributed import Client
 import batchrun
 from batchrun.job.job import Job
 
-JOBS = Path(__file__).parents[1] / "jobs"
+JOBS = Path(__file__).parents[2] / "jobs"
 EXAMPLES = sorted(JOBS.glob("*.yaml"))
 INSTANT = "engine.kind=batchrun.engine.instant:InstantEngine"
 sys.path[:0] = [str(JOBS), str(JOBS / "data")]

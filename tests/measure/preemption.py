@@ -1,6 +1,6 @@
 """Tokens generated twice because of preemptions, with what rows were so far kept and without.
 
-    python tests/measure_preemption.py JOB.yaml --rows 200 --preemptions 3 --steps 20
+    python -m tests.measure.preemption JOB.yaml --rows 200 --preemptions 3 --steps 20
 
 The job's own model, prompts and rows; a preemption comes so many decode steps after the engine is loaded.
 """

@@ -1,6 +1,6 @@
 """What a partition costs when there are many: time per component, the driver's memory, and a late resumption.
 
-    python tests/measure_partitions.py [--partitions 100000] [--rows 2] [--workers 1] [--folder FOLDER]
+    python -m tests.measure.partitions [--partitions 100000] [--rows 2] [--workers 1] [--folder FOLDER]
 
 Partitions of a few rows through the instant engine on a local disk, the runs in processes of their own: one from
 nothing, one after 1% of the parts and the manifest were deleted, one with nothing left to do. CPU times are the
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def make_job(folder: Path, args: argparse.Namespace) -> None:
-    from tiny_models import make_model
+    from tests.support.tiny_models import make_model
 
     make_model("llama", folder / "model")
     (folder / "in").mkdir()
@@ -74,7 +74,7 @@ def measure(folder: Path) -> dict[str, Any]:
     data = folder / "out/data"
     before = data.stat().st_mtime_ns if data.exists() else 0
     started, first = time.monotonic(), None
-    command = [sys.executable, __file__, "--once", "--folder", str(folder)]
+    command = [sys.executable, "-m", "tests.measure.partitions", "--once", "--folder", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             if first is None and data.exists() and data.stat().st_mtime_ns != before:

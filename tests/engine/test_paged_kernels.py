@@ -136,11 +136,14 @@ def test_the_top_p_bisection_keeps_what_sorting_keeps() -> None:
 
 def test_attention_compiles_for_gpus_and_fits_their_shared_memory() -> None:
     """Without a GPU: the interpreter runs what no compiler would take."""
-    folder = Path(__file__).parent
+    root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(folder / "compile_kernels.py")], env=environment, capture_output=True, text=True
+        [sys.executable, str(root / "tests/support/compile_kernels.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     told = [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,6 +1,6 @@
 """What the paged engine's host does for each decode step, while the device would compute: plan, upload, read back.
 
-    python tests/measure_host_work.py [--rows 1024] [--new-tokens 256] [--steps 8]
+    python -m tests.measure.host_work [--rows 1024] [--new-tokens 256] [--steps 8]
 
 A tiny model whose device work is left out: every round gives back tokens at once, so that all time is the host's.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_models import make_model
 
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.runner import Pending
 from batchrun.engine.paged.scheduler import Round, Segment
 from batchrun.engine.protocol import EngineSpec, Request
+from tests.support.tiny_models import make_model
 
 TOKEN = 7
 

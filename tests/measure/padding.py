@@ -1,6 +1,6 @@
 """What sorting by length is worth: wall time and padding efficiency, sorted against arrival order.
 
-    python tests/measure_padding.py MODEL_FOLDER DATA.parquet COLUMN [--rows 2000] [--new-tokens 16]
+    python -m tests.measure.padding MODEL_FOLDER DATA.parquet COLUMN [--rows 2000] [--new-tokens 16]
 
 Both see the same rows, the same budget of padded tokens, the same rules for cutting a batch and the same
 loaded model, in alternation; the best of `--repeats` counts.
