@@ -63,11 +63,11 @@ class PagedEngine:
         self._looked = 0.0
         self._window, self._steps = budget.window_rows, budget.decode_steps
         self._runner = Runner(
-            model, cache, sampler, sorted(self._stops), budget.max_rows, self._steps, device
+            model, cache, sampler, sorted(self._stops), budget.max_rows, spec.max_context, self._steps, device
         )
 
         def warm_up() -> None:
-            self._runner.warm_up(budget.prefill_tokens, spec.max_context)
+            self._runner.warm_up(budget.prefill_tokens)
 
         pages = affordable_pages(cache, budget, spec.max_context, device, warm_up)
         cache.allocate(pages)

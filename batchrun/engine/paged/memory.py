@@ -57,6 +57,8 @@ def affordable_pages(
         others = total - free - reserved
         peak = max(reserved, torch.cuda.max_memory_reserved(device))
         most = int(budget.memory_fraction * total - others - peak) // cache.page_bytes
+        # The warm-up's memory, which the pool takes in part and captured steps in part, is nobody's until then.
+        torch.cuda.empty_cache()
     else:
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         most = min(machine // 4 // cache.page_bytes, 1 + budget.max_rows * -(-max_context // cache.page_size))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from batchrun.engine.paged.attention import CASCADE_ROWS, Cache, using
 from batchrun.engine.paged.batch import Batch, Trunk
+from batchrun.engine.paged.graphs import DecodeGraphs, Graph, Shape
 from batchrun.engine.paged.last_layer import LastLayer
 from batchrun.engine.paged.pool import TRASH
 from batchrun.engine.paged.queue import Row
@@ -46,15 +46,6 @@ class Pending:
         return columns
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a captured decode step is made for: rows, pages per row, and pages that all rows have in common."""
-
-    rows: int
-    pages: int
-    trunk: int
-
-
 class Runner:
     """Rows live in slots: their last token, length and fate stay on the device and are read back a round later."""
 
@@ -65,6 +56,7 @@ class Runner:
         sampler: Sampler,
         stop_token_ids: Sequence[int],
         max_rows: int,
+        max_context: int,
         decode_steps: int,
         device: torch.device,
     ) -> None:
@@ -73,9 +65,8 @@ class Runner:
         self.launches = 0
         self._model, self._sampler, self._device = model, sampler, device
         self._last_layer = LastLayer(model, cache.modules)
-        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
-        self._memory_pool: Any = None
-        self._capturing: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._graphs = DecodeGraphs(device)
+        self._captures = device.type == "cuda"
         self._widest = 1
         self._trash_slot = max_rows
         slots = max_rows + 1
@@ -92,7 +83,10 @@ class Runner:
         self._stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=device)
         self._step = zeros(torch.long, 1)
         self._sampled = zeros(torch.int32, decode_steps, slots)
-        self._inputs = zeros(torch.int32, 0)
+        # Captured steps read it, so it is as large as it can ever be from the start.
+        pages = _power_of_two(-(-max_context // cache.page_size))
+        self._largest = Shape(_bucket(max_rows), pages, 0)
+        self._inputs = zeros(torch.int32, _input_size(Shape(_bucket(max_rows), pages, pages)))
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
         self._true = torch.ones((), dtype=torch.bool, device=device)
@@ -147,7 +141,7 @@ class Runner:
         """Runs a round and gives its tokens."""
         trunk = work.trunk if self.cache.cascades and len(work.rows) >= CASCADE_ROWS else 0
         shape = self._shape(len(work.rows), work.tables.shape[1] - trunk, trunk)
-        step = self._graph(shape) if self._device.type == "cuda" else None
+        step = self._graph(shape) if self._captures else None
         self._upload(shape, work.slots, work.tables, trunk)
         for _ in range(work.steps):
             if step is None:
@@ -167,8 +161,11 @@ class Runner:
             trunk=_power_of_two(trunk) if trunk else 0,
         )
 
-    def warm_up(self, prefill_tokens: int, max_context: int) -> None:
-        """Runs the largest pack and the largest decode step that may come, on the trash page and slot."""
+    def warm_up(self, prefill_tokens: int) -> None:
+        """Runs the largest pack and the largest decode step that may come, on the trash page and slot.
+
+        Nothing of it is kept but what was compiled: it is for finding out how much memory that takes.
+        """
         rows = min(self._trash_slot, prefill_tokens)
         prompt = np.zeros(prefill_tokens // rows, np.int32)
         pack = []
@@ -177,35 +174,21 @@ class Runner:
             row.slot, row.pages = self._trash_slot, [TRASH] * -(-len(prompt) // self.cache.page_size)
             pack.append(Segment(row, 0, len(prompt)))
         self.prefill(pack).read()
-        pages = -(-max_context // self.cache.page_size)
-        self._graph(Shape(_bucket(self._trash_slot), _power_of_two(pages), 0))
+        self._graph(self._largest)
+        self._graphs.clear()
         self.computed_tokens = self.launches = 0
 
-    def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
-        """The captured decode step of a shape; captured, on rows of the trash slot, when it is first wanted.
-
-        Not through `torch.cuda.graph`, which empties the allocator's cache each time.
-        """
-        if shape not in self._graphs:
+    def _graph(self, shape: Shape) -> Graph:
+        """The captured decode step of a shape; captured, on rows of the trash slot, when it is first wanted."""
+        graph = self._graphs.find(shape, self.cache.memory)
+        if graph is None:
             self._upload(shape, np.zeros(0, np.int32), np.zeros((0, 0), np.int32), 0)
-            self._decode_step(shape)  # compiles what is not compiled yet, which a capture cannot
-            here, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
-            self._capturing.wait_stream(here)
-            with torch.cuda.stream(self._capturing), _no_collections():
-                graph.capture_begin(pool=self._memory_pool, capture_error_mode="thread_local")
-                self._decode_step(shape)
-                graph.capture_end()
-            here.wait_stream(self._capturing)
-            self._memory_pool = graph.pool()
-            self._graphs[shape] = graph
-        return self._graphs[shape]
+            graph = self._graphs.capture(shape, lambda: self._decode_step(shape))
+        return graph
 
     def _upload(self, shape: Shape, slots: Ints, tables: Ints, trunk: int) -> None:
         """One copy for all that a round needs, laid out as `_views` reads it."""
         flat = torch.full((_input_size(shape),), TRASH, dtype=torch.int32)
-        if len(flat) > len(self._inputs):
-            self._graphs.clear()  # they read the old place
-            self._inputs = torch.zeros(2 * len(flat), dtype=torch.int32, device=self._device)
         round_slots, common, own = (part.numpy() for part in _views(flat, shape))
         round_slots[:] = self._trash_slot
         round_slots[: len(slots)] = slots
@@ -297,18 +280,6 @@ class Runner:
 
     def _pin(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """A collection may free what a CUDA graph or module holds, which ends a capture with an error."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _views(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

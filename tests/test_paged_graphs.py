@@ -1,0 +1,97 @@
+"""Captured decode steps on a CPU: a stand-in for a CUDA graph that, like one, only knows the memory of its capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from batchrun.engine.loading import load_model
+from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.graphs import DecodeGraphs
+from batchrun.engine.protocol import EngineSpec, Request
+
+
+class Recorded:
+    """Replays a step over the cache memory of its capture, whatever the cache's memory is by then."""
+
+    def __init__(self, engine: PagedEngine, step: Callable[[], None]) -> None:
+        self.cache, self.step = engine._runner.cache, step
+        self.memory = self.cache.memory
+
+    def replay(self) -> None:
+        now, self.cache.memory = self.cache.memory, self.memory
+        try:
+            self.step()
+        finally:
+            self.cache.memory = now
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_models.make_model("llama", tmp_path)
+
+
+def _engine(folder: Path, monkeypatch: pytest.MonkeyPatch, capturing: bool) -> PagedEngine:
+    spec = EngineSpec("paged", str(folder), str(folder), max_context=tiny_models.MAX_CONTEXT)
+    engine = PagedEngine(spec, load_model(spec), page_size=16)
+    engine._runner._captures = capturing
+    monkeypatch.setattr(DecodeGraphs, "_capture", lambda _, step: Recorded(engine, step))
+    return engine
+
+
+def _answers(engine: PagedEngine, seed: int, rows: int = 20) -> dict[int, list[int]]:
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, 259, rng.integers(1, 60)).astype(np.int32) for _ in range(rows)]
+    requests = (Request(number, prompt, 12, number) for number, prompt in enumerate(prompts))
+    return {one.id: one.token_ids.tolist() for one in engine.generate(requests)}
+
+
+def test_a_captured_step_is_not_used_once_the_memory_it_was_captured_over_is_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _answers(_engine(folder, monkeypatch, capturing=False), seed=1)
+    engine = _engine(folder, monkeypatch, capturing=True)
+    _answers(engine, seed=0)
+    pages = engine._runner.cache.memory.shape[2]
+    engine._runner.cache.allocate(pages)
+    assert _answers(engine, seed=1) == expected
+
+
+def test_the_step_captured_to_measure_memory_is_not_used_afterwards(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when an engine starts: the largest step is captured while the cache is a single page."""
+    expected = _answers(_engine(folder, monkeypatch, capturing=False), seed=1, rows=64)
+    # Rows of any number use the widest step met so far, here that of the warm-up.
+    monkeypatch.setattr("batchrun.engine.paged.runner.NARROW_ROWS", 0)
+    engine = _engine(folder, monkeypatch, capturing=True)
+    runner = engine._runner
+    pages = runner.cache.memory.shape[2]
+    runner.cache.allocate(1)
+    runner.warm_up(prefill_tokens=64)
+    runner.cache.allocate(pages)
+    runner._widest = runner._largest.pages
+    assert _answers(engine, seed=1, rows=64) == expected
+
+
+def test_running_out_of_memory_in_a_capture_leaves_no_graph_and_loses_no_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _answers(_engine(folder, monkeypatch, capturing=False), seed=1)
+    engine = _engine(folder, monkeypatch, capturing=True)
+    captured: list[Recorded] = []
+
+    def capture(_: DecodeGraphs, step: Callable[[], None]) -> Recorded:
+        captured.append(Recorded(engine, step))
+        if len(captured) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return captured[-1]
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    assert _answers(engine, seed=1) == expected
+    assert any("out of memory" in note for note in engine.stats.notes)
