@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from compile_kernels import GPUS, SHAPES
 
-from batchrun.engine.paged import kernels
+from batchrun.engine.paged import attention_kernels, kernels
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.batch import Batch
 from batchrun.engine.paged.gathered import GatheredPages
@@ -57,8 +57,13 @@ def _own(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _random(tokens, layer.kv_heads, layer.head_dim), wider[:, : layer.kv_heads]
 
 
+@pytest.mark.parametrize("chunk", [None, 32, 64], ids=["whole", "chunks of 32 keys", "chunks of 64 keys"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(layer: Layer) -> None:
+def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
+    layer: Layer, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunk is not None:
+        monkeypatch.setattr(attention_kernels, "_chunk", lambda rows: chunk)
     keys, values = _pages(layer)
     tables, lengths = _int([[1, 11], [3, 11], [5, 6], [7, 8], [9, 10]]), _int([1, 64, 65, 100, 128])
     places = (_int([1, 3, 6, 8, 10]) * 64 + _int([0, 63, 0, 35, 63])).long()
@@ -66,14 +71,16 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(laye
     reference = keys.clone(), values.clone()
     for pages in (keys, values):
         pages.flatten(0, 1)[places] = float("nan")  # what was there before the new token is not read
-    out, lse = kernels.decode(query, *own, keys, values, places, tables, lengths, layer)
+    out, lse = attention_kernels.decode(query, *own, keys, values, places, tables, lengths, layer)
     batch = Batch(places=places, tables=tables, lengths=lengths)
     expected = GatheredPages().decode(query, *own, *reference, batch, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
     assert torch.equal(keys[:11], reference[0][:11])
     assert torch.equal(values[:11], reference[1][:11])
     assert lse.shape == (5, layer.query_heads)
-    assert lse.isfinite().all()
+    monkeypatch.undo()
+    whole = attention_kernels.decode(query, *own, keys, values, places, tables, lengths, layer)[1]
+    torch.testing.assert_close(lse, whole, **CLOSE)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -92,9 +99,9 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Lay
     reference = keys.clone(), values.clone()
     kernels.write(*own, keys, values, places)
     if paged:
-        out = kernels.prefill(query, keys, values, tables, starts, lengths, 64, layer)
+        out = attention_kernels.prefill(query, keys, values, tables, starts, lengths, 64, layer)
     else:
-        out = kernels.prefill(query, *own, None, starts, lengths, 64, layer)
+        out = attention_kernels.prefill(query, *own, None, starts, lengths, 64, layer)
     batch = Batch(places=places, tables=tables, lengths=lengths, starts=starts)
     expected = GatheredPages().prefill(query, *own, *reference, batch, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
@@ -148,6 +155,6 @@ def test_attention_compiles_for_gpus_and_fits_their_shared_memory() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(one["gpu"], one["model"]) for one in told} == set(product(GPUS, SHAPES))
-    assert {one["kernel"] for one in told} == {"_decode", "_prefill"}
+    assert {one["kernel"] for one in told} == {"_decode", "_combine", "_prefill"}
     for one in told:
         assert one["shared"] <= GPUS[one["gpu"]], one

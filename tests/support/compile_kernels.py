@@ -8,13 +8,14 @@ In a process of its own: where Triton interprets, it compiles nothing.
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchrun.engine.paged import kernels
+from batchrun.engine.paged import attention_kernels as kernels
 
 # Compute capability, and bytes of shared memory that a block of threads may have there.
 GPUS = {80: 166912, 90: 232448}
@@ -29,7 +30,7 @@ SHAPES = {
 POINTERS = {
     **dict.fromkeys(("query", "key", "value", "keys", "values", "out"), "bf16"),
     **dict.fromkeys(("tables", "starts", "lengths"), "i32"),
-    **{"places": "i64", "lse": "fp32"},
+    **{"places": "i64", "lse": "fp32", "part_out": "fp32", "part_lse": "fp32"},
 }
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 
@@ -40,18 +41,22 @@ def main() -> None:
             group, columns = heads // kv_heads, triton.next_power_of_2(size)
             shape = {"GROUP": group, "SIZE": size, "WINDOW": window, "SOFTCAP": softcap, "COLUMNS": columns}
             members = kernels.matrix_rows(group)
-            block, stages = kernels.fitting(kernels.DECODE_BLOCKS, members, 2 * columns, memory)
             constants = {**shape, "KV_HEADS": kv_heads, "MEMBERS": members, "PAGE": 256}
-            report(gpu, name, kernels._decode, {**constants, "BLOCK": block, "STAGES": stages})
-            block, stages = kernels.fitting(kernels.PREFILL_BLOCKS, kernels._QUERIES, 2 * columns, memory)
-            pack = kernels.packed_heads(group)
-            constants = {**shape, "HEADS": heads, "PACK": pack, "QUERIES": kernels._QUERIES}
-            for paged in (True, False):
-                own = {"PAGED": paged, "PAGE": 256 if paged else 1, "BLOCK": block, "STAGES": stages}
-                report(gpu, name, kernels._prefill, {**constants, **own})
+            for split, choices in ((False, kernels.DECODE_BLOCKS), (True, kernels.SPLIT_BLOCKS)):
+                block, stages = kernels.fitting(choices, members, 2 * columns, memory)
+                own = {"BLOCK": block, "STAGES": stages, "SPLIT": split}
+                report(gpu, name, kernels._decode, {**constants, **own}, 4)
+            own = {"HEADS": heads, "SIZE": size, "COLUMNS": columns, "WINDOW": window, "BLOCK": block}
+            report(gpu, name, kernels._combine, own, 1)
+            constants = {**shape, "HEADS": heads, "PACK": kernels.packed_heads(group)}
+            for paged, longest in product((True, False), (100, 8000)):
+                tile = kernels.prefill_tile(size, 2, memory, longest, paged)
+                own = dict(zip(("QUERIES", "BLOCK", "STAGES"), tile, strict=False))
+                own |= {"PAGED": paged, "PAGE": 256 if paged else 1}
+                report(gpu, name, kernels._prefill, {**constants, **own}, tile[-1])
 
 
-def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any]) -> None:
+def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any], warps: int) -> None:
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -61,7 +66,7 @@ def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any]) -> None
         if name not in NUMBERS:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps})
     told = {"gpu": gpu, "kernel": kernel.__name__, "model": model, "shared": compiled.metadata.shared}
     print(json.dumps(told), flush=True)
 

@@ -12,14 +12,13 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from batchrun.engine.paged import kernels
+from batchrun.engine.paged import attention_kernels, kernels
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.batch import Batch
 
 
 class FlashAttention:
-    """flash-attn, if installed, shares out few rows' keys to many blocks, reads a common trunk once, and gives what
-    attention sinks need."""
+    """flash-attn, if installed, reads a common trunk once, and gives what attention sinks need."""
 
     def __init__(self) -> None:
         self.cascades = importlib.util.find_spec("flash_attn") is not None
@@ -34,7 +33,7 @@ class FlashAttention:
         if sinks is None:
             # Rows without older tokens need no detour through the pages.
             keys, values, tables = (key, value, None) if batch.fresh else (keys, values, batch.tables)
-            return kernels.prefill(
+            return attention_kernels.prefill(
                 query, keys, values, tables, batch.starts, batch.lengths, batch.longest_query, layer
             )
         from flash_attn import flash_attn_varlen_func
@@ -49,20 +48,9 @@ class FlashAttention:
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
         sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        splits = _splits(batch, layer, keys) if self.cascades else 1
-        if splits == 1:
-            out, lse = kernels.decode(
-                query, key, value, keys, values, batch.places, batch.tables, batch.lengths, layer
-            )
-        else:
-            from flash_attn import flash_attn_with_kvcache
-
-            kernels.write(key, value, keys, values, batch.places)
-            out, lse = flash_attn_with_kvcache(
-                query[:, None], keys, values, cache_seqlens=batch.lengths, block_table=batch.tables,
-                num_splits=splits, causal=True, return_softmax_lse=True, **_options(layer),
-            )  # fmt: skip
-            out, lse = out[:, 0], lse[:, :, 0]
+        out, lse = attention_kernels.decode(
+            query, key, value, keys, values, batch.places, batch.tables, batch.lengths, layer
+        )
         if batch.trunk is not None:
             out, lse = self._join_trunk(query, keys, values, batch, layer, out, lse)
         return out if sinks is None else _with_sinks(out, lse, sinks)
@@ -100,10 +88,3 @@ def _options(layer: Layer) -> dict[str, object]:
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """A sink takes its share of the probability: out (tokens, heads, size), lse (tokens, heads)."""
     return (out * torch.sigmoid(lse - sinks.float())[..., None]).to(out.dtype)
-
-
-def _splits(batch: Batch, layer: Layer, keys: Tensor) -> int:
-    """Blocks that share one row's keys: few rows alone would leave most of the GPU idle."""
-    blocks = len(batch.lengths) * layer.kv_heads
-    wanted = 4 * torch.cuda.get_device_properties(keys.device).multi_processor_count
-    return max(1, min(wanted // blocks, batch.tables.shape[1] * keys.shape[1] // 128))

@@ -27,7 +27,7 @@ NONE = -1
 
 _BUCKETS = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
 _ALIGN = 8
-NARROW_ROWS = 64
+NARROW_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
