@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -135,6 +134,7 @@ class PagedEngine:
         finally:
             for work_in_flight in pending:
                 work_in_flight.read()
+                self.stats.busy_seconds += work_in_flight.seconds
             scheduler.drop_all()
             self._count()
 
@@ -153,8 +153,8 @@ class PagedEngine:
         """Reads results back, the oldest first, until so many are left; yields the rows that have ended."""
         while len(pending) > leaving:
             results = pending.popleft()
-            with self._busy():
-                columns = results.read()
+            columns = results.read()
+            self.stats.busy_seconds += results.seconds
             going = [(row, tokens) for row, tokens in zip(results.rows, columns, strict=True) if not row.done]
             ended = {row: reason for row, tokens in going if (reason := self._take(row, tokens))}
             if self._strings:
@@ -171,8 +171,7 @@ class PagedEngine:
     def _try(self, launch: Callable[[Work], Pending], work: Work) -> Pending | None:
         """What was launched, or None when it did not fit the device."""
         try:
-            with self._busy():
-                return launch(work)
+            return launch(work)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -242,14 +241,6 @@ class PagedEngine:
 
     def _count_output(self, request: Request, output: list[int]) -> None:
         self.stats.output_tokens += max(0, len(output) - len(request.generated))
-
-    @contextmanager
-    def _busy(self) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stats.busy_seconds += time.perf_counter() - started
 
     def _count(self) -> None:
         scheduler, runner, stats = self._scheduler, self._runner, self.stats

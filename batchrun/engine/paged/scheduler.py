@@ -17,6 +17,9 @@ Ints = NDArray[np.int32]
 SMALLEST_PACK = 16
 """Tokens. Where the device has no memory even for these, the row itself does not fit."""
 
+LOOK_PAST = 256
+"""Rows that are put back to the next pack, in which they can copy what this one computes, before it is cut short."""
+
 EVEN_ROWS, EVEN_STEP, EVEN_SLACK = 256, 32, 1.2
 """A step of fewer rows takes a GPU hardly less time, since it reads the weights all the same; a step is captured for
 a multiple of so many; and so much more than an even share, so that the longest row need not wait."""
@@ -153,9 +156,13 @@ class Scheduler:
             row, self._partial = self._partial, None
             segments.append(self._segment(row, row.cached, tokens))
             tokens -= segments[-1].stop - segments[-1].start
+        waiting: list[Row] = []
         while tokens > 0 and len(self.queue) and self.active < most and self._partial is None:
             row = self.queue.peek()
             match = self.pool.match(row.prompt)
+            if match.wait and len(waiting) < LOOK_PAST:
+                waiting.append(self.queue.pop())
+                continue
             needs = self._needs(row, match)
             if match.copied and needs > room:
                 match = replace(match, source=TRASH, copied=0)
@@ -168,6 +175,8 @@ class Scheduler:
             room -= needs
             segments.append(self._admit(self.queue.pop(), match, start, tokens))
             tokens -= segments[-1].stop - start
+        for row in waiting:
+            self.queue.push_first(row)
         return segments
 
     def launched_pack(self) -> None:
