@@ -15,6 +15,9 @@ from batchrun.engine.paged.architecture import Layer
 
 _LOG2_E = 1.4426950408889634
 _MOST_PACKED = 16
+# Numbers and addresses that differ from call to call and make no code faster are not compiled for: each variant would
+# cost a run that meets it first about two seconds.
+
 # Keys in a block and blocks in flight, best first.
 DECODE_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 SPLIT_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
@@ -64,7 +67,10 @@ def _first_key(length, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
     return first
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["chunk", "table_row", "rows"],
+    do_not_specialize_on_alignment=["places", "tables", "lengths"],
+)
 def _decode(
     query, key, value, keys, values, places, tables, lengths, out, lse, scale, softcap, chunk,
     query_row, query_head, key_row, value_row, table_row, rows,
@@ -178,7 +184,7 @@ def decode(
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "rows"], do_not_specialize_on_alignment=["lengths"])
 def _combine(
     part_out, part_lse, lengths, out, lse, chunk, rows,
     HEADS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
@@ -201,7 +207,7 @@ def _combine(
     tl.store(lse + own, top + tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["tables", "starts", "lengths"])
 def _prefill(
     query, keys, values, tables, starts, lengths, out, scale, softcap,
     query_token, query_head, key_token, value_token, table_row,

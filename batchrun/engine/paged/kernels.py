@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["places"])
 def _write(
     key, value, keys, values, places, key_stride, value_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tens
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["sources", "targets"])
 def _copy(
     memory, sources, targets, pages, tokens, WIDTH: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr
 ):
