@@ -155,10 +155,11 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
             "bench",
             "check the data and the template",
         )
-    notes = [
-        f"{len(sampled.faults):,} of {sampled.rows:,} sampled rows have no prompt and are left out"
-    ] * bool(sampled.faults)
-    notes += [f"  {code}: {count:,}, e.g. {message}" for code, (count, message) in sampled.examples().items()]
+    notes = [f"  {code}: {count:,}, e.g. {message}" for code, (count, message) in sampled.examples().items()]
+    if notes:
+        notes.insert(
+            0, f"{len(sampled.faults):,} of {sampled.rows:,} sampled rows have no prompt and are left out"
+        )
     workload = Workload("job", prompts, [job.generation.max_new_tokens] * len(prompts), tuple(notes))
     if engines is None and job.engine.kind in BUILT_IN:
         engines = [job.engine.kind]
