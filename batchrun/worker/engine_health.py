@@ -37,6 +37,7 @@ class EngineHealth:
         self._last: EngineError | None = None
         self._ended: dict[int, str] = {}  # by number of the launch: what a message says of its output
         self._fruitful: set[int] = set()
+        self._tried: set[tuple[int, int]] = set()  # rows that were to prove the engine, since it last did
         self._lock, self._turn = threading.Lock(), threading.Lock()
 
     def check(self) -> None:
@@ -64,12 +65,16 @@ class EngineHealth:
         with self._lock:
             self._fruitful.add(launch or 0)
             self.fruitless = 0
+            self._tried.clear()
 
-    def one_of(self, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """One of the `rows` for the engine to prove itself with, another one after each fruitless load."""
-        some = np.flatnonzero(rows)
+    def one_of(self, partition: int, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """One of the partition's `rows` for the engine to prove itself with, never the same after a fruitless load."""
+        some = np.flatnonzero(rows).tolist()
+        new = [row for row in some if (partition, row) not in self._tried] or some
+        row = new[len(new) // 2]
+        self._tried.add((partition, row))
         one = np.zeros_like(rows)
-        one[some[self.fruitless * len(some) // LOADS % len(some)]] = True
+        one[row] = True
         return one
 
     def ended(self, error: EngineError, worker: str, counts: bool = True) -> EngineError:

@@ -249,7 +249,7 @@ def _generate(
 
     with health.in_doubt(wanted) as in_doubt:
         if in_doubt:
-            proved = generate(health.one_of(missing))
+            proved = generate(health.one_of(attempt.partition, missing))
             attempt.flush()
             missing = missing & _missing(attempt, task)
     if missing.any():
