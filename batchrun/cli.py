@@ -218,7 +218,7 @@ def bench(
     model: Annotated[
         str, typer.Option(help="a known shape (qwen3-0.6b, llama-8b, tiny) or a folder")
     ] = "tiny",
-    workload: Annotated[str, typer.Option(help="summarise, extract or write")] = "extract",
+    workload: Annotated[str, typer.Option(help="summarise, extract, write, chat or long")] = "extract",
     rows: Annotated[
         int | None, typer.Option(min=1, help="rows to run", show_default="1000 on a GPU, 100 on a CPU")
     ] = None,

@@ -91,7 +91,19 @@ class CorruptInput(BatchrunError):
 
 
 class EngineError(BatchrunError):
-    """The engine could not be started, or answered with an error that is no single row's."""
+    """The engine could not be started, or answered with an error that is no single row's.
+
+    Where a process ended with it by itself, `launch` is its number among those of its worker's engine, and `output`
+    holds the last lines that it printed. A worker adds `fruitless`, how many of its processes in a row have
+    ended now without a row that became durable; `proved`, whether this one did finish a row that it was given alone, to
+    show that it works; and `refused`, whether the engine was not even tried again.
+    """
+
+    launch: int | None = None
+    output: Sequence[str] = ()
+    fruitless = 0
+    proved = False
+    refused = False
 
 
 class EngineDied(EngineError):

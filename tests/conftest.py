@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distributed import Client
+from faulty_jobs import Setting
 from tiny_models import make_model
 
 from batchrun.cluster import connect
@@ -37,6 +39,20 @@ def cluster() -> Iterator[Client]:
         os.environ.pop("PYTHONPATH")
         if before is not None:
             os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tiny_llama: Path, cluster: Client) -> Iterator[Callable[..., Setting]]:
+    """Makes a job of two partitions with the engine of `faulty_engines` that is named; see `Setting`."""
+    made: list[Setting] = []
+
+    def make(engine: str, **sections: Any) -> Setting:
+        made.append(Setting(tmp_path, tiny_llama, cluster, engine, **sections))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.forget()
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
+from batchrun.commands.workloads import Workload
 from batchrun.driver.prepare import prepare
 from batchrun.engine.choose import BUILT_IN
-from batchrun.engine.protocol import EngineSpec, EngineStats, Request
+from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, JobError, ModelError
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.records import device_name, remember
@@ -28,6 +29,8 @@ from batchrun.job.job import Job
 
 # Rows without a word from the user: enough to fill a GPU, and few enough for minutes on a CPU.
 GPU_ROWS, CPU_ROWS = 1000, 100
+# Rows that came back wrong, as far as a message names them.
+SHOWN_ROWS = 5
 # Rows that warm an engine up on a CPU, where nothing is compiled for a shape.
 CPU_WARM_ROWS = 8
 
@@ -45,63 +48,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "llama", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 """Models by name, for who has none at hand. "tiny" is for machines without a GPU."""
-
-# name: prompt tokens (median, spread, least, most), new tokens (the same), tokens that begin every prompt
-_LENGTHS = {
-    "summarise": ((450, 0.8, 16, 3000), (100, 0.7, 8, 600), 0),
-    "extract": ((120, 0.5, 16, 600), (50, 0.5, 8, 200), 600),
-    "write": ((64, 0.5, 8, 256), (400, 0.6, 32, 1500), 0),
-}
-WORKLOADS = tuple(_LENGTHS)
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Rows to run: token ids, and how many tokens each is to generate, exactly."""
-
-    name: str
-    prompts: list[list[int]]
-    new_tokens: list[int]
-
-    @classmethod
-    def named(cls, name: str, rows: int, vocabulary: int, seed: int = 0) -> Self:
-        """One of WORKLOADS: skewed lengths (log-normal), the same ones for the same seed on every machine."""
-        if name not in _LENGTHS:
-            raise JobError(f"no workload {name!r}", "bench", f"use {', '.join(WORKLOADS)}")
-        prompt, new, common = _LENGTHS[name]
-        rng = np.random.default_rng(seed)
-        prompt_lengths, new_lengths = _skewed(rng, rows, *prompt), _skewed(rng, rows, *new)
-        lowest, highest = min(1000, vocabulary // 4), vocabulary - min(2000, vocabulary // 4)
-        start = rng.integers(lowest, highest, common).tolist()
-        prompts = [start + rng.integers(lowest, highest, length).tolist() for length in prompt_lengths]
-        return cls(name, prompts, new_lengths)
-
-    def requests(self, vocabulary: int, other_tokens: int = 0) -> list[Request]:
-        """`other_tokens` makes prompts that share nothing with those of another number."""
-        return [
-            Request(i, (np.array(prompt, np.int32) + other_tokens) % vocabulary, new, i)
-            for i, (prompt, new) in enumerate(zip(self.prompts, self.new_tokens, strict=True))
-        ]
-
-    @property
-    def longest(self) -> int:
-        return max(len(p) + n for p, n in zip(self.prompts, self.new_tokens, strict=True))
-
-    @property
-    def common(self) -> int:
-        """Tokens that begin every prompt."""
-        first, last = (
-            min(self.prompts),
-            max(self.prompts),
-        )  # in the order of tokens, so all others are between
-        return next(
-            (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-            min(len(first), len(last)),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +77,7 @@ class Measured:
     floor_seconds: float
     prompt_seconds: float
     stats: EngineStats
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -196,8 +147,20 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
     sampled = sample(prepared, rows or _rows(_device()))
     prompts = [prompt.tolist() for prompt in sampled.prompts]
     if not prompts:
-        raise JobError("no sampled row of the job has a prompt", "bench", "check the data and the template")
-    workload = Workload("job", prompts, [job.generation.max_new_tokens] * len(prompts))
+        faults = "; ".join(
+            f"{count:,} {code}: {message}" for code, (count, message) in sampled.examples().items()
+        )
+        raise JobError(
+            f"no sampled row of the job has a prompt ({faults or 'no rows'})",
+            "bench",
+            "check the data and the template",
+        )
+    notes = [f"  {code}: {count:,}, e.g. {message}" for code, (count, message) in sampled.examples().items()]
+    if notes:
+        notes.insert(
+            0, f"{len(sampled.faults):,} of {sampled.rows:,} sampled rows have no prompt and are left out"
+        )
+    workload = Workload("job", prompts, [job.generation.max_new_tokens] * len(prompts), tuple(notes))
     if engines is None and job.engine.kind in BUILT_IN:
         engines = [job.engine.kind]
     options = job.engine.model_dump(exclude={"kind"})
@@ -237,7 +200,7 @@ def format_results(results: Sequence[Measured]) -> str:
         for r in results
     ]
     last = results[-1].stats
-    notes = dict.fromkeys(note for r in results for note in r.stats.notes)
+    notes = dict.fromkeys(note for r in results for note in (*r.notes, *r.stats.notes))
     lines.append(
         f"{last.device}, {last.dtype}; " + ", ".join(f"{r.engine}: {r.stats.attention}" for r in results)
     )
@@ -300,11 +263,12 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
     prompts_alone = [
         replace(request, max_new_tokens=1) for request in workload.requests(vocabulary, other_tokens=2)
     ]
-    prompt_seconds, _, _ = _run(running, prompts_alone)
+    prompt_seconds, _, completions = _run(running, prompts_alone)
+    _check(kind, prompts_alone, completions)
     before = copy.deepcopy(running.stats)
-    seconds, first, counts = _run(running, workload.requests(vocabulary))
-    if counts != workload.new_tokens:
-        raise EngineError("not every row was given as many tokens as asked for", kind, "report this as a bug")
+    requests = workload.requests(vocabulary)
+    seconds, first, completions = _run(running, requests)
+    _check(kind, requests, completions)
     for name in ("requests", "completions", "prompt_tokens", "output_tokens", "computed_tokens", "batches"):
         setattr(running.stats, name, getattr(running.stats, name) - getattr(before, name))
     prompt_tokens = sum(len(p) for p in workload.prompts)
@@ -313,27 +277,58 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
     return Measured(
         kind,
         workload.name,
-        len(counts),
+        len(requests),
         prompt_tokens,
-        sum(counts),
+        sum(workload.new_tokens),
         seconds,
         first,
         floor,
         prompt_seconds,
         stats,
+        workload.notes,
     )
 
 
-def _run(engine: Any, requests: list[Request]) -> tuple[float, float, list[int]]:
-    """Seconds to the last and to the first completion, and each row's number of tokens."""
-    counts = [0] * len(requests)
+def _run(engine: Any, requests: list[Request]) -> tuple[float, float, list[Completion]]:
+    """Seconds to the last and to the first completion, and all completions."""
+    completions = []
     first = 0.0
     started = time.perf_counter()
     feed: Iterator[Request] = iter(requests)
     for completion in engine.generate(feed):
         first = first or time.perf_counter() - started
-        counts[completion.id] = len(completion.token_ids)
-    return time.perf_counter() - started, first, counts
+        completions.append(completion)
+    return time.perf_counter() - started, first, completions
+
+
+def _check(kind: str, requests: Sequence[Request], completions: Sequence[Completion]) -> None:
+    """Raises EngineError, naming rows and what is wrong with them, unless each was answered at its full length."""
+    by_row: dict[int, list[Completion]] = {request.id: [] for request in requests}
+    for completion in completions:
+        by_row.setdefault(completion.id, []).append(completion)
+    expected = {request.id: request.max_new_tokens for request in requests}
+    wrong = [
+        f"row {row}: {expected.get(row, 0)} tokens expected, {_received(found)}"
+        for row, found in by_row.items()
+        if len(found) != 1 or found[0].fault or len(found[0].token_ids) != expected.get(row)
+    ]
+    if not wrong:
+        return
+    more = "; ..." if len(wrong) > SHOWN_ROWS else ""
+    raise EngineError(
+        f"{len(wrong):,} of {len(requests):,} rows came back wrong: {'; '.join(wrong[:SHOWN_ROWS])}{more}",
+        f"{kind} engine",
+        "if a row's error does not name the cause, report this as a bug",
+    )
+
+
+def _received(found: Sequence[Completion]) -> str:
+    if not found:
+        return "no completion"
+    one = found[0]
+    again = f", completed {len(found)} times" if len(found) > 1 else ""
+    error = f", error {one.fault}" if one.fault else ""
+    return f"{len(one.token_ids)} received, finish reason {one.finish_reason}{again}{error}"
 
 
 def _config(model: str | Path) -> Any:
@@ -344,13 +339,6 @@ def _config(model: str | Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         what = f"no model configuration ({str(error).splitlines()[0]})"
         raise ModelError(what, str(model), f"give a local folder, or one of {', '.join(SHAPES)}") from error
-
-
-def _skewed(
-    rng: np.random.Generator, count: int, median: float, spread: float, least: int, most: int
-) -> list[int]:
-    drawn = np.exp(rng.normal(np.log(median), spread, count))
-    return [int(x) for x in np.clip(np.round(drawn), least, most)]
 
 
 def _fastest(work: Any, gpu: bool) -> float:

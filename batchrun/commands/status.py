@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ READERS = 16  # partitions whose chunks are read at a time
 SHOWN_RUNS = 5
 SHOWN_OF_RUN = (
     "run", "started", "outcome", "message", "seconds", "rows", "failed", "reused", "prompt_tokens",
-    "output_tokens", "errors", "workers", "worker_seconds", "cost", "engine", "device",
+    "output_tokens", "errors", "workers", "worker_seconds", "cost", "engine", "device", "engine_logs",
 )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ class Status:
                 f"{self.begun:,} more partitions begun, {self.rows_staged:,} rows "
                 f"({size(self.staged_bytes)}) staged"
             )
-        lines += [_run_line(run) for run in self.runs[-SHOWN_RUNS:]]
+        lines += [line for run in self.runs[-SHOWN_RUNS:] for line in _run_lines(run)]
         if not self.complete:
             command = "retry" if self.retrying else "run"
             lines.append(
@@ -89,13 +90,16 @@ class Status:
         return lines
 
 
-def _run_line(run: RunRecord) -> str:
+def _run_lines(run: RunRecord) -> Iterator[str]:
     rate = (run.prompt_tokens + run.output_tokens) / run.seconds if run.seconds else 0.0
     money = "" if run.cost is None else f", money {run.cost:,.2f}"
-    return (
+    yield (
         f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {run.rows:,} rows generated, "
         f"{rate:,.0f} tokens/s, {run.workers:,} workers{money}"
     )
+    if run.engine_logs:
+        more = f" to {run.engine_logs[-1].rpartition('/')[2]}" if len(run.engine_logs) > 1 else ""
+        yield f"  {len(run.engine_logs)} engines ended by themselves, their last output: {run.engine_logs[0]}{more}"
 
 
 def status(job: Job) -> Status:

@@ -87,9 +87,10 @@ class Dispatch:
         self.single: set[int] = set()  # partitions that share no task any more: one that they shared was lost
         self.pace = math.inf  # seconds that a partition takes, as of late
         self.finished: queue.Queue[Future] = queue.Queue()
-        self.judge = Judge(self.plan, self.folder, self.layout)
+        self.judge = Judge(self.plan, self.folder, self.layout, proven=self.rows_committed > 0)
         self.stalls = Stalls(self.job.limits.stall_seconds)
         self.trials: dict[Future, Trial] = {}  # those of `flying` that try a suspect
+        self.kept: dict[Future, list[str]] = {}  # those that only some workers may do, and which
         self.workers: dict[str, Any] = {}
         self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
         self.total = Tally(self.order.run, -1)  # of finished attempts
@@ -114,6 +115,7 @@ class Dispatch:
                     raise ConnectionError("no connection to the Dask scheduler")
                 if time.monotonic() >= next_poll:
                     self.workers = self._poll(client)
+                    self.judge.check_engines(self.workers)
                     next_poll = time.monotonic() + POLL
                 self._fill(client, self.workers)
                 self._try_suspects(client)
@@ -131,16 +133,30 @@ class Dispatch:
             raise
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
-        slots = sum(worker["nthreads"] for worker in workers.values())
-        window = max(1, math.ceil(WINDOW * slots))
+        able = self.judge.able(workers)
+        self._free_kept(workers)
+        slots = sum(workers[name]["nthreads"] for name in able)
+        window = max(1, math.ceil(WINDOW * slots)) if able or not workers else 0
         while self.todo and len(self.flying) < window:
             members = self._next(window)
             tasks = [self._task(index) for index in members]
-            self._submit(client, members, run_partitions, tasks, TASK_SECONDS)
+            where = {} if len(able) == len(workers) else {"workers": able}
+            future = self._submit(client, members, run_partitions, tasks, TASK_SECONDS, **where)
+            if where:
+                self.kept[future] = able
 
     def _task(self, index: int) -> Task:
         partition = self.plan.partitions[index]
-        return Task(partition, self.plan.files_of(partition))
+        return Task(partition, self.plan.files_of(partition), proven=self.judge.proven)
+
+    def _free_kept(self, workers: dict[str, Any]) -> None:
+        """What is kept for workers that are gone would wait for ever."""
+        self.kept = {future: able for future, able in self.kept.items() if future in self.flying}
+        for future, able in list(self.kept.items()):
+            if not workers.keys() & set(able):
+                del self.kept[future]
+                self.todo.extend(self.flying.pop(future))
+                future.cancel()
 
     def _submit(
         self, client: Client, members: list[int], work: Callable[..., Any], *arguments: Any, **where: Any
@@ -259,7 +275,7 @@ class Dispatch:
         self.todo.extend(members)
 
     def _strike(self, index: int, error: BaseException | None) -> None:
-        if self.judge.lost(index, error, self.workers, len(self.flying) + 1):
+        if self.judge.lost(index, error, len(self.flying) + 1):
             self.todo.append(index)
 
     def _poll(self, client: Client) -> dict[str, Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from batchrun.dataset.plan import Plan
 from batchrun.driver.poison_rows import STRIKES, Suspects
-from batchrun.errors import EngineNotLoaded, one_line
+from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded, TooManyFaults, one_line
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
+from batchrun.worker.engine_health import LOADS
 from batchrun.worker.task import Task
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ class Judge:
     """Judges lost attempts by what they left in storage: Dask's own suspicion blames every task that shared a worker
     with the guilty one."""
 
-    def __init__(self, plan: Plan, folder: Folder, layout: Layout) -> None:
+    def __init__(self, plan: Plan, folder: Folder, layout: Layout, proven: bool) -> None:
+        self.proven = proven  # whether an engine has ever finished a row of this output
+        self.given_up: dict[str, EngineError] = {}  # workers whose engine is not loaded any more, and why
         self._plan, self._folder, self._layout = plan, folder, layout
         self._suspects = Suspects()
         self._staged: dict[int, int] = {}  # objects seen for partitions whose attempts were lost
@@ -43,38 +46,77 @@ class Judge:
         """Partitions that are to be tried alone."""
         return self._suspects.open.keys()
 
-    def lost(
-        self, partition: int, error: BaseException | None, workers: Collection[str], flying: int
-    ) -> bool:
+    def lost(self, partition: int, error: BaseException | None, flying: int) -> bool:
         """An attempt was lost, to None if to a dead worker; whether the partition may go on like any other.
 
         One that staged something is free. Raises as `Suspects` does.
         """
         staged = len(self._folder.list(self._layout.stage(partition)))
         reason = reason_of(error)
-        if staged > self._staged.get(partition, 0):
-            self._suspects.progress(partition)
-        elif isinstance(error, EngineNotLoaded):
-            self._suspects.unloaded(error.where, workers, reason)
-        elif self._suspects.lost(partition, reason, flying):
+        engine = self._see_engine(error)
+        self.proven = self.proven or (engine is not None and engine.proved)
+        if staged > self._staged.get(partition, 0) and not (engine and engine.proved):
+            self.progress(partition)
+        elif _was_tried(engine) and self._suspects.lost(partition, reason, flying):
             log.warning("partition %d is lost again, to %s; it is tried alone, at the end", partition, reason)
             return False
         self._staged[partition] = staged
         log.warning("partition %d lost its attempt to %s; it goes on", partition, reason)
         return True
 
+    def able(self, workers: Iterable[str]) -> list[str]:
+        """The workers whose engine is not given up."""
+        return [worker for worker in workers if worker not in self.given_up]
+
+    def check_engines(self, workers: Collection[str]) -> None:
+        """Of all workers that there are now.
+
+        Raises:
+            TooManyFaults: each one's engine always fails.
+            BatchrunError: none of them can load it.
+        """
+        if self.able(workers) or not workers:
+            return
+        last = self.given_up[[*workers][-1]]
+        often = f"{LOADS} times in a row" + (
+            f" on each of {len(workers)} workers" if len(workers) > 1 else ""
+        )
+        if isinstance(last, EngineNotLoaded):
+            raise BatchrunError(
+                f"no worker could load its engine, {often}, last with {last}",
+                fix="look at the machine, its memory and the engine's message: no row is to blame",
+            )
+        raise TooManyFaults(
+            f"the engine ended {often} without a finished row, last with {last}",
+            fix="look at that error and that output; the same command tries again",
+        )
+
+    def _see_engine(self, error: BaseException | None) -> EngineError | None:
+        """The error, if it is an engine's; one that ends too often without a finished row is given up."""
+        if not isinstance(error, EngineError):
+            return None
+        if error.fruitless >= LOADS and error.where not in self.given_up:
+            log.warning(
+                "the engine of %s ended %d times in a row without a finished row: it gets no more work in this run",
+                error.where,
+                LOADS,
+            )
+            self.given_up[error.where] = error
+        return error
+
     def progress(self, partition: int) -> None:
         """New rows of the partition are durable."""
+        self.proven = True
         self._suspects.progress(partition)
 
     def committed(self, partition: int) -> None:
-        self._suspects.progress(partition)
+        self.progress(partition)
         self._suspects.open.pop(partition, None)
 
     def trials(self, running: Collection[Trial], workers: Collection[str]) -> Iterator[Trial]:
         """The next ones to begin: one partition to a worker."""
         busy = {trial.worker for trial in running}
-        idle = [worker for worker in workers if worker not in busy]
+        idle = [worker for worker in self.able(workers) if worker not in busy]
         random.shuffle(idle)  # so that no suspect depends on one bad machine
         tried = {trial.partition for trial in running}
         for partition, worker in zip([i for i in self.suspects if i not in tried], idle, strict=False):
@@ -83,7 +125,7 @@ class Judge:
     def task(self, trial: Trial) -> Task:
         partition = self._plan.partitions[trial.partition]
         condemned = dict.fromkeys(self._suspects.open[trial.partition].condemned, WHY)
-        return Task(partition, self._plan.files_of(partition), trial.rows or None, condemned)
+        return Task(partition, self._plan.files_of(partition), trial.rows or None, condemned, self.proven)
 
     def examined(self, trial: Trial, missing: list[int]) -> Trial:
         """The worker can load its engine, and `missing` rows are not durable: what it is to try of them."""
@@ -91,13 +133,21 @@ class Judge:
 
     def lost_alone(self, trial: Trial, error: BaseException, workers: Collection[str]) -> None:
         """The trial was lost. Raises as `Suspects` does."""
-        if trial.rows is None or isinstance(error, EngineNotLoaded):
+        engine = self._see_engine(error)
+        if not _was_tried(engine):
+            return
+        if trial.rows is None:
             self._suspects.unloaded(trial.worker, workers, one_line(error))
             return
         log.warning(
             "partition %d, %d rows alone: lost to %s", trial.partition, len(trial.rows), one_line(error)
         )
         self._suspects.lost_alone(trial.partition, trial.rows, one_line(error))
+
+
+def _was_tried(engine: EngineError | None) -> bool:
+    """Whether an attempt came as far as its rows; without an error of the engine it may have."""
+    return engine is None or not (engine.refused or isinstance(engine, EngineNotLoaded))
 
 
 def reason_of(error: BaseException | None) -> str:

@@ -3,7 +3,8 @@
 Pure logic; the driver runs the attempts. A partition whose attempts were lost STRIKES times in a row, none of them
 leaving anything new behind, is a suspect. It waits until nothing else is in flight and is then tried alone, each time
 on a worker that has just shown that it can load the engine: first all its missing rows, then halves of them, down to
-a row that was lost alone STRIKES times. That row is condemned; all others are durable by then.
+a row that was lost alone STRIKES times. That row is condemned; all others are durable by then. An engine that fails
+whatever row it gets is no row's fault: `worker/engine_health.py` finds that.
 """
 
 from __future__ import annotations

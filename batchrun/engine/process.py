@@ -6,7 +6,6 @@ import contextlib
 import copy
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -22,9 +21,10 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from batchrun.engine.last_words import error_line, last_line, lines_of
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.engine.wire import Cancel, CompletionPack, Failed, RequestPack
-from batchrun.errors import BatchrunError, EngineDied, EngineNotLoaded
+from batchrun.errors import BatchrunError, EngineDied, EngineError, EngineNotLoaded
 
 PACK_ROWS = 512
 PACK_TOKENS = 1 << 18
@@ -33,8 +33,7 @@ PATIENCE_SECONDS = 0.5
 STARVED_SECONDS = 0.02
 LET_GO_SECONDS = 2.0
 STOP_SECONDS = 5.0
-OUTPUT_BYTES = 1 << 14
-OUTPUT_LINES = 5
+OUTPUT_BYTES = 1 << 16
 
 
 class EngineProcess:
@@ -51,6 +50,7 @@ class EngineProcess:
         self._lock = threading.Lock()
         self._child: _Child | None = None
         self._tired = 0
+        self.launches = 0  # processes that were started, the present one included
 
     def generate(
         self, requests: Iterator[Request | None], wanted: Callable[[], bool] = lambda: True
@@ -141,7 +141,8 @@ class EngineProcess:
                     return None
                 self._child.stop()
             if self._child is None or self._child.failure:
-                self._child = _Child(self.spec, self.env, self.window)
+                self.launches += 1
+                self._child = _Child(self.spec, self.env, self.window, self.launches)
             return self._child.open_stream()
 
 
@@ -216,8 +217,9 @@ class _Child:
     That thread must be the one that starts the process: the parent-death signal fires when it ends.
     """
 
-    def __init__(self, spec: EngineSpec, env: dict[str, str], window: int) -> None:
+    def __init__(self, spec: EngineSpec, env: dict[str, str], window: int, launch: int) -> None:
         self.window = window
+        self._launch = launch
         self.stats = EngineStats()
         self.failure: BatchrunError | None = None
         self.changed = threading.Condition()
@@ -274,6 +276,8 @@ class _Child:
             failure = self._route(self._process)
         except Exception as error:
             failure = EngineNotLoaded(f"the engine's process could not be run: {error!r}")
+        if isinstance(failure, EngineError) and not self._stopped:
+            failure.launch, failure.output = self._launch, self._lines
         with self.changed:
             self.failure = failure
             self.changed.notify_all()
@@ -301,6 +305,7 @@ class _Child:
         finally:
             process.kill()
             process.wait()
+            self._keep_rest(process.stdout)
             process.stdout.close()
 
     def _deliver(self, pack: CompletionPack) -> None:
@@ -321,6 +326,10 @@ class _Child:
             return data
         return b""
 
+    def _keep_rest(self, output: IO[bytes]) -> None:
+        while self._keep_output(output):
+            pass
+
     def _death(self, process: subprocess.Popen[bytes]) -> BatchrunError:
         if self._stopped:
             return EngineDied("the engine was stopped")
@@ -329,13 +338,18 @@ class _Child:
             status = process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             return kind(f"the engine's process closed its connection{when}")
-        while self._keep_output(cast(IO[bytes], process.stdout)):
-            pass
+        self._keep_rest(cast(IO[bytes], process.stdout))
         how = f"signal {-status} ({signal.Signals(-status).name})" if status < 0 else f"exit status {status}"
-        lines = re.split(r"[\r\n]+", self._output.decode(errors="replace").strip())[-OUTPUT_LINES:]
-        said = f", its last words: {' | '.join(lines)}" if lines != [""] else ""
+        if error := error_line(self._lines):
+            said = f": {error}"
+        else:
+            said = f", its last output: {line}" if (line := last_line(self._lines)) else ""
         fix = "if the kernel ran out of memory, smaller batches help" if status == -signal.SIGKILL else ""
         return kind(f"engine process ended with {how}{when}{said}", fix=fix)
+
+    @property
+    def _lines(self) -> list[str]:
+        return lines_of(self._output.decode(errors="replace"))
 
 
 def _collect(requests: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:

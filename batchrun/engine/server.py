@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from batchrun.engine.choose import load_engine
+from batchrun.engine.last_words import error_line, lines_of
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, EngineStats, Request
 from batchrun.engine.wire import PLACE_BITS, Cancel, CompletionPack, Failed, RequestPack
 from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded
@@ -57,7 +58,7 @@ class Server:
         except BaseException as error:
             traceback.print_exc()
             kind, doing = (EngineError, "failed") if self.engine else (EngineNotLoaded, "could not be loaded")
-            self.outbox.put(Failed(kind(f"engine {doing}: {_last_line(error)}", spec.model_path)))
+            self.outbox.put(Failed(kind(f"engine {doing}: {_named(error)}", spec.model_path)))
         sender.join()
 
     def _run(self, spec: EngineSpec) -> None:
@@ -152,8 +153,9 @@ class Server:
         return replace(stats, pid=os.getpid(), gauges=dict(stats.gauges), notes=list(stats.notes))
 
 
-def _last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+def _named(error: BaseException) -> str:
+    """The exception's type and first line, without what torch adds below it."""
+    return error_line(lines_of("".join(traceback.format_exception(error, limit=1, chain=False))))
 
 
 def _die_with_parent(parent: int) -> None:

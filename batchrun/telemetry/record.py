@@ -48,8 +48,9 @@ class RunRecord:
     and `errors` (rows by code) are of what this run itself generated, `reused` rows were staged before it. `workers`
     is the most there were at once, `worker_seconds` their time added up: with one GPU each, GPU seconds.
     `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model;
-    `real_tokens` of the `computed_tokens` were no padding. `samples` is the run over time, a list per quantity (see
-    `Timeline`), all equally long.
+    `real_tokens` of the `computed_tokens` were no padding. `engine_logs` are the keys of what
+    engines printed that ended by themselves. `samples` is the run over time, a list per quantity (see `Timeline`), all
+    equally long.
     """
 
     run: str
@@ -80,6 +81,7 @@ class RunRecord:
     computed_tokens: int = 0
     batches: int = 0
     notes: list[str] = field(default_factory=list)
+    engine_logs: list[str] = field(default_factory=list)
     model: str = ""
     model_fingerprint: str = ""
     job_hash: str = ""
@@ -114,7 +116,7 @@ def write(folder: Folder, record: RunRecord, redact: Redactor, patience: float |
 
 def read_all(folder: Folder) -> list[RunRecord]:
     """The runs into this output, oldest first; what is no whole record is left out with a warning."""
-    found = (_read(folder, key) for key in sorted(folder.list(RUNS)))
+    found = (_read(folder, key) for key in sorted(folder.list(RUNS)) if key.endswith(".json"))
     return [record for record in found if record is not None]
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from batchrun.driver.prepare import Prepared
 from batchrun.errors import BatchrunError, ExitCode, LeaseHeld, StorageError, one_line
 from batchrun.storage.folder import PROBE_PATIENCE
-from batchrun.telemetry import record
+from batchrun.telemetry import engine_log, record
 from batchrun.telemetry.progress import Progress, Watch
 from batchrun.telemetry.record import RunRecord, Timeline
 from batchrun.telemetry.redact import Redactor
@@ -122,6 +122,8 @@ class Recorder:
             self.record, outcome=outcome, message=message, seconds=time.monotonic() - self._began
         )
         try:
+            logs = engine_log.keys(self.prepared.folder, self.record.run)
+            self.record = replace(self.record, engine_logs=logs)
             self._write(patience)
             from batchrun.report import page  # plots take a second to import
 

@@ -108,6 +108,7 @@ class Generation:
         self._lengths = np.zeros(len(rows), np.int32)
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
+        self.answered = 0  # rows that the engine finished and the attempt has taken
         self._doubtful: list[int] = []
         self._doubtful_pid = 0
         self._second = False
@@ -188,6 +189,7 @@ class Generation:
     def _settle(self) -> None:
         if self._done:
             self._add(answered(self._done, self._lengths, self._texts.detokenizer))
+            self.answered += len(self._done)
         if self._faults:
             self._add(failed(self._faults))
         self._done.clear()

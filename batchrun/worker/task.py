@@ -28,12 +28,12 @@ from batchrun.dataset.reader import Batch
 from batchrun.dataset.rows import Places, places_of, read_rows
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
-from batchrun.engine.protocol import EngineSpec, EngineStats
+from batchrun.engine.protocol import EngineStats
 from batchrun.errors import (
     BatchrunError,
     ChangedError,
     CorruptInput,
-    EngineNotLoaded,
+    EngineError,
     FaultCode,
     RowFault,
     StorageError,
@@ -49,6 +49,7 @@ from batchrun.prompt.codec import Texts, open_texts
 from batchrun.storage import Folder
 from batchrun.telemetry.gpu import gpu_now
 from batchrun.worker.answers import failed
+from batchrun.worker.engine_health import EngineHealth
 from batchrun.worker.generation import Generation, Tally
 
 log = logging.getLogger(__name__)
@@ -92,12 +93,14 @@ class Task:
     """One partition and the files that it reads, by the numbers its slices use.
 
     With `rows`, only these are generated. `condemned` rows go to no engine; each has the reason that is its error.
+    `proven` says that engines have finished rows of this output before: what kills one may then be the row that it has.
     """
 
     partition: Partition
     files: dict[int, DataFile]
     rows: Sequence[int] | None = None
     condemned: Mapping[int, str] = field(default_factory=dict)
+    proven: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class TaskReceipt:
 _lock = threading.Lock()
 _texts: dict[str, Texts] = {}
 _engines: dict[str, EngineProcess] = {}
+_health: dict[str, EngineHealth] = {}  # of the engines, by the same keys
 _running: dict[int, Tally] = {}
 _stopped_runs: set[str] = set()
 _opening = threading.Event()
@@ -188,7 +192,12 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
         attempt = order.attempt(task.partition)
         if attempt.open():
             return []
-        _engine_for(_texts_for(order).engine).load()
+        engine, health = _engine_for(order)
+        health.check()
+        try:
+            engine.load()
+        except EngineError as error:
+            raise health.ended(error, get_worker().address) from None
         return attempt.missing.tolist()
 
 
@@ -207,20 +216,45 @@ def _generate(
     order: WorkOrder, task: Task, attempt: Attempt, tally: Tally, missing: NDArray[np.bool_]
 ) -> tuple[EngineStats, Mapping[int, Begun]]:
     """Generates the missing rows, as far as they are wanted; the engine's counters and the rows that were begun."""
-    texts = _texts_for(order)
-    engine = _engine_for(texts.engine)
-    tokens = order.job.generation.max_new_tokens
-    generation = Generation(lambda columns: order.read(task, columns), attempt, texts, tokens, tally, missing)
-    try:
-        generation.run(engine, _wanted_check(order.run))
-    except StorageError:
-        raise
-    except EngineNotLoaded as error:
-        raise EngineNotLoaded(error.what, get_worker().address, error.fix) from None
-    except Exception:
-        attempt.flush()  # what was finished before costs no second time
-        raise
-    return engine.stats(), generation.begun
+    engine, health = _engine_for(order)
+    wanted = _wanted_check(order.run)
+    alone = np.count_nonzero(missing) == 1
+    begun: dict[int, Begun] = {}
+    proved = False
+
+    def generate(rows: NDArray[np.bool_]) -> bool:
+        """Whether the engine finished any of the rows; those that it did are in the attempt."""
+        texts, tokens = _texts_for(order), order.job.generation.max_new_tokens
+        generation = Generation(
+            lambda columns: order.read(task, columns), attempt, texts, tokens, tally, rows
+        )
+        try:
+            generation.run(engine, wanted)
+        except StorageError:
+            raise
+        except Exception as error:
+            attempt.flush()  # what was finished before costs no second time
+            if not isinstance(error, EngineError):
+                raise
+            if generation.answered:
+                health.progress(error.launch)
+            counts = not (alone and task.proven)
+            ended = health.ended(error, get_worker().address, counts)
+            ended.proved = proved and not generation.answered
+            raise ended from None
+        begun.update(generation.begun)
+        if generation.answered:
+            health.progress(engine.launches)
+        return generation.answered > 0
+
+    with health.in_doubt(wanted) as in_doubt:
+        if in_doubt:
+            proved = generate(health.one_of(attempt.partition, missing))
+            attempt.flush()
+            missing = missing & _missing(attempt, task)
+    if missing.any():
+        generate(missing)
+    return engine.stats(), begun
 
 
 def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
@@ -282,15 +316,20 @@ def _texts_for(order: WorkOrder) -> Texts:
         return _texts[key]
 
 
-def _engine_for(spec: EngineSpec) -> EngineProcess:
-    """The worker's engine process for this specification; idle ones of other jobs make room for it."""
+def _engine_for(order: WorkOrder) -> tuple[EngineProcess, EngineHealth]:
+    """The worker's engine process for the job, and its health in this run; idle ones of other jobs make room for it."""
+    spec = _texts_for(order).engine
     key = repr(asdict(spec))
     with _lock:
         if key not in _engines:
             for other in [k for k, engine in _engines.items() if engine.idle]:
                 _engines.pop(other).stop()
+                _health.pop(other)
             _engines[key] = EngineProcess(spec)
-        return _engines[key]
+        if key not in _health or _health[key].run != order.run:
+            folder = Folder(order.job.output.path, order.job.output.storage_options)
+            _health[key] = EngineHealth(order.run, folder, order.job.secrets())
+        return _engines[key], _health[key]
 
 
 def _wanted_check(run: str) -> Callable[[], bool]:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from batchrun.commands.bench import WORKLOADS, Workload, bench, bench_job, format_results
+from batchrun.commands import bench as benchmark
+from batchrun.commands.bench import bench, bench_job, format_results
 from batchrun.commands.plan import lines, preview
-from batchrun.errors import JobError, ModelError
+from batchrun.commands.workloads import WORKLOADS, Workload
+from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.errors import EngineError, FaultCode, JobError, ModelError, RowFault
 from jobs import load, write_job
 
 
@@ -60,3 +69,93 @@ def test_a_bench_of_a_job_is_remembered_and_a_plan_says_that_it_knows_no_output_
     assert about["output_tokens"]["likely"] == 120
     assert 0 < about["seconds"]["low"] < about["seconds"]["high"]
     assert "max_new_tokens for each" in str(lines(preview(job)))
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "outputs"),
+    [("long", (4000, 8000, 24000), (16, 150, 500)), ("chat", (4, 90, 6000), (1, 150, 2000))],
+)
+def test_long_and_chat_have_the_lengths_that_other_engines_are_measured_with(
+    name: str, prompts: tuple[int, int, int], outputs: tuple[int, int, int]
+) -> None:
+    workload = Workload.named(name, 2000, 128256)
+    for lengths, (least, median, most) in [
+        ([len(prompt) for prompt in workload.prompts], prompts),
+        (workload.new_tokens, outputs),
+    ]:
+        assert min(lengths) >= least
+        assert max(lengths) <= most
+        # Half of the outputs of a chat are short ones; between the two kinds the median is only roughly known.
+        assert np.median(lengths) == pytest.approx(median, rel=0.05 if name == "long" else 0.6)
+    if name == "long":
+        assert np.std(np.log(np.clip(workload.new_tokens, 40, 450))) == pytest.approx(0.47, abs=0.03)
+    else:
+        assert np.mean([len(prompt) <= 300 for prompt in workload.prompts]) == pytest.approx(0.6, abs=0.03)
+    for shape in ("qwen3-0.6b", "llama-8b", "tiny"):
+        assert workload.longest <= benchmark.SHAPES[shape]["max_position_embeddings"]
+
+
+class WrongEngine:
+    """Answers row 0, cuts row 1 short, fails row 2, forgets row 3, and completes row 4 twice."""
+
+    def __init__(self, spec: EngineSpec, model: Any) -> None:
+        self.stats = EngineStats(engine="padded", device="cpu", dtype="float32")
+
+    def generate(self, requests: Iterator[Request]) -> Iterator[Completion]:
+        for request in requests:
+            tokens = np.zeros(request.max_new_tokens, np.int32)
+            if request.id == 1 and request.max_new_tokens > 1:
+                yield Completion(1, tokens[:-1], "stop")
+            elif request.id == 2:
+                fault = RowFault(FaultCode.BAD_LOGITS, "not a number")
+                yield Completion(2, tokens[:0], "error", fault)
+            elif request.id != 3:
+                yield Completion(request.id, tokens, "length")
+                if request.id == 4:
+                    yield Completion(4, tokens, "length")
+
+
+def test_rows_that_come_back_wrong_are_named_with_what_is_wrong(monkeypatch) -> None:
+    monkeypatch.setitem(benchmark.BUILT_IN, "padded", "test_bench:WrongEngine")
+    workload = Workload("own", [[5, 6]] * 5, [3, 4, 5, 6, 7])
+    with pytest.raises(EngineError, match="3 of 5 rows came back wrong") as caught:
+        bench("tiny", workload, engines=["padded"], device="cpu")
+    message = str(caught.value)
+    assert (
+        "row 2: 1 tokens expected, 0 received, finish reason error, error BAD_LOGITS: not a number" in message
+    )
+    assert "row 3: 1 tokens expected, no completion" in message
+    assert "row 4: 1 tokens expected, 1 received, finish reason length, completed 2 times" in message
+    requests = workload.requests(100)
+    with pytest.raises(EngineError, match="row 1: 4 tokens expected, 3 received, finish reason stop"):
+        benchmark._check("padded", requests, list(WrongEngine(None, None).generate(iter(requests))))
+
+
+def test_of_many_wrong_rows_a_few_are_named(monkeypatch) -> None:
+    requests = Workload("own", [[5]] * 50, [2] * 50).requests(100)
+    with pytest.raises(EngineError, match="50 of 50 rows") as caught:
+        benchmark._check("paged", requests, [])
+    assert str(caught.value).count("no completion") == benchmark.SHOWN_ROWS
+
+
+@pytest.mark.parametrize("kind", ["padded", "paged"])
+def test_a_bench_of_a_job_leaves_out_rows_without_a_prompt_and_says_so(
+    tmp_path, tiny_llama, monkeypatch, kind
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_job(tmp_path, tiny_llama, engine={"kind": kind}, generation={"max_new_tokens": 4})
+    texts = ["x" * 10] * 5 + [
+        "a word " * 40,
+        None,
+        "",
+        "z" * 100_000,
+        "half",
+        *(f"row {i}" for i in range(10)),
+    ]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
+    (result,) = bench_job(load(path), rows=20)
+    assert (result.rows, result.output_tokens) == (17, 68)
+    table = format_results([result])
+    assert "3 of 20 sampled rows have no prompt and are left out" in table
+    for code in ("NULL_PROMPT: 1", "EMPTY_PROMPT: 1", "PROMPT_TOO_LONG: 1"):
+        assert code in table

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from engines import EchoEngine, waiting_now
@@ -32,13 +35,13 @@ def notes(spec: EngineSpec) -> Path:
 
 
 class NotedEngine(EchoEngine):
-    """Notes each process that loaded it, and each request: one file per process, a line per request."""
+    """Notes each process that loaded it, and each request: one file per process of a worker, a line per request."""
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
         place = notes(spec)
         self.first = not any(place.iterdir())
-        self.notes = (place / f"{time.time_ns()}-{os.getpid()}").open("w", buffering=1)
+        self.notes = (place / f"{time.time_ns()}-{os.getppid()}-{os.getpid()}").open("w", buffering=1)
 
     def answer(self, request: Request) -> Completion:
         self.notes.write(f"{text_of(request)}\n")
@@ -127,3 +130,65 @@ class SteppingEngine(NotedEngine):
                     tokens = np.array(answer, np.int32)
                     yield Completion(request.id, tokens, "length") if ended else request.so_far(tokens)
             self.notes.write(f"tokens {self.stats.output_tokens}\n")
+
+
+ABORT = f"""\
+terminate called after throwing an instance of 'c10::AcceleratorError'
+  what():  CUDA error: an illegal memory access was encountered
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+
+Exception raised from c10_cuda_check_implementation at /pytorch/c10/cuda/CUDAException.cpp:44 (most recent call first):
+{"".join(f"frame #{i}: <unknown function> + 0x11fb7 (0x7f1c2b611fb7 in libc10_cuda.so){chr(10)}" for i in range(24))}\
+frame #24: Py_RunMain + 0x232 (0x5581a8f2d2e2 in /venv/bin/python)
+"""
+
+
+class AbortingEngine(NotedEngine):
+    """Aborts at its first row, as torch does; a line for each of a few hundred steps comes before it."""
+
+    def answer(self, request: Request) -> Completion:
+        self.abort()
+
+    def abort(self) -> NoReturn:
+        steps = "\n".join(f"step {i}, key hunter2" for i in range(300))
+        print(steps, ABORT, sep="\n", end="", file=sys.stderr, flush=True)
+        os.abort()
+
+
+class LateAbortingEngine(AbortingEngine):
+    """The first process finishes twelve rows before it aborts."""
+
+    def answer(self, request: Request) -> Completion:
+        if self.first and self.stats.completions < 12:
+            return NotedEngine.answer(self, request)
+        time.sleep(0.5)
+        self.abort()
+
+
+class WindowKiller(NotedEngine):
+    """Takes all rows that wait before it finishes any, and is killed by row 1 among them."""
+
+    def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        more = True
+        while more:
+            window, more = waiting_now(requests, 1000)
+            if any(text_of(request).startswith("row 1 ") for request in window):
+                os.kill(os.getpid(), signal.SIGKILL)
+            for request in window:
+                yield self.answer(request)
+
+
+class BadMachineEngine(AbortingEngine):
+    """Always aborts on the worker that loaded one first; slow to load on all others."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        bad = notes(spec).parent / f"{notes(spec).name}.bad"
+        with contextlib.suppress(FileExistsError), bad.open("x") as file:
+            file.write(str(os.getppid()))
+        self.is_bad = bad.read_text() == str(os.getppid())
+        if not self.is_bad:
+            time.sleep(8)
+
+    def answer(self, request: Request) -> Completion:
+        return super().answer(request) if self.is_bad else NotedEngine.answer(self, request)
