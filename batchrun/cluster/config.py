@@ -44,7 +44,3 @@ def optional(module: str, extra: str) -> Any:
     except ImportError:
         what = f"the package {module.partition('.')[0].replace('_', '-')} is not installed"
         raise ClusterError(what, f"cluster.{extra}", f"pip install 'batchrun[{extra}]'") from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

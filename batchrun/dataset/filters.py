@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchrun.errors import InputError, nearest
+from batchrun.errors import InputError, first_line, nearest
 
 _WHERE = "input.filters"
 _COMPARE: dict[str, tuple[Callable[..., Any], Callable[[Any, Any], Any]]] = {
@@ -134,7 +134,7 @@ def _parse_term(term: Any, schema: pa.Schema) -> Term:
         parsed = Term(column, op, literal)
         parsed.holds(pa.array([], kind))
     except (pa.ArrowException, OverflowError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{column} is {kind}, which {value!r} cannot be compared with ({reason})", _WHERE
         ) from None

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from batchrun.dataset.count import Counter, Piece, all_pieces, limited, shortened
 from batchrun.dataset.filters import filter_columns, parse_filters
 from batchrun.dataset.source import DataFile, Skipped, Source, read_source, untaken
-from batchrun.errors import InputError, OutputError
+from batchrun.errors import InputError, OutputError, first_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import OUTPUT_COLUMNS, InputSettings, OutputSettings
 
@@ -134,7 +134,7 @@ class Plan:
                 raise ValueError("its hash does not match")
             return plan
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise OutputError(
                 f"the stored plan is damaged ({reason})",
                 "_job/plans",

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchrun.engine.noise import gumbel
+from batchrun.engine.noise import gumbel, signed
 from batchrun.engine.protocol import EngineStats, Request, Sampling
 from batchrun.engine.stopping import StopStrings
 
@@ -48,7 +48,7 @@ class BatchState(StoppingCriteria):
         self.generated = [len(request.generated) for request in requests]
         self.offsets = torch.tensor(self.generated, device=device)
         self.limits = torch.tensor([request.remaining for request in requests], device=device)
-        self.row_seeds = torch.tensor([_signed(request.row_seed) for request in requests], device=device)
+        self.row_seeds = torch.tensor([signed(request.row_seed) for request in requests], device=device)
         self.lengths = self.limits.clone()
         self.done = torch.zeros(len(requests), dtype=torch.bool, device=device)
         self.stopped, self.broken, self.cut = self.done.clone(), self.done.clone(), self.done.clone()
@@ -141,8 +141,3 @@ def logits_processors(sampling: Sampling, state: BatchState) -> list[LogitsProce
     if sampling.min_p:
         processors.append(MinPLogitsWarper(float(sampling.min_p)))
     return [*processors, GumbelNoise(sampling.seed, state)]
-
-
-def _signed(seed: int) -> int:
-    """A row's seed as int64, whichever 64 bits it is."""
-    return (seed & (1 << 64) - 1) - ((seed & 1 << 63) << 1)

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -188,7 +188,8 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
         attempt = order.attempt(task.partition)
         if attempt.open():
             return []
-        _engine_for(_texts_for(order).engine).load()
+        with _engine_for(_texts_for(order).engine) as engine:
+            engine.load()
         return attempt.missing.tolist()
 
 
@@ -208,19 +209,19 @@ def _generate(
 ) -> tuple[EngineStats, Mapping[int, Begun]]:
     """Generates the missing rows, as far as they are wanted; the engine's counters and the rows that were begun."""
     texts = _texts_for(order)
-    engine = _engine_for(texts.engine)
     tokens = order.job.generation.max_new_tokens
     generation = Generation(lambda columns: order.read(task, columns), attempt, texts, tokens, tally, missing)
-    try:
-        generation.run(engine, _wanted_check(order.run))
-    except StorageError:
-        raise
-    except EngineNotLoaded as error:
-        raise EngineNotLoaded(error.what, get_worker().address, error.fix) from None
-    except Exception:
-        attempt.flush()  # what was finished before costs no second time
-        raise
-    return engine.stats(), generation.begun
+    with _engine_for(texts.engine) as engine:
+        try:
+            generation.run(engine, _wanted_check(order.run))
+        except StorageError:
+            raise
+        except EngineNotLoaded as error:
+            raise EngineNotLoaded(error.what, get_worker().address, error.fix) from None
+        except Exception:
+            attempt.flush()  # what was finished before costs no second time
+            raise
+        return engine.stats(), generation.begun
 
 
 def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
@@ -282,15 +283,21 @@ def _texts_for(order: WorkOrder) -> Texts:
         return _texts[key]
 
 
-def _engine_for(spec: EngineSpec) -> EngineProcess:
-    """The worker's engine process for this specification; idle ones of other jobs make room for it."""
+@contextmanager
+def _engine_for(spec: EngineSpec) -> Iterator[EngineProcess]:
+    """The worker's engine process for this specification, kept while this is open.
+
+    Idle ones of other jobs make room for it.
+    """
     key = repr(asdict(spec))
-    with _lock:
-        if key not in _engines:
-            for other in [k for k, engine in _engines.items() if engine.idle]:
-                _engines.pop(other).stop()
-            _engines[key] = EngineProcess(spec)
-        return _engines[key]
+    with ExitStack() as held:
+        with _lock:
+            if key not in _engines:
+                for other in [k for k, engine in _engines.items() if engine.idle]:
+                    _engines.pop(other).stop()
+                _engines[key] = EngineProcess(spec)
+            engine = held.enter_context(_engines[key].in_use())
+        yield engine
 
 
 def _wanted_check(run: str) -> Callable[[], bool]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from batchrun.engine.noise import signed
 from batchrun.engine.paged.attention import CASCADE_ROWS, Cache, using
 from batchrun.engine.paged.batch import Batch, Trunk
 from batchrun.engine.paged.last_layer import LastLayer
@@ -248,7 +249,7 @@ class Runner:
         length = self._put(lengths, np.int64)
         last = self._put([row.last for row in rows], np.int64)
         origin = self._put([len(row.request.token_ids) for row in rows], np.int64)
-        seed = self._put([_signed(row.request.row_seed) for row in rows], np.int64)
+        seed = self._put([signed(row.request.row_seed) for row in rows], np.int64)
         seen = None
         if self._seen is not None:
             owners = np.repeat(np.arange(len(rows)), [len(row.prompt) for row in rows])
@@ -330,9 +331,3 @@ def _bucket(rows: int) -> int:
 
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
-
-
-def _signed(number: int) -> int:
-    """An unsigned 64-bit number as the signed one of the same bits."""
-    number &= (1 << 64) - 1
-    return number - (1 << 64) if number >> 63 else number
