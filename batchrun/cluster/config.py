@@ -39,6 +39,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def optional(module: str, extra: str) -> Any:
+    """The module, or a ClusterError that says which extra of batchrun has it."""
     try:
         return importlib.import_module(module)
     except ImportError:

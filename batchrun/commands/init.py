@@ -111,7 +111,7 @@ def prompt_column(schema: pa.Schema, head: pa.Table) -> str:
     Raises:
         InputError: no column holds texts or messages.
     """
-    usable = [
+    usable: list[str] = [
         f.name for f in schema if holds_messages(f.type) or (holds_text(f.type) and f.type != pa.null())
     ]
     if not usable:

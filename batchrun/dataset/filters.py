@@ -61,7 +61,7 @@ class Filters:
     def mask(self, batch: pa.RecordBatch) -> NDArray[np.bool_]:
         """(rows,) True for the rows that are kept."""
         any_of = reduce(pc.or_kleene, (self._all_of(group, batch) for group in self.groups))
-        return pc.fill_null(any_of, False).to_numpy(zero_copy_only=False)
+        return np.asarray(pc.fill_null(any_of, False).to_numpy(zero_copy_only=False), np.bool_)
 
     def expression(self) -> pc.Expression:
         """The same condition for pyarrow.dataset, which knows how to hold it against row-group statistics."""

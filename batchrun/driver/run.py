@@ -157,6 +157,7 @@ def _compare(prepared: Prepared) -> None:
 
 
 def result(prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatch | None = None) -> RunResult:
+    """What a run gives back, from the manifest; with `dispatch`, what this run itself did for it."""
     return RunResult(
         output=prepared.folder.name,
         rows=done.rows,

@@ -298,7 +298,8 @@ class _Child:
         sources: list[Any] = [self._connection, process.stdout]
         try:
             while True:
-                for source in wait(sources):
+                ready: list[Any] = wait(sources)
+                for source in ready:
                     if source is process.stdout:
                         if not self._keep_output(process.stdout):
                             sources.remove(source)

@@ -120,7 +120,9 @@ class GumbelNoise(LogitsProcessor):
         vocab = scores.shape[-1]
         rows = max(1, CACHED_NOISE // vocab) if scores.device.type == "cpu" else len(scores)
         state = self.state
-        parts = zip(scores.split(rows), state.row_seeds.split(rows), state.offsets.split(rows), strict=True)
+        parts = zip(
+            *(torch.split(one, rows) for one in (scores, state.row_seeds, state.offsets)), strict=True
+        )
         for part, row_seeds, offsets in parts:
             part += gumbel(self.seed, row_seeds, offsets + self.state.steps, vocab)
         return scores

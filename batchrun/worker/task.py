@@ -190,7 +190,8 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
             return []
         with _engine_for(_texts_for(order).engine) as engine:
             engine.load()
-        return attempt.missing.tolist()
+        missing: list[int] = attempt.missing.tolist()
+        return missing
 
 
 @contextmanager

@@ -280,9 +280,10 @@ class Runner:
             using(self.cache, batch),
             self._last_layer.only(keep) if isinstance(keep, Tensor) else nullcontext(),
         ):
-            return self._model(
+            logits: Tensor = self._model(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
             ).logits[0]
+            return logits
 
     def _back(self, rows: list[Row], tokens: Tensor) -> Pending:
         if self._device.type != "cuda":
