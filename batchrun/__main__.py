@@ -1,3 +1,5 @@
+"""`python -m batchrun`: the command line."""
+
 from batchrun.cli import main
 
 if __name__ == "__main__":

@@ -41,8 +41,13 @@ def one_line(error: BaseException) -> str:
     """An error for a person: its own words if it is meant for one, else its type and first line."""
     if isinstance(error, BatchrunError):
         return str(error)
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    name, line = type(error).__name__, first_line(error)
+    return line if line == name else f"{name}: {line}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class Refused(BatchrunError):

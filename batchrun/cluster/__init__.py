@@ -1,6 +1,7 @@
 """A Dask client for the job: local workers, one per GPU or one on a CPU, or workers elsewhere.
 
 Elsewhere is a running scheduler's address, jobs on Slurm (dask-jobqueue) or pods on Kubernetes (dask-kubernetes).
+Used by the driver, and by `plan`, which asks how many GPUs there are. May import Dask and job; knows no worker's task.
 """
 
 from __future__ import annotations

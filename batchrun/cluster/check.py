@@ -11,8 +11,7 @@ from typing import Any
 
 from distributed import Client, Worker
 
-from batchrun.cluster.config import first_line
-from batchrun.errors import ClusterError
+from batchrun.errors import ClusterError, first_line
 from batchrun.version import __version__
 
 log = logging.getLogger(__name__)

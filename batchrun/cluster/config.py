@@ -39,12 +39,9 @@ def worker_environment() -> dict[str, str]:
 
 
 def optional(module: str, extra: str) -> Any:
+    """The module, or a ClusterError that says which extra of batchrun has it."""
     try:
         return importlib.import_module(module)
     except ImportError:
         what = f"the package {module.partition('.')[0].replace('_', '-')} is not installed"
         raise ClusterError(what, f"cluster.{extra}", f"pip install 'batchrun[{extra}]'") from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from batchrun.cluster.config import first_line, optional, worker_environment
-from batchrun.errors import ClusterError
+from batchrun.cluster.config import optional, worker_environment
+from batchrun.errors import ClusterError, one_line
 from batchrun.job.settings import ClusterSettings
 
 # Seconds that the scheduler's pod has to come up: a node may have to pull an image of gigabytes first.
@@ -29,7 +29,7 @@ def kubernetes_cluster(settings: ClusterSettings) -> Iterator[Any]:
         )
     except Exception as error:  # kr8s, httpx and the operator's own: all mean that there is no cluster
         fix = "check kubectl's context and that the Dask operator is installed"
-        what = f"{type(error).__name__}: {first_line(error)}"
+        what = one_line(error)
         raise ClusterError(what, "cluster.kubernetes", fix) from None
     with cluster:
         yield cluster

@@ -12,8 +12,8 @@ from typing import Any
 from distributed import Status
 from tornado.ioloop import PeriodicCallback
 
-from batchrun.cluster.config import first_line, optional, worker_environment
-from batchrun.errors import ClusterError
+from batchrun.cluster.config import optional, worker_environment
+from batchrun.errors import ClusterError, first_line
 from batchrun.job.settings import ClusterSettings
 
 # Seconds between two looks at whether a Slurm job has to be submitted again, after a preemption or its time limit.

@@ -21,7 +21,7 @@ from batchrun.commands.workloads import Workload
 from batchrun.driver.prepare import prepare
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
-from batchrun.errors import EngineError, JobError, ModelError
+from batchrun.errors import EngineError, JobError, ModelError, first_line
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.records import device_name, remember
 from batchrun.estimate.sample import sample
@@ -337,7 +337,7 @@ def _config(model: str | Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        what = f"no model configuration ({str(error).splitlines()[0]})"
+        what = f"no model configuration ({first_line(error)})"
         raise ModelError(what, str(model), f"give a local folder, or one of {', '.join(SHAPES)}") from error
 
 

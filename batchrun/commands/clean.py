@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from batchrun.commands.status import open_output, unfinished_retry
-from batchrun.driver.prepare import open_folder
+from batchrun.commands.status import unfinished_retry
 from batchrun.job.job import Job
 from batchrun.output import manifest, state
+from batchrun.output.output import open_folder, open_output
 from batchrun.output.verify import clean as clean_folder
 
 

@@ -22,9 +22,12 @@ from batchrun.prompt.columns import holds_messages, holds_text
 MODEL = "Qwen/Qwen3-0.6B"
 LOOKED_AT = 200  # rows that tell how long a column's texts are
 SHOWN = 60  # characters of an example
-# Names that say what a text column is for, the likeliest first.
-READY = ("prompt", "messages", "conversation", "conversations")
-TELLING = (
+# Names that say that a column is the prompt, or what it is made of; the likeliest first.
+LIKELY_PROMPTS = (
+    "prompt",
+    "messages",
+    "conversation",
+    "conversations",
     "text",
     "content",
     "question",
@@ -108,7 +111,7 @@ def prompt_column(schema: pa.Schema, head: pa.Table) -> str:
     Raises:
         InputError: no column holds texts or messages.
     """
-    usable = [
+    usable: list[str] = [
         f.name for f in schema if holds_messages(f.type) or (holds_text(f.type) and f.type != pa.null())
     ]
     if not usable:
@@ -117,7 +120,7 @@ def prompt_column(schema: pa.Schema, head: pa.Table) -> str:
             "init",
             "write the job by hand, with a prompt.template over the columns that there are",
         )
-    ranked = {name: i for i, name in enumerate(TELLING)}
+    ranked = {name: i for i, name in enumerate(LIKELY_PROMPTS)}
     return min(
         usable, key=lambda n: (ranked.get(n.lower(), len(ranked)), not _is_list(schema, n), -_length(head, n))
     )

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.dataset.plan import Plan, joined
-from batchrun.driver.prepare import layout_of, open_folder
-from batchrun.errors import OutputError
 from batchrun.job.job import Job
-from batchrun.output import chunk, identity, lease, manifest, plans, state
+from batchrun.output import chunk, identity, lease, manifest, state
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
+from batchrun.output.output import open_output
 from batchrun.report.summary import error_lines, size
 from batchrun.storage import Folder, NotFound
 from batchrun.telemetry import record
@@ -171,15 +169,3 @@ def unfinished_retry(written: manifest.Manifest | None, found: state.State) -> i
     recorded = len(written.retries) if written else 0
     unfinished = written is not None and written.unfinished is not None
     return found.retries if found.retries > recorded or unfinished else 0
-
-
-def open_output(job: Job) -> tuple[Folder, identity.Identity, Plan, Layout]:
-    """The output as the job's first run pinned it. Raises OutputError where there is none or it is damaged."""
-    folder = open_folder(job)
-    pinned = identity.read(folder)
-    if pinned is None:
-        raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
-    stored = plans.read(folder)
-    if not stored:
-        raise OutputError("the plan is missing", folder.name, "`batchrun run` writes it again")
-    return folder, pinned, joined(stored), layout_of(stored)

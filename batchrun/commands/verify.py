@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from batchrun.commands.status import open_output
 from batchrun.dataset.plan import carried_columns
 from batchrun.dataset.rows import places_in, rows_of
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
+from batchrun.output.output import open_output
 from batchrun.output.verify import Verification
 from batchrun.output.verify import verify as verify_folder
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchrun.errors import InputError, nearest
+from batchrun.errors import InputError, first_line, nearest
 
 _WHERE = "input.filters"
 _COMPARE: dict[str, tuple[Callable[..., Any], Callable[[Any, Any], Any]]] = {
@@ -61,7 +61,7 @@ class Filters:
     def mask(self, batch: pa.RecordBatch) -> NDArray[np.bool_]:
         """(rows,) True for the rows that are kept."""
         any_of = reduce(pc.or_kleene, (self._all_of(group, batch) for group in self.groups))
-        return pc.fill_null(any_of, False).to_numpy(zero_copy_only=False)
+        return np.asarray(pc.fill_null(any_of, False).to_numpy(zero_copy_only=False), np.bool_)
 
     def expression(self) -> pc.Expression:
         """The same condition for pyarrow.dataset, which knows how to hold it against row-group statistics."""
@@ -134,7 +134,7 @@ def _parse_term(term: Any, schema: pa.Schema) -> Term:
         parsed = Term(column, op, literal)
         parsed.holds(pa.array([], kind))
     except (pa.ArrowException, OverflowError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{column} is {kind}, which {value!r} cannot be compared with ({reason})", _WHERE
         ) from None

@@ -92,7 +92,8 @@ def filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.Ab
     """The file system of a path or URL, and the path inside it."""
     protocol = path.partition("://")[0] if "://" in path else "file"
     try:
-        return fsspec.url_to_fs(path, **storage_options)
+        fs, inner = fsspec.url_to_fs(path, **storage_options)
+        return fs, inner
     except (ImportError, ValueError) as error:
         fix = "install its fsspec package, such as batchrun[s3], batchrun[gcs] or batchrun[azure]"
         raise InputError(f"no access to {protocol}:// paths ({error})", path, fix) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from batchrun.dataset.count import Counter, Piece, all_pieces, limited, shortened
 from batchrun.dataset.filters import filter_columns, parse_filters
 from batchrun.dataset.source import DataFile, Skipped, Source, read_source, untaken
-from batchrun.errors import InputError, OutputError
+from batchrun.errors import InputError, OutputError, first_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import OUTPUT_COLUMNS, InputSettings, OutputSettings
 
@@ -108,7 +108,7 @@ class Plan:
         table = table.replace_schema_metadata({**about, b"digest": _digest(about)})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        return sink.getvalue().to_pybytes()
+        return cast(bytes, sink.getvalue().to_pybytes())
 
     @classmethod
     def from_parquet(cls, data: bytes) -> Plan:
@@ -134,7 +134,7 @@ class Plan:
                 raise ValueError("its hash does not match")
             return plan
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise OutputError(
                 f"the stored plan is damaged ({reason})",
                 "_job/plans",
@@ -316,7 +316,7 @@ def _ipc(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    return cast(bytes, sink.getvalue().to_pybytes())
 
 
 def _files(table: pa.Table) -> list[DataFile]:

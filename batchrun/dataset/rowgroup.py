@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.dataset.location import is_damage
-from batchrun.errors import ChangedError, CorruptInput, InputError
+from batchrun.errors import ChangedError, CorruptInput, InputError, first_line
 
 # pre_buffer would hold a whole row group (tried: +1105 MB, against +31 MB without, for a group of 382 MB).
 READING = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
@@ -44,7 +44,7 @@ def read_group(
         except (pa.ArrowException, OSError) as error:
             if not is_damage(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise CorruptInput(f"a page cannot be decoded ({reason})", where, "restore the file") from None
         if batch is None:
             return

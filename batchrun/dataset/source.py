@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from batchrun.dataset.location import Found, find_files, is_damage, open_parquet, persistently
-from batchrun.errors import ChangedError, InputError, StorageError, nearest
+from batchrun.errors import ChangedError, InputError, StorageError, first_line, nearest
 from batchrun.job.settings import InputSettings
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataF
             raise InputError(
                 f"cannot be opened ({type(error).__name__}: {error})", file.path, "check access and try again"
             ) from None
-        reason = "it is empty" if file.size == 0 else str(error).splitlines()[0]
+        reason = "it is empty" if file.size == 0 else first_line(error)
         return DataFile(file.path, file.size, file.version, (), ()), pa.schema([]), reason
 
 

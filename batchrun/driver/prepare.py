@@ -22,6 +22,7 @@ from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed, identity, plans
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
+from batchrun.output.output import layout_of, open_folder
 from batchrun.prompt.codec import Texts, open_texts
 from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import check_sample
@@ -114,12 +115,3 @@ def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
     failed.refuse_taken(carried, job.output)
     model = resolve(job.model)
     return Prepared(job, plans, known, model, open_texts(job, model, schema))
-
-
-def open_folder(job: Job) -> Folder:
-    return Folder(job.output.path, job.output.storage_options)
-
-
-def layout_of(plans: Sequence[Plan]) -> Layout:
-    """The keys of an output with these plans."""
-    return Layout.of([(plan.hash, len(plan.partitions)) for plan in plans])

@@ -17,6 +17,7 @@ from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
 from batchrun.driver.limits import Limits
 from batchrun.driver.prepare import Prepared, prepare
+from batchrun.driver.recorder import observed
 from batchrun.job.job import Job
 from batchrun.output import failed, identity, manifest, plans, retry, state
 from batchrun.output.lease import Lease
@@ -25,7 +26,6 @@ from batchrun.report.result import RunResult
 from batchrun.storage import Folder
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import Progress, Watch, silent
-from batchrun.telemetry.recorder import observed
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,7 @@ def _compare(prepared: Prepared) -> None:
 
 
 def result(prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatch | None = None) -> RunResult:
+    """What a run gives back, from the manifest; with `dispatch`, what this run itself did for it."""
     return RunResult(
         output=prepared.folder.name,
         rows=done.rows,

@@ -27,7 +27,7 @@ def gumbel(seed: int, row_seeds: Tensor, positions: Tensor, vocab: int) -> Tenso
         float32 (batch, vocab) on the device of `row_seeds`, finite, between -2.9 and 22.2. A longer
         vocabulary leaves the noise of the tokens before it unchanged.
     """
-    key = _mix64(torch.full_like(row_seeds, seed) + _signed(0x9E3779B97F4A7C15, 64))
+    key = _mix64(torch.full_like(row_seeds, seed) + signed(0x9E3779B97F4A7C15))
     key = _mix64(_mix64(key ^ row_seeds) + positions)
     low, high = key.to(torch.int32).unsqueeze(1), (key >> 32).to(torch.int32).unsqueeze(1)
     tokens = torch.arange(vocab, dtype=torch.int32, device=row_seeds.device)
@@ -41,14 +41,14 @@ def gumbel(seed: int, row_seeds: Tensor, positions: Tensor, vocab: int) -> Tenso
 def _mix32(x: Tensor) -> Tensor:
     """Bijection on int32 in which every input bit moves every output bit ("lowbias32", C. Wellons, 2018)."""
     x = (x ^ _shift(x, 16, 32)) * 0x7FEB352D
-    x = (x ^ _shift(x, 15, 32)) * _signed(0x846CA68B, 32)
+    x = (x ^ _shift(x, 15, 32)) * signed(0x846CA68B, 32)
     return x ^ _shift(x, 16, 32)
 
 
 def _mix64(x: Tensor) -> Tensor:
     """The same on int64: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    x = (x ^ _shift(x, 30, 64)) * _signed(0xBF58476D1CE4E5B9, 64)
-    x = (x ^ _shift(x, 27, 64)) * _signed(0x94D049BB133111EB, 64)
+    x = (x ^ _shift(x, 30, 64)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27, 64)) * signed(0x94D049BB133111EB)
     return x ^ _shift(x, 31, 64)
 
 
@@ -57,6 +57,7 @@ def _shift(x: Tensor, by: int, width: int) -> Tensor:
     return (x >> by) & ((1 << (width - by)) - 1)
 
 
-def _signed(number: int, width: int) -> int:
+def signed(number: int, width: int = 64) -> int:
+    """The signed number of the same `width` bits: torch has no unsigned ones to compute with."""
     number &= (1 << width) - 1
     return number - (1 << width) if number >> (width - 1) else number

@@ -51,6 +51,7 @@ class EngineProcess:
         self._child: _Child | None = None
         self._tired = 0
         self.launches = 0  # processes that were started, the present one included
+        self._users = 0
 
     def generate(
         self, requests: Iterator[Request | None], wanted: Callable[[], bool] = lambda: True
@@ -117,10 +118,21 @@ class EngineProcess:
             return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
         return 0.0
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[EngineProcess]:
+        """The engine, not `idle` for as long as this is open: also before the first call of `generate`."""
+        with self._lock:
+            self._users += 1
+        try:
+            yield self
+        finally:
+            with self._lock:
+                self._users -= 1
+
     @property
     def idle(self) -> bool:
-        """Whether no call of `generate` is running."""
-        return self._child is None or not self._child.streams
+        """Whether nobody has it `in_use`."""
+        return not self._users
 
     @property
     def pid(self) -> int | None:
@@ -290,7 +302,8 @@ class _Child:
         sources: list[Any] = [self._connection, process.stdout]
         try:
             while True:
-                for source in wait(sources):
+                ready: list[Any] = wait(sources)
+                for source in ready:
                     if source is process.stdout:
                         if not self._keep_output(process.stdout):
                             sources.remove(source)

@@ -167,6 +167,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
+    """Serves the engine over the socket that is the first argument, while the parent (the second) lives."""
     descriptor, parent = map(int, sys.argv[1:])
     _die_with_parent(parent)
     # Ctrl-C and a service manager's SIGTERM reach the whole group. Whether to drain or to stop is the parent's

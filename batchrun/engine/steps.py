@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchrun.engine.noise import gumbel
+from batchrun.engine.noise import gumbel, signed
 from batchrun.engine.protocol import EngineStats, Request, Sampling
 from batchrun.engine.stopping import StopStrings
 
@@ -48,7 +48,7 @@ class BatchState(StoppingCriteria):
         self.generated = [len(request.generated) for request in requests]
         self.offsets = torch.tensor(self.generated, device=device)
         self.limits = torch.tensor([request.remaining for request in requests], device=device)
-        self.row_seeds = torch.tensor([_signed(request.row_seed) for request in requests], device=device)
+        self.row_seeds = torch.tensor([signed(request.row_seed) for request in requests], device=device)
         self.lengths = self.limits.clone()
         self.done = torch.zeros(len(requests), dtype=torch.bool, device=device)
         self.stopped, self.broken, self.cut = self.done.clone(), self.done.clone(), self.done.clone()
@@ -120,7 +120,9 @@ class GumbelNoise(LogitsProcessor):
         vocab = scores.shape[-1]
         rows = max(1, CACHED_NOISE // vocab) if scores.device.type == "cpu" else len(scores)
         state = self.state
-        parts = zip(scores.split(rows), state.row_seeds.split(rows), state.offsets.split(rows), strict=True)
+        parts = zip(
+            *(torch.split(one, rows) for one in (scores, state.row_seeds, state.offsets)), strict=True
+        )
         for part, row_seeds, offsets in parts:
             part += gumbel(self.seed, row_seeds, offsets + self.state.steps, vocab)
         return scores
@@ -141,8 +143,3 @@ def logits_processors(sampling: Sampling, state: BatchState) -> list[LogitsProce
     if sampling.min_p:
         processors.append(MinPLogitsWarper(float(sampling.min_p)))
     return [*processors, GumbelNoise(sampling.seed, state)]
-
-
-def _signed(seed: int) -> int:
-    """A row's seed as int64, whichever 64 bits it is."""
-    return (seed & (1 << 64) - 1) - ((seed & 1 << 63) << 1)

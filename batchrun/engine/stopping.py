@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 
 from batchrun.engine.protocol import EngineSpec
-from batchrun.errors import ModelError
+from batchrun.errors import ModelError, first_line
 
 
 class StopStrings:
@@ -44,7 +44,7 @@ def _load_tokenizer(spec: EngineSpec) -> Any:
             spec.tokenizer_path, trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        what = f"stop strings need a tokenizer, and it cannot be loaded ({str(error).splitlines()[0]})"
+        what = f"stop strings need a tokenizer, and it cannot be loaded ({first_line(error)})"
         raise ModelError(
             what, spec.tokenizer_path, "give model.tokenizer, or leave generation.stop out"
         ) from error

@@ -91,7 +91,7 @@ def _by_work(work: np.ndarray) -> list[int]:
 
 
 def _expected(done: dict[int, Observation], work: np.ndarray, i: int) -> float:
-    return sum(o.seconds for o in done.values()) / work[list(done)].sum() * float(work[i])
+    return sum(o.seconds for o in done.values()) / float(work[list(done)].sum()) * float(work[i])
 
 
 def _streams(engine: EngineProcess, requests: list[Request], seconds: float) -> list[Observation]:

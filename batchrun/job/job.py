@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from batchrun.errors import JobError, nearest
+from batchrun.errors import JobError, first_line, nearest
 from batchrun.job.settings import (
     ClusterSettings,
     EngineSettings,
@@ -190,7 +190,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        what = getattr(error, "problem", None) or first_line(error)
         raise JobError(f"not valid YAML ({what})", place, "mend the line") from None
 
 
@@ -246,17 +246,20 @@ def _explain(error: Any) -> str:
 
 
 def _keys_beside(location: list[str]) -> list[str]:
-    model: type[BaseModel] = Job
+    """The keys that the section around this place may have."""
+    section: type[BaseModel] = Job
     for part in location[:-1]:
-        field = model.model_fields.get(part)
-        if (
-            field is None
-            or not isinstance(field.annotation, type)
-            or not issubclass(field.annotation, BaseModel)
-        ):
-            return ["role", "content"]
-        model = field.annotation
-    return list(model.model_fields)
+        # An item of a list has a number and no field of its own: the list's field told its section.
+        if field := section.model_fields.get(part):
+            section = _sections_in(field.annotation)[0]
+    return list(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key's type is made of: itself, or those of an optional one or of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 
 
 def _absolute(path: str, base: Path) -> str:

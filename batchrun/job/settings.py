@@ -21,6 +21,8 @@ class Settings(BaseModel):
 
 
 class InputSettings(Settings):
+    """Which rows the job reads."""
+
     path: str | list[str] = Field(description="a file, folder, glob, or a list of them, on any fsspec URL")
     columns: list[str] | None = Field(None, description="columns carried into the output; all by default")
     filters: list[Any] | None = Field(
@@ -48,11 +50,15 @@ class InputSettings(Settings):
 
 
 class Message(Settings):
+    """One message of a conversation."""
+
     role: str = Field(description="system, user or assistant, as the chat template knows them")
     content: str = Field(description="Jinja text over the row's columns")
 
 
 class PromptSettings(Settings):
+    """What becomes of a row before it is tokenized: exactly one of template, messages, column."""
+
     template: str | None = Field(None, description="Jinja text over the row's columns, sent as it is")
     messages: list[Message] | None = Field(None, description="Jinja messages through the chat template")
     column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
@@ -71,6 +77,8 @@ class PromptSettings(Settings):
 
 
 class ModelSettings(Settings):
+    """Which model, and what may be done to load it."""
+
     name: str = Field(description="hub id, local folder, or fsspec URL of a folder")
     revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
     tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
@@ -85,6 +93,8 @@ class ModelSettings(Settings):
 
 
 class GenerationSettings(Settings):
+    """How an answer is generated, in transformers' own words."""
+
     max_new_tokens: int = Field(
         256, ge=1, description="an answer is cut there; also what a row's room is for"
     )
@@ -112,6 +122,8 @@ class GenerationSettings(Settings):
 
 
 class EngineSettings(Settings):
+    """Which engine, and its budgets; none of them decides an answer."""
+
     kind: str = Field("auto", description="auto, padded, paged, or module:Class of an engine of your own")
     batch_tokens: int | None = Field(
         None, ge=1, description="padded: prompt + new tokens of one batch, padding included"
@@ -135,6 +147,8 @@ class EngineSettings(Settings):
 
 
 class OutputSettings(Settings):
+    """Where the answers go, how they are named, and when they are staged."""
+
     path: str = Field(description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it")
     columns: dict[str, str] = Field(
         default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}"
@@ -179,12 +193,16 @@ class OutputSettings(Settings):
 
 
 class TlsSettings(Settings):
+    """The certificates of a scheduler at a tls:// address."""
+
     ca: str = Field(description="PEM file of the authority that signed the scheduler's certificate")
     cert: str = Field(description="PEM file of this client's certificate")
     key: str = Field(description="PEM file of its key")
 
 
 class ClusterSettings(Settings):
+    """Where the job runs: on this machine unless address, slurm or kubernetes says otherwise."""
+
     address: str | None = Field(None, description="of a running Dask scheduler; a local cluster by default")
     tls: TlsSettings | None = Field(
         None, description="for a tls:// address; Dask's own configuration by default"
@@ -224,6 +242,8 @@ class ClusterSettings(Settings):
 
 
 class LimitSettings(Settings):
+    """What stops a run. What was finished by then is kept."""
+
     max_error_rate: float = Field(0.2, ge=0, le=1, description="share of failed rows that stops the job")
     error_sample: int = Field(1000, ge=1, description="rows seen before that share counts")
     stall_seconds: float = Field(

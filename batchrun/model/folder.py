@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import fsspec
 
 from batchrun.dataset.location import version_of
-from batchrun.errors import ModelError
+from batchrun.errors import ModelError, first_line, one_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings
 
@@ -83,9 +83,8 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
             folder.tokenizer_path, trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
     except Exception as error:  # whatever a tokenizer's files make transformers and its helpers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"its tokenizer cannot be loaded ({reason})",
+            f"its tokenizer cannot be loaded ({first_line(error)})",
             folder.tokenizer_path,
             "set model.tokenizer to another one",
         ) from None
@@ -158,9 +157,8 @@ def _from_hub(name: str, settings: ModelSettings, weights: bool) -> str:
             "no such folder, and no hub id", name, "give a folder, a hub id, or an fsspec URL"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"cannot be had from the hub ({type(error).__name__}: {reason})",
+            f"cannot be had from the hub ({one_line(error)})",
             name,
             "check name, revision and HF_TOKEN",
         ) from None

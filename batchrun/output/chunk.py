@@ -63,7 +63,7 @@ def encode(rows: pa.Table, origin: Origin, attempt_id: str) -> bytes:
     ) as writer:  # fmt: skip
         writer.write_table(rows)
         writer.add_key_value_metadata({"batchrun": metadata, "digest": (_MARK + _BLANK).decode()})
-    blank = sink.getvalue().to_pybytes()
+    blank: bytes = sink.getvalue().to_pybytes()
     start = blank.rindex(_MARK) + len(_MARK)
     return blank[:start] + hashlib.sha256(blank).hexdigest().encode() + blank[start + len(_BLANK) :]
 

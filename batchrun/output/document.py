@@ -18,8 +18,9 @@ def encode(values: dict[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> dict[str, Any]:
+    """The values that were encoded. Raises Damaged where the bytes are not those."""
     try:
-        values = json.loads(data)
+        values: dict[str, Any] = json.loads(data)
         digest = values.pop("sha256")
         whole = digest == stable_hash(values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -132,7 +132,7 @@ def _attempt_of(folder: Folder, key: str) -> str:
     """Of which attempt's part the file was told; empty where it does not say."""
     try:
         metadata = pq.read_metadata(pa.BufferReader(folder.read(key))).metadata
-        return json.loads(metadata[b"batchrun"])["attempt"]
+        return str(json.loads(metadata[b"batchrun"])["attempt"])
     except (NotFound, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -101,10 +101,12 @@ class Layout:
 
 
 def plan_key(number: int) -> str:
+    """The key of the plan of this number, from 0 on."""
     return f"{PLANS}{number:05d}.parquet"
 
 
 def retry_key(number: int) -> str:
+    """The key of what the retry of this number was begun with, from 1 on."""
     return f"{RETRIES}{number:05d}.json"
 
 

@@ -31,6 +31,8 @@ EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
+    """One part as the manifest lists it: its key, its counts, its size in bytes, and the attempt that wrote it."""
+
     key: str
     rows: int
     ok: int

@@ -180,6 +180,7 @@ def read_summary(metadata: pq.FileMetaData, folder: Folder, key: str) -> Summary
 
 
 def damaged(folder: Folder, key: str, what: str) -> OutputError:
+    """The error for a part that is not what it should be."""
     return OutputError(what, folder.where(key), "delete this file and run again")
 
 

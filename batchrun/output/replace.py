@@ -121,4 +121,4 @@ def selected(answers: pa.Table, retry: Retry) -> NDArray[np.bool_]:
     if retry.errors:
         codes = part.error_codes(answers["error"])
         chosen = pc.and_(chosen, pc.is_in(codes, pa.array(retry.errors, codes.type)))
-    return chosen.to_numpy(zero_copy_only=False)
+    return np.asarray(chosen.to_numpy(zero_copy_only=False), np.bool_)

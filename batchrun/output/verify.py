@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchrun.dataset.rows import Places
 from batchrun.errors import BatchrunError
 from batchrun.job.settings import OutputSettings
 from batchrun.output import failed, manifest, part, retry, state
@@ -48,7 +49,7 @@ def verify(
     rows: Sequence[int],
     settings: OutputSettings,
     carried: Carried | None = None,
-    places: failed.Places | None = None,
+    places: Places | None = None,
 ) -> Verification:
     """Reads every row of every part and counts them against the plan (`rows` per partition) and the manifest.
 
@@ -182,7 +183,7 @@ def _check_part(
 def _holds_answers(schema: pa.Schema, settings: OutputSettings) -> bool:
     """Names and types stand in the footer, which no checksum covers."""
     answers = part.part_schema(pa.schema([]), settings.columns)
-    return pa.schema(list(schema)[-len(answers) :]).equals(answers)
+    return bool(pa.schema(list(schema)[-len(answers) :]).equals(answers))
 
 
 def _count(counted: _Counted, batch: pa.RecordBatch, settings: OutputSettings) -> None:

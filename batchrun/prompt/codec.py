@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun.engine.protocol import EngineSpec, Sampling
-from batchrun.errors import ModelError
+from batchrun.errors import ModelError, first_line
 from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, context_length, load_tokenizer, stop_token_ids
 from batchrun.prompt.detokenizer import Detokenizer
@@ -49,7 +49,7 @@ def _context(model: ModelFolder, job: Job) -> int:
             model.path, trust_remote_code=job.model.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"its config cannot be read ({reason})", model.path, "check config.json and transformers' version"
         ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.types as types
@@ -20,8 +20,9 @@ def values(array: pa.Array) -> list[Any]:
         array = array.dictionary_decode()
     try:
         if types.is_string(array.type) or types.is_large_string(array.type):
-            return array.to_numpy(zero_copy_only=False).tolist()  # four times as fast as to_pylist
-        return array.to_pylist()
+            # Four times as fast as to_pylist.
+            return cast(list[Any], array.to_numpy(zero_copy_only=False).tolist())
+        return cast(list[Any], array.to_pylist())
     except (pa.ArrowException, ValueError, OverflowError):
         return [_value(scalar) for scalar in array]
 
@@ -55,12 +56,8 @@ def holds_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds texts; one that is all null holds none, row by row."""
     if types.is_dictionary(kind):
         kind = kind.value_type
-    return (
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_string_view(kind)
-        or types.is_null(kind)
-    )
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return bool(is_text or types.is_null(kind))
 
 
 def holds_messages(kind: pa.DataType) -> bool:

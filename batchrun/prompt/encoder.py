@@ -44,7 +44,9 @@ class Encoder:
         a character of several tokens goes with the first of them."""
         if self._fast is None:
             ids = self.tokenizer.encode(text, add_special_tokens=False)
-            kept = self.tokenizer.decode(ids[count:] if side == "left" else ids[: max(0, len(ids) - count)])
+            kept: str = self.tokenizer.decode(
+                ids[count:] if side == "left" else ids[: max(0, len(ids) - count)]
+            )
         else:
             offsets = self._fast.encode(text, add_special_tokens=False).offsets
             if count >= len(offsets):

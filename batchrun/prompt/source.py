@@ -123,9 +123,10 @@ class ChatSource:
 
     def text(self, row: list[Message]) -> str | RowFault:
         try:
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 row, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
             )
+            return text
         except Exception as error:  # chat templates come with models: they may raise anything
             return RowFault(FaultCode.TEMPLATE_ERROR, f"chat template: {error}")
 

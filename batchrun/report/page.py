@@ -9,12 +9,12 @@ from functools import cached_property
 import jinja2
 import yaml
 
-from batchrun.commands.status import open_output
 from batchrun.dataset.plan import Plan
 from batchrun.job.job import Job
 from batchrun.output import lease, manifest, state
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
+from batchrun.output.output import open_output
 from batchrun.report import answers, charts
 from batchrun.report.answers import Look
 from batchrun.report.summary import size

@@ -69,6 +69,7 @@ class RunResult:
 
 
 def read_part(folder: Folder, key: str) -> pa.Table:
+    """The whole part, read in one request."""
     return pq.read_table(pa.BufferReader(folder.read(key)))
 
 

@@ -72,6 +72,7 @@ def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]
 
 
 def engine_line(stats: EngineStats) -> str:
+    """An engine's counters: what it ran on, tokens, speed and padding efficiency."""
     busy, tokens = stats.busy_seconds, stats.prompt_tokens + stats.output_tokens
     rate = f"busy {duration(busy)} at {tokens / busy:,.0f} tokens/s, " if busy else ""
     gauges = "".join(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -19,6 +19,9 @@ AZURE = {"abfs", "abfss", "az"}
 # Keys there need no folder made first, and making one may make a bucket.
 GOOGLE = {"gs", "gcs"}
 OBJECT_STORES = {"s3", "s3a", *GOOGLE, *AZURE}
+
+# What fsspec says about each path.
+Listing = dict[str, dict[str, Any]]
 
 
 class RemoteStore:
@@ -53,7 +56,7 @@ class RemoteStore:
 
     def read(self, key: str, start: int | None, end: int | None) -> bytes:
         try:
-            return self.fs.cat_file(self._path(key), start=start, end=end)
+            return cast(bytes, self.fs.cat_file(self._path(key), start=start, end=end))
         except FileNotFoundError as error:
             raise NotFound(key) from error
 
@@ -68,7 +71,7 @@ class RemoteStore:
     def modified(self, key: str) -> float | None:
         self.fs.invalidate_cache()
         try:
-            return self.fs.modified(self._path(key)).timestamp()
+            return float(self.fs.modified(self._path(key)).timestamp())
         except (FileNotFoundError, NotImplementedError):
             return None
 
@@ -107,8 +110,8 @@ class RemoteStore:
     def abort_uploads(self) -> int:
         return 0
 
-    def _listing(self, parent: str) -> dict[str, dict[str, Any]]:
-        return self.fs.find(self._path(parent), detail=True)
+    def _listing(self, parent: str) -> Listing:
+        return cast(Listing, self.fs.find(self._path(parent), detail=True))
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}".rstrip("/")
@@ -152,10 +155,10 @@ class S3Store(RemoteStore):
                 self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload_id)
         return len(uploads)
 
-    def _listing(self, parent: str) -> dict[str, dict[str, Any]]:
+    def _listing(self, parent: str) -> Listing:
         if not parent:
             return super()._listing(parent)
-        return self.fs.find(self.root, prefix=f"{parent}/", detail=True)
+        return cast(Listing, self.fs.find(self.root, prefix=f"{parent}/", detail=True))
 
 
 class GoogleStore(RemoteStore):
@@ -176,6 +179,7 @@ class GoogleStore(RemoteStore):
 
 
 def remote_store(fs: Any, root: str) -> RemoteStore:
+    """The store for an fsspec filesystem, with what S3 and Google's need beyond fsspec."""
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
     if hasattr(fs, "call_s3"):
         return S3Store(fs, root)

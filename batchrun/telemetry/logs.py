@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("batchrun")
 
 
-class _StandardError(logging.StreamHandler):
+class _StandardError(logging.StreamHandler[TextIO]):
     """Looks standard error up anew for each line: a live view puts itself between while it is open."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:
+    def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stderr
 
 

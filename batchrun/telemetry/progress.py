@@ -203,6 +203,7 @@ def log_lines(show: Callable[[Progress, Rates], None]) -> Watch:
 
 
 def line(now: Progress, rates: Rates) -> str:
+    """The progress as one line, where no live view is shown."""
     share = now.rows_done / now.rows if now.rows else 1.0
     parts = [
         f"{share:4.0%}",

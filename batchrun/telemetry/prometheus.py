@@ -16,7 +16,6 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from batchrun.driver.prepare import Prepared
 from batchrun.errors import ClusterError
 from batchrun.telemetry.progress import Progress, Rates, Watch, WorkerView
 
@@ -51,13 +50,13 @@ WORKER = ["worker", "host"]
 
 
 @contextmanager
-def serve(port: int, prepared: Prepared) -> Iterator[Watch]:
-    """Serves `/metrics` on every interface while open; yields the watch that feeds it.
+def serve(port: int, info: dict[str, str]) -> Iterator[Watch]:
+    """Serves `/metrics` on every interface while open; yields the watch that feeds it. `info` says which run it is.
 
     Raises:
         ClusterError: the port cannot be had.
     """
-    exporter = Exporter({"model": prepared.job.model.name, "output": prepared.folder.name})
+    exporter = Exporter(info)
     registry = CollectorRegistry()
     registry.register(exporter)
     try:

@@ -147,6 +147,7 @@ def errors(runs: Iterable[RunRecord]) -> dict[str, int]:
 
 
 def now() -> str:
+    """This moment in ISO 8601, UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -192,13 +192,14 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
         attempt = order.attempt(task.partition)
         if attempt.open():
             return []
-        engine, health = _engine_for(order)
-        health.check()
-        try:
-            engine.load()
-        except EngineError as error:
-            raise health.ended(error, get_worker().address) from None
-        return attempt.missing.tolist()
+        with _engine_for(order) as (engine, health):
+            health.check()
+            try:
+                engine.load()
+            except EngineError as error:
+                raise health.ended(error, get_worker().address) from None
+        missing: list[int] = attempt.missing.tolist()
+        return missing
 
 
 @contextmanager
@@ -216,7 +217,19 @@ def _generate(
     order: WorkOrder, task: Task, attempt: Attempt, tally: Tally, missing: NDArray[np.bool_]
 ) -> tuple[EngineStats, Mapping[int, Begun]]:
     """Generates the missing rows, as far as they are wanted; the engine's counters and the rows that were begun."""
-    engine, health = _engine_for(order)
+    with _engine_for(order) as (engine, health):
+        return _generate_with(engine, health, order, task, attempt, tally, missing)
+
+
+def _generate_with(
+    engine: EngineProcess,
+    health: EngineHealth,
+    order: WorkOrder,
+    task: Task,
+    attempt: Attempt,
+    tally: Tally,
+    missing: NDArray[np.bool_],
+) -> tuple[EngineStats, Mapping[int, Begun]]:
     wanted = _wanted_check(order.run)
     alone = np.count_nonzero(missing) == 1
     begun: dict[int, Begun] = {}
@@ -316,20 +329,26 @@ def _texts_for(order: WorkOrder) -> Texts:
         return _texts[key]
 
 
-def _engine_for(order: WorkOrder) -> tuple[EngineProcess, EngineHealth]:
-    """The worker's engine process for the job, and its health in this run; idle ones of other jobs make room for it."""
+@contextmanager
+def _engine_for(order: WorkOrder) -> Iterator[tuple[EngineProcess, EngineHealth]]:
+    """The worker's engine process for the job, kept while this is open, and its health in this run.
+
+    Idle ones of other jobs make room for it.
+    """
     spec = _texts_for(order).engine
     key = repr(asdict(spec))
-    with _lock:
-        if key not in _engines:
-            for other in [k for k, engine in _engines.items() if engine.idle]:
-                _engines.pop(other).stop()
-                _health.pop(other)
-            _engines[key] = EngineProcess(spec)
-        if key not in _health or _health[key].run != order.run:
-            folder = Folder(order.job.output.path, order.job.output.storage_options)
-            _health[key] = EngineHealth(order.run, folder, order.job.secrets())
-        return _engines[key], _health[key]
+    with ExitStack() as held:
+        with _lock:
+            if key not in _engines:
+                for other in [k for k, engine in _engines.items() if engine.idle]:
+                    _engines.pop(other).stop()
+                    _health.pop(other)
+                _engines[key] = EngineProcess(spec)
+            if key not in _health or _health[key].run != order.run:
+                folder = Folder(order.job.output.path, order.job.output.storage_options)
+                _health[key] = EngineHealth(order.run, folder, order.job.secrets())
+            engine, health = held.enter_context(_engines[key].in_use()), _health[key]
+        yield engine, health
 
 
 def _wanted_check(run: str) -> Callable[[], bool]:

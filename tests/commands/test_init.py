@@ -50,6 +50,8 @@ def test_the_file_that_init_writes_loads_and_plans(tmp_path, tiny_llama):
         ({"key": ["1", "2"], "story": ["a long one", "and another"]}, "{{ story }}"),
         ({"n": [1], "the story": ["a"]}, "the story"),
         ({"chat": [[{"role": "user", "content": "hello"}]], "note": ["x"]}, "chat"),
+        ({"text": ["a much longer text"], "prompt": ["b"]}, "{{ prompt }}"),
+        ({"comment": ["x"], "messages": [[{"role": "user", "content": "hello"}]]}, "messages"),
     ],
 )
 def test_the_prompt_is_made_of_the_likeliest_column(tmp_path, columns, expected):

@@ -10,12 +10,12 @@ import pytest
 import batchrun as library
 from batchrun.driver.limits import Limits
 from batchrun.driver.prepare import prepare
+from batchrun.driver.recorder import Recorder
 from batchrun.errors import ExitCode, Interrupted, JobError
 from batchrun.job.durations import parse_deadline, parse_duration
 from batchrun.job.job import Job
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import Progress, silent
-from batchrun.telemetry.recorder import Recorder
 from jobs import batchrun, check_complete, load, write_job
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)

@@ -31,6 +31,14 @@ output: {path: s3://bucket/out}
     [
         (BASE + "generatoin: {}", "unknown key generatoin, did you mean 'generation'?"),
         (BASE + "generation: {max_new_token: 3}", "did you mean 'max_new_tokens'?"),
+        (
+            BASE + "cluster: {address: 'tls://h:1', tls: {caa: x}}",
+            "unknown key cluster.tls.caa, did you mean 'ca'?",
+        ),
+        (
+            BASE.replace("template: ", "messages: [{rol: user, content: x}]} #"),
+            "unknown key prompt.messages.0.rol, did you mean 'role'?",
+        ),
         (BASE + "engine: {kind: vllm}", "use auto, padded, paged, or module:Class"),
         (BASE + "output: {path: x}", "key 'output' stands twice"),
         (BASE.replace("template:", "column: a, template:"), "exactly one of template, messages, column"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -32,6 +33,9 @@ PAGES = [
     ROOT / "docker/README.md",
     ROOT / "batchrun/output/README.md",
     ROOT / "batchrun/engine/README.md",
+    ROOT / "batchrun/ARCHITECTURE.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
 ]
 
 
@@ -108,6 +112,25 @@ def test_paths_and_links_in_the_docs_exist() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
         for path in re.findall(r"`((?:tests|jobs|docker|batchrun)/[\w./-]+\w)`", text):
             assert (ROOT / path).exists() or "answers" in path, f"{page.name}: {path}"
+
+
+def test_a_change_of_a_known_kind_touches_at_most_six_files_which_exist() -> None:
+    text = (ROOT / "batchrun/ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| (an? .+?) \| (.+) \|$", text.partition("## Where to add what")[2], re.MULTILINE)
+    assert len(rows) >= 7
+    for change, cell in rows:
+        files = re.findall(r"`([\w/]+(?:\.\w+|/))`", cell)
+        assert 1 <= len(files) <= 6, change
+        for file in files:
+            assert (ROOT / file).exists() or (ROOT / "batchrun" / file).exists(), f"{change}: {file}"
+
+
+def test_every_package_says_which_process_uses_it_and_what_it_may_import() -> None:
+    packages = {path.parent for path in (ROOT / "batchrun").rglob("*.py")} - {ROOT / "batchrun"}
+    for package in packages:
+        text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+        assert re.search(r"[Mm]ay\s+import", text), package
+        assert re.search(r"[Uu]sed\s+by|process", text), package
 
 
 def test_yaml_in_the_docs_is_what_the_code_takes() -> None:

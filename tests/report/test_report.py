@@ -18,6 +18,7 @@ from parts import faulty_folder
 
 import batchrun as library
 from batchrun.commands.status import status
+from batchrun.driver import recorder as observe
 from batchrun.driver.prepare import prepare
 from batchrun.errors import StorageError
 from batchrun.output import document
@@ -25,7 +26,6 @@ from batchrun.report import charts
 from batchrun.report.page import Facts, render
 from batchrun.storage import Folder
 from batchrun.telemetry import record
-from batchrun.telemetry import recorder as observe
 from batchrun.telemetry.progress import Progress, Rates, silent
 from batchrun.telemetry.record import REPORT, RunRecord, SlowPartition, Timeline
 from batchrun.telemetry.redact import Redactor

@@ -1,4 +1,7 @@
-"""Continuous batching over a paged key/value pool, for causal language models."""
+"""Continuous batching over a paged key/value pool, for causal language models.
+
+Used by the engine's process alone. May import the rest of the engine.
+"""
 
 from batchrun.engine.paged.architecture import unsupported
 from batchrun.engine.paged.engine import PagedEngine

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from batchrun.engine.protocol import EngineSpec
+from batchrun.errors import one_line
 
 _PROBE = "batchrun_probe"
 _IGNORED = {
@@ -73,7 +74,7 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, Layer]]:
     except (
         Exception
     ) as error:  # whatever a model does that needs a cache of its own, a mask, or data on the host
-        raise Unsupported(f"its forward pass does not run without a cache ({_first_line(error)})") from error
+        raise Unsupported(f"its forward pass does not run without a cache ({one_line(error)})") from error
     if logits.shape[1] != 1:
         raise Unsupported("it cannot give the logits of chosen positions alone")
     if device.type == "meta":
@@ -120,9 +121,7 @@ def unsupported(spec: EngineSpec) -> str | None:
     except Unsupported as error:
         return str(error)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        return (
-            f"it is no causal language model that can be built from its configuration ({_first_line(error)})"
-        )
+        return f"it is no causal language model that can be built from its configuration ({one_line(error)})"
     return None
 
 
@@ -162,8 +161,3 @@ def _needs(
         softcap=needs.get("softcap"),
         sinks=needs.get("s_aux") is not None,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -1,6 +1,6 @@
 """Attention over pages on a GPU, in Triton: FlashAttention-2's blocks of keys into a running softmax (Dao, 2023)."""
 
-# mypy: disable-error-code="no-untyped-def, attr-defined"
+# mypy: disable-error-code="no-untyped-def, attr-defined, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ class DecodeGraphs:
         self._memory: weakref.ref[Tensor] | None = None
         self._device = device
         self._pool: Any = None
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # torch's own annotation of it is incomplete.
+        new_stream: Any = torch.cuda.Stream
+        self._stream = new_stream(device) if device.type == "cuda" else None
 
     def find(self, shape: Shape, memory: Tensor) -> Graph | None:
         """The graph for this shape over `memory`, if there is one."""

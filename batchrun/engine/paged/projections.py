@@ -32,7 +32,8 @@ class JoinedLinear(nn.Module):
         product = self._product
         if self._number == 0:
             product.input = x
-            product.parts = functional.linear(x, product.weight, product.bias).split(product.sizes, dim=-1)
+            joined = functional.linear(x, product.weight, product.bias)
+            product.parts = torch.split(joined, product.sizes, dim=-1)
         if product.input is not x:
             return functional.linear(x, self.weight, self.bias)
         part = product.parts[self._number]

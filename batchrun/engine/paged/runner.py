@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from batchrun.engine.noise import signed
 from batchrun.engine.paged.attention import CASCADE_ROWS, Cache, using
 from batchrun.engine.paged.batch import Batch, Trunk
 from batchrun.engine.paged.graphs import DecodeGraphs, Graph, Shape
@@ -55,7 +56,8 @@ class Pending:
         """How long the device worked on it; once it has been read."""
         if isinstance(self.began, float) or isinstance(self.done, float):
             return cast(float, self.done) - cast(float, self.began)
-        return self.began.elapsed_time(self.done) / 1000
+        milliseconds: float = self.began.elapsed_time(self.done)
+        return milliseconds / 1000
 
 
 class Runner:
@@ -246,7 +248,7 @@ class Runner:
         length = self._put(lengths, np.int64)
         last = self._put([row.last for row in rows], np.int64)
         origin = self._put([len(row.request.token_ids) for row in rows], np.int64)
-        seed = self._put([_signed(row.request.row_seed) for row in rows], np.int64)
+        seed = self._put([signed(row.request.row_seed) for row in rows], np.int64)
         seen = None
         if self._seen is not None:
             owners = np.repeat(np.arange(len(rows)), [len(row.prompt) for row in rows])
@@ -277,9 +279,10 @@ class Runner:
             using(self.cache, batch),
             self._last_layer.only(keep) if isinstance(keep, Tensor) else nullcontext(),
         ):
-            return self._model(
+            logits: Tensor = self._model(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
             ).logits[0]
+            return logits
 
     def _back(self, rows: list[Row], tokens: Tensor, began: Mark) -> Pending:
         if self._device.type != "cuda":
@@ -328,9 +331,3 @@ def _round_tokens(tokens: int) -> int:
 
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
-
-
-def _signed(number: int) -> int:
-    """An unsigned 64-bit number as the signed one of the same bits."""
-    number &= (1 << 64) - 1
-    return number - (1 << 64) if number >> 63 else number

@@ -77,7 +77,8 @@ class OutputLengths:
         if self.certain:
             return limits
         typical = 1.5 * self._mean + 16 if self._seen >= 32 else limits / 4 + 16
-        return np.minimum(limits, np.maximum(typical, 1.25 * done + 16)).astype(np.int32)
+        expected: Ints = np.minimum(limits, np.maximum(typical, 1.25 * done + 16)).astype(np.int32)
+        return expected
 
 
 class Scheduler:

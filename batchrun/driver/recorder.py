@@ -35,7 +35,8 @@ def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
         if port is not None:
             from batchrun.telemetry import prometheus  # only who asks for metrics pays for them
 
-            watches.insert(0, stack.enter_context(prometheus.serve(port, prepared)))
+            info = {"model": prepared.job.model.name, "output": prepared.folder.name}
+            watches.insert(0, stack.enter_context(prometheus.serve(port, info)))
         recorder = Recorder(prepared, run)
         watches.insert(0, recorder.see)
 
