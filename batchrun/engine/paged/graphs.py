@@ -42,7 +42,7 @@ class DecodeGraphs:
         self._pool: Any = None
         # torch's own annotation of it is incomplete.
         new_stream: Any = torch.cuda.Stream
-        self._stream = new_stream(device) if device.type == "cuda" else None
+        self._stream: Any = new_stream(device) if device.type == "cuda" else None
 
     def find(self, shape: Shape, memory: Tensor) -> Graph | None:
         """The graph for this shape over `memory`, if there is one."""
