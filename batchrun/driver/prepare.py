@@ -61,7 +61,9 @@ class Prepared:
         return Identity(
             plan_hash=self.plans[0].hash,
             job_hash=stable_hash([settings, self.model.fingerprint]),
-            settings=settings,
+            settings=self.job.as_written(settings),
+            from_environment=identity.digests(settings, self.job.as_written(settings)),
+            model=self.job.as_written()["model"]["name"],
             model_fingerprint=self.model.fingerprint,
             batchrun_version=__version__,
         )

@@ -1,8 +1,7 @@
-"""Reading an output back in full, and cleaning up behind runs."""
+"""Reading an output back in full."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,14 +13,11 @@ import pyarrow.parquet as pq
 from batchrun.errors import BatchrunError
 from batchrun.job.settings import OutputSettings
 from batchrun.output import failed, manifest, part, retry, state
-from batchrun.output.layout import DATA, JOB_FOLDER, STAGE, TEMPORARY, Layout, is_part, retry_of_chunk
+from batchrun.output.layout import Layout
 from batchrun.storage import Folder
 
 # Whole parts are held while they are read, so few at a time.
 READERS = 4
-
-# A temporary file older than this belongs to no put that is still running.
-STALE_SECONDS = 3600.0
 
 Carried = Callable[[int], Iterable[pa.RecordBatch]]
 
@@ -79,53 +75,6 @@ def verify(
         failed_rows = [one.failed for one in counted]
         total.problems.extend(failed.problems(folder, layout, failed_rows, settings, places))
     return total
-
-
-def clean(
-    folder: Folder,
-    layout: Layout | None = None,
-    everything: bool = False,
-    retrying: int = 0,
-    failed_folder: str | None = None,
-) -> list[str]:
-    """Deletes what finished runs may leave behind; the keys deleted.
-
-    That is, what is staged for partitions that are committed, and by retries other than the unfinished one
-    (`retrying`, 0 where there is none); temporary files of writes long dead; unfinished multipart uploads.
-    `everything` deletes all that batchrun owns: parts of any plan, the failed rows' folder and the whole of _job/.
-    Files of others are never touched.
-    """
-    keys = folder.list()
-    folder.abort_uploads()
-    if everything:
-        leftovers = [key for key in keys if is_part(key) or key.startswith(JOB_FOLDER)]
-        leftovers += failed.owned(keys, failed_folder)
-    else:
-        leftovers = [*_swept(keys, layout, retrying), *_stale(folder, keys)]
-    folder.delete(leftovers)
-    return sorted(leftovers)
-
-
-def _swept(keys: Iterable[str], layout: Layout | None, retrying: int) -> Iterator[str]:
-    if layout is None:
-        return
-    committed = {layout.partition_of_part(key) for key in keys if key.startswith(DATA)} - {None}
-    for key in keys:
-        if key.startswith(STAGE) and (
-            layout.partition_of_chunk(key) in committed or retry_of_chunk(key) not in (0, retrying)
-        ):
-            yield key
-
-
-PROBES = f"{JOB_FOLDER}probe-"  # of drivers that died while they tried the store
-
-
-def _stale(folder: Folder, keys: Iterable[str]) -> Iterator[str]:
-    for key in keys:
-        if key.startswith((TEMPORARY, PROBES)):
-            written = folder.modified(key)
-            if written is not None and time.time() - written > STALE_SECONDS:
-                yield key
 
 
 @dataclass(slots=True)
