@@ -31,12 +31,15 @@ EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
+    """`digest` is of the part's bytes; empty where a version wrote the part, or the manifest, that had none."""
+
     key: str
     rows: int
     ok: int
     failed: int
     bytes: int
     attempt: str
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +235,8 @@ def _total(
         plans=_planned(summaries),
         retries=[_retried(one, summaries, layout) for one in retries],
         parts=[
-            Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i], s.attempt) for i, s in enumerate(summaries)
+            Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i], s.attempt, s.digest)
+            for i, s in enumerate(summaries)
         ],
     )
 

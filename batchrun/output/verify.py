@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from batchrun.errors import BatchrunError
 from batchrun.job.settings import OutputSettings
-from batchrun.output import failed, manifest, part, retry, state
+from batchrun.output import digest, failed, manifest, part, retry, state
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
 
@@ -24,13 +24,17 @@ Carried = Callable[[int], Iterable[pa.RecordBatch]]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was read back; the output is exactly the plan's when `problems` is empty."""
+    """What was read back; the output is exactly the plan's when `problems` is empty.
+
+    `without_digest` counts parts of versions that recorded none: damage of their footers may go unseen.
+    """
 
     parts: int
     rows: int
     ok: int
     failed: int
     problems: list[str] = field(default_factory=list)
+    without_digest: int = 0
 
     @property
     def passed(self) -> bool:
@@ -69,6 +73,7 @@ def verify(
         ok=sum(one.ok for one in counted),
         failed=sum(one.failed for one in counted),
         problems=problems,
+        without_digest=sum(one.there and not one.digest for one in counted),
     )
     total.problems.extend(_check_manifest(folder, layout, job_hash, found, total, counted))
     if settings.failed is not None:
@@ -82,7 +87,9 @@ class _Counted:
     rows: int = 0
     ok: int = 0
     failed: int = 0
+    there: bool = True
     attempt: str = ""
+    digest: str = ""
     problems: list[str] = field(default_factory=list)
 
 
@@ -99,12 +106,16 @@ def _check_part(
     key = layout.part(partition)
     counted = _Counted()
     if not size:
+        counted.there = False
         counted.problems.append(f"{key}: missing")
         return counted
     try:
         summary = part.inspect(folder, key, size)
-        counted.attempt = summary.attempt
-        file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
+        counted.attempt, counted.digest = summary.attempt, summary.digest
+        data = folder.read(key)
+        if summary.digest and not digest.matches(data, summary.digest):
+            counted.problems.append(f"{key}: {part.CHANGED}")
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         if not _holds_answers(file.schema_arrow, settings):
             counted.problems.append(f"{key}: its last columns are not the answer's")
             return counted
@@ -199,3 +210,8 @@ def _check_manifest(
         yield "a retry has not finished: `batchrun retry` goes on with it"
     elif not written.describes(found) or [p.attempt for p in written.parts] != [c.attempt for c in counted]:
         yield "the manifest lists other parts than are there"
+    else:
+        # A manifest of an earlier version has none for any part.
+        for entry, one in zip(written.parts, counted, strict=True):
+            if entry.digest and entry.digest != one.digest:
+                yield f"{entry.key}: its digest is not the manifest's"
