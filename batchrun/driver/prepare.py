@@ -80,7 +80,7 @@ def prepare(job: Job) -> Prepared:
     """
     refuse_overlap(job)
     stored = plans.read(open_folder(job)) if job.input.since else []
-    made = _plan(job, stored)
+    made = _as_pinned(job, _plan(job, stored))
     refuse_overlap(job, (file.path for plan in made for file in plan.files))
     prepared = _prepare(job, [*stored, *made], len(stored))
     if made:
@@ -110,6 +110,15 @@ def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
         return [make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part)]
     new = extend(stored, job.input, needed, output.rows_per_part, output.bytes_per_part)
     return [] if new is None else [new]
+
+
+def _as_pinned(job: Job, made: list[Plan]) -> list[Plan]:
+    """The plan without footers where that is the one the output pinned: a version that knew none began it."""
+    pinned = identity.read(open_folder(job))
+    if pinned is None or job.input.since or pinned.plan_hash == made[0].hash:
+        return made
+    earlier = made[0].without_footers()
+    return [earlier] if pinned.plan_hash == earlier.hash else made
 
 
 def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
