@@ -20,7 +20,7 @@ from batchrun.errors import OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, resolve
-from batchrun.output import failed, identity, plans
+from batchrun.output import failed, identity, plans, retry
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.prompt.codec import Texts, open_texts
@@ -58,15 +58,27 @@ class Prepared:
     @cached_property
     def identity(self) -> Identity:
         settings = self.job.deciding()
+        fingerprint = self._fingerprint()
         return Identity(
             plan_hash=self.plans[0].hash,
-            job_hash=stable_hash([settings, self.model.fingerprint]),
+            job_hash=stable_hash([settings, fingerprint]),
             settings=self.job.as_written(settings),
             from_environment=identity.digests(settings, self.job.as_written(settings)),
             model=self.job.as_written()["model"]["name"],
-            model_fingerprint=self.model.fingerprint,
+            model_fingerprint=fingerprint,
             batchrun_version=__version__,
         )
+
+    def _fingerprint(self) -> str:
+        """The model's as the output pins it: an output that pinned samples of the same weights goes on with them."""
+        pinned = identity.read(self.folder)
+        if pinned is None or pinned.model_fingerprint == self.model.fingerprint:
+            return self.model.fingerprint
+        known = {
+            one.model_fingerprint for one in (pinned, *(past.identity for past in retry.read(self.folder)))
+        }
+        sampled = self.model.sampled_fingerprint
+        return sampled if sampled in known else self.model.fingerprint
 
 
 def prepare(job: Job) -> Prepared:
