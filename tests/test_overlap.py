@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import write
 
-from batchrun.driver.overlap import covers, refuse_overlap
+from batchrun.driver.overlap import covers, refuse_files_in_output, refuse_overlap
 from batchrun.driver.prepare import prepare
 from batchrun.errors import OutputError
 from batchrun.job.job import Job
@@ -37,10 +38,17 @@ def job_of(source: str | list[str], output: str, failed: str | None = None, **se
     )
 
 
+def check(job: Job, files: Iterable[str]) -> None:
+    """What a run does before and after it has listed its input."""
+    refuse_overlap(job)
+    refuse_files_in_output(job, files)
+
+
 INSIDE = [
     ("lake", "lake/answers"),
     ("lake/", "./lake//answers/"),
     ("lake", "lake"),
+    ("lake[1]", "lake[1]/answers"),
     ("lake", "other/../lake/answers"),
     (["elsewhere", "lake"], "lake/answers"),
     ("file://{here}/lake", "lake/answers"),
@@ -89,12 +97,12 @@ def test_an_output_inside_the_input_or_around_it_is_refused(source: Any, output:
     paths = [path.replace("{here}", str(lake)) for path in source]
     files = [str(path) for pattern in paths if "://" not in pattern for path in lake.glob(pattern)]
     with pytest.raises(OutputError, match="overlap"):
-        refuse_overlap(job_of(paths, output.replace("{here}", str(lake))), files)
+        check(job_of(paths, output.replace("{here}", str(lake))), files)
 
 
 @pytest.mark.parametrize(("source", "output"), APART)
 def test_an_output_beside_the_input_is_accepted(source: str, output: str, lake: Path) -> None:
-    refuse_overlap(job_of(source, output), [str(path) for path in lake.glob("lake/**/*.parquet")])
+    check(job_of(source, output), map(str, lake.glob("lake/**/*.parquet")))
 
 
 def test_the_folder_of_failed_rows_is_no_input_either(lake: Path) -> None:

@@ -8,7 +8,7 @@ from batchrun.commands.status import unfinished_retry
 from batchrun.dataset.plan import Plan
 from batchrun.driver.overlap import covers
 from batchrun.driver.prepare import layout_of, open_folder
-from batchrun.errors import ChangedError, OutputError
+from batchrun.errors import ChangedError, LeaseHeld, OutputError
 from batchrun.job.job import Job
 from batchrun.output import clean as cleaning
 from batchrun.output import identity, manifest, plans, retry, state
@@ -34,6 +34,7 @@ def clean(job: Job, everything: bool = False, confirm: Confirm | None = None) ->
     """
     folder = open_folder(job)
     pinned = identity.read(folder)
+    # Behind a link it would be another output's.
     if pinned is None or JOB not in folder.list(follow_links=False):
         raise OutputError("no run was ever started here", folder.name, "check output.path")
     stored = plans.read(folder)
@@ -41,16 +42,22 @@ def clean(job: Job, everything: bool = False, confirm: Confirm | None = None) ->
     layout = layout_of(stored)
     if everything and confirm is not None:
         confirm(_worth(folder, layout, stored))
-    with Lease(folder):
-        if everything:
-            written = manifest.read(folder)
-            failed = {job.output.failed, written.failed_folder if written else None} - {None}
-            keys = cleaning.owned(folder, layout, [name for name in failed if name])
-        else:
-            retrying = unfinished_retry(manifest.read(folder), state.scan(folder, layout))
-            keys = cleaning.leftovers(folder, layout, retrying)
-        cleaning.delete(folder, keys)
+    try:
+        with Lease(folder):
+            keys = _keys(job, folder, layout, everything)
+            cleaning.delete(folder, keys)
+    except LeaseHeld as held:
+        fix = "stop it first; the lease of a driver that is gone ends after a minute"
+        raise LeaseHeld(held.what, held.where, fix) from None
     return keys
+
+
+def _keys(job: Job, folder: Folder, layout: Layout, everything: bool) -> list[str]:
+    written = manifest.read(folder)
+    if not everything:
+        return cleaning.leftovers(folder, layout, unfinished_retry(written, state.scan(folder, layout)))
+    failed = {job.output.failed, written.failed_folder if written else None}
+    return cleaning.owned(folder, layout, [name for name in failed if name])
 
 
 def _refuse_other_job(job: Job, folder: Folder, pinned: Identity, stored: list[Plan]) -> None:

@@ -34,11 +34,11 @@ class _Place(NamedTuple):
         )
 
 
-def refuse_overlap(job: Job, files: Iterable[str] = ()) -> None:
-    """Refuses an output folder inside the input, and input inside the output folder.
+def refuse_overlap(job: Job) -> None:
+    """Refuses an output folder inside the input, and input inside the output folder, before anything is listed.
 
     Paths and URLs are compared after normalizing them, local ones also with their symbolic links resolved. Globs are
-    compared by what they would match. `files`, when given, are the input's files as they were listed.
+    compared by what they would match.
 
     Raises:
         OutputError: names both places.
@@ -52,9 +52,13 @@ def refuse_overlap(job: Job, files: Iterable[str] = ()) -> None:
             for output in outputs:
                 if one.is_on_the_same_store(output) and _overlap(one.path, output.path, written):
                     raise _refused(job, path)
-    # Globs may have matched into the output folder; a folder's files are looked up once for all of them.
-    for folder in {posixpath.dirname(path): path for path in files}.values():
-        for one in _places(posixpath.dirname(folder), options):
+
+
+def refuse_files_in_output(job: Job, files: Iterable[str]) -> None:
+    """The same for the input's files as they were listed: a glob may have matched into the output folder."""
+    outputs = list(_places(job.output.path, job.output.storage_options))
+    for folder in sorted({posixpath.dirname(path) for path in files}):
+        for one in _places(folder, job.input.storage_options):
             if any(one.is_on_the_same_store(output) and _within(one.path, output.path) for output in outputs):
                 raise _refused(job, folder)
 
@@ -77,10 +81,8 @@ def _refused(job: Job, path: str) -> OutputError:
 
 
 def _overlap(source: str, output: str, written: Iterable[str]) -> bool:
-    if _within(source, output) or _within(_fixed(source), output):
+    if _within(source, output) or _within(_fixed(source), output) or _within(output, source):
         return True
-    if not _has_magic(source):
-        return _within(output, source)
     return any(_matches(source, posixpath.join(output, name)) for name in written)
 
 

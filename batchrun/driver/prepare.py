@@ -15,7 +15,7 @@ from batchrun.dataset.plan import (
     make_plan,
 )
 from batchrun.dataset.rows import all_rows
-from batchrun.driver.overlap import refuse_overlap
+from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
 from batchrun.errors import OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
@@ -93,7 +93,7 @@ def prepare(job: Job) -> Prepared:
     refuse_overlap(job)
     stored = plans.read(open_folder(job)) if job.input.since else []
     made = _as_pinned(job, _plan(job, stored))
-    refuse_overlap(job, (file.path for plan in made for file in plan.files))
+    refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
     prepared = _prepare(job, [*stored, *made], len(stored))
     if made:
         builder = prepared.texts.builder
