@@ -18,11 +18,12 @@ import typer
 from rich.console import Console, RenderableType
 
 from batchrun import __version__
-from batchrun.errors import BatchrunError, ExitCode, JobError, one_line
+from batchrun.errors import BatchrunError, ExitCode, JobError, Refused, one_line
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
 from batchrun.job.settings import OUTPUT_COLUMNS
 from batchrun.telemetry import logs
+from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ LogFormat = Literal["text", "json"]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="of progress and warnings")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+# What is printed is text from data as a rule: never markup, never the name of an emoji.
+out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -199,6 +201,7 @@ def clean(
     everything: Annotated[
         bool, typer.Option("--all", help="the answers too: the next run starts from nothing")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="with --all: do not ask")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -207,7 +210,7 @@ def clean(
         job = _load(job_file, overrides, redact)
         from batchrun.commands.clean import clean as clean_output
 
-        deleted = clean_output(job, everything)
+        deleted = clean_output(job, everything, None if yes else _ask)
         _print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"], as_json, redact)
 
 
@@ -266,7 +269,7 @@ def _work_off(
             result = work(job, stop=stop, watch=watch)
         if not as_json and result.rows:
             sample = result.sample(summary.SHOWN_ROWS)
-            out.print(summary.rows_table(sample, _columns_to_show(job, sample)), markup=False)
+            out.print(summary.rows_table(sample, _columns_to_show(job, sample)))
         _print(result.to_json(), summary.run_lines(result), as_json, redact)
         raise typer.Exit(result.exit_code)
 
@@ -310,6 +313,17 @@ def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
     return job
 
 
+def _ask(what: str) -> None:
+    """Goes on only if a person at the terminal says so."""
+    if not (sys.stdin.isatty() and err.is_terminal):
+        raise Refused(
+            f"this would delete {what}", "clean --all", "add --yes to do it without a terminal to ask on"
+        )
+    err.print(printable(f"This deletes {what}."))
+    if not typer.confirm("Delete them?", err=True):
+        raise Refused("nothing deleted")
+
+
 def _seconds(text: str) -> float:
     try:
         return parse_duration(text).total_seconds()
@@ -331,11 +345,11 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
 
 def _print(value: dict[str, Any], lines: Sequence[RenderableType], as_json: bool, redact: Redactor) -> None:
     if as_json:
-        print(redact(json.dumps(value)))
+        print(json.dumps(redact.values(value)))
     else:
         for line in lines:
-            shown = redact(line) if isinstance(line, str) else line
-            out.print(shown, markup=False, highlight=False, soft_wrap=True)
+            shown = printable(redact(line)) if isinstance(line, str) else line
+            out.print(shown)
 
 
 @contextmanager
@@ -366,13 +380,13 @@ def _fail(
     shown: str | None = None,
 ) -> NoReturn:
     if debug:
-        err.print(redact(traceback.format_exc()), markup=False, highlight=False)
+        err.print(printable(redact(traceback.format_exc()), newlines=True))
     if as_json:
         print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
     if log_format == "json":
         logs.log.error("%s", shown or text, extra={"fields": {"event": "end", "exit_code": int(code)}})
     else:
-        err.print(f"error: {shown or text}", markup=False, highlight=False)
+        err.print(f"error: {printable(shown or text)}")
     raise typer.Exit(code) from None
 
 

@@ -2,18 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from batchrun.commands.status import unfinished_retry
+from batchrun.dataset.plan import Plan
+from batchrun.driver.overlap import covers
+from batchrun.errors import ChangedError, LeaseHeld, OutputError
 from batchrun.job.job import Job
-from batchrun.output import manifest, state
-from batchrun.output.output import open_folder, open_output
-from batchrun.output.verify import clean as clean_folder
+from batchrun.output import clean as cleaning
+from batchrun.output import identity, manifest, plans, retry, state
+from batchrun.output.identity import Identity
+from batchrun.output.layout import JOB, Layout
+from batchrun.output.lease import Lease
+from batchrun.output.output import layout_of, open_folder
+from batchrun.storage import Folder
+from batchrun.telemetry import record
+from batchrun.telemetry.progress import duration
+
+Confirm = Callable[[str], None]
 
 
-def clean(job: Job, everything: bool = False) -> list[str]:
-    """Deletes leftovers of interrupted runs, or with `everything` all that batchrun owns; the keys deleted."""
-    failed = job.output.failed
-    if everything:
-        return clean_folder(open_folder(job), everything=True, failed_folder=failed)
-    folder, _, _, layout = open_output(job)
-    retrying = unfinished_retry(manifest.read(folder), state.scan(folder, layout))
-    return clean_folder(folder, layout, retrying=retrying)
+def clean(job: Job, everything: bool = False, confirm: Confirm | None = None) -> list[str]:
+    """Deletes leftovers of interrupted runs, or with `everything` all that batchrun owns; the keys deleted.
+
+    `confirm` is called before `everything` is deleted, with a line that says what that is; it raises to prevent it.
+
+    Raises:
+        OutputError: nothing was ever run into this output, or its files are damaged.
+        ChangedError: the output is another job's.
+        LeaseHeld: a driver is at work.
+    """
+    folder = open_folder(job)
+    pinned = identity.read(folder)
+    # Behind a link it would be another output's.
+    if pinned is None or JOB not in folder.list(follow_links=False):
+        raise OutputError("no run was ever started here", folder.name, "check output.path")
+    stored = plans.read(folder)
+    _refuse_other_job(job, folder, pinned, stored)
+    layout = layout_of(stored)
+    if everything and confirm is not None:
+        confirm(_worth(folder, layout, stored))
+    try:
+        with Lease(folder):
+            keys = _keys(job, folder, layout, everything)
+            cleaning.delete(folder, keys)
+    except LeaseHeld as held:
+        fix = "stop it first; the lease of a driver that is gone ends after a minute"
+        raise LeaseHeld(held.what, held.where, fix) from None
+    return keys
+
+
+def _keys(job: Job, folder: Folder, layout: Layout, everything: bool) -> list[str]:
+    written = manifest.read(folder)
+    if not everything:
+        return cleaning.leftovers(folder, layout, unfinished_retry(written, state.scan(folder, layout)))
+    failed = {job.output.failed, written.failed_folder if written else None}
+    return cleaning.owned(folder, layout, [name for name in failed if name])
+
+
+def _refuse_other_job(job: Job, folder: Folder, pinned: Identity, stored: list[Plan]) -> None:
+    """By what the output itself and the job file say: neither model nor input is looked at."""
+    settings = job.deciding()
+    written = job.as_written(settings)
+    name = job.as_written()["model"]["name"]
+    differences = []
+    for one in [pinned, *(past.identity for past in retry.read(folder))]:
+        changed = identity.settings_changes(one, written, identity.digests(settings, written))
+        if one.model and one.model != name:
+            changed["model.name"] = f"model.name: {one.model} -> {name}"
+        differences.append(list(changed.values()))
+    lines = [] if [] in differences else differences[0]
+    options = job.input.storage_options
+    files = [file.path for plan in stored for file in plan.files]
+    if foreign := [
+        file for file in files if not any(covers(path, file, options) for path in job.input.paths)
+    ]:
+        lines.append(f"its input was {foreign[0]}" + (", ..." if len(foreign) > 1 else ""))
+    if lines:
+        raise ChangedError(
+            f"nothing deleted: it holds answers of another job ({'; '.join(lines)})",
+            folder.name,
+            "clean it with the job file that it was made with, or delete the folder yourself",
+        )
+
+
+def _worth(folder: Folder, layout: Layout, stored: list[Plan]) -> str:
+    """What would be lost: rows, and what they cost."""
+    committed = state.scan(folder, layout).committed
+    partitions = [partition for plan in stored for partition in plan.partitions]
+    rows = sum(one.rows for one, there in zip(partitions, committed, strict=True) if there)
+    runs = record.read_all(folder)
+    time = duration(sum(run.worker_seconds for run in runs))
+    prices = [run.cost for run in runs if run.cost is not None]
+    cost = (
+        f", which cost {sum(prices):,.2f} ({time} of workers' time)"
+        if prices
+        else f" ({time} of workers' time)"
+    )
+    return f"{rows:,} answered rows in {int(committed.sum()):,} parts of {folder.name}{cost}"

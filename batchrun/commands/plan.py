@@ -80,7 +80,7 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
         shown.append(f"{len(found['skipped'])} unreadable files left out: {', '.join(found['skipped'][:5])}")
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
-        shown.append(f"prompt {i}: {text.replace(chr(10), '⏎')}")
+        shown.append(f"prompt {i}: {text}")
     return shown + _estimate_lines(found)
 
 

@@ -38,13 +38,20 @@ class Checked:
             "ok": found.ok,
             "failed": found.failed,
             "problems": found.problems,
+            "parts_without_digest": found.without_digest,
         }
 
     def lines(self) -> list[str]:
         found = self.found
         counts = f"{found.rows:,} rows = {found.ok:,} ok + {found.failed:,} failed, in {found.parts:,} parts"
         if found.passed:
-            return [f"verified: {counts}; every row of the plan stands once, beside its own input"]
+            lines = [f"verified: {counts}; every row of the plan is there once, beside its own input"]
+            if found.without_digest:
+                lines.append(
+                    f"note: {found.without_digest:,} parts were written by an earlier version, without a digest: "
+                    "their pages are checked, but not every byte of their footers"
+                )
+            return lines
         more = [f"... and {len(found.problems) - 20} more"] if len(found.problems) > 20 else []
         return [f"NOT verified: {counts}", *found.problems[:20], *more]
 

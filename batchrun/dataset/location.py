@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds that a busy store is asked again while planning
 FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0  # seconds, for `back_off`
+
+# One ranged read that holds the footer of nearly every file.
+_TAIL_BYTES = 64 << 10
 
 # What stores call the thing that changes when an object's bytes change, the most telling one first.
 _VERSION_KEYS = (
@@ -103,6 +107,29 @@ def native_filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[Fi
     """The same for pyarrow: its own file system on a local disk, fsspec's everywhere else."""
     fs, inner = filesystem(path, storage_options)
     return (NativeFileSystem() if isinstance(fs, LocalFileSystem) else PyFileSystem(FSSpecHandler(fs))), inner
+
+
+class Footer(NamedTuple):
+    """A Parquet file's footer as pyarrow reads it, the file's schema, and the hex SHA-256 of the footer's bytes."""
+
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+    digest: str
+
+
+def read_footer(path: str, size: int, storage_options: Mapping[str, Any]) -> Footer:
+    """The footer of a Parquet file of `size` bytes: one ranged read, and another where it is a large one.
+
+    Raises:
+        ArrowException: the file is no whole Parquet file.
+    """
+    fs, inner = filesystem(path, storage_options)
+    tail = fs.cat_file(inner, start=max(0, size - _TAIL_BYTES), end=size) if size else b""
+    footer = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < footer <= size:
+        tail = fs.cat_file(inner, start=size - footer, end=size)
+    with pq.ParquetFile(pa.BufferReader(tail)) as parquet:
+        return Footer(parquet.metadata, parquet.schema_arrow, hashlib.sha256(tail[-footer:]).hexdigest())
 
 
 @contextmanager

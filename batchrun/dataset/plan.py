@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, pairwise
 from typing import NamedTuple, cast
@@ -65,10 +65,17 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """Hex SHA-256 of what the plan was made of (path, size, version, rows per group) and of how it is
-        cut."""
-        files = [[f.path, f.size, f.version, f.group_rows] for f in self.files]
+        """Hex SHA-256 of what the plan was made of (path, size, version, rows per group, footer) and of how it is
+        cut. A plan made before footers were pinned keeps its hash."""
+        files = [
+            [f.path, f.size, f.version, f.group_rows, *([f.footer] if f.footer else [])] for f in self.files
+        ]
         return stable_hash([files, [[p.rows, p.slices] for p in self.partitions]])
+
+    def without_footers(self) -> Plan:
+        """The same plan as versions made it that did not pin footers."""
+        files = [replace(file, footer="") for file in self.files]
+        return Plan(files, self.schema, self.partitions, self.skipped)
 
     def files_of(self, partition: Partition) -> dict[int, DataFile]:
         """The files that a partition reads, by the numbers its slices use: all that has to go along with
@@ -89,6 +96,7 @@ class Plan:
                 "version": pa.array([f.version for f in self.files], pa.string()),
                 "group_rows": pa.array([f.group_rows for f in self.files], pa.list_(pa.int64())),
                 "group_bytes": pa.array([f.group_bytes for f in self.files], pa.list_(pa.int64())),
+                "footer": pa.array([f.footer for f in self.files], pa.string()),
                 "slices": pa.ListArray.from_arrays(pa.array(ends, pa.int32()), slices),
             }
         )
@@ -276,6 +284,8 @@ def _change(old: DataFile, new: DataFile) -> str:
         return f"version {old.version}, now {new.version}"
     if old.group_rows != new.group_rows:
         return f"{old.rows} rows in {len(old.group_rows)} row groups, now {new.rows} in {len(new.group_rows)}"
+    if old.footer and old.footer != new.footer:
+        return "same size and time, another footer: it was replaced"
     return ""
 
 
@@ -321,11 +331,16 @@ def _ipc(table: pa.Table) -> bytes:
 
 def _files(table: pa.Table) -> list[DataFile]:
     names = ("path", "size", "version", "group_rows", "group_bytes")
-    rows = zip(*(table[name].to_pylist() for name in names), strict=True)
+    rows = zip(*(table[name].to_pylist() for name in names), _footers(table), strict=True)
     return [
-        DataFile(path, size, version, tuple(counts), tuple(sizes))
-        for path, size, version, counts, sizes in rows
+        DataFile(path, size, version, tuple(counts), tuple(sizes), footer)
+        for path, size, version, counts, sizes, footer in rows
     ]
+
+
+def _footers(table: pa.Table) -> list[str]:
+    """Of each file; empty texts in a plan that was made before footers were pinned."""
+    return table["footer"].to_pylist() if "footer" in table.column_names else [""] * table.num_rows
 
 
 def _partitions(table: pa.Table, total: int) -> list[Partition]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchrun.dataset.filters import Filters, filter_columns, parse_filters
-from batchrun.dataset.location import open_parquet, stat
+from batchrun.dataset.location import open_parquet, read_footer, stat
 from batchrun.dataset.plan import Slice
 from batchrun.dataset.rowgroup import READING, read_group
 from batchrun.dataset.source import DataFile
@@ -70,8 +70,8 @@ def read_partition(
     first = 0
     for number, own in groupby(slices, key=lambda part: part.file):
         file = files[number]
-        _check_unchanged(file, storage_options)
-        with open_parquet(file.path, storage_options, **READING) as parquet:
+        metadata = _check_unchanged(file, storage_options)
+        with open_parquet(file.path, storage_options, metadata=metadata, **READING) as parquet:
             for part in own:
                 _check_rows(parquet, file, part)
                 for batch in reader.read(parquet, file, part):
@@ -149,7 +149,8 @@ class _Reader(NamedTuple):
             yield Batch(first, nulls, ids, file.path, part.row_group, places, fault)
 
 
-def _check_unchanged(file: DataFile, storage_options: Mapping[str, Any]) -> None:
+def _check_unchanged(file: DataFile, storage_options: Mapping[str, Any]) -> pq.FileMetaData:
+    """The file's footer. Raises ChangedError where the file is gone or another than was planned."""
     fix = "restore it, or plan again into another output.path"
     try:
         now = stat(file.path, storage_options)
@@ -162,6 +163,12 @@ def _check_unchanged(file: DataFile, storage_options: Mapping[str, Any]) -> None
             file.path,
             fix,
         )
+    footer = read_footer(file.path, file.size, storage_options)
+    if file.footer and footer.digest != file.footer:
+        raise ChangedError(
+            "replaced since it was planned: same size and time, another footer", file.path, fix
+        )
+    return footer.metadata
 
 
 def _check_rows(parquet: pq.ParquetFile, file: DataFile, part: Slice) -> None:

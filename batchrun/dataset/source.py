@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from batchrun.dataset.location import Found, find_files, is_damage, open_parquet, persistently
+from batchrun.dataset.location import Found, find_files, is_damage, persistently, read_footer
 from batchrun.errors import ChangedError, InputError, StorageError, first_line, nearest
 from batchrun.job.settings import InputSettings
 
@@ -21,14 +21,18 @@ U = TypeVar("U")
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A Parquet file as it was planned: path or URL, size in bytes, version (ETag or modification time), and
-    for every row group its rows and its uncompressed bytes."""
+    """A Parquet file as it was planned: path or URL, size in bytes, version (ETag or modification time), for every
+    row group its rows and its uncompressed bytes, and the hex SHA-256 of its footer.
+
+    `footer` is empty in the plans of versions that did not pin it.
+    """
 
     path: str
     size: int
     version: str
     group_rows: tuple[int, ...]
     group_bytes: tuple[int, ...]
+    footer: str = ""
 
     @property
     def rows(self) -> int:
@@ -141,12 +145,11 @@ def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataF
     """The planned file and its schema, or the reason why there is none."""
 
     def read() -> tuple[DataFile, pa.Schema, str]:
-        with open_parquet(file.path, storage_options) as parquet:
-            footer, schema = parquet.metadata, parquet.schema_arrow
-            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-            rows = tuple(group.num_rows for group in groups)
-            sizes = tuple(group.total_byte_size for group in groups)
-            return DataFile(file.path, file.size, file.version, rows, sizes), schema, ""
+        footer = read_footer(file.path, file.size, storage_options)
+        groups = [footer.metadata.row_group(i) for i in range(footer.metadata.num_row_groups)]
+        rows = tuple(group.num_rows for group in groups)
+        sizes = tuple(group.total_byte_size for group in groups)
+        return DataFile(file.path, file.size, file.version, rows, sizes, footer.digest), footer.schema, ""
 
     try:
         return persistently(file.path, read)

@@ -15,11 +15,12 @@ from batchrun.dataset.plan import (
     make_plan,
 )
 from batchrun.dataset.rows import all_rows
+from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
 from batchrun.errors import OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, resolve
-from batchrun.output import failed, identity, plans
+from batchrun.output import failed, identity, plans, retry
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.output.output import layout_of, open_folder
@@ -58,13 +59,27 @@ class Prepared:
     @cached_property
     def identity(self) -> Identity:
         settings = self.job.deciding()
+        fingerprint = self._fingerprint()
         return Identity(
             plan_hash=self.plans[0].hash,
-            job_hash=stable_hash([settings, self.model.fingerprint]),
-            settings=settings,
-            model_fingerprint=self.model.fingerprint,
+            job_hash=stable_hash([settings, fingerprint]),
+            settings=self.job.as_written(settings),
+            from_environment=identity.digests(settings, self.job.as_written(settings)),
+            model=self.job.as_written()["model"]["name"],
+            model_fingerprint=fingerprint,
             batchrun_version=__version__,
         )
+
+    def _fingerprint(self) -> str:
+        """The model's as the output pins it: an output that pinned samples of the same weights goes on with them."""
+        pinned = identity.read(self.folder)
+        if pinned is None or pinned.model_fingerprint == self.model.fingerprint:
+            return self.model.fingerprint
+        known = {
+            one.model_fingerprint for one in (pinned, *(past.identity for past in retry.read(self.folder)))
+        }
+        sampled = self.model.sampled_fingerprint
+        return sampled if sampled in known else self.model.fingerprint
 
 
 def prepare(job: Job) -> Prepared:
@@ -76,8 +91,10 @@ def prepare(job: Job) -> Prepared:
     Raises:
         Refused: the first thing wrong with the job, its input or its model, each with the fix.
     """
+    refuse_overlap(job)
     stored = plans.read(open_folder(job)) if job.input.since else []
-    made = _plan(job, stored)
+    made = _as_pinned(job, _plan(job, stored))
+    refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
     prepared = _prepare(job, [*stored, *made], len(stored))
     if made:
         builder = prepared.texts.builder
@@ -106,6 +123,15 @@ def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
         return [make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part)]
     new = extend(stored, job.input, needed, output.rows_per_part, output.bytes_per_part)
     return [] if new is None else [new]
+
+
+def _as_pinned(job: Job, made: list[Plan]) -> list[Plan]:
+    """The plan without footers where that is the one the output pinned: a version that knew none began it."""
+    pinned = identity.read(open_folder(job))
+    if pinned is None or job.input.since or pinned.plan_hash == made[0].hash:
+        return made
+    earlier = made[0].without_footers()
+    return [earlier] if pinned.plan_hash == earlier.hash else made
 
 
 def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:

@@ -72,7 +72,7 @@ class Recorder:
             model=job.model.name,
             model_fingerprint=prepared.model.fingerprint,
             job_hash=prepared.identity.job_hash,
-            job=job.without_storage_options(),
+            job=job.as_written(),
             versions=record.versions(),
             machine=record.machine(),
         )

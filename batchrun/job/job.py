@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from batchrun.errors import JobError, first_line, nearest
 from batchrun.job.settings import (
@@ -24,9 +24,7 @@ from batchrun.job.settings import (
     Settings,
     TlsSettings,
 )
-
-# Values of storage options that may be shown: everything else there is taken for a secret.
-HARMLESS_OPTIONS = {"anon", "endpoint_url", "region", "region_name", "use_ssl", "account_name", "project"}
+from batchrun.job.written import as_written, environment, secrets, unexpanded
 
 # A password before the host, or a signed URL's query: what a plan, a log or a message would carry on.
 _SECRET_IN_URL = re.compile(
@@ -52,6 +50,10 @@ class Job(Settings):
     output: OutputSettings = Field(description="where the answers go, and how they are cut and staged")
     cluster: ClusterSettings = Field(ClusterSettings(), description="what it runs on")
     limits: LimitSettings = Field(LimitSettings(), description="when a run stops by itself")
+
+    # The job file's own values, before ${NAME} was filled in; None for a job that was built in Python.
+    _written: dict[str, Any] | None = PrivateAttr(None)
+    _environment: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _priced(self) -> Self:
@@ -100,11 +102,12 @@ class Job(Settings):
             )
         for override in overrides:
             _apply(tree, override)
-        tree = _expand(tree, where)
         try:
-            job = cls.model_validate(tree)
+            job = cls.model_validate(_expand(tree, where))
         except ValidationError as error:
-            raise JobError("; ".join(_explain(e) for e in error.errors()), where) from None
+            faults = (unexpanded(_explain(e), tree, e["loc"]) for e in error.errors())
+            raise JobError("; ".join(faults), where) from None
+        job._written, job._environment = tree, environment(tree)
         return job if base is None else job._resolve(base)
 
     def _resolve(self, base: Path) -> Job:
@@ -143,16 +146,21 @@ class Job(Settings):
             ),
         }
 
-    def without_storage_options(self) -> dict[str, Any]:
-        """The whole job as plain JSON values, for a record of what ran."""
-        return {name: section.model_dump(mode="json", exclude={"storage_options"}) for name, section in self}
+    def as_written(self, values: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The whole job, or the sections of it in `values`, as plain JSON values that may be stored and shown.
+
+        Where the job file has `${NAME}`, so have these. Storage options are left out.
+        """
+        if values is None:
+            values = {
+                name: section.model_dump(mode="json", exclude={"storage_options"}) for name, section in self
+            }
+        written: dict[str, Any] = as_written(values, self._written)
+        return written
 
     def secrets(self) -> list[str]:
-        """Every string in the storage options that must not be shown anywhere."""
-        found: list[str] = []
-        for options in (self.input.storage_options, self.model.storage_options, self.output.storage_options):
-            _collect_secrets(options, found)
-        return found
+        """Every text in the job that must not be shown anywhere, see `batchrun.job.written.secrets`."""
+        return secrets(self.model_dump(), self._written, self._environment)
 
 
 class _Loader(yaml.SafeLoader):
@@ -267,14 +275,3 @@ def _absolute(path: str, base: Path) -> str:
     if "://" in path or "::" in path:
         return path
     return os.path.normpath(base / Path(path).expanduser())
-
-
-def _collect_secrets(value: Any, found: list[str], key: str = "") -> None:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _collect_secrets(inner, found, str(name))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _collect_secrets(inner, found, key)
-    elif isinstance(value, str) and len(value) >= 4 and key not in HARMLESS_OPTIONS:
-        found.append(value)

@@ -222,10 +222,10 @@ class ClusterSettings(Settings):
         description="where the driver serves Prometheus metrics of the run and all workers",
     )
     slurm: dict[str, Any] | None = Field(
-        None, description="workers as Slurm jobs: options of dask-jobqueue's SLURMCluster"
+        None, repr=False, description="workers as Slurm jobs: options of dask-jobqueue's SLURMCluster"
     )
     kubernetes: dict[str, Any] | None = Field(
-        None, description="workers as pods: image, name, namespace, resources, env, pod"
+        None, repr=False, description="workers as pods: image, name, namespace, resources, env, pod"
     )
 
     @model_validator(mode="after")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
@@ -17,6 +19,7 @@ from batchrun.dataset.location import version_of
 from batchrun.errors import ModelError, first_line, one_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings
+from batchrun.model.fingerprint import cache_folder, fingerprint, in_background, sampled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +29,6 @@ _PLAIN = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CODE = ("*.py",)
 
-_BLOCK = 64 << 10
-_BLOCKS = 64
 _CONTEXT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -40,12 +41,51 @@ _CONTEXT_KEYS = (
 _UNBOUNDED = 1 << 30
 
 
-class ModelFolder(NamedTuple):
-    """A model on the local disk. `fingerprint` is a hex hash of what its files and its tokenizer's hold."""
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on the local disk, and its tokenizer's folder, which may be the same.
+
+    `used` and `tokenizer_used` are the names of the files in them that loading reads.
+    """
 
     path: str
-    fingerprint: str
     tokenizer_path: str
+    used: tuple[str, ...] = ()
+    tokenizer_used: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hex hash of all that the model's files and its tokenizer's hold. Waits for `fingerprint_meanwhile`.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        try:
+            return self._fingerprint.result()
+        except OSError as error:
+            raise ModelError(f"its files cannot be read ({error})", self.path, "restore them") from None
+
+    def fingerprint_meanwhile(self) -> None:
+        """Begins to hash the files, so that other work goes on while tens of gigabytes are read."""
+        self._fingerprint  # noqa: B018
+
+    @cached_property
+    def _fingerprint(self) -> Future[str]:
+        return in_background(lambda: self._joined(fingerprint(self.path, self.used), fingerprint))
+
+    @cached_property
+    def sampled_fingerprint(self) -> str:
+        """The fingerprint that earlier versions pinned, which took samples of the weights only."""
+
+        def of(path: str, names: Sequence[str]) -> str:
+            return sampled(path, names, _chosen(names, _SAFE_WEIGHTS + _PICKLED))
+
+        return self._joined(of(self.path, self.used), of)
+
+    def _joined(self, model: str, of: Callable[[str, Sequence[str]], str]) -> str:
+        if self.tokenizer_path == self.path:
+            return model
+        return stable_hash([model, of(self.tokenizer_path, self.tokenizer_used)])
 
 
 def resolve(settings: ModelSettings) -> ModelFolder:
@@ -64,10 +104,14 @@ def resolve(settings: ModelSettings) -> ModelFolder:
     for folder in dict.fromkeys((path, tokenizer_path)):
         _refuse_remote_code(folder, settings)
     _refuse_pickle(path, settings)
-    fingerprint = _fingerprint(path, settings, weights=True)
-    if tokenizer_path != path:
-        fingerprint = stable_hash([fingerprint, _fingerprint(tokenizer_path, settings, weights=False)])
-    return ModelFolder(path, fingerprint, tokenizer_path)
+    model = ModelFolder(
+        path,
+        tokenizer_path,
+        tuple(_used_files(os.listdir(path), settings, weights=True)),
+        tuple(_used_files(os.listdir(tokenizer_path), settings, weights=False)),
+    )
+    model.fingerprint_meanwhile()
+    return model
 
 
 def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -183,7 +227,7 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
     if not listing:
         raise ModelError("no model's folder is there", url, "give the URL of a folder with config.json in it")
     versions = [[name, info["size"], version_of(info)] for name, info in listing.items()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchrun" / "models"
+    cache = cache_folder() / "models"
     target = cache / stable_hash([url.rstrip("/"), versions])[:32]
     if target.is_dir():
         return str(target)
@@ -269,29 +313,6 @@ def _refuse_pickle(path: str, settings: ModelSettings) -> None:
         )
     if not _chosen(names, _PICKLED):
         raise ModelError("no weights in the model's folder", settings.name, "add model.safetensors")
-
-
-def _fingerprint(path: str, settings: ModelSettings, weights: bool) -> str:
-    """Hex SHA-256 of names, sizes and contents, the same wherever the folder lies. Weights are sampled."""
-    digest = hashlib.sha256()
-    for name in _used_files(os.listdir(path), settings, weights):
-        file = Path(path) / name
-        size = file.stat().st_size
-        digest.update(f"{name}\n{size}\n".encode())
-        sampled = bool(_chosen([name], _SAFE_WEIGHTS + _PICKLED))
-        for block in _blocks(file, size, sampled):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(file: Path, size: int, sampled: bool) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        if not sampled or size <= _BLOCK * _BLOCKS:
-            yield from iter(lambda: stream.read(1 << 20), b"")
-            return
-        for i in range(_BLOCKS):  # the first block starts the file, the last one ends it
-            stream.seek((size - _BLOCK) * i // (_BLOCKS - 1))
-            yield stream.read(_BLOCK)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class Attempt:
         with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch:
             path = Path(scratch) / "part.parquet"
             try:
-                part.build(
+                mine = part.build(
                     path, carried, schema, answers, self.settings.columns, self.settings.compression, mine
                 )
             except OSError as error:

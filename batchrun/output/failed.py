@@ -7,7 +7,7 @@ alone and names the attempt that made those, so that it can be written by anybod
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -69,7 +69,8 @@ def complete(
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(bring_up, wanted))
-    folder.delete([key for key in owned(there, settings.failed) if key not in wanted])
+    mine = (key for key in there if partition_of(key, settings.failed or "", layout) is not None)
+    folder.delete([key for key in mine if key not in wanted])
 
 
 def problems(
@@ -101,9 +102,10 @@ def problems(
             yield f"{key}: other rows than the part's failed ones"
 
 
-def owned(keys: Iterable[str], failed: str | None) -> list[str]:
-    """Those of the keys that this module writes into the folder `failed`."""
-    return [key for key in keys if failed is not None and key.startswith(f"{failed}/part-")]
+def partition_of(key: str, failed: str, layout: Layout) -> int | None:
+    """Which partition's failed rows the key in the folder `failed` is; None where it is no such file."""
+    name = key.removeprefix(f"{failed}/")
+    return None if name == key else layout.partition_of_part(f"{DATA}{name}")
 
 
 def _failed(

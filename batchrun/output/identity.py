@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from batchrun.errors import ChangedError, OutputError
+from batchrun.hashing import stable_hash
 from batchrun.output import document
 from batchrun.output.document import Damaged
 from batchrun.output.layout import JOB
@@ -17,14 +18,20 @@ from batchrun.storage import Folder, NotFound
 # Of the files under _job/ and the parts' metadata. A batchrun that writes them differently counts it up.
 FORMAT = 2
 
-FIX = "use another output.path, or empty this one with `batchrun clean --all`"
+FIX = (
+    "use another output.path, or empty this one with `batchrun clean --all` and the job file it was made with"
+)
+DAMAGED_FIX = "restore it, or use another output.path"
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """`settings` are the job's deciding ones (no place, no secret), `job_hash` covers them and the model.
+    """`settings` are the job's deciding ones as they are written (no place, no secret), `job_hash` covers their
+    values and the model.
 
-    `plan_hash` is the first plan's, where an output has several.
+    `plan_hash` is the first plan's, where an output has several. `model` is the model's name as it is written.
+    `from_environment` has a digest of each setting whose value is not shown in `settings`, since `${NAME}` is. Both
+    are empty in outputs of earlier versions, which wrote the values themselves.
     """
 
     plan_hash: str
@@ -34,6 +41,14 @@ class Identity:
     batchrun_version: str
     format: int = FORMAT
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    model: str = ""
+    from_environment: dict[str, str] = field(default_factory=dict)
+
+
+def digests(values: dict[str, Any], written: dict[str, Any]) -> dict[str, str]:
+    """Those of the settings' `values` that are not what is `written`, as `Identity.from_environment` has them."""
+    shown = dict(_flat(written))
+    return {key: stable_hash(value) for key, value in _flat(values) if shown.get(key) != value}
 
 
 def pin(
@@ -79,28 +94,48 @@ def read(folder: Folder) -> Identity | None:
         if values["format"] != FORMAT:
             writer = f"batchrun {values['batchrun_version']}"
             raise ChangedError(
-                f"written by {writer} in format {values['format']}", where, f"run {writer}, or {FIX}"
+                f"written by {writer} in format {values['format']}",
+                where,
+                f"run {writer}, or use another output.path",
             )
-        return Identity(**{f.name: values[f.name] for f in fields(Identity)})
+        return Identity(**{f.name: values[f.name] for f in fields(Identity) if f.name in values})
     except NotFound:
         return None
-    except (Damaged, KeyError) as error:
-        raise OutputError(f"damaged ({error})", where, FIX) from error
+    except (Damaged, KeyError, TypeError) as error:
+        raise OutputError(f"damaged ({error})", where, DAMAGED_FIX) from error
 
 
 def changes(old: Identity, new: Identity) -> dict[str, str]:
     """What differs between two jobs, their inputs aside: a line for each setting, and for the `model`."""
-    before, after = dict(_flat(old.settings)), dict(_flat(new.settings))
-    found = {
-        key: f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    }
+    found = settings_changes(old, new.settings, new.from_environment)
     if old.model_fingerprint != new.model_fingerprint:
         found["model"] = f"model: {_shown(old.model_fingerprint)} -> {_shown(new.model_fingerprint)}"
     elif old.job_hash != new.job_hash and not found:
         found["job"] = f"job: {_shown(old.job_hash)} -> {_shown(new.job_hash)}"
     return found
+
+
+def settings_changes(
+    old: Identity, written: dict[str, Any], from_environment: dict[str, str]
+) -> dict[str, str]:
+    """What differs between the pinned settings and those of a job, which are as for an `Identity`."""
+    before, after = dict(_flat(old.settings)), dict(_flat(written))
+
+    def differs(key: str) -> bool:
+        was = old.from_environment.get(key) or stable_hash(before.get(key))
+        return was != (from_environment.get(key) or stable_hash(after.get(key)))
+
+    return {
+        key: _change(key, before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if differs(key)
+    }
+
+
+def _change(key: str, before: Any, after: Any) -> str:
+    if before == after:
+        return f"{key}: {_shown(after)} has another value in the environment"
+    return f"{key}: {_shown(before)} -> {_shown(after)}"
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -78,6 +78,11 @@ class Layout:
             return None
         return self._known(match[1], match[2])
 
+    def partition_of_any_chunk(self, key: str) -> int | None:
+        """The same for chunks of every generation."""
+        match = _CHUNK.fullmatch(key)
+        return None if match is None else self._known(match[1], match[2])
+
     @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(count for _, count in self.plans or ((self.plan_hash, self.partitions),)))
@@ -114,8 +119,3 @@ def retry_of_chunk(key: str) -> int | None:
     """The number of the retry that staged the chunk, 0 where a run did; None where the key is no chunk."""
     match = _CHUNK.fullmatch(key)
     return None if match is None else int(match[3] or 0)
-
-
-def is_part(key: str) -> bool:
-    """Whether the key is a part of any plan."""
-    return _PART.fullmatch(key) is not None

@@ -31,7 +31,10 @@ EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part as the manifest lists it: its key, its counts, its size in bytes, and the attempt that wrote it."""
+    """One part as the manifest lists it: its key, its counts, its size in bytes, and the attempt that wrote it.
+
+    `digest` is of the part's bytes; empty where a version wrote the part, or the manifest, that had none.
+    """
 
     key: str
     rows: int
@@ -39,6 +42,7 @@ class Part:
     failed: int
     bytes: int
     attempt: str
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +238,8 @@ def _total(
         plans=_planned(summaries),
         retries=[_retried(one, summaries, layout) for one in retries],
         parts=[
-            Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i], s.attempt) for i, s in enumerate(summaries)
+            Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i], s.attempt, s.digest)
+            for i, s in enumerate(summaries)
         ],
     )
 

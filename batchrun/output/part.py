@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchrun.errors import ChangedError, OutputError, StorageError
+from batchrun.output import digest
 from batchrun.output.chunk import ANSWERS
 from batchrun.storage import Folder, NotFound
 
@@ -22,6 +23,8 @@ ROW_GROUP_BYTES = 64 << 20
 
 # One ranged read that holds the footer of nearly every part.
 _TAIL_BYTES = 64 << 10
+
+CHANGED = "its bytes changed since it was written (its digest does not match)"
 
 # Characters of an example of an error; the whole message stands in the part.
 _EXAMPLE = 200
@@ -45,7 +48,8 @@ class Summary:
     """What a part says about itself in its footer (key-value metadata "batchrun", JSON).
 
     `errors` counts failed rows by code, `examples` gives the first of each; `retries` tells how the part came to be
-    other than the run made it.
+    other than the run made it. `digest` is of all the part's bytes, see `batchrun.output.digest`; empty in parts of
+    versions that had none.
     """
 
     attempt: str
@@ -60,6 +64,7 @@ class Summary:
     errors: dict[str, int]
     examples: dict[str, str] = field(default_factory=dict)
     retries: list[Replacement] = field(default_factory=list)
+    digest: str = ""
 
     @property
     def generation(self) -> int:
@@ -116,8 +121,10 @@ def build(
     columns: Mapping[str, str],
     compression: str,
     summary: Summary,
-) -> None:
+) -> Summary:
     """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order.
+
+    Returns the summary with the digest of the file.
 
     Raises:
         ChangedError: `carried` does not hold exactly as many rows as there are answers.
@@ -127,12 +134,14 @@ def build(
     ) as writer:
         for group in _row_groups(_beside(carried, schema, answers, writer.schema), writer.schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
-        writer.add_key_value_metadata({"batchrun": json.dumps(asdict(summary), sort_keys=True)})
+        values = asdict(replace(summary, digest=digest.BLANK))
+        writer.add_key_value_metadata({"batchrun": json.dumps(values, sort_keys=True)})
     written = pq.read_metadata(path).num_rows
     if written != summary.rows:
         raise OutputError(
             f"{written} rows were written for {summary.rows}", str(path), "report this as a bug"
         )
+    return replace(summary, digest=digest.stamp(path))
 
 
 def inspect(folder: Folder, key: str, size: int | None = None) -> Summary:
@@ -171,12 +180,19 @@ def read_summary(metadata: pq.FileMetaData, folder: Folder, key: str) -> Summary
     try:
         values = json.loads(metadata.metadata[b"batchrun"])
         values["retries"] = [Replacement(**entry) for entry in values["retries"]]
+        values.setdefault("digest", "")
         summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(folder, key, "not a whole part of batchrun's") from error
     if metadata.num_rows != summary.rows or summary.ok + summary.failed != summary.rows:
         raise damaged(folder, key, f"{metadata.num_rows} rows where its own count says {summary.rows}")
     return summary
+
+
+def check_digest(data: bytes, summary: Summary, folder: Folder, key: str) -> None:
+    """Raises OutputError where the bytes of a whole part are not those that were written."""
+    if summary.digest and not digest.matches(data, summary.digest):
+        raise damaged(folder, key, CHANGED)
 
 
 def damaged(folder: Folder, key: str, what: str) -> OutputError:

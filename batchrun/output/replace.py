@@ -60,6 +60,8 @@ class ReplacingAttempt(Attempt):
             raise part.damaged(self.folder, self._key, f"damaged ({error})") from error
         # Of these very bytes: another retry may have replaced the part since it was looked at.
         self._old = part.read_summary(file.metadata, self.folder, self._key)
+        # Damage must not be written anew under a digest that fits it.
+        part.check_digest(data, self._old, self.folder, self._key)
         if self._old.generation >= self.retry.number:
             return Receipt(self._key, len(data), self._old, won=False)
         own = [self.settings.column(field.name) for field in part.ANSWER_FIELDS]

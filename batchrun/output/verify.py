@@ -1,8 +1,7 @@
-"""Reading an output back in full, and cleaning up behind runs."""
+"""Reading an output back in full."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,28 +13,29 @@ import pyarrow.parquet as pq
 from batchrun.dataset.rows import Places
 from batchrun.errors import BatchrunError
 from batchrun.job.settings import OutputSettings
-from batchrun.output import failed, manifest, part, retry, state
-from batchrun.output.layout import DATA, JOB_FOLDER, STAGE, TEMPORARY, Layout, is_part, retry_of_chunk
+from batchrun.output import digest, failed, manifest, part, retry, state
+from batchrun.output.layout import Layout
 from batchrun.storage import Folder
 
 # Whole parts are held while they are read, so few at a time.
 READERS = 4
-
-# A temporary file older than this belongs to no put that is still running.
-STALE_SECONDS = 3600.0
 
 Carried = Callable[[int], Iterable[pa.RecordBatch]]
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was read back; the output is exactly the plan's when `problems` is empty."""
+    """What was read back; the output is exactly the plan's when `problems` is empty.
+
+    `without_digest` counts parts of versions that recorded none: damage of their footers may go unseen.
+    """
 
     parts: int
     rows: int
     ok: int
     failed: int
     problems: list[str] = field(default_factory=list)
+    without_digest: int = 0
 
     @property
     def passed(self) -> bool:
@@ -74,6 +74,7 @@ def verify(
         ok=sum(one.ok for one in counted),
         failed=sum(one.failed for one in counted),
         problems=problems,
+        without_digest=sum(one.there and not one.digest for one in counted),
     )
     total.problems.extend(_check_manifest(folder, layout, job_hash, found, total, counted))
     if settings.failed is not None:
@@ -82,59 +83,14 @@ def verify(
     return total
 
 
-def clean(
-    folder: Folder,
-    layout: Layout | None = None,
-    everything: bool = False,
-    retrying: int = 0,
-    failed_folder: str | None = None,
-) -> list[str]:
-    """Deletes what finished runs may leave behind; the keys deleted.
-
-    That is, what is staged for partitions that are committed, and by retries other than the unfinished one
-    (`retrying`, 0 where there is none); temporary files of writes long dead; unfinished multipart uploads.
-    `everything` deletes all that batchrun owns: parts of any plan, the failed rows' folder and the whole of _job/.
-    Files of others are never touched.
-    """
-    keys = folder.list()
-    folder.abort_uploads()
-    if everything:
-        leftovers = [key for key in keys if is_part(key) or key.startswith(JOB_FOLDER)]
-        leftovers += failed.owned(keys, failed_folder)
-    else:
-        leftovers = [*_swept(keys, layout, retrying), *_stale(folder, keys)]
-    folder.delete(leftovers)
-    return sorted(leftovers)
-
-
-def _swept(keys: Iterable[str], layout: Layout | None, retrying: int) -> Iterator[str]:
-    if layout is None:
-        return
-    committed = {layout.partition_of_part(key) for key in keys if key.startswith(DATA)} - {None}
-    for key in keys:
-        if key.startswith(STAGE) and (
-            layout.partition_of_chunk(key) in committed or retry_of_chunk(key) not in (0, retrying)
-        ):
-            yield key
-
-
-PROBES = f"{JOB_FOLDER}probe-"  # of drivers that died while they tried the store
-
-
-def _stale(folder: Folder, keys: Iterable[str]) -> Iterator[str]:
-    for key in keys:
-        if key.startswith((TEMPORARY, PROBES)):
-            written = folder.modified(key)
-            if written is not None and time.time() - written > STALE_SECONDS:
-                yield key
-
-
 @dataclass(slots=True)
 class _Counted:
     rows: int = 0
     ok: int = 0
     failed: int = 0
+    there: bool = True
     attempt: str = ""
+    digest: str = ""
     problems: list[str] = field(default_factory=list)
 
 
@@ -151,12 +107,16 @@ def _check_part(
     key = layout.part(partition)
     counted = _Counted()
     if not size:
+        counted.there = False
         counted.problems.append(f"{key}: missing")
         return counted
     try:
         summary = part.inspect(folder, key, size)
-        counted.attempt = summary.attempt
-        file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
+        counted.attempt, counted.digest = summary.attempt, summary.digest
+        data = folder.read(key)
+        if summary.digest and not digest.matches(data, summary.digest):
+            counted.problems.append(f"{key}: {part.CHANGED}")
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         if not _holds_answers(file.schema_arrow, settings):
             counted.problems.append(f"{key}: its last columns are not the answer's")
             return counted
@@ -251,3 +211,8 @@ def _check_manifest(
         yield "a retry has not finished: `batchrun retry` goes on with it"
     elif not written.describes(found) or [p.attempt for p in written.parts] != [c.attempt for c in counted]:
         yield "the manifest lists other parts than are there"
+    else:
+        # A manifest of an earlier version has none for any part.
+        for entry, one in zip(written.parts, counted, strict=True):
+            if entry.digest and entry.digest != one.digest:
+                yield f"{entry.key}: its digest is not the manifest's"

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from batchrun.report.summary import size
 from batchrun.telemetry import logs
+from batchrun.telemetry.printable import printable
 from batchrun.telemetry.progress import Progress, Rates, Watch, duration, line, log_lines
 
 SHOWN_WORKERS = 8
@@ -53,7 +54,7 @@ def view(now: Progress, rates: Rates, price_per_gpu_hour: float | None) -> Rende
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
     for name, value in chain(_facts(now, rates, price_per_gpu_hour, remaining), _workers(now, rates)):
-        facts.add_row(name, Text(value, style="red" if name == "errors" else ""))
+        facts.add_row(name, Text(printable(value), style="red" if name == "errors" else ""))
     return Group(head, bar, facts)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from batchrun.engine.protocol import EngineStats
 from batchrun.report.result import RunResult
+from batchrun.telemetry.printable import printable
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import REPORT
 
@@ -32,14 +34,14 @@ def rows_table(table: pa.Table, columns: Sequence[str]) -> Table:
     """A few rows of an output, the given columns, long values cut."""
     shown = Table(show_lines=True)
     for name in columns:
-        shown.add_column(name, overflow="fold")
+        shown.add_column(Text(printable(name)), overflow="fold")
     for row in table.select(list(columns)).slice(0, SHOWN_ROWS).to_pylist():
-        shown.add_row(*(_cell(row[name]) for name in columns))
+        shown.add_row(*(Text(_cell(row[name])) for name in columns))
     return shown
 
 
 def _cell(value: Any) -> str:
-    text = "" if value is None else str(value).replace("\n", "⏎")
+    text = "" if value is None else printable(str(value)[: 2 * CELL])
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
 
 

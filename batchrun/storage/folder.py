@@ -51,10 +51,13 @@ class Folder:
         """The key's full place, for a person's eyes."""
         return f"{self.name.rstrip('/')}/{key}"
 
-    def list(self, prefix: str = "") -> dict[str, int]:
-        """Every key that starts with `prefix`, at any depth, and its size in bytes; never cached."""
+    def list(self, prefix: str = "", follow_links: bool = True) -> dict[str, int]:
+        """Every key that starts with `prefix`, at any depth, and its size in bytes; never cached.
+
+        Without `follow_links`, symbolic links on a disk, and all that lies behind them, are left out.
+        """
         parent = prefix.rpartition("/")[0]
-        found = self._patiently(prefix, lambda store: store.find(parent))
+        found = self._patiently(prefix, lambda store: store.find(parent, follow_links))
         return {key: size for key, size in found.items() if key.startswith(prefix)}
 
     def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:

@@ -30,7 +30,7 @@ class LocalStore:
     def __init__(self, root: str) -> None:
         self.root = Path(root)
 
-    def find(self, parent: str) -> dict[str, int]:
+    def find(self, parent: str, follow_links: bool = True) -> dict[str, int]:
         found: dict[str, int] = {}
         folders = [parent]
         while folders:
@@ -38,6 +38,8 @@ class LocalStore:
             with suppress(*NOT_THERE), os.scandir(self.root / folder) as entries:
                 for entry in entries:
                     key = f"{folder}/{entry.name}" if folder else entry.name
+                    if not follow_links and entry.is_symlink():
+                        continue
                     if entry.is_dir():
                         folders.append(key)
                         continue

@@ -39,7 +39,7 @@ class RemoteStore:
         # s3fs sends If-None-Match, gcsfs ifGenerationMatch=0; adlfs knows `mode` only in late versions.
         self.if_absent: dict[str, Any] = {"overwrite": False} if protocols & AZURE else {"mode": "create"}
 
-    def find(self, parent: str) -> dict[str, int]:
+    def find(self, parent: str, follow_links: bool = True) -> dict[str, int]:
         self.fs.invalidate_cache()
         try:
             found = self._listing(parent)

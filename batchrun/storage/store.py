@@ -20,8 +20,11 @@ class Unconditional(Exception):
 class Store(Protocol):
     """Keys relative to one folder. Each call is a single try and raises what its library raises."""
 
-    def find(self, parent: str) -> dict[str, int]:
-        """Keys and sizes of all objects below the folder `parent` ("" is all), empty where it is missing."""
+    def find(self, parent: str, follow_links: bool = True) -> dict[str, int]:
+        """Keys and sizes of all objects below the folder `parent` ("" is all), empty where it is missing.
+
+        `follow_links` is for disks: whether symbolic links are taken for what they lead to, or left out.
+        """
         ...
 
     def read(self, key: str, start: int | None, end: int | None) -> bytes: ...

@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
 
 if TYPE_CHECKING:
@@ -36,15 +37,20 @@ class _Json(logging.Formatter):
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
-        if record.exc_info:
-            values["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(values, ensure_ascii=False)
+        if record.exc_text:
+            values["traceback"] = record.exc_text
+        return json.dumps(values)  # in ASCII: whoever shows the line on a terminal shows no control character
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), newlines=True)
 
 
 def configure(log_format: str, redact: Redactor) -> None:
     """Sends warnings of all libraries to standard error, through `redact`; replaces what was configured before."""
     handler = _StandardError()
-    plain = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+    plain = _Text("%(levelname)s %(name)s: %(message)s")
     handler.setFormatter(_Json() if log_format == "json" else plain)
     handler.addFilter(redact.filter_record)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

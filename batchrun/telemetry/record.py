@@ -111,7 +111,7 @@ class RunRecord:
 
 def write(folder: Folder, record: RunRecord, redact: Redactor, patience: float | None = None) -> None:
     """Puts the record in place of its earlier self, see `Folder.put`; every text in it goes through `redact`."""
-    folder.put(record.key, document.encode(_redacted(asdict(record), redact)), patience)
+    folder.put(record.key, document.encode(redact.values(asdict(record))), patience)
 
 
 def read_all(folder: Folder) -> list[RunRecord]:
@@ -182,16 +182,6 @@ def _read(folder: Folder, key: str) -> RunRecord | None:
     except (Damaged, TypeError) as error:
         log.warning("%s is left aside: %s", folder.where(key), error)
         return None
-
-
-def _redacted(value: Any, redact: Redactor) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redact(str(name)): _redacted(inner, redact) for name, inner in value.items()}
-    if isinstance(value, Iterable):
-        return [_redacted(inner, redact) for inner in value]
-    return value
 
 
 class Timeline:

@@ -316,6 +316,7 @@ def _texts_for(order: WorkOrder) -> Texts:
             _opening.set()
             try:
                 model = resolve(order.job.model)
+                texts = open_texts(order.job, model, order.schema)
                 if model.fingerprint != order.model_fingerprint:
                     raise ChangedError(
                         "the model on this worker differs from the driver's",
@@ -323,7 +324,7 @@ def _texts_for(order: WorkOrder) -> Texts:
                         "give every machine the same model folder",
                     )
                 _texts.clear()  # a worker runs one job at a time as a rule, and tokenizers are large
-                _texts[key] = open_texts(order.job, model, order.schema)
+                _texts[key] = texts
             finally:
                 _opening.clear()
         return _texts[key]

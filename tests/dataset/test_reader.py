@@ -136,7 +136,9 @@ def test_a_file_changed_after_planning_is_refused_by_name(tmp_path: Path) -> Non
         rows_of(plan, settings)
 
 
-def test_a_change_that_hides_from_size_and_time_is_seen_by_the_rows(tmp_path: Path) -> None:
+def test_a_change_that_hides_from_size_and_time_is_seen_by_the_rows_of_a_plan_without_footers(
+    tmp_path: Path,
+) -> None:
     path = write(tmp_path / "a.parquet", {"n": [1, 2, 3, 4]}, groups=2)
     settings = InputSettings(path=str(tmp_path), filters=[["n", "<", 4]])
     plan, before = plan_of(settings), path.stat()
@@ -144,7 +146,7 @@ def test_a_change_that_hides_from_size_and_time_is_seen_by_the_rows(tmp_path: Pa
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
     with pytest.raises(ChangedError, match=r"a\.parquet: row group 1 gave 0 rows where 1 were planned"):
-        rows_of(plan, settings)
+        rows_of(plan.without_footers(), settings)
 
 
 def test_an_object_changed_in_a_store_is_refused_past_every_cache(tmp_path: Path) -> None:

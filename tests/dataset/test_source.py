@@ -228,7 +228,7 @@ def test_a_store_that_is_busy_while_planning_is_asked_again(tmp_path, monkeypatc
 
     monkeypatch.setattr(location, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(location, "_list", sometimes("list", location._list))
-    monkeypatch.setattr(source, "open_parquet", sometimes("open", source.open_parquet))
+    monkeypatch.setattr(source, "read_footer", sometimes("open", source.read_footer))
     found = source_of(tmp_path, needed=("text",))
     assert [file.group_rows for file in found.files] == [(2,)]
     assert calls == {"list": 3, "open": 3}

@@ -59,7 +59,7 @@ def test_a_run_is_complete_in_input_order_with_types_untouched_and_a_second_run_
     assert (code, found["passed"], found["rows"], found["ok"]) == (0, True, ROWS, ROWS), found
     code, out, _ = batchrun("status", str(job), "--json")
     assert (code, json.loads(out)["complete"]) == (0, True)
-    code, out, _ = batchrun("clean", str(job), "--all", "--json")
+    code, out, _ = batchrun("clean", str(job), "--all", "--yes", "--json")
     assert code == 0
     assert not everything_under(tmp_path / "out")
 

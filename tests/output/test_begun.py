@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, store_of
 
-from batchrun.output import chunk, state, verify
+from batchrun.output import chunk, clean, state
 from batchrun.output.attempt import Begun
 from batchrun.output.chunk import BadChunk, Origin
 
@@ -72,7 +72,7 @@ def test_begun_answers_that_outlive_their_part_are_swept_by_the_next_attempt_and
     assert attempt(folder, plan, 0, ROWS, "next").open() is not None
     assert not folder.list(plan.stage(0))
     late.keep(begun(r1=4))
-    verify.clean(folder, plan)
+    clean.delete(folder, clean.leftovers(folder, plan))
     assert not folder.list(plan.stage(0))
 
 

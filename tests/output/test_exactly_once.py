@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout
 
 from batchrun.errors import BatchrunError
-from batchrun.output import chunk, identity, manifest, state, verify
+from batchrun.output import chunk, clean, identity, manifest, state
 from batchrun.output.attempt import Attempt, Begun
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.identity import Identity
@@ -125,7 +125,7 @@ class ExactlyOnce(Interleaving):
             "attempt": lambda actor: self.one_attempt(actor, some, who, flush_rows, step),
             "leaver": lambda actor: self.one_attempt(actor, some, who, flush_rows, step, leaves=True),
             "run": lambda actor: self.one_run(actor, who, flush_rows, step),
-            "clean": lambda actor: verify.clean(self.folder, self.plan),
+            "clean": lambda actor: clean.delete(self.folder, clean.leftovers(self.folder, self.plan)),
         }
         self.spawn(work[kind])
 
@@ -237,7 +237,7 @@ class ExactlyOnce(Interleaving):
         self.parts_are_whole_and_of_the_plan()
         assert len(self.checked) == len(self.rows)
         self.a_repeated_run_writes_nothing()
-        self.spawn(lambda actor: verify.clean(self.folder, self.plan))
+        self.spawn(lambda actor: clean.delete(self.folder, clean.leftovers(self.folder, self.plan)))
         self.actors[-1].finish()
         assert not [key for key in self.store.objects if STAGE in key], (
             "no chunk of any kind outlives a clean"

@@ -23,7 +23,7 @@ from parts import JOB_HASH, answers, attempt, carried, commit, faulty_folder, la
 from parts import settings as output_settings
 
 from batchrun.errors import BatchrunError, ChangedError, LeaseHeld, OutputError
-from batchrun.output import document, identity, lease, manifest, state, verify
+from batchrun.output import clean, document, identity, lease, manifest, state, verify
 from batchrun.output.document import Damaged
 from batchrun.output.identity import Identity
 from batchrun.output.layout import JOB, LEASE, MANIFEST
@@ -335,7 +335,8 @@ def test_cleaning_sweeps_what_is_committed_and_nothing_else(place: Folder) -> No
         place.put(key, b"x")
         store_of(place).written[f"{place.url.removeprefix('faulty://')}/{key}"] -= 7200
     swept = ["_job/probe-of-a-killed-driver", "_job/stage/00000-abcdef01/1-zombie-1.chunk", "_job/tmp/old"]
-    assert verify.clean(place, PLAN) == swept
+    assert clean.leftovers(place, PLAN) == swept
+    clean.delete(place, swept)
     kept = {"_job/stage/00001-abcdef01/1-zombie-1.chunk", "_job/tmp/young", "data/foreign", PLAN.part(0)}
     assert set(place.list()) == kept
 
@@ -345,7 +346,7 @@ def test_cleaning_everything_leaves_what_is_not_ours(place: Folder) -> None:
     identity.pin(place, IDENTITY)
     place.put("data/part-0.parquet", b"theirs")
     place.put("notes.txt", b"theirs")
-    verify.clean(place, everything=True)
+    clean.delete(place, clean.owned(place, PLAN))
     assert set(place.list()) == {"data/part-0.parquet", "notes.txt"}
 
 

@@ -12,7 +12,7 @@ import pytest
 from parts import commit, layout
 
 from batchrun.errors import OutputError, StorageError
-from batchrun.output import verify
+from batchrun.output import clean
 from batchrun.storage import Folder, folder
 
 BUCKET = "answers"
@@ -99,7 +99,7 @@ def test_cleaning_aborts_the_uploads_below_the_folder_only(place: Folder, option
     prefix = place.url.removeprefix(f"s3://{BUCKET}/")
     client.create_multipart_upload(Bucket=BUCKET, Key=f"{prefix}/data/a")  # type: ignore[attr-defined]
     client.create_multipart_upload(Bucket=BUCKET, Key="elsewhere/data/a")  # type: ignore[attr-defined]
-    verify.clean(place)
+    clean.delete(place, [])
     left = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])  # type: ignore[attr-defined]
     assert [upload["Key"] for upload in left] == ["elsewhere/data/a"]
 
