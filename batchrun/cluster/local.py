@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from distributed import Nanny, Scheduler, Security, SpecCluster, Status
+from distributed import Scheduler, Security, SpecCluster, Status
 from tornado.ioloop import PeriodicCallback
 
+from batchrun.cluster.nanny import WorkerNanny
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings
 
@@ -84,7 +85,7 @@ def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str
             "silence_logs": logging.CRITICAL,
             "env": env,
         }
-        workers[i] = {"cls": Nanny, "options": options}
+        workers[i] = {"cls": WorkerNanny, "options": options}
     return workers
 
 

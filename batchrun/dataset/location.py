@@ -15,6 +15,7 @@ from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as NativeFileSystem
 
 from batchrun.errors import InputError, StorageError
+from batchrun.storage import deadline
 from batchrun.storage.backoff import back_off, kept_failing
 from batchrun.storage.faults import is_transient
 
@@ -77,7 +78,7 @@ def stat(path: str, storage_options: Mapping[str, Any]) -> Found:
     """The file as the store has it now, past every cache. FileNotFoundError when it is gone."""
     fs, inner = filesystem(path, storage_options)
     fs.invalidate_cache(inner)
-    return _found(path, fs.info(inner))
+    return _found(path, _info(fs, inner))
 
 
 def version_of(info: Mapping[str, Any]) -> str:
@@ -113,7 +114,8 @@ def open_parquet(path: str, storage_options: Mapping[str, Any], **how: Any) -> I
             yield parquet
     else:
         # Columns are read in turns: a read-ahead cache shared by them would fetch everything several times.
-        with fs.open(inner, "rb", cache_type="none") as file, pq.ParquetFile(file, **how) as parquet:
+        opened = deadline.within(deadline.REQUEST, lambda: fs.open(inner, "rb", cache_type="none"))
+        with opened, pq.ParquetFile(deadline.TimedFile(opened), **how) as parquet:
             yield parquet
 
 
@@ -127,7 +129,7 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
     fs, inner = filesystem(path, storage_options)
     fs.invalidate_cache()
     try:
-        files = persistently(path, lambda: _list(fs, inner))
+        files = persistently(path, lambda: deadline.within(deadline.UNSIZED, lambda: _list(fs, inner)))
     except StorageError:
         raise
     except Exception as error:  # every store's client has errors of its own
@@ -141,10 +143,14 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
 
     def listed(name: str, info: Mapping[str, Any]) -> Found:
         # A store may list an object without its size (HTTP folders do): only asking for it by name tells.
-        known = info if info.get("size") is not None else persistently(path, lambda: fs.info(name))
+        known = info if info.get("size") is not None else persistently(path, lambda: _info(fs, name))
         return _found(_full(path, fs, name), known)
 
     return [listed(name, info) for name, info in files.items()]
+
+
+def _info(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, Any]:
+    return deadline.within(deadline.REQUEST, lambda: fs.info(inner))
 
 
 def _list(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from batchrun.output import failed, identity, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.report.result import RunResult
-from batchrun.storage import Folder
+from batchrun.storage import Folder, deadline
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import Progress, Watch, silent
 from batchrun.telemetry.recorder import observed
@@ -61,9 +61,10 @@ def run(
         return result(prepared, done, time.monotonic() - started)
     folder = prepared.folder
     try_store(folder)
-    with Lease(folder, force=force) as lease:
+    stop = stop or threading.Event()
+    with deadline.until(stop.is_set), Lease(folder, force=force) as lease:
         _pin(prepared)
-        dispatch = Dispatch(prepared, _uncommitted(prepared), stop or threading.Event(), watch)
+        dispatch = Dispatch(prepared, _uncommitted(prepared), stop, watch)
         done = finish(prepared, dispatch, lease, client)
     return result(prepared, done, time.monotonic() - started, dispatch)
 

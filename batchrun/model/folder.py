@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from batchrun.dataset.location import version_of
 from batchrun.errors import ModelError
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings
+from batchrun.storage import deadline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,7 +179,10 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
     try:
         fs, root = fsspec.url_to_fs(url, **settings.storage_options)
         fs.invalidate_cache(root)
-        listing = _listing(fs, root, settings, weights) if fs.isdir(root) else {}
+        listing = deadline.within(
+            deadline.UNSIZED,
+            lambda: _listing(fs, root, settings, weights) if fs.isdir(root) else {},
+        )
     except Exception as error:  # every store's client has errors of its own
         raise ModelError(
             f"cannot be listed ({type(error).__name__}: {error})", url, "check path and access"
@@ -195,7 +200,8 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
         copy.mkdir()
         try:
             for name, info in listing.items():
-                fs.get_file(f"{root.rstrip('/')}/{name}", str(copy / name))
+                source, target_file = f"{root.rstrip('/')}/{name}", str(copy / name)
+                deadline.within(deadline.sized(info["size"]), partial(fs.get_file, source, target_file))
                 if (size := (copy / name).stat().st_size) != info["size"]:
                     raise OSError(f"{name} arrived with {size} of {info['size']} bytes")
             copy.rename(target)

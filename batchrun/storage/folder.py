@@ -15,7 +15,9 @@ import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 
 from batchrun.errors import OutputError, StorageError, one_line
+from batchrun.storage import deadline
 from batchrun.storage.backoff import back_off, kept_failing
+from batchrun.storage.deadline import DeadlineExceeded
 from batchrun.storage.faults import http_status, is_transient, is_unauthorised
 from batchrun.storage.local import LocalStore
 from batchrun.storage.remote import remote_store
@@ -28,6 +30,7 @@ FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
 PATIENCE = 300.0
 PROBE_PATIENCE = 15.0
+MINIMUM = 1.0  # for a single request
 
 
 class Folder:
@@ -44,8 +47,8 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The URL for a person's eyes, without a user's password."""
-        return re.sub(r"://[^/@]*@", "://", self.url)
+        """The URL for a person's eyes, without a user's password and a slash at its end."""
+        return re.sub(r"(?<=[^:/])/+$", "", re.sub(r"://[^/@]*@", "://", self.url))
 
     def where(self, key: str) -> str:
         """The key's full place, for a person's eyes."""
@@ -54,12 +57,13 @@ class Folder:
     def list(self, prefix: str = "") -> dict[str, int]:
         """Every key that starts with `prefix`, at any depth, and its size in bytes; never cached."""
         parent = prefix.rpartition("/")[0]
-        found = self._patiently(prefix, lambda store: store.find(parent))
+        found = self._patiently(prefix, lambda store: store.find(parent), seconds=deadline.UNSIZED)
         return {key: size for key, size in found.items() if key.startswith(prefix)}
 
     def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         """The object's bytes, or its bytes [start, end). Raises NotFound, a FileNotFoundError."""
-        return self._patiently(key, lambda store: store.read(key, start, end))
+        seconds = deadline.UNSIZED if end is None else deadline.sized(end - (start or 0))
+        return self._patiently(key, lambda store: store.read(key, start, end), seconds=seconds)
 
     def size(self, key: str) -> int | None:
         """Bytes of the object, None where there is none: asked of the store anew."""
@@ -77,7 +81,7 @@ class Folder:
 
         `patience` in seconds is `PATIENCE` unless the caller has less.
         """
-        self._patiently(key, lambda store: store.put(key, data), patience)
+        self._patiently(key, lambda store: store.put(key, data), patience, saving=_size(data))
 
     def put_if_absent(self, key: str, data: Data) -> bool:
         """Writes the whole object unless the key is there; whether this call is known to have written it.
@@ -86,7 +90,7 @@ class Folder:
         who must know reads the object. A store without conditional create is asked first, then written to.
         """
         try:
-            return self._patiently(key, lambda store: store.create(key, data))
+            return self._patiently(key, lambda store: store.create(key, data), saving=_size(data))
         except Unconditional:
             if self.exists(key):
                 return False
@@ -97,7 +101,7 @@ class Folder:
         """Deletes the objects, in batches where the store can; a missing one is fine."""
         batch = [*keys]
         if batch:
-            self._patiently(batch[0], lambda store: store.delete(batch))
+            self._patiently(batch[0], lambda store: store.delete(batch), seconds=deadline.UNSIZED)
 
     def probe(self) -> bool:
         """Tries a write, a conditional create and a delete; whether the store honours the condition.
@@ -119,22 +123,48 @@ class Folder:
 
     def abort_uploads(self) -> int:
         """Aborts unfinished multipart uploads below this folder (S3 bills for them); how many there were."""
-        return self._patiently("", lambda store: store.abort_uploads())
+        return self._patiently("", lambda store: store.abort_uploads(), seconds=deadline.UNSIZED)
 
-    def _patiently(self, key: str, action: Callable[[Store], T], patience: float | None = None) -> T:
-        renewed = False
+    def _patiently(
+        self,
+        key: str,
+        action: Callable[[Store], T],
+        patience: float | None = None,
+        seconds: float = deadline.REQUEST,
+        saving: int | None = None,
+    ) -> T:
+        """`seconds` are one request's; those of one that saves bytes follow from how many."""
+        patience = PATIENCE if patience is None else patience
+        at_stop = deadline.REQUEST_AT_STOP
+        if saving is not None:
+            seconds = deadline.sized(saving)
+            at_stop = deadline.SAVING_AT_STOP + saving / deadline.RATE_AT_STOP
+        renewed = hung = False
+
+        def ask(renew: bool) -> T:
+            store = _store(self.url, self.storage_options, renew)
+            if isinstance(store, LocalStore):
+                return action(store)
+            # A store that fails already is not hoped for at the end.
+            limit = deadline.REQUEST_AT_STOP if self.url in _failing else at_stop
+            return deadline.within(min(seconds, max(patience, MINIMUM)), lambda: action(store), limit)
 
         def once() -> T:
-            nonlocal renewed
+            nonlocal renewed, hung
             try:
-                return action(_store(self.url, self.storage_options))
+                # Connections that hang stay with the client that opened them.
+                found = ask(renew=hung)
+                _failing.discard(self.url)
+                return found
             except Exception as error:
+                hung = isinstance(error, DeadlineExceeded)
+                if is_transient(error):
+                    _failing.add(self.url)
                 if renewed or not is_unauthorised(error):
                     raise
             renewed = True
-            return action(_store(self.url, self.storage_options, renew=True))
+            return ask(renew=True)
 
-        patience = PATIENCE if patience is None else patience
         try:
             return back_off(self.where(key), patience, FIRST_WAIT, LONGEST_WAIT)(once)
         except (Unconditional, NotFound):
@@ -163,6 +193,11 @@ class Folder:
         return StorageError(what, where, "check output.path and output.storage_options")
 
 
+def _size(data: Data) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
+
+
+_failing: set[str] = set()  # URLs of stores whose last request failed, though another may not
 _stores: dict[tuple[int, str, str], Store] = {}
 _stores_lock = threading.Lock()
 

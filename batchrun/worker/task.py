@@ -46,7 +46,7 @@ from batchrun.output.layout import Layout
 from batchrun.output.replace import ReplacingAttempt
 from batchrun.output.retry import Retry
 from batchrun.prompt.codec import Texts, open_texts
-from batchrun.storage import Folder
+from batchrun.storage import Folder, deadline
 from batchrun.telemetry.gpu import gpu_now
 from batchrun.worker.answers import failed
 from batchrun.worker.generation import Generation, Tally
@@ -198,7 +198,8 @@ def _counted(order: WorkOrder, task: Task) -> Iterator[Tally]:
     tally = Tally(order.run, task.partition.index)
     _running[id(tally)] = tally
     try:
-        yield tally
+        with deadline.until(lambda: order.run in _stopped_runs or _leaving.is_set()):
+            yield tally
     finally:
         del _running[id(tally)]
 
@@ -367,8 +368,9 @@ class BatchrunPlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         worker.metrics["batchrun"] = snapshot
         if threading.current_thread() is threading.main_thread():
-            # Ctrl-C reaches the whole process group; the driver decides what it means for a worker.
+            # Ctrl-C and a closed terminal reach the whole process group; the driver decides what that means here.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 loop = asyncio.get_running_loop()
                 loop.add_signal_handler(signal.SIGTERM, lambda: _leave_tasks.add(loop.create_task(_leave())))
