@@ -400,6 +400,7 @@ def _errors(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Itera
     """One line for a person, an exit code for a scheduler, and no secret in either."""
     redact = Redactor()
     logs.configure(log_format, redact)
+    signals.decided(ExitCode.INTERRUPTED)
     signals.last_words = lambda: _tell(STOPPED, STOPPED, ExitCode.INTERRUPTED, as_json, log_format)
     try:
         yield redact

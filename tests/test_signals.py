@@ -124,7 +124,6 @@ def test_a_stop_ends_a_run_whose_store_has_died_with_what_is_safe(tmp_path, tiny
     assert code == 4, said
     assert "of 60 rows are safe" in said.splitlines()[-1]
     assert "Traceback" not in said
-    print(seconds)
     assert seconds < 2 * SOON
 
 

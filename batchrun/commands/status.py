@@ -19,6 +19,7 @@ from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.report.summary import error_lines, size
 from batchrun.storage import Folder, NotFound
+from batchrun.storage.folder import first_contact
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import RunRecord
@@ -172,7 +173,8 @@ def unfinished_retry(written: manifest.Manifest | None, found: state.State) -> i
 def open_output(job: Job) -> tuple[Folder, identity.Identity, Plan, Layout]:
     """The output as the job's first run pinned it. Raises OutputError where there is none or it is damaged."""
     folder = open_folder(job)
-    pinned = identity.read(folder)
+    with first_contact():
+        pinned = identity.read(folder)
     if pinned is None:
         raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
     stored = plans.read(folder)

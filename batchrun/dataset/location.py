@@ -18,6 +18,7 @@ from batchrun.errors import InputError, StorageError
 from batchrun.storage import deadline
 from batchrun.storage.backoff import back_off, kept_failing
 from batchrun.storage.faults import is_transient
+from batchrun.storage.protocols import refuse_unknown
 
 T = TypeVar("T")
 
@@ -91,12 +92,13 @@ def version_of(info: Mapping[str, Any]) -> str:
 
 def filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a path or URL, and the path inside it."""
-    protocol = path.partition("://")[0] if "://" in path else "file"
+    refuse_unknown(path, InputError)
     try:
         return fsspec.url_to_fs(path, **storage_options)
     except (ImportError, ValueError) as error:
-        fix = "install its fsspec package, such as batchrun[s3], batchrun[gcs] or batchrun[azure]"
-        raise InputError(f"no access to {protocol}:// paths ({error})", path, fix) from None
+        raise InputError(
+            f"cannot be accessed ({error})", path, "check the URL and input.storage_options"
+        ) from None
 
 
 def native_filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[FileSystem, str]:

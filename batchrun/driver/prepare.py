@@ -26,6 +26,7 @@ from batchrun.prompt.codec import Texts, open_texts
 from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import check_sample
 from batchrun.storage import Folder
+from batchrun.storage.folder import first_contact
 from batchrun.version import __version__
 
 
@@ -75,7 +76,8 @@ def prepare(job: Job) -> Prepared:
     Raises:
         Refused: the first thing wrong with the job, its input or its model, each with the fix.
     """
-    stored = plans.read(open_folder(job)) if job.input.since else []
+    with first_contact():
+        stored = plans.read(open_folder(job)) if job.input.since else []
     made = _plan(job, stored)
     prepared = _prepare(job, [*stored, *made], len(stored))
     if made:
@@ -93,7 +95,8 @@ def prepare_again(job: Job) -> Prepared:
         OutputError: nothing was ever run into this output, or its plans are damaged.
     """
     folder = open_folder(job)
-    stored = [] if identity.read(folder) is None else plans.read(folder)
+    with first_contact():
+        stored = [] if identity.read(folder) is None else plans.read(folder)
     if not stored:
         raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
     return _prepare(job, stored, len(stored))

@@ -23,6 +23,7 @@ from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder, deadline
+from batchrun.storage.folder import first_contact
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import Progress, Watch, silent
 from batchrun.telemetry.recorder import observed
@@ -56,7 +57,8 @@ def run(
     """
     started = time.monotonic()
     prepared = prepare(job if isinstance(job, Job) else Job.load(job))
-    done = _finished(prepared)
+    with first_contact():
+        done = _finished(prepared)
     if done is not None:
         return result(prepared, done, time.monotonic() - started)
     folder = prepared.folder

@@ -24,6 +24,7 @@ from batchrun.job.settings import (
     Settings,
     TlsSettings,
 )
+from batchrun.storage.protocols import refuse_unknown
 
 # Values of storage options that may be shown: everything else there is taken for a secret.
 HARMLESS_OPTIONS = {"anon", "endpoint_url", "region", "region_name", "use_ssl", "account_name", "project"}
@@ -86,7 +87,10 @@ class Job(Settings):
             raise JobError(
                 f"cannot read the job file ({error})", str(path), "give the path of a YAML file"
             ) from None
-        return cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
+        job = cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
+        for url in (*job.input.paths, job.output.path, job.model.name, job.model.tokenizer or ""):
+            refuse_unknown(url, JobError)
+        return job
 
     @classmethod
     def parse(

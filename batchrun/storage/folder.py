@@ -8,7 +8,8 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import fsspec.core
@@ -20,6 +21,7 @@ from batchrun.storage.backoff import back_off, kept_failing
 from batchrun.storage.deadline import DeadlineExceeded
 from batchrun.storage.faults import http_status, is_transient, is_unauthorised
 from batchrun.storage.local import LocalStore
+from batchrun.storage.protocols import refuse_unknown
 from batchrun.storage.remote import remote_store
 from batchrun.storage.store import Data, NotFound, Store, Unconditional
 
@@ -31,6 +33,21 @@ LONGEST_WAIT = 30.0
 PATIENCE = 300.0
 PROBE_PATIENCE = 15.0
 MINIMUM = 1.0  # for a single request
+
+
+@contextmanager
+def first_contact() -> Iterator[None]:
+    """Inside, what a store forbids is refused: nothing has begun that new credentials would let go on.
+
+    Raises:
+        OutputError: credentials are missing or wrong.
+    """
+    try:
+        yield
+    except StorageError as error:
+        if error.__cause__ is not None and is_unauthorised(error.__cause__):
+            raise OutputError(error.what, error.where, error.fix) from error
+        raise
 
 
 class Folder:
@@ -167,7 +184,7 @@ class Folder:
 
         try:
             return back_off(self.where(key), patience, FIRST_WAIT, LONGEST_WAIT)(once)
-        except (Unconditional, NotFound):
+        except (Unconditional, NotFound, OutputError):
             raise
         except Exception as error:
             # Other built-in errors are bugs of the program, and stay what they are. gcsfs has ValueError for a
@@ -208,6 +225,7 @@ def _store(url: str, options: Mapping[str, Any], renew: bool = False) -> Store:
     with _stores_lock:
         if renew or place not in _stores:
             own = {"use_listings_cache": False, "skip_instance_cache": True}
+            refuse_unknown(url, OutputError)
             fs, root = fsspec.core.url_to_fs(url, **{**own, **options})
             _stores[place] = LocalStore(root) if isinstance(fs, LocalFileSystem) else remote_store(fs, root)
         return _stores[place]
