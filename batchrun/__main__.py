@@ -7,10 +7,12 @@ import sys
 from contextlib import suppress
 
 from batchrun import signals
+from batchrun.model import light
 
 
 def main() -> None:
     signals.install()
+    os.environ[light.VARIABLE] = "1"
     code: int | str | None = 0
     try:
         from batchrun.cli import app

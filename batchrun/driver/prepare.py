@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from batchrun.dataset.plan import (
     Plan,
@@ -15,9 +16,12 @@ from batchrun.dataset.plan import (
     make_plan,
 )
 from batchrun.dataset.rows import all_rows
+from batchrun.engine.names import refuse_wrong_name
 from batchrun.errors import OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
+from batchrun.job.settings import ClusterSettings
+from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed, identity, plans
 from batchrun.output.identity import Identity
@@ -111,12 +115,23 @@ def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
 
 
 def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
+    if not elsewhere(job.cluster):
+        refuse_wrong_name(job.engine.kind)
     schema = plans[0].schema
     carried = carried_columns(job.input, schema)
     check_output_names(carried, job.output)
     failed.refuse_taken(carried, job.output)
+    if Path(job.model.name).is_dir():
+        # Before all of its bytes are read.
+        check_model(job.model.name)
     model = resolve(job.model)
+    check_model(model.path)
     return Prepared(job, plans, known, model, open_texts(job, model, schema))
+
+
+def elsewhere(cluster: ClusterSettings) -> bool:
+    """Whether workers run on other machines, which may have modules that this one lacks."""
+    return any(place is not None for place in (cluster.address, cluster.slurm, cluster.kubernetes))
 
 
 def open_folder(job: Job) -> Folder:

@@ -18,6 +18,7 @@ from batchrun.dataset.location import version_of
 from batchrun.errors import ModelError
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings
+from batchrun.model.light import import_without_torch
 from batchrun.storage import deadline
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
     Raises:
         ModelError: there is none, or transformers cannot load it.
     """
+    if not settings.trust_remote_code:
+        import_without_torch()
     from transformers import AutoTokenizer  # seconds: not on the event loop that imports a worker's task
 
     try:
