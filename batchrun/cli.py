@@ -16,7 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from batchrun import __version__, signals
-from batchrun.errors import BatchrunError, ExitCode, Interrupted, JobError, one_line
+from batchrun.errors import BatchrunError, ExitCode, Interrupted, JobError, OutputError, one_line
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
 from batchrun.job.settings import OUTPUT_COLUMNS
@@ -46,14 +46,16 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="print one JSON object instead of text")]
 Address = Annotated[str | None, typer.Option(help="of a running Dask scheduler")]
-Force = Annotated[bool, typer.Option(help="take over from another driver that seems to be at work")]
+Force = Annotated[
+    bool, typer.Option("--force", metavar="", help="take over from another driver that seems to be at work")
+]
 ErrorRate = Annotated[
     float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this once")
 ]
 STOPPED = "stopped; the same command goes on from there"
 LogFormat = Literal["text", "json"]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="of progress and warnings")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="show the traceback of an error")]
 
 
 class _Console(Console):
@@ -181,7 +183,13 @@ def report(
         job = _load(job_file, overrides, redact)
         from batchrun.report import page
 
-        out_file.write_text(redact(page.render(page.Facts.read(job))), encoding="utf-8", errors="replace")
+        text = redact(page.render(page.Facts.read(job)))
+        try:
+            out_file.parent.mkdir(parents=True, exist_ok=True)
+            out_file.write_text(text, encoding="utf-8", errors="replace")
+        except OSError as error:
+            fix = "give another file by --out"
+            raise OutputError(f"cannot be written ({error.strerror})", str(out_file), fix) from None
         _print({"report": str(out_file)}, [f"report: {out_file}"], as_json, redact)
 
 
@@ -204,7 +212,7 @@ def clean(
     job_file: JobFile,
     overrides: Overrides = [],
     everything: Annotated[
-        bool, typer.Option("--all", help="the answers too: the next run starts from nothing")
+        bool, typer.Option("--all", metavar="", help="the answers too: the next run starts from nothing")
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -348,7 +356,7 @@ def init(
 
 @app.command(epilog="Example: batchrun schema --markdown")
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="a reference for people")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", metavar="", help="a reference for people")] = False,
 ) -> None:
     """Print the JSON Schema of a job file, for editors, or a reference of its keys."""
     from batchrun.job import schema as description

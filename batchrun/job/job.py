@@ -137,14 +137,16 @@ class Job(Settings):
 
         The model stands in it by name and revision; what its folder holds is pinned beside it by the caller.
         """
+        output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
+        if self.output.row_column is not None:
+            # Only where it is set: outputs from before it was there keep their identity.
+            output.add("row_column")
         return {
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": self.prompt.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
             "generation": self.generation.model_dump(mode="json"),
-            "output": self.output.model_dump(
-                mode="json", include={"columns", "rows_per_part", "bytes_per_part", "compression"}
-            ),
+            "output": self.output.model_dump(mode="json", include=output),
         }
 
     def without_storage_options(self) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from batchrun.storage import Folder, NotFound
 # Of the files under _job/ and the parts' metadata. A batchrun that writes them differently counts it up.
 FORMAT = 2
 
+# Characters of a value that a difference shows, and of them before what differs.
+SHOWN, CONTEXT = 60, 20
+
 FIX = "use another output.path, or empty this one with `batchrun clean --all`"
 
 
@@ -92,7 +95,7 @@ def changes(old: Identity, new: Identity) -> dict[str, str]:
     """What differs between two jobs, their inputs aside: a line for each setting, and for the `model`."""
     before, after = dict(_flat(old.settings)), dict(_flat(new.settings))
     found = {
-        key: f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+        key: f"{key}: {_change(before.get(key), after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     }
@@ -111,6 +114,22 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
+def _change(old: Any, new: Any) -> str:
+    """Two values; long ones from a little before the first character that differs."""
+    before, after = _text(old), _text(new)
+    skipped = 0
+    if max(len(before), len(after)) > SHOWN:
+        pairs = zip(before, after, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+        skipped = max(0, same - CONTEXT)
+    lead = "..." if skipped else ""
+    return f"{lead}{_shown(before[skipped:])} -> {lead}{_shown(after[skipped:])}"
+
+
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = _text(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -219,7 +219,8 @@ def _total(
         for code, example in summary.examples.items():
             shown = examples.setdefault(code, [])
             if len(shown) < EXAMPLES:
-                shown.append(f"{layout.part(i)}, {example}")
+                # Parts from before rows had names of their own number them within the part.
+                shown.append(f"{layout.part(i)}, {example}" if example.startswith("row ") else example)
     return Manifest(
         plan_hash=layout.plan_hash,
         job_hash=job_hash,

@@ -23,9 +23,10 @@ import pyarrow as pa
 from distributed import Worker, WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
+from batchrun.dataset.names import RowNames
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.reader import Batch
-from batchrun.dataset.rows import Places, places_of, read_rows
+from batchrun.dataset.rows import Places, carried, carried_schema, places_of, read_rows
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec, EngineStats
@@ -82,6 +83,9 @@ class WorkOrder:
 
     def read(self, task: Task, columns: Sequence[str]) -> Iterator[Batch]:
         return read_rows(self.job, self.schema, task.partition, task.files, columns)
+
+    def names(self, task: Task) -> RowNames:
+        return RowNames(task.partition, task.files, self.job.input, lambda: self.read(task, ()))
 
     def places(self, task: Task) -> Places:
         return lambda _: places_of(self.job, self.schema, task.partition, task.files)
@@ -158,6 +162,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
 
     with _counted(order, task) as tally:
         attempt = order.attempt(task.partition)
+        attempt.name_of = order.names(task)
         if part := attempt.open():
             return receipt(part)
         tally.reused = attempt.restored
@@ -166,7 +171,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         if left := {row: fault for row, fault in condemned.items() if missing[row]}:
             missing[[*left]] = False
             answers = failed(left)
-            tally.add(answers)
+            tally.add(answers, attempt.name_of)
             attempt.add(answers)
         if missing.any():
             stats, begun = _generate(order, task, attempt, tally, missing)
@@ -237,18 +242,18 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Recei
     if isinstance(attempt, ReplacingAttempt):
         return attempt.seal(attempt.carried.to_batches(), attempt.carried.schema)
     columns = carried_columns(order.job.input, order.schema)
-    schema = pa.schema([order.schema.field(name) for name in columns])
+    schema = carried_schema(pa.schema([order.schema.field(name) for name in columns]), order.job)
 
-    def carried(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
+    def carry(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
         for batch in order.read(task, columns):
             tally.signs += 1
             rows = range(batch.first, batch.first + batch.records.num_rows)
             if batch.fault is not None and (known is None or not all(row in known for row in rows)):
                 raise CorruptInput(batch.fault.message)
-            yield batch.records
+            yield carried(batch, task.files, order.job)
 
     try:
-        return attempt.seal(carried(None), schema)
+        return attempt.seal(carry(None), schema)
     except CorruptInput:
         lost = {
             row: batch.fault
@@ -259,7 +264,7 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Recei
     # An answer beside input that cannot be carried along would be read as that of a row of nulls.
     attempt.spoil(failed(lost))
     nullable = pa.schema([field.with_nullable(True) for field in schema])
-    return attempt.seal(carried(lost), nullable)
+    return attempt.seal(carry(lost), nullable)
 
 
 def _texts_for(order: WorkOrder) -> Texts:
