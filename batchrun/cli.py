@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 from rich.console import Console, RenderableType
 
-from batchrun import __version__
-from batchrun.errors import BatchrunError, ExitCode, JobError, Refused, one_line
+from batchrun import __version__, signals
+from batchrun.errors import BatchrunError, ExitCode, Interrupted, JobError, OutputError, Refused, one_line
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
 from batchrun.job.settings import OUTPUT_COLUMNS
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from batchrun.report.result import RunResult
+    from batchrun.telemetry.progress import Progress, Watch
 
 app = typer.Typer(
     name="batchrun",
@@ -46,19 +45,29 @@ Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the job", show_default=False),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="print one JSON object instead of text")]
 Address = Annotated[str | None, typer.Option(help="of a running Dask scheduler")]
-Force = Annotated[bool, typer.Option(help="take over from another driver that seems to be at work")]
+Force = Annotated[
+    bool, typer.Option("--force", metavar="", help="take over from another driver that seems to be at work")
+]
 ErrorRate = Annotated[
     float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this once")
 ]
+STOPPED = "stopped; the same command goes on from there"
 LogFormat = Literal["text", "json"]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="of progress and warnings")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="show the traceback of an error")]
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on (`| head -1`): told like any output that cannot be written, not by an exit with code 1."""
+        raise
+
 
 # What is printed is text from data as a rule: never markup, never the name of an emoji.
-out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+out = _Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = _Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -176,7 +185,13 @@ def report(
         job = _load(job_file, overrides, redact)
         from batchrun.report import page
 
-        out_file.write_text(redact(page.render(page.Facts.read(job))), encoding="utf-8", errors="replace")
+        text = redact(page.render(page.Facts.read(job)))
+        try:
+            out_file.parent.mkdir(parents=True, exist_ok=True)
+            out_file.write_text(text, encoding="utf-8", errors="replace")
+        except OSError as error:
+            fix = "give another file by --out"
+            raise OutputError(f"cannot be written ({error.strerror})", str(out_file), fix) from None
         _print({"report": str(out_file)}, [f"report: {out_file}"], as_json, redact)
 
 
@@ -199,9 +214,9 @@ def clean(
     job_file: JobFile,
     overrides: Overrides = [],
     everything: Annotated[
-        bool, typer.Option("--all", help="the answers too: the next run starts from nothing")
+        bool, typer.Option("--all", metavar="", help="the answers too: the next run starts from nothing")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="with --all: do not ask")] = False,
+    yes: Annotated[bool, typer.Option("--yes", metavar="", help="with --all: do not ask")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -262,16 +277,64 @@ def _work_off(
     """Shows `work(job, stop=, watch=)` while it goes on, then what came of it; ends with its exit code."""
     with _errors(as_json, debug, log_format) as redact:
         job = _load(job_file, overrides, redact)
-        stop = _stop_on_signals()
-        from batchrun.report import live, summary
+        from batchrun.report import live
 
-        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
-            result = work(job, stop=stop, watch=watch)
-        if not as_json and result.rows:
-            sample = result.sample(summary.SHOWN_ROWS)
-            out.print(summary.rows_table(sample, _columns_to_show(job, sample)))
-        _print(result.to_json(), summary.run_lines(result), as_json, redact)
+        result = None
+        try:
+            with live.show(_Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
+                result = work(job, stop=signals.stop, watch=_shown_if_possible(watch))
+                signals.decided(result.exit_code)
+        except OSError:
+            # The view's last line: its terminal is gone.
+            if result is None:
+                raise
+        with _display():
+            _show_result(job, result, as_json, redact)
         raise typer.Exit(result.exit_code)
+
+
+def _show_result(job: Job, result: RunResult, as_json: bool, redact: Redactor) -> None:
+    from batchrun.report import summary
+    from batchrun.storage import NotFound
+
+    if not as_json and result.rows:
+        try:
+            sample = result.sample(summary.SHOWN_ROWS)
+        except (BatchrunError, NotFound) as error:
+            logs.log.warning("no rows to show: %s", one_line(error))
+        else:
+            out.print(summary.rows_table(sample, _columns_to_show(job, sample)))
+    _print(result.to_json(), summary.run_lines(result), as_json, redact)
+
+
+def _shown_if_possible(watch: Watch) -> Watch:
+    """The watch, which is not looked at any more once its terminal is gone: that is no reason to stop a run."""
+
+    def see(now: Progress) -> None:
+        with _display():
+            watch(now)
+
+    return see
+
+
+@contextmanager
+def _display() -> Iterator[None]:
+    """What comes of showing something (a closed pipe, a full disk, a terminal that is gone) is no error of the data."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, KeyboardInterrupt) as error:
+        # What is still in the buffer would fail again when the process ends.
+        _discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError | KeyboardInterrupt):
+            logs.log.warning("the rest cannot be shown: %s", one_line(error))
+
+
+def _discard(stream: TextIO) -> None:
+    with suppress(OSError, ValueError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)
 
 
 @app.command(epilog="Example: batchrun init s3://lake/reviews/ --model org/name --out job.yaml")
@@ -296,15 +359,16 @@ def init(
 
 @app.command(epilog="Example: batchrun schema --markdown")
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="a reference for people")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", metavar="", help="a reference for people")] = False,
 ) -> None:
     """Print the JSON Schema of a job file, for editors, or a reference of its keys."""
     from batchrun.job import schema as description
 
-    if markdown:
-        print(description.markdown(), end="")
-    else:
-        print(json.dumps(description.json_schema(), indent=1))
+    with _display():
+        if markdown:
+            print(description.markdown(), end="")
+        else:
+            print(json.dumps(description.json_schema(), indent=1))
 
 
 def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
@@ -344,9 +408,10 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
 
 
 def _print(value: dict[str, Any], lines: Sequence[RenderableType], as_json: bool, redact: Redactor) -> None:
-    if as_json:
-        print(json.dumps(redact.values(value)))
-    else:
+    with _display():
+        if as_json:
+            print(json.dumps(redact.values(value)))
+            return
         for line in lines:
             shown = printable(redact(line)) if isinstance(line, str) else line
             out.print(shown)
@@ -357,17 +422,23 @@ def _errors(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Itera
     """One line for a person, an exit code for a scheduler, and no secret in either."""
     redact = Redactor()
     logs.configure(log_format, redact)
+    signals.decided(ExitCode.INTERRUPTED)
+    signals.last_words = lambda: _tell(STOPPED, STOPPED, ExitCode.INTERRUPTED, as_json, log_format)
     try:
         yield redact
     except typer.Exit:
         raise
-    except (BatchrunError, KeyboardInterrupt) as error:
-        code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERRUPTED
-        _fail(redact(str(error) or "stopped"), code, as_json, debug, log_format, redact)
+    except KeyboardInterrupt:
+        _fail(STOPPED, ExitCode(signals.exit_code()), as_json, debug, log_format, redact, STOPPED)
+    except BatchrunError as error:
+        text = redact(str(error))
+        shown = text if isinstance(error, Interrupted) else None
+        _fail(text, error.exit_code, as_json, debug, log_format, redact, shown)
     except Exception as error:
         text = redact(one_line(error))
         hint = "" if debug else "; add --debug for the traceback"
-        _fail(text, ExitCode.FAILED, as_json, debug, log_format, redact, f"unexpected {text}{hint}")
+        shown = f"error: unexpected {text}{hint}"
+        _fail(text, ExitCode.FAILED, as_json, debug, log_format, redact, shown)
 
 
 def _fail(
@@ -380,40 +451,19 @@ def _fail(
     shown: str | None = None,
 ) -> NoReturn:
     if debug:
-        err.print(printable(redact(traceback.format_exc()), newlines=True))
-    if as_json:
-        print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
-    if log_format == "json":
-        logs.log.error("%s", shown or text, extra={"fields": {"event": "end", "exit_code": int(code)}})
-    else:
-        err.print(f"error: {printable(shown or text)}")
+        with _display():
+            err.print(printable(redact(traceback.format_exc()), newlines=True))
+    _tell(text, shown or f"error: {text}", code, as_json, log_format)
     raise typer.Exit(code) from None
 
 
-def _stop_on_signals() -> threading.Event:
-    """The first Ctrl-C or SIGTERM lets tasks stage what they hold; the second ends the process now.
-
-    Both leave a state that the same command goes on from: workers and engines end with their parent, and a lease
-    whose process is gone is taken over.
-    """
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            os._exit(ExitCode.INTERRUPTED)
-        stop.set()
-        text = "stopping: staging what is finished; once more to stop at once"
-        if not err.is_terminal:
-            os.write(2, f"{text}\n".encode())
-            return
-        # Above the live view, which has put itself in stderr's place; it may be amid a write of its own.
-        with suppress(RuntimeError):
-            print(text, file=sys.stderr, flush=True)
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return stop
-
-
-def main() -> None:
-    app()
+def _tell(text: str, shown: str, code: ExitCode, as_json: bool, log_format: LogFormat) -> None:
+    """The last line of a command that has not come to its end, once."""
+    signals.last_words = signals.silent
+    with _display():
+        if as_json:
+            print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
+        if log_format == "json":
+            logs.log.error("%s", shown, extra={"fields": {"event": "end", "exit_code": int(code)}})
+        else:
+            err.print(printable(shown))

@@ -129,6 +129,12 @@ class Interrupted(BatchrunError):
     exit_code = ExitCode.INTERRUPTED
 
 
+class Incomplete(BatchrunError):
+    """Parts that were there are gone at the end of a run; the same command makes them again."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
 class FaultCode(StrEnum):
     """Why a row has no answer. The text before the colon in the output's error column."""
 

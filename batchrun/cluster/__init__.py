@@ -19,6 +19,7 @@ from batchrun.cluster.check import check_workers
 from batchrun.cluster.config import DASK_CONFIG
 from batchrun.cluster.kubernetes import kubernetes_cluster
 from batchrun.cluster.local import local_cluster
+from batchrun.cluster.nanny import apart
 from batchrun.cluster.slurm import slurm_cluster
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings, TlsSettings
@@ -49,7 +50,7 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
                 check_workers(client, settings.slots)
                 yield client
             return
-        with _start(settings) as cluster, Client(cluster, set_as_default=False) as client:
+        with apart(), _start(settings) as cluster, Client(cluster, set_as_default=False) as client:
             yield client
 
 

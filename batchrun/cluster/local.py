@@ -6,17 +6,23 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from distributed import Nanny, Scheduler, Security, SpecCluster, Status
+from distributed import Scheduler, Security, SpecCluster, Status
 from tornado.ioloop import PeriodicCallback
 
+from batchrun.cluster.nanny import WorkerNanny
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings
+from batchrun.model import light
 
 # Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
 # Dask takes one away whose worker was gone for 15 seconds.
 MEND = 2.0
+
+# Without any of these (NVIDIA, AMD, Windows' subsystem for Linux) no GPU can be there, and torch need not be asked.
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 @contextmanager
@@ -72,7 +78,7 @@ def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str
         )
     workers = {}
     for i in range(count):
-        env = {"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}
+        env = {light.VARIABLE: "1"} | ({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {})
         options = {
             "nthreads": settings.slots,
             "memory_limit": settings.memory_limit,
@@ -84,12 +90,14 @@ def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str
             "silence_logs": logging.CRITICAL,
             "env": env,
         }
-        workers[i] = {"cls": Nanny, "options": options}
+        workers[i] = {"cls": WorkerNanny, "options": options}
     return workers
 
 
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, as values for CUDA_VISIBLE_DEVICES; empty on a machine without one."""
+    if not any(Path(device).exists() for device in GPU_DEVICES):
+        return []
     import torch  # heavy, and only a local cluster needs to know
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

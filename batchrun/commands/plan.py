@@ -17,7 +17,6 @@ from batchrun.driver.prepare import Prepared, prepare
 from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.records import device_name, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
-from batchrun.estimate.trial import trial as run_trial
 from batchrun.job.job import Job
 from batchrun.output import identity, state
 from batchrun.report.summary import size
@@ -46,6 +45,8 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
     sampled = sample(prepared, rows, max(SAMPLE_SECONDS, TRIAL_SAMPLE_SHARE * (trial or 0.0)))
     known = recall(prepared)
     if trial is not None:
+        from batchrun.estimate.trial import trial as run_trial  # it imports torch
+
         known = replace(run_trial(prepared, sampled, trial, opening), device=device_name())
         remember(prepared.model.fingerprint, job.engine.kind, prepared.identity.job_hash, known)
     left = _left(prepared)

@@ -64,13 +64,14 @@ def verify(job: Job) -> Checked:
     """
     folder, pinned, plan, layout = open_output(job)
     columns = carried_columns(job.input, plan.schema)
+    beside = bool(columns) or job.output.row_column is not None
     found = verify_folder(
         folder,
         layout,
         pinned.job_hash,
         [partition.rows for partition in plan.partitions],
         job.output,
-        (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if columns else None,
+        (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if beside else None,
         places_in(job, plan),
     )
     return Checked(folder.name, found)

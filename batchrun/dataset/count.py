@@ -19,6 +19,7 @@ from batchrun.dataset.rowgroup import READING, read_group
 from batchrun.dataset.source import DataFile, concurrently
 from batchrun.errors import CorruptInput, InputError
 from batchrun.job.settings import InputSettings
+from batchrun.storage import deadline
 
 _COUNT_ROWS = 1 << 16
 
@@ -127,7 +128,8 @@ class Counter:
             return set(range(len(file.group_rows)))
         fs, inner = native_filesystem(file.path, self.settings.storage_options)
         fragment = ds.ParquetFileFormat().make_fragment(inner, filesystem=fs)
-        return {group.id for group in fragment.subset(filter=self.filters.expression()).row_groups}
+        subset = deadline.within(deadline.UNSIZED, lambda: fragment.subset(filter=self.filters.expression()))
+        return {group.id for group in subset.row_groups}
 
     @contextmanager
     def _open(self, file: DataFile) -> Iterator[pq.ParquetFile]:

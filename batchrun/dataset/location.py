@@ -16,8 +16,10 @@ from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as NativeFileSystem
 
 from batchrun.errors import InputError, StorageError
+from batchrun.storage import deadline
 from batchrun.storage.backoff import back_off, kept_failing
 from batchrun.storage.faults import is_transient
+from batchrun.storage.protocols import refuse_unknown
 
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ def stat(path: str, storage_options: Mapping[str, Any]) -> Found:
     """The file as the store has it now, past every cache. FileNotFoundError when it is gone."""
     fs, inner = filesystem(path, storage_options)
     fs.invalidate_cache(inner)
-    return _found(path, fs.info(inner))
+    return _found(path, _info(fs, inner))
 
 
 def version_of(info: Mapping[str, Any]) -> str:
@@ -94,13 +96,14 @@ def version_of(info: Mapping[str, Any]) -> str:
 
 def filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a path or URL, and the path inside it."""
-    protocol = path.partition("://")[0] if "://" in path else "file"
+    refuse_unknown(path, InputError)
     try:
         fs, inner = fsspec.url_to_fs(path, **storage_options)
         return fs, inner
     except (ImportError, ValueError) as error:
-        fix = "install its fsspec package, such as batchrun[s3], batchrun[gcs] or batchrun[azure]"
-        raise InputError(f"no access to {protocol}:// paths ({error})", path, fix) from None
+        raise InputError(
+            f"cannot be accessed ({error})", path, "check the URL and input.storage_options"
+        ) from None
 
 
 def native_filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[FileSystem, str]:
@@ -141,7 +144,8 @@ def open_parquet(path: str, storage_options: Mapping[str, Any], **how: Any) -> I
             yield parquet
     else:
         # Columns are read in turns: a read-ahead cache shared by them would fetch everything several times.
-        with fs.open(inner, "rb", cache_type="none") as file, pq.ParquetFile(file, **how) as parquet:
+        opened = deadline.within(deadline.REQUEST, lambda: fs.open(inner, "rb", cache_type="none"))
+        with opened, pq.ParquetFile(deadline.TimedFile(opened), **how) as parquet:
             yield parquet
 
 
@@ -155,7 +159,7 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
     fs, inner = filesystem(path, storage_options)
     fs.invalidate_cache()
     try:
-        files = persistently(path, lambda: _list(fs, inner))
+        files = persistently(path, lambda: deadline.within(deadline.UNSIZED, lambda: _list(fs, inner)))
     except StorageError:
         raise
     except Exception as error:  # every store's client has errors of its own
@@ -169,10 +173,14 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
 
     def listed(name: str, info: Mapping[str, Any]) -> Found:
         # A store may list an object without its size (HTTP folders do): only asking for it by name tells.
-        known = info if info.get("size") is not None else persistently(path, lambda: fs.info(name))
+        known = info if info.get("size") is not None else persistently(path, lambda: _info(fs, name))
         return _found(_full(path, fs, name), known)
 
     return [listed(name, info) for name, info in files.items()]
+
+
+def _info(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, Any]:
+    return deadline.within(deadline.REQUEST, lambda: fs.info(inner))
 
 
 def _list(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from batchrun.dataset.reader import Batch
 from batchrun.errors import BatchrunError, CorruptInput, StorageError, one_line
+from batchrun.storage.deadline import pause, told_to_stop
 from batchrun.storage.faults import is_transient
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,13 @@ def patiently(read: Callable[[bool], Iterator[Batch]], where: str) -> Iterator[B
             # Built-in errors but OSError are bugs of the program, and stay what they are.
             if not isinstance(error, OSError) and type(error).__module__ == "builtins":
                 raise
-            if not is_transient(error) or time.monotonic() - last > PATIENCE:
+            given_up = time.monotonic() - last > PATIENCE or told_to_stop()
+            if not is_transient(error) or given_up:
                 raise StorageError(
                     f"the input cannot be read ({one_line(error)})", where, "run again to go on from here"
                 ) from error
             log.warning("%s: %s, reading on", where, one_line(error))
-            time.sleep(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**waits)))
+            pause(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**waits)))
             waits += 1
 
 

@@ -249,6 +249,11 @@ def check_output_names(carried: Sequence[str], output: OutputSettings) -> None:
         OutputError: suggests a free name.
     """
     taken = list(carried)
+    if output.row_column is not None:
+        if output.row_column in taken:
+            what = f"the name {output.row_column!r} is a column of the input"
+            raise OutputError(what, "output.row_column", "give another name")
+        taken.append(output.row_column)
     for column in OUTPUT_COLUMNS:
         name = output.column(column)
         if name in taken:

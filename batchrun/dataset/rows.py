@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
+from batchrun.dataset.names import names_of
 from batchrun.dataset.patience import patiently
 from batchrun.dataset.plan import Partition, Plan
 from batchrun.dataset.reader import Batch, read_partition
@@ -52,9 +53,27 @@ def read_rows(
 
 
 def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The same where the whole plan is at hand, without the rows' ids."""
-    batches = read_rows(job, plan.schema, partition, plan.files_of(partition), columns)
-    return (batch.records for batch in batches)
+    """What stands beside the answers of a partition of the whole plan."""
+    files = plan.files_of(partition)
+    batches = read_rows(job, plan.schema, partition, files, columns)
+    return (carried(batch, files, job) for batch in batches)
+
+
+def carried(batch: Batch, files: Mapping[int, DataFile], job: Job) -> pa.RecordBatch:
+    """The batch's columns, and the rows' names where the job wants them as a column."""
+    name = job.output.row_column
+    if name is None:
+        return batch.records
+    return pa.RecordBatch.from_arrays(
+        [*batch.records.columns, names_of(batch, files, job.input)],
+        schema=carried_schema(batch.records.schema, job),
+    )
+
+
+def carried_schema(schema: pa.Schema, job: Job) -> pa.Schema:
+    """The columns of `schema`, and the rows' names where the job wants them."""
+    name = job.output.row_column
+    return schema if name is None else schema.append(pa.field(name, pa.string()))
 
 
 def places_of(

@@ -10,11 +10,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from distributed import Client, Future
 
+from batchrun import signals
 from batchrun.cluster import dashboard
 from batchrun.driver import heartbeats
 from batchrun.driver.heartbeats import Heartbeats
@@ -23,7 +25,6 @@ from batchrun.driver.prepare import Prepared
 from batchrun.driver.stalls import Stalls
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
-from batchrun.output import state
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
 from batchrun.telemetry.progress import Progress, Watch
@@ -93,6 +94,7 @@ class Dispatch:
         self.kept: dict[Future, list[str]] = {}  # those that only some workers may do, and which
         self.workers: dict[str, Any] = {}
         self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
+        self.staged: dict[int, int] = {}  # rows, by partitions whose tasks were told to stop
         self.total = Tally(self.order.run, -1)  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
         # Of engines that earlier runs have left; known from the first look, which is before the first task.
@@ -104,33 +106,38 @@ class Dispatch:
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
-        next_poll = 0.0
         try:
-            _register(client)
-            self.dashboard = dashboard(client)
-            while self.todo or self.flying or self.judge.suspects:
-                if self.stop.is_set():
-                    raise Interrupted("stopped")
-                if client.status != "running":
-                    raise ConnectionError("no connection to the Dask scheduler")
-                if time.monotonic() >= next_poll:
-                    self.workers = self._poll(client)
-                    self.judge.check_engines(self.workers)
-                    next_poll = time.monotonic() + POLL
-                self._fill(client, self.workers)
-                self._try_suspects(client)
-                self._settle(POLL / 4)
-            self._poll(client)
+            # Until its tasks are drained, a stop is this loop's to see.
+            with signals.attended():
+                try:
+                    self._work_off(client)
+                except BaseException:
+                    self._drain(client)
+                    raise
         except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
             # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
             lost = isinstance(interrupt, OSError | TimeoutError)
             reason = "lost the Dask scheduler" if lost else getattr(interrupt, "what", "stopped")
             fix = getattr(interrupt, "fix", "") or "the same command goes on from there"
-            self._drain(client)
-            raise Interrupted(f"{reason}, with {self._safe()}", self.folder.url, fix) from None
-        except BaseException:
-            self._drain(client)
-            raise
+            raise Interrupted(f"{reason}; {self._safe()}", self.folder.name, fix) from None
+
+    def _work_off(self, client: Client) -> None:
+        next_poll = 0.0
+        _register(client)
+        self.dashboard = dashboard(client)
+        while self.todo or self.flying or self.judge.suspects:
+            if self.stop.is_set():
+                raise Interrupted("stopped")
+            if client.status != "running":
+                raise ConnectionError("no connection to the Dask scheduler")
+            if time.monotonic() >= next_poll:
+                self.workers = self._poll(client)
+                self.judge.check_engines(self.workers)
+                next_poll = time.monotonic() + POLL
+            self._fill(client, self.workers)
+            self._try_suspects(client)
+            self._settle(POLL / 4)
+        self._poll(client)
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
         able = self.judge.able(workers)
@@ -251,9 +258,11 @@ class Dispatch:
         self._see_slow(receipt)
         self._see_engine(receipt.worker, receipt.engine)
         if receipt.part is None:
+            self.staged[index] = receipt.tally.reused + receipt.tally.rows
             if receipt.tally.rows:
                 self.judge.progress(index)
             return
+        self.staged.pop(index, None)
         self.judge.committed(index)
         self.receipts[index] = receipt.part
         self.rows_committed += self.work[index]
@@ -365,15 +374,31 @@ class Dispatch:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
                 continue
-            self.flying.pop(future, None)
+            if (members := self.flying.pop(future, None)) is not None and future.status == "finished":
+                self._book_drained(future, members)
         client.cancel(list(self.flying))
+
+    def _book_drained(self, future: Future, members: list[int]) -> None:
+        """Counts what a task saved after the stop; whoever cannot say any more has saved it all the same."""
+        with suppress(Exception):
+            receipts = future.result(timeout=POLL)
+            for index, receipt in zip(
+                members, receipts if isinstance(receipts, list) else [receipts], strict=False
+            ):
+                if isinstance(receipt, TaskReceipt):
+                    self._book(index, receipt)
 
     def _safe(self) -> str:
         if self.order.retry is not None:
             return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
-        found = state.scan(self.folder, self.layout)
-        committed, begun = int(found.committed.sum()), int(found.streaming.sum())
-        return f"{committed:,} of {self.layout.partitions:,} parts committed, {begun} begun"
+        if self.order.retry is not None:
+            return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
+        staged = sum(self.staged.values())
+        parts = self.layout.partitions - len(self.work) + len(self.receipts)
+        return (
+            f"{self.rows_committed + staged:,} of {self.plan.rows:,} rows are safe: {self.rows_committed:,} in "
+            f"{parts:,} of {self.layout.partitions:,} parts, {staged:,} staged"
+        )
 
     def _see_slow(self, receipt: TaskReceipt) -> None:
         tally = receipt.tally

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from batchrun.dataset.plan import (
     Plan,
@@ -16,9 +17,12 @@ from batchrun.dataset.plan import (
 )
 from batchrun.dataset.rows import all_rows
 from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
+from batchrun.engine.names import refuse_wrong_name
 from batchrun.errors import OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
+from batchrun.job.settings import ClusterSettings
+from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed, identity, plans, retry
 from batchrun.output.identity import Identity
@@ -28,6 +32,7 @@ from batchrun.prompt.codec import Texts, open_texts
 from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import check_sample
 from batchrun.storage import Folder
+from batchrun.storage.folder import first_contact
 from batchrun.version import __version__
 
 
@@ -92,7 +97,8 @@ def prepare(job: Job) -> Prepared:
         Refused: the first thing wrong with the job, its input or its model, each with the fix.
     """
     refuse_overlap(job)
-    stored = plans.read(open_folder(job)) if job.input.since else []
+    with first_contact():
+        stored = plans.read(open_folder(job)) if job.input.since else []
     made = _as_pinned(job, _plan(job, stored))
     refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
     prepared = _prepare(job, [*stored, *made], len(stored))
@@ -111,7 +117,8 @@ def prepare_again(job: Job) -> Prepared:
         OutputError: nothing was ever run into this output, or its plans are damaged.
     """
     folder = open_folder(job)
-    stored = [] if identity.read(folder) is None else plans.read(folder)
+    with first_contact():
+        stored = [] if identity.read(folder) is None else plans.read(folder)
     if not stored:
         raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
     return _prepare(job, stored, len(stored))
@@ -135,9 +142,20 @@ def _as_pinned(job: Job, made: list[Plan]) -> list[Plan]:
 
 
 def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
+    if not elsewhere(job.cluster):
+        refuse_wrong_name(job.engine.kind)
     schema = plans[0].schema
     carried = carried_columns(job.input, schema)
     check_output_names(carried, job.output)
     failed.refuse_taken(carried, job.output)
+    if Path(job.model.name).is_dir():
+        # Before all of its bytes are read.
+        check_model(job.model.name)
     model = resolve(job.model)
+    check_model(model.path)
     return Prepared(job, plans, known, model, open_texts(job, model, schema))
+
+
+def elsewhere(cluster: ClusterSettings) -> bool:
+    """Whether workers run on other machines, which may have modules that this one lacks."""
+    return any(place is not None for place in (cluster.address, cluster.slurm, cluster.kubernetes))

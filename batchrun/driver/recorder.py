@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 
 from batchrun.driver.prepare import Prepared
 from batchrun.errors import BatchrunError, ExitCode, LeaseHeld, StorageError, one_line
@@ -79,7 +81,9 @@ class Recorder:
         self._began = time.monotonic()
         self._timeline = Timeline()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._write_now_and_then, name="batchrun-record", daemon=True)
+        # In this context, which knows who tells the run to stop.
+        write = partial(copy_context().run, self._write_now_and_then)
+        self._thread = threading.Thread(target=write, name="batchrun-record", daemon=True)
         self._thread.start()
 
     def see(self, now: Progress) -> None:

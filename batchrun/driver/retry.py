@@ -17,6 +17,7 @@ from batchrun.output import manifest
 from batchrun.output import retry as retries
 from batchrun.output.lease import Lease
 from batchrun.report.result import RunResult
+from batchrun.storage import deadline
 from batchrun.telemetry.progress import Watch, silent
 
 if TYPE_CHECKING:
@@ -67,11 +68,12 @@ def retry(
     if written is None:
         raise OutputError("not complete yet", folder.name, "finish it with `batchrun run` first")
     try_store(folder)
-    with Lease(folder, force=force) as lease:
+    stop = stop or threading.Event()
+    with deadline.until(stop.is_set), Lease(folder, force=force) as lease:
         found, _ = manifest.summaries(folder, layout)
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)
         work = {} if one is None else one.work(found)
-        dispatch = Dispatch(prepared, work, stop or threading.Event(), watch, one)
+        dispatch = Dispatch(prepared, work, stop, watch, one)
         done = finish(prepared, dispatch, lease, client)
     return result(prepared, done, time.monotonic() - started, dispatch)

@@ -23,7 +23,8 @@ from batchrun.output import failed, identity, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.report.result import RunResult
-from batchrun.storage import Folder
+from batchrun.storage import Folder, deadline
+from batchrun.storage.folder import first_contact
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import Progress, Watch, silent
 
@@ -56,14 +57,16 @@ def run(
     """
     started = time.monotonic()
     prepared = prepare(job if isinstance(job, Job) else Job.load(job))
-    done = _finished(prepared)
+    with first_contact():
+        done = _finished(prepared)
     if done is not None:
         return result(prepared, done, time.monotonic() - started)
     folder = prepared.folder
     try_store(folder)
-    with Lease(folder, force=force) as lease:
+    stop = stop or threading.Event()
+    with deadline.until(stop.is_set), Lease(folder, force=force) as lease:
         _pin(prepared)
-        dispatch = Dispatch(prepared, _uncommitted(prepared), stop or threading.Event(), watch)
+        dispatch = Dispatch(prepared, _uncommitted(prepared), stop, watch)
         done = finish(prepared, dispatch, lease, client)
     return result(prepared, done, time.monotonic() - started, dispatch)
 

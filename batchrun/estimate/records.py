@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from batchrun.cluster.local import visible_gpus
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.process import available_cores
@@ -30,9 +31,9 @@ STRETCHES = 12  # that an earlier run is cut into, to see how steady it was
 
 def device_name() -> str:
     """This machine's GPU, or its processor and the number of cores that may be used."""
-    import torch  # seconds, where nothing else has needed it
+    if visible_gpus():
+        import torch  # seconds, where nothing else has needed it
 
-    if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return f"{_processor()}, {available_cores()} cores"
 

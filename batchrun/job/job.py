@@ -25,6 +25,7 @@ from batchrun.job.settings import (
     TlsSettings,
 )
 from batchrun.job.written import as_written, environment, secrets, unexpanded
+from batchrun.storage.protocols import refuse_unknown
 
 # A password before the host, or a signed URL's query: what a plan, a log or a message would carry on.
 _SECRET_IN_URL = re.compile(
@@ -88,7 +89,10 @@ class Job(Settings):
             raise JobError(
                 f"cannot read the job file ({error})", str(path), "give the path of a YAML file"
             ) from None
-        return cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
+        job = cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
+        for url in (*job.input.paths, job.output.path, job.model.name, job.model.tokenizer or ""):
+            refuse_unknown(url, JobError)
+        return job
 
     @classmethod
     def parse(
@@ -136,14 +140,16 @@ class Job(Settings):
 
         The model stands in it by name and revision; what its folder holds is pinned beside it by the caller.
         """
+        output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
+        if self.output.row_column is not None:
+            # Only where it is set: outputs from before it was there keep their identity.
+            output.add("row_column")
         return {
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": self.prompt.model_dump(mode="json"),
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
             "generation": self.generation.model_dump(mode="json"),
-            "output": self.output.model_dump(
-                mode="json", include={"columns", "rows_per_part", "bytes_per_part", "compression"}
-            ),
+            "output": self.output.model_dump(mode="json", include=output),
         }
 
     def as_written(self, values: dict[str, Any] | None = None) -> dict[str, Any]:

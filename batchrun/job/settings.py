@@ -156,6 +156,10 @@ class OutputSettings(Settings):
     failed: str | None = Field(
         None, description="a folder beside data/: the failed rows alone, each with its place in the input"
     )
+    row_column: str | None = Field(
+        None,
+        description="a column with each row's input file and row in it, from 0, such as orders.parquet:123",
+    )
     rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
     bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="of the parts")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from batchrun.errors import ModelError, first_line, one_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings
 from batchrun.model.fingerprint import cache_folder, fingerprint, in_background, sampled
+from batchrun.model.light import import_without_torch
+from batchrun.storage import deadline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,6 +122,8 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
     Raises:
         ModelError: there is none, or transformers cannot load it.
     """
+    if not settings.trust_remote_code:
+        import_without_torch()
     from transformers import AutoTokenizer  # seconds: not on the event loop that imports a worker's task
 
     try:
@@ -219,7 +223,10 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
     try:
         fs, root = fsspec.url_to_fs(url, **settings.storage_options)
         fs.invalidate_cache(root)
-        listing = _listing(fs, root, settings, weights) if fs.isdir(root) else {}
+        listing = deadline.within(
+            deadline.UNSIZED,
+            lambda: _listing(fs, root, settings, weights) if fs.isdir(root) else {},
+        )
     except Exception as error:  # every store's client has errors of its own
         raise ModelError(
             f"cannot be listed ({type(error).__name__}: {error})", url, "check path and access"
@@ -237,7 +244,8 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
         copy.mkdir()
         try:
             for name, info in listing.items():
-                fs.get_file(f"{root.rstrip('/')}/{name}", str(copy / name))
+                source, target_file = f"{root.rstrip('/')}/{name}", str(copy / name)
+                deadline.within(deadline.sized(info["size"]), partial(fs.get_file, source, target_file))
                 if (size := (copy / name).stat().st_size) != info["size"]:
                     raise OSError(f"{name} arrived with {size} of {info['size']} bytes")
             copy.rename(target)

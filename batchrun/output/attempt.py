@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,8 @@ class Attempt:
         self.rows = rows
         self.attempt_id = attempt_id
         self.settings = settings
+        # For people.
+        self.name_of: Callable[[int], str] = lambda row: f"row {row}"
         self.restored = 0
         self.begun: dict[
             int, Begun
@@ -250,7 +252,9 @@ class Attempt:
 
     def _summarize(self, answers: pa.Table) -> Summary:
         origin = self._origin
-        return part.summarize(answers, self.attempt_id, origin.plan_hash, origin.job_hash, self.partition)
+        return part.summarize(
+            answers, self.attempt_id, origin.plan_hash, origin.job_hash, self.partition, name_of=self.name_of
+        )
 
     def _publish(self, path: Path) -> bool:
         """Puts the whole part; whether this call is known to have written it."""

@@ -18,6 +18,9 @@ from batchrun.storage import Folder, NotFound
 # Of the files under _job/ and the parts' metadata. A batchrun that writes them differently counts it up.
 FORMAT = 2
 
+# Characters of a value that a difference shows, and of them before what differs.
+SHOWN, CONTEXT = 60, 20
+
 FIX = (
     "use another output.path, or empty this one with `batchrun clean --all` and the job file it was made with"
 )
@@ -126,16 +129,16 @@ def settings_changes(
         return was != (from_environment.get(key) or stable_hash(after.get(key)))
 
     return {
-        key: _change(key, before.get(key), after.get(key))
+        key: _setting_change(key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
         if differs(key)
     }
 
 
-def _change(key: str, before: Any, after: Any) -> str:
+def _setting_change(key: str, before: Any, after: Any) -> str:
     if before == after:
         return f"{key}: {_shown(after)} has another value in the environment"
-    return f"{key}: {_shown(before)} -> {_shown(after)}"
+    return f"{key}: {_change(before, after)}"
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,6 +149,22 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
+def _change(old: Any, new: Any) -> str:
+    """Two values; long ones from a little before the first character that differs."""
+    before, after = _text(old), _text(new)
+    skipped = 0
+    if max(len(before), len(after)) > SHOWN:
+        pairs = zip(before, after, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+        skipped = max(0, same - CONTEXT)
+    lead = "..." if skipped else ""
+    return f"{lead}{_shown(before[skipped:])} -> {lead}{_shown(after[skipped:])}"
+
+
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = _text(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

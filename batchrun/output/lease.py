@@ -8,8 +8,10 @@ import socket
 import threading
 import time
 import uuid
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -71,7 +73,9 @@ class Lease:
 
     def __enter__(self) -> Self:
         self._acquire()
-        self._thread = threading.Thread(target=self._beat, name="batchrun-lease", daemon=True)
+        # In this context, which knows who tells the run to stop.
+        beat = partial(copy_context().run, self._beat)
+        self._thread = threading.Thread(target=beat, name="batchrun-lease", daemon=True)
         self._thread.start()
         return self
 

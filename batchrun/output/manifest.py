@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from batchrun.errors import OutputError
+from batchrun.errors import Incomplete, OutputError
 from batchrun.output import document, part, retry, state
 from batchrun.output.attempt import Receipt
 from batchrun.output.document import Damaged
@@ -125,7 +125,8 @@ def summaries(
     A part is read for it, unless there is a receipt (by partition) and the part is still as long as it says.
 
     Raises:
-        OutputError: a part is missing, damaged or foreign: names what and where.
+        Incomplete: a part is missing.
+        OutputError: a part is damaged or foreign: names what and where.
     """
     found = state.scan(folder, layout)
     found.refuse_foreign(folder)
@@ -133,7 +134,7 @@ def summaries(
         missing = np.flatnonzero(~found.committed)
         first = layout.part(int(missing[0]))
         what = f"{len(missing)} of {layout.partitions} parts are missing, the first is {first}"
-        raise OutputError(what, folder.name, "run again to go on from here")
+        raise Incomplete(what, folder.name, "`batchrun run` makes them again")
     sizes = found.part_bytes.tolist()
 
     def summary_of(partition: int) -> Summary:
@@ -159,7 +160,8 @@ def write(
     `job_hash` is the pinned job's; parts may also be of a retry's. `receipts` as for `summaries`.
 
     Raises:
-        OutputError: a part is missing, damaged, foreign or of another length: names what and where.
+        Incomplete: a part is missing.
+        OutputError: a part is damaged, foreign or of another length: names what and where.
     """
     found, sizes = summaries(folder, layout, receipts)
     retries = retry.read(folder)
@@ -223,7 +225,8 @@ def _total(
         for code, example in summary.examples.items():
             shown = examples.setdefault(code, [])
             if len(shown) < EXAMPLES:
-                shown.append(f"{layout.part(i)}, {example}")
+                # Parts from before rows had names of their own number them within the part.
+                shown.append(f"{layout.part(i)}, {example}" if example.startswith("row ") else example)
     return Manifest(
         plan_hash=layout.plan_hash,
         job_hash=job_hash,

@@ -11,6 +11,7 @@ from batchrun.output import identity, plans
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
+from batchrun.storage.folder import first_contact
 
 
 def open_folder(job: Job) -> Folder:
@@ -30,7 +31,8 @@ def open_output(job: Job) -> tuple[Folder, Identity, Plan, Layout]:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
     folder = open_folder(job)
-    pinned = identity.read(folder)
+    with first_contact():
+        pinned = identity.read(folder)
     if pinned is None:
         raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
     stored = plans.read(folder)

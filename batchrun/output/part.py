@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -91,6 +91,7 @@ def summarize(
     job_hash: str,
     partition: int,
     retries: Sequence[Replacement] = (),
+    name_of: Callable[[int], str] = lambda row: f"row {row}",
 ) -> Summary:
     """Counts over a partition's answers in order (any string type, ANSWERS otherwise)."""
     ok = pc.sum(pc.equal(answers["status"], "ok"), min_count=0).as_py()
@@ -108,7 +109,7 @@ def summarize(
         prompt_tokens=pc.sum(answers["prompt_tokens"], min_count=0).as_py(),
         output_tokens=pc.sum(answers["output_tokens"], min_count=0).as_py(),
         errors=counts,
-        examples={code: _example(failed, pc.index(codes, code).as_py()) for code in counts},
+        examples={code: _example(failed, pc.index(codes, code).as_py(), name_of) for code in counts},
         retries=[*retries],
     )
 
@@ -200,10 +201,10 @@ def damaged(folder: Folder, key: str, what: str) -> OutputError:
     return OutputError(what, folder.where(key), "delete this file and run again")
 
 
-def _example(failed: pa.Table, place: int) -> str:
+def _example(failed: pa.Table, place: int, name_of: Callable[[int], str]) -> str:
     error = failed["error"][place].as_py() or ""
     text = error if len(error) <= _EXAMPLE else f"{error[: _EXAMPLE - 3]}..."
-    return f"row {failed['row'][place].as_py()}: {text}"
+    return f"{name_of(failed['row'][place].as_py())}: {text}"
 
 
 def _beside(

@@ -101,6 +101,7 @@ class ReplacingAttempt(Attempt):
             origin.job_hash,
             self.partition,
             [*self._old.retries, mine],
+            name_of=self.name_of,
         )
 
     def _publish(self, path: Path) -> bool:

@@ -48,7 +48,7 @@ def open_source(settings: PromptSettings, tokenizer: Any, schema: pa.Schema) -> 
     Raises:
         JobError: a template with a syntax error.
         InputError: columns that the schema lacks, or a ready column of another type.
-        ModelError: messages, and no chat template anywhere.
+        ModelError: messages, and no chat template anywhere, or one that leaves some of them out.
     """
     check_columns(prompt_columns(settings), schema)
     if settings.column is not None:
@@ -58,7 +58,9 @@ def open_source(settings: PromptSettings, tokenizer: Any, schema: pa.Schema) -> 
             return TextSource(settings)
     elif settings.template is not None:
         return TextSource(settings)
-    return ChatSource(settings, tokenizer)
+    source = ChatSource(settings, tokenizer)
+    source.refuse_lost_messages()
+    return source
 
 
 class TextSource:
@@ -111,6 +113,22 @@ class ChatSource:
                 "prompt",
                 "set prompt.chat_template, use prompt.template, or another model",
             ) from None
+
+    def refuse_lost_messages(self) -> None:
+        """Raises ModelError where the chat template writes nothing for a role, as many do for one they do not know."""
+        row: list[Message] = [
+            {"role": role, "content": f"content-{i}-of-{role}"} for i, role in enumerate(self.roles)
+        ]
+        text = self.text(row)
+        if isinstance(text, RowFault):
+            return  # rows will say so, with their own contents
+        for message in row:
+            if message["content"] not in text:
+                raise ModelError(
+                    f"the chat template leaves out messages of the role {message['role']!r}",
+                    "prompt.messages",
+                    "use a role that it knows: system, user or assistant as a rule",
+                )
 
     def rows(self, batch: pa.RecordBatch) -> list[list[Message] | RowFault]:
         if self.column is not None:

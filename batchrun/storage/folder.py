@@ -8,16 +8,20 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 
 from batchrun.errors import OutputError, StorageError, one_line
+from batchrun.storage import deadline
 from batchrun.storage.backoff import back_off, kept_failing
+from batchrun.storage.deadline import DeadlineExceeded
 from batchrun.storage.faults import http_status, is_transient, is_unauthorised
 from batchrun.storage.local import LocalStore
+from batchrun.storage.protocols import refuse_unknown
 from batchrun.storage.remote import remote_store
 from batchrun.storage.store import Data, NotFound, Store, Unconditional
 
@@ -28,6 +32,22 @@ FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
 PATIENCE = 300.0
 PROBE_PATIENCE = 15.0
+MINIMUM = 1.0  # for a single request
+
+
+@contextmanager
+def first_contact() -> Iterator[None]:
+    """Inside, what a store forbids is refused: nothing has begun that new credentials would let go on.
+
+    Raises:
+        OutputError: credentials are missing or wrong.
+    """
+    try:
+        yield
+    except StorageError as error:
+        if error.__cause__ is not None and is_unauthorised(error.__cause__):
+            raise OutputError(error.what, error.where, error.fix) from error
+        raise
 
 
 class Folder:
@@ -44,8 +64,8 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The URL for a person's eyes, without a user's password."""
-        return re.sub(r"://[^/@]*@", "://", self.url)
+        """The URL for a person's eyes, without a user's password and a slash at its end."""
+        return re.sub(r"(?<=[^:/])/+$", "", re.sub(r"://[^/@]*@", "://", self.url))
 
     def where(self, key: str) -> str:
         """The key's full place, for a person's eyes."""
@@ -57,12 +77,15 @@ class Folder:
         Without `follow_links`, symbolic links on a disk, and all that lies behind them, are left out.
         """
         parent = prefix.rpartition("/")[0]
-        found = self._patiently(prefix, lambda store: store.find(parent, follow_links))
+        found = self._patiently(
+            prefix, lambda store: store.find(parent, follow_links), seconds=deadline.UNSIZED
+        )
         return {key: size for key, size in found.items() if key.startswith(prefix)}
 
     def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         """The object's bytes, or its bytes [start, end). Raises NotFound, a FileNotFoundError."""
-        return self._patiently(key, lambda store: store.read(key, start, end))
+        seconds = deadline.UNSIZED if end is None else deadline.sized(end - (start or 0))
+        return self._patiently(key, lambda store: store.read(key, start, end), seconds=seconds)
 
     def size(self, key: str) -> int | None:
         """Bytes of the object, None where there is none: asked of the store anew."""
@@ -80,7 +103,7 @@ class Folder:
 
         `patience` in seconds is `PATIENCE` unless the caller has less.
         """
-        self._patiently(key, lambda store: store.put(key, data), patience)
+        self._patiently(key, lambda store: store.put(key, data), patience, saving=_size(data))
 
     def put_if_absent(self, key: str, data: Data) -> bool:
         """Writes the whole object unless the key is there; whether this call is known to have written it.
@@ -89,7 +112,7 @@ class Folder:
         who must know reads the object. A store without conditional create is asked first, then written to.
         """
         try:
-            return self._patiently(key, lambda store: store.create(key, data))
+            return self._patiently(key, lambda store: store.create(key, data), saving=_size(data))
         except Unconditional:
             if self.exists(key):
                 return False
@@ -100,7 +123,7 @@ class Folder:
         """Deletes the objects, in batches where the store can; a missing one is fine."""
         batch = [*keys]
         if batch:
-            self._patiently(batch[0], lambda store: store.delete(batch))
+            self._patiently(batch[0], lambda store: store.delete(batch), seconds=deadline.UNSIZED)
 
     def probe(self) -> bool:
         """Tries a write, a conditional create and a delete; whether the store honours the condition.
@@ -122,25 +145,51 @@ class Folder:
 
     def abort_uploads(self) -> int:
         """Aborts unfinished multipart uploads below this folder (S3 bills for them); how many there were."""
-        return self._patiently("", lambda store: store.abort_uploads())
+        return self._patiently("", lambda store: store.abort_uploads(), seconds=deadline.UNSIZED)
 
-    def _patiently(self, key: str, action: Callable[[Store], T], patience: float | None = None) -> T:
-        renewed = False
+    def _patiently(
+        self,
+        key: str,
+        action: Callable[[Store], T],
+        patience: float | None = None,
+        seconds: float = deadline.REQUEST,
+        saving: int | None = None,
+    ) -> T:
+        """`seconds` are one request's; those of one that saves bytes follow from how many."""
+        patience = PATIENCE if patience is None else patience
+        at_stop = deadline.REQUEST_AT_STOP
+        if saving is not None:
+            seconds = deadline.sized(saving)
+            at_stop = deadline.SAVING_AT_STOP + saving / deadline.RATE_AT_STOP
+        renewed = hung = False
+
+        def ask(renew: bool) -> T:
+            store = _store(self.url, self.storage_options, renew)
+            if isinstance(store, LocalStore):
+                return action(store)
+            # A store that fails already is not hoped for at the end.
+            limit = deadline.REQUEST_AT_STOP if self.url in _failing else at_stop
+            return deadline.within(min(seconds, max(patience, MINIMUM)), lambda: action(store), limit)
 
         def once() -> T:
-            nonlocal renewed
+            nonlocal renewed, hung
             try:
-                return action(_store(self.url, self.storage_options))
+                # Connections that hang stay with the client that opened them.
+                found = ask(renew=hung)
+                _failing.discard(self.url)
+                return found
             except Exception as error:
+                hung = isinstance(error, DeadlineExceeded)
+                if is_transient(error):
+                    _failing.add(self.url)
                 if renewed or not is_unauthorised(error):
                     raise
             renewed = True
-            return action(_store(self.url, self.storage_options, renew=True))
+            return ask(renew=True)
 
-        patience = PATIENCE if patience is None else patience
         try:
             return back_off(self.where(key), patience, FIRST_WAIT, LONGEST_WAIT)(once)
-        except (Unconditional, NotFound):
+        except (Unconditional, NotFound, OutputError):
             raise
         except Exception as error:
             # Other built-in errors are bugs of the program, and stay what they are. gcsfs has ValueError for a
@@ -166,6 +215,11 @@ class Folder:
         return StorageError(what, where, "check output.path and output.storage_options")
 
 
+def _size(data: Data) -> int:
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
+
+
+_failing: set[str] = set()  # URLs of stores whose last request failed, though another may not
 _stores: dict[tuple[int, str, str], Store] = {}
 _stores_lock = threading.Lock()
 
@@ -176,6 +230,7 @@ def _store(url: str, options: Mapping[str, Any], renew: bool = False) -> Store:
     with _stores_lock:
         if renew or place not in _stores:
             own = {"use_listings_cache": False, "skip_instance_cache": True}
+            refuse_unknown(url, OutputError)
             fs, root = fsspec.core.url_to_fs(url, **{**own, **options})
             _stores[place] = LocalStore(root) if isinstance(fs, LocalFileSystem) else remote_store(fs, root)
         return _stores[place]

@@ -63,8 +63,8 @@ class Tally:
         self.errors = dict(Counter(self.errors) + Counter(other.errors))
         self.examples = (self.examples + other.examples)[:EXAMPLES]
 
-    def add(self, answers: pa.Table) -> None:
-        """Counts new rows, schema ANSWERS."""
+    def add(self, answers: pa.Table, name_of: Callable[[int], str]) -> None:
+        """Counts new rows, schema ANSWERS; `name_of` gives the partition's rows names for people."""
         errors = answers["error"].drop_null()
         self.rows += answers.num_rows
         self.failed += len(errors)
@@ -77,7 +77,7 @@ class Tally:
         if len(self.examples) < EXAMPLES and len(errors):
             some = answers.filter(answers["error"].is_valid()).slice(0, EXAMPLES - len(self.examples))
             self.examples += tuple(
-                f"partition {self.partition}, row {row}: {error}"
+                f"{name_of(row)}: {error}"
                 for row, error in zip(some["row"].to_pylist(), some["error"].to_pylist(), strict=True)
             )
 
@@ -199,7 +199,7 @@ class Generation:
 
     def _add(self, answers: pa.Table) -> None:
         self._tally.signs += 1
-        self._tally.add(answers)
+        self._tally.add(answers, self._attempt.name_of)
         self._attempt.add(answers)
 
 

@@ -23,9 +23,10 @@ import pyarrow as pa
 from distributed import Worker, WorkerPlugin, get_worker
 from numpy.typing import NDArray
 
+from batchrun.dataset.names import RowNames
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.reader import Batch
-from batchrun.dataset.rows import Places, places_of, read_rows
+from batchrun.dataset.rows import Places, carried, carried_schema, places_of, read_rows
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import EngineStats
@@ -46,7 +47,7 @@ from batchrun.output.layout import Layout
 from batchrun.output.replace import ReplacingAttempt
 from batchrun.output.retry import Retry
 from batchrun.prompt.codec import Texts, open_texts
-from batchrun.storage import Folder
+from batchrun.storage import Folder, deadline
 from batchrun.telemetry.gpu import gpu_now
 from batchrun.worker.answers import failed
 from batchrun.worker.engine_health import EngineHealth
@@ -83,6 +84,9 @@ class WorkOrder:
 
     def read(self, task: Task, columns: Sequence[str]) -> Iterator[Batch]:
         return read_rows(self.job, self.schema, task.partition, task.files, columns)
+
+    def names(self, task: Task) -> RowNames:
+        return RowNames(task.partition, task.files, self.job.input, lambda: self.read(task, ()))
 
     def places(self, task: Task) -> Places:
         return lambda _: places_of(self.job, self.schema, task.partition, task.files)
@@ -162,6 +166,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
 
     with _counted(order, task) as tally:
         attempt = order.attempt(task.partition)
+        attempt.name_of = order.names(task)
         if part := attempt.open():
             return receipt(part)
         tally.reused = attempt.restored
@@ -170,7 +175,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         if left := {row: fault for row, fault in condemned.items() if missing[row]}:
             missing[[*left]] = False
             answers = failed(left)
-            tally.add(answers)
+            tally.add(answers, attempt.name_of)
             attempt.add(answers)
         if missing.any():
             stats, begun = _generate(order, task, attempt, tally, missing)
@@ -208,7 +213,8 @@ def _counted(order: WorkOrder, task: Task) -> Iterator[Tally]:
     tally = Tally(order.run, task.partition.index)
     _running[id(tally)] = tally
     try:
-        yield tally
+        with deadline.until(lambda: order.run in _stopped_runs or _leaving.is_set()):
+            yield tally
     finally:
         del _running[id(tally)]
 
@@ -283,18 +289,18 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Recei
     if isinstance(attempt, ReplacingAttempt):
         return attempt.seal(attempt.carried.to_batches(), attempt.carried.schema)
     columns = carried_columns(order.job.input, order.schema)
-    schema = pa.schema([order.schema.field(name) for name in columns])
+    schema = carried_schema(pa.schema([order.schema.field(name) for name in columns]), order.job)
 
-    def carried(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
+    def carry(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
         for batch in order.read(task, columns):
             tally.signs += 1
             rows = range(batch.first, batch.first + batch.records.num_rows)
             if batch.fault is not None and (known is None or not all(row in known for row in rows)):
                 raise CorruptInput(batch.fault.message)
-            yield batch.records
+            yield carried(batch, task.files, order.job)
 
     try:
-        return attempt.seal(carried(None), schema)
+        return attempt.seal(carry(None), schema)
     except CorruptInput:
         lost = {
             row: batch.fault
@@ -305,7 +311,7 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Recei
     # An answer beside input that cannot be carried along would be read as that of a row of nulls.
     attempt.spoil(failed(lost))
     nullable = pa.schema([field.with_nullable(True) for field in schema])
-    return attempt.seal(carried(lost), nullable)
+    return attempt.seal(carry(lost), nullable)
 
 
 def _texts_for(order: WorkOrder) -> Texts:
@@ -426,8 +432,9 @@ class BatchrunPlugin(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         worker.metrics["batchrun"] = snapshot
         if threading.current_thread() is threading.main_thread():
-            # Ctrl-C reaches the whole process group; the driver decides what it means for a worker.
+            # Ctrl-C and a closed terminal reach the whole process group; the driver decides what that means here.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 loop = asyncio.get_running_loop()
                 loop.add_signal_handler(signal.SIGTERM, lambda: _leave_tasks.add(loop.create_task(_leave())))

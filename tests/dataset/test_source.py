@@ -192,7 +192,7 @@ def test_any_fsspec_url_is_read_like_a_local_path(tmp_path: Path) -> None:
 
 
 def test_an_unknown_protocol_is_told_with_its_fix() -> None:
-    with pytest.raises(InputError, match=r"no access to nosuch:// paths .*install"):
+    with pytest.raises(InputError, match=r"nosuch://a/b: no protocol nosuch://.*install"):
         read_source(InputSettings(path="nosuch://a/b"), ())
 
 

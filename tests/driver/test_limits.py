@@ -108,7 +108,7 @@ def test_a_run_stops_at_its_limit_with_its_rows_staged_and_goes_on_without_it(
         library.run(load(job, limit), client=cluster)
     assert caught.value.exit_code == ExitCode.INTERRUPTED
     assert f"raise {name} or leave it out" in str(caught.value)
-    assert "of 3 parts committed" in str(caught.value)
+    assert "of 60 rows are safe" in str(caught.value)
     result = library.run(load(job, "engine.kind=engines:EchoEngine"), client=cluster)
     assert 0 < result.requests < 60, "what was staged is not generated again"
     check_complete(tmp_path / "out", 60)

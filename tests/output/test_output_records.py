@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from parts import JOB_HASH, answers, attempt, carried, commit, faulty_folder, layout, store_of
 from parts import settings as output_settings
 
-from batchrun.errors import BatchrunError, ChangedError, LeaseHeld, OutputError
+from batchrun.errors import BatchrunError, ChangedError, Incomplete, LeaseHeld, OutputError
 from batchrun.output import clean, document, identity, lease, manifest, state, verify
 from batchrun.output.document import Damaged
 from batchrun.output.identity import Identity
@@ -221,7 +221,7 @@ def test_a_second_manifest_writes_nothing(place: Folder) -> None:
 
 def test_no_manifest_without_every_part(place: Folder) -> None:
     commit(place, PLAN, 0, 3)
-    with pytest.raises(OutputError, match="2 of 3 parts are missing, the first is data/part-00001"):
+    with pytest.raises(Incomplete, match="2 of 3 parts are missing, the first is data/part-00001"):
         manifest.write(place, PLAN, JOB_HASH, ROWS)
     assert manifest.read(place) is None
 

@@ -1,0 +1,62 @@
+"""A nanny whose worker starts apart from the user's script and terminal, and again where it dies on the way."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import spawn
+from typing import Any
+
+from distributed import Nanny, Status
+
+from batchrun.errors import ClusterError
+
+STARTS = 10
+# The name that Dask gives to the process of a worker.
+WORKER_PROCESS = "Dask Worker process (from Nanny)"
+
+
+class WorkerNanny(Nanny):  # type: ignore[misc]
+    """Dask's own gives up a worker that is killed before it runs, and with it the cluster that is just starting."""
+
+    async def instantiate(self) -> Status:
+        """Starts the worker, again where its process ends before it is up.
+
+        Raises:
+            ClusterError: it has ended `STARTS` times.
+        """
+        for _ in range(STARTS):
+            status: Status = await super().instantiate()
+            if status == Status.running or self.status in (Status.closing, Status.closed):
+                return status
+        raise ClusterError(
+            f"a worker's process ended {STARTS} times while it was starting",
+            "cluster",
+            "see what kills it: memory limits of the machine or the container, as a rule",
+        )
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, Dask's workers start without the script that runs here and out of its terminal's reach.
+
+    A script need not guard its run by `if __name__ == "__main__"`, and what Ctrl-C and a closed terminal mean is the
+    driver's to say.
+    """
+    prepare = spawn.get_preparation_data
+
+    def prepare_worker(name: str) -> dict[str, Any]:
+        prepared = prepare(name)
+        if name == WORKER_PROCESS:
+            prepared.pop("init_main_from_name", None)
+            prepared.pop("init_main_from_path", None)
+            # Dask has a thread of its own start each worker; a process inherits what its starting thread blocks.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        return prepared
+
+    spawn.get_preparation_data = prepare_worker
+    try:
+        yield
+    finally:
+        spawn.get_preparation_data = prepare

@@ -1,0 +1,94 @@
+"""What a look at a model's files tells before any of it is loaded: weights cut short, and no model for text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from batchrun.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
+
+# What comes after "For" in the class that a checkpoint was saved from.
+GENERATING = ("CausalLM", "ConditionalGeneration", "Seq2SeqLM", "ImageTextToText", "PreTraining")
+# Types whose bare models ("BertModel") are encoders.
+ENCODERS = (
+    *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mpnet", "modernbert"),
+    *("nomic_bert", "roberta", "xlm-roberta", "clip", "dinov2", "vit", "wav2vec2"),
+)
+
+
+def check_model(folder: str) -> None:
+    """Looks at config.json, and at the headers of the weights.
+
+    Raises:
+        ModelError: no model that generates text; weights that are missing, cut short or not in the format.
+    """
+    path = Path(folder)
+    with suppress(OSError, ValueError, AttributeError):  # finding the model tells of these
+        _refuse_other_models(json.loads((path / "config.json").read_bytes()), folder)
+    _refuse_damaged_weights(path)
+
+
+def _refuse_other_models(config: Mapping[str, Any], where: str) -> None:
+    names = [str(name) for name in config.get("architectures") or []]
+    if names and not any(_generates(name, str(config.get("model_type"))) for name in names):
+        raise ModelError(
+            f"{', '.join(names)} does not generate text", where, "use a model that does (...ForCausalLM)"
+        )
+
+
+def _generates(architecture: str, model_type: str) -> bool:
+    task = re.search(r"For([A-Z]\w*)$", architecture)
+    if task:
+        return task[1].startswith(GENERATING)
+    return not (architecture.endswith("Model") and "LMHead" not in architecture and model_type in ENCODERS)
+
+
+def _refuse_damaged_weights(path: Path) -> None:
+    """Holds the length of every *.safetensors file against its header, and all of them against the index."""
+    held = {file.name: _tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    if not (path / INDEX).is_file():
+        return
+    try:
+        index: Mapping[str, str] = json.loads((path / INDEX).read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"not readable as an index ({error})", str(path / INDEX), "restore it") from None
+    if missing := sorted(set(index.values()) - held.keys()):
+        what = f"{len(missing)} of {len(set(index.values()))} files of weights are missing, the first is {missing[0]}"
+        raise ModelError(what, str(path), "copy the whole model")
+    if lost := sorted(name for name, file in index.items() if name not in held[file]):
+        what = f"lacks {len(lost)} weights that the index names, such as {lost[0]}"
+        raise ModelError(what, str(path / index[lost[0]]), "copy the whole model")
+
+
+def _tensors(file: Path) -> set[str]:
+    """Names of the tensors in a file that is as long as its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise ModelError(
+                "a Git LFS pointer, not the weights", str(file), "fetch them with `git lfs pull`"
+            )
+        if length > min(size - 8, LARGEST_HEADER):
+            raise _damaged(file, f"{size:,} bytes are too few for its header")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+            names = header.keys() - {"__metadata__"}
+            end = max((int(header[name]["data_offsets"][1]) for name in names), default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise _damaged(file, "its header is damaged") from None
+    if size != 8 + length + end:
+        raise _damaged(file, f"{size:,} of {8 + length + end:,} bytes are there")
+    return set(names)
+
+
+def _damaged(file: Path, what: str) -> ModelError:
+    return ModelError(f"weights are cut short or damaged: {what}", str(file), "copy the file again")

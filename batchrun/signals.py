@@ -1,0 +1,100 @@
+"""Ctrl-C, SIGTERM and SIGHUP: in every phase of a command, the process ends within seconds, with one code.
+
+Installed before anything heavy is imported, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+# Seconds that a stopped process has to end by itself; more where it has just let its tasks stage what they held.
+GRACE = 4.0
+GRACE_AFTER_STAGING = 15.0
+
+STAGING = "stopping: staging what is finished; once more to stop at once"
+
+stop = threading.Event()
+
+
+def silent() -> None:
+    """Nothing is left to say."""
+
+
+# What the process says where the main thread does not come back in time.
+last_words: Callable[[], None] = silent
+
+_lock = threading.Lock()
+_exit_code = 4
+_attended = 0
+_end_by = float("inf")
+
+
+def install() -> None:
+    """Hooks the signals in. A SIGHUP that is ignored (`nohup`) stays ignored."""
+    signal.signal(signal.SIGINT, _handle)
+    signal.signal(signal.SIGTERM, _handle)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _handle)
+
+
+@contextmanager
+def attended() -> Iterator[None]:
+    """Inside, somebody looks at `stop` by himself; elsewhere the first signal raises KeyboardInterrupt."""
+    global _attended, _end_by
+    _attended += 1
+    try:
+        yield
+    finally:
+        _attended -= 1
+        if stop.is_set():
+            _end_by = time.monotonic() + GRACE_AFTER_STAGING
+
+
+def decided(exit_code: int) -> None:
+    """The data is as it will be: whatever still interrupts the process, this is its exit code."""
+    global _exit_code
+    _exit_code = exit_code
+
+
+def exit_code() -> int:
+    """What an interrupted process ends with."""
+    return _exit_code
+
+
+def _handle(number: int, frame: object) -> None:
+    """The first one lets tasks stage what they hold, or interrupts whatever else goes on; the second one ends the
+    process now.
+
+    Both leave a state that the same command goes on from: workers and engines end with their parent, and a lease
+    whose process is gone is taken over.
+    """
+    global _end_by
+    if stop.is_set():
+        os._exit(_exit_code)
+    stop.set()
+    _end_by = time.monotonic() + GRACE
+    threading.Thread(target=_end_in_time, name="batchrun-stop", daemon=True).start()
+    if not _attended:
+        raise KeyboardInterrupt
+    _say(STAGING)
+
+
+def _say(text: str) -> None:
+    # The live view has put itself in stderr's place; it may be amid a write of its own, and the terminal gone.
+    with suppress(RuntimeError, OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _end_in_time() -> None:
+    """Ends the process where its main thread hangs: in a library's call, a connection, an exit handler."""
+    while _attended or time.monotonic() < _end_by:
+        time.sleep(0.05)
+    with _lock, suppress(Exception):
+        last_words()
+    os._exit(_exit_code)

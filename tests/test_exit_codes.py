@@ -1,0 +1,110 @@
+"""The exit code is about the data: not about who reads the terminal, nor about when a mistake is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed import Client
+from typer.testing import CliRunner
+
+import batchrun as library
+from batchrun.cli import app
+from batchrun.errors import ExitCode, Incomplete, JobError
+from batchrun.report.result import RunResult
+from batchrun.storage import NotFound
+from batchrun.storage.protocols import refuse_unknown
+from jobs import batchrun, environment, load, write_job
+
+NO_CREDENTIALS = {
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_SHARED_CREDENTIALS_FILE": "/none",
+    "AWS_CONFIG_FILE": "/none",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, cluster: Client) -> Path:
+    """A job whose output is complete, some rows failed."""
+    job = write_job(tmp_path_factory.mktemp("finished"), tiny_llama, rows=20, prompt={"template": "{{ id }}"})
+    assert library.run(load(job, "limits.max_error_rate=1"), client=cluster).exit_code == ExitCode.FAILED_ROWS
+    return job
+
+
+def run_again(job: Path, stdout: int, stderr: int) -> int:
+    """The exit code of a run that has nothing left to do but to tell so."""
+    words = [sys.executable, "-m", "batchrun", "run", str(job)]
+    return subprocess.run(words, stdout=stdout, stderr=stderr, env=environment(), timeout=60).returncode
+
+
+def closed_pipe() -> int:
+    """A pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+@pytest.mark.parametrize("stream", ["stdout", "both"])
+@pytest.mark.parametrize("broken", ["pipe", "full"])
+def test_a_complete_run_that_cannot_be_shown_has_its_own_code(finished, stream, broken):
+    descriptor = closed_pipe() if broken == "pipe" else os.open("/dev/full", os.O_WRONLY)
+    try:
+        stderr = descriptor if stream == "both" else subprocess.DEVNULL
+        assert run_again(finished, descriptor, stderr) == ExitCode.FAILED_ROWS
+    finally:
+        os.close(descriptor)
+
+
+def test_a_part_that_the_store_does_not_show_yet_is_no_failure_of_the_run(finished, monkeypatch):
+    def stale(result: RunResult, rows: int) -> None:
+        raise NotFound("data/part-00000")
+
+    monkeypatch.setattr(RunResult, "sample", stale)
+    ran = CliRunner().invoke(app, ["run", str(finished)])
+    assert ran.exit_code == ExitCode.FAILED_ROWS
+    assert "of 20 rows answered" in ran.stdout
+
+
+def test_missing_parts_at_the_end_are_made_by_the_same_command():
+    assert Incomplete.exit_code == ExitCode.INTERRUPTED
+
+
+@pytest.mark.parametrize("key", ["input.path", "output.path", "model.name"])
+def test_an_unknown_protocol_is_refused(key, tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama)
+    with pytest.raises(JobError, match="s4://lake/x: no protocol s4://, did you mean 's3'") as caught:
+        load(job, f"{key}=s4://lake/x")
+    assert caught.value.exit_code == ExitCode.REFUSED
+
+
+def test_missing_credentials_are_refused(tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama)
+    code, _, err = batchrun("run", str(job), "--set", "output.path=s3://lake/x", **NO_CREDENTIALS)
+    assert code == ExitCode.REFUSED
+    assert err.count("\n") == 1
+    assert "check the credentials" in err
+
+
+def test_a_missing_library_is_told_with_its_name_before_anything_heavy_is_imported(tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama, output={"path": "s3://lake/x"})
+    program = (
+        "import importlib.util as u, sys\n"
+        "known = u.find_spec\n"
+        "u.find_spec = lambda name, *more: None if name == 's3fs' else known(name, *more)\n"
+        f"sys.argv = ['batchrun', 'run', {str(job)!r}]\n"
+        "from batchrun.__main__ import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'distributed', 'transformers', 'pyarrow'} & set(sys.modules)))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+    assert (ran.returncode, ran.stdout) == (ExitCode.REFUSED, "[]\n")
+    assert ran.stderr == "error: s3://lake/x: s3:// needs the package s3fs; pip install s3fs\n"
+
+
+def test_chained_protocols_are_looked_at_one_by_one():
+    refuse_unknown("simplecache::memory://lake/x", JobError)
+    with pytest.raises(JobError, match="no protocol s4://"):
+        refuse_unknown("simplecache::s4://lake/x", JobError)

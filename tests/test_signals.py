@@ -1,0 +1,183 @@
+"""Stop signals, in every phase; and workers that start however the run was started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from chaos.processes import start_store
+from slow_server import slow_server
+from stores import s3_bucket
+
+from batchrun.cluster import connect
+from batchrun.errors import StorageError
+from batchrun.job.settings import ClusterSettings
+from batchrun.storage import Folder, deadline
+from batchrun.storage import folder as folders
+from jobs import TESTS, environment, start, write_job
+
+# The promise is 5 s; a machine that runs tests is busy with others.
+SOON = 10.0
+OPTIONS = {"key": "k", "secret": "secret", "client_kwargs": {"region_name": "us-east-1"}}
+
+
+def slow_options(endpoint: str) -> dict[str, object]:
+    return {**OPTIONS, "client_kwargs": {"region_name": "us-east-1", "endpoint_url": endpoint}}
+
+
+def ended(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, float, str]:
+    """The process's exit code, seconds until it ended after the signal, and what it said."""
+    sent = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, time.monotonic() - sent, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_while_python_still_imports_ends_with_4_and_one_line(number, tmp_path, tiny_llama):
+    process = start("run", str(write_job(tmp_path, tiny_llama)))
+    # The signals are hooked in before anything else is imported.
+    deadline = time.monotonic() + 30
+    while not caught(process.pid, number) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    code, seconds, said = ended(process, number)
+    assert (code, said.count("\n")) == (4, 1), said
+    assert said.startswith("stopped")
+    assert seconds < SOON
+
+
+def caught(pid: int, number: signal.Signals) -> bool:
+    """Whether the process handles the signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(status.partition("SigCgt:")[2].split()[0], 16)
+    # Python itself handles SIGINT from its start on.
+    return bool(mask >> (signal.SIGTERM - 1) & mask >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "drip"), [("input.path", True), ("output.path", False), ("model.name", True)]
+)
+def test_a_stop_ends_a_run_within_seconds_whatever_store_it_waits_for(place, drip, tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama)
+    with slow_server(drip) as endpoint:
+        options = f"{place.partition('.')[0]}.storage_options={json.dumps(slow_options(endpoint))}"
+        process = start("run", str(job), "--set", f"{place}=s3://lake/x", "--set", options)
+        wait_for_connection(process.pid, int(endpoint.rpartition(":")[2]))
+        code, seconds, said = ended(process, signal.SIGTERM)
+    assert (code, said.count("\n")) == (4, 1), said
+    assert said.startswith("stopped")
+    assert seconds < SOON
+
+
+def wait_for_connection(pid: int, port: int) -> None:
+    process = psutil.Process(pid)
+    wait_until(lambda: any(c.raddr and c.raddr.port == port for c in process.net_connections()))
+
+
+@pytest.mark.parametrize("drip", [True, False])
+def test_every_request_has_a_deadline(drip, monkeypatch):
+    monkeypatch.setattr(deadline, "REQUEST", 0.5)
+    monkeypatch.setattr(deadline, "UNSIZED", 0.5)
+    monkeypatch.setattr(folders, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(folders, "PATIENCE", 1.0)
+    with slow_server(drip) as endpoint:
+        folder = Folder("s3://lake/out", slow_options(endpoint))
+        calls: list[Callable[[], object]] = [folder.list, lambda: folder.read("key")]
+        if not drip:  # these need no more than a header, which comes at once
+            calls += [
+                lambda: folder.size("key"),
+                lambda: folder.put("key", b"bytes"),
+                lambda: folder.put_if_absent("key", b"bytes"),
+                lambda: folder.delete(["key"]),
+            ]
+        for call in calls:
+            began = time.monotonic()
+            with pytest.raises(StorageError, match="kept failing"):
+                call()
+            assert time.monotonic() - began < SOON
+
+
+def test_a_stop_ends_a_run_whose_store_has_died_with_what_is_safe(tmp_path, tiny_llama):
+    store, (host, port) = start_store(tmp_path / "store.log")
+    try:
+        place = s3_bucket(f"http://{host}:{port}", "k", "secret")
+        job = write_job(tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"})
+        output = [f"output.path={place.url}/out", f"output.storage_options={json.dumps(place.options)}"]
+        process = start("run", str(job), *(word for one in output for word in ("--set", one)))
+        folder = Folder(f"{place.url}/out", place.options)
+        wait_until(lambda: any(key.endswith(".chunk") for key in folder.list("_job/stage/")))
+        store.send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        code, seconds, said = ended(process, signal.SIGTERM)
+    finally:
+        store.kill()
+    assert code == 4, said
+    assert "of 60 rows are safe" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert seconds < 2 * SOON
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_store_is_not_waited_for_once_the_run_was_told_to_stop(monkeypatch):
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    began = time.monotonic()
+    with slow_server(drip=False) as endpoint, deadline.until(stop.is_set), pytest.raises(StorageError):
+        Folder("s3://lake/out", slow_options(endpoint)).put("key", b"bytes")
+    assert time.monotonic() - began < SOON
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_replaced(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    here, killed = psutil.Process(), []
+
+    def kill_two() -> None:
+        while len(killed) < 2:
+            with suppress(psutil.NoSuchProcess):
+                for child in here.children():
+                    if child.pid not in killed and "spawn_main" in " ".join(child.cmdline()):
+                        child.kill()
+                        killed.append(child.pid)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_two, daemon=True)
+    killer.start()
+    with connect(ClusterSettings(workers=1)) as client:
+        client.wait_for_workers(1, timeout=60)
+        killer.join()
+        assert client.submit(os.getpid).result() not in killed
+
+
+@pytest.mark.parametrize("how", ["file", "stdin"])
+def test_a_script_runs_a_job_without_a_guard_for_its_main(how, tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama)
+    script = tmp_path / "script.py"
+    script.write_text(f"import batchrun\nprint(batchrun.run({str(job)!r}).rows)\n")
+    with script.open() as file:
+        words = [str(script)] if how == "file" else ["-"]
+        ran = subprocess.run(
+            [sys.executable, *words],
+            stdin=file,
+            capture_output=True,
+            text=True,
+            env=environment(),
+            cwd=TESTS,
+            timeout=120,
+        )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "60\n", ""), ran.stderr
