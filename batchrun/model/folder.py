@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,6 +18,7 @@ import fsspec
 from batchrun.dataset.location import version_of
 from batchrun.errors import ModelError
 from batchrun.hashing import stable_hash
+from batchrun.imports import hidden
 from batchrun.job.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ _CONTEXT_KEYS = (
 )
 # Some configurations write "no limit" as a huge number.
 _UNBOUNDED = 1 << 30
+
+_unused: set[str] = set()
+_importing = threading.Lock()
 
 
 class ModelFolder(NamedTuple):
@@ -70,13 +76,43 @@ def resolve(settings: ModelSettings) -> ModelFolder:
     return ModelFolder(path, fingerprint, tokenizer_path)
 
 
+def spare_torch() -> None:
+    """For a process of batchrun's own, in which no model is loaded: transformers is imported without torch.
+
+    Models' own code may need it all the same, and finds it.
+    """
+    _unused.add("torch")
+
+
+def import_tokenizers() -> None:
+    """Imports what opens tokenizers and configs, by one thread at a time: two would import transformers only halfway.
+    It takes a second, and with torch two or more: never on an event loop."""
+    with _importing, hidden(_unused), _no_advice():
+        from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """transformers would tell the user to install torch."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, without a word to the network.
 
     Raises:
         ModelError: there is none, or transformers cannot load it.
     """
-    from transformers import AutoTokenizer  # seconds: not on the event loop that imports a worker's task
+    import_tokenizers()
+    from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(
