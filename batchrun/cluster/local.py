@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
+from itertools import takewhile
 from typing import Any
 
+import pynvml
 from distributed import Nanny, Scheduler, Security, SpecCluster, Status
 from tornado.ioloop import PeriodicCallback
 
@@ -17,6 +21,8 @@ from batchrun.job.settings import ClusterSettings
 # Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
 # Dask takes one away whose worker was gone for 15 seconds.
 MEND = 2.0
+# What CUDA_VISIBLE_DEVICES may hold beside indices: GPUs, and slices of them.
+UUIDS = ("GPU-", "MIG-")
 
 
 @contextmanager
@@ -59,6 +65,16 @@ def local_cluster(settings: ClusterSettings) -> Iterator[SpecCluster]:
             yield cluster
         finally:
             cluster.loop.add_callback(again.stop)
+            cluster.sync(_kill, list(cluster.workers.values()))
+
+
+async def _kill(nannies: Sequence[Nanny]) -> None:
+    """Ends the workers at once: tasks have staged what they had to, and nothing in a worker is durable. Closing them
+    takes seconds, in which GPUs are paid for. An engine dies with its worker."""
+    for nanny in nannies:
+        nanny.close_gracefully()  # so that it starts no other
+        if nanny.pid:
+            os.kill(nanny.pid, signal.SIGKILL)
 
 
 def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str, Any]]:
@@ -90,8 +106,18 @@ def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str
 
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, as values for CUDA_VISIBLE_DEVICES; empty on a machine without one."""
-    import torch  # heavy, and only a local cluster needs to know
-
+    if "+cpu" in metadata.version("torch"):
+        return []
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:
+        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()  # asks the driver library: takes no memory on any GPU
-    return [name.strip() for name in named.split(",")][:count] if named else [str(i) for i in range(count)]
+    if named is None:
+        return [str(i) for i in range(count)]
+    # CUDA heeds the names up to the first one that is no GPU.
+    names = (name.strip() for name in named.split(","))
+    return list(
+        takewhile(lambda name: int(name) < count if name.isdigit() else name.startswith(UUIDS), names)
+    )

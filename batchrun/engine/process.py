@@ -87,6 +87,12 @@ class EngineProcess:
         finally:
             stream.close()
 
+    def start(self) -> None:
+        """Starts the process, if there is none, and waits for nothing; the first use raises what came of it."""
+        with self._lock:
+            if self._child is None:
+                self._child = _Child(self.spec, self.env, self.window)
+
     def load(self) -> None:
         """Returns once the model is loaded. Raises as `generate` does."""
 
@@ -140,7 +146,8 @@ class EngineProcess:
                 if self._child.streams:
                     return None
                 self._child.stop()
-            if self._child is None or self._child.failure:
+            # One that failed before its first use has that use to tell of it.
+            if self._child is None or (self._child.failure and self._child.used):
                 self._child = _Child(self.spec, self.env, self.window)
             return self._child.open_stream()
 
@@ -223,6 +230,7 @@ class _Child:
         self.changed = threading.Condition()
         self.streams: dict[int, _Stream] = {}
         self._opened = 0
+        self._began = time.time()
         self._output = b""
         self._stopped = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -234,6 +242,10 @@ class _Child:
         self._receiver = threading.Thread(target=self._live, args=(env, theirs), daemon=True)
         self._receiver.start()
         self._started.wait()
+
+    @property
+    def used(self) -> bool:
+        return self._opened > 0
 
     def open_stream(self) -> _Stream:
         with self.changed:
@@ -304,7 +316,9 @@ class _Child:
             process.stdout.close()
 
     def _deliver(self, pack: CompletionPack) -> None:
-        self.stats = pack.stats or self.stats
+        if pack.stats:
+            pack.stats.times["engine started"] = self._began
+            self.stats = pack.stats
         with self.changed:
             for number, indices in pack.by_stream():
                 stream = self.streams.get(number)

@@ -110,7 +110,8 @@ class EngineStats:
     `computed_tokens` counts token positions that the model was run on, padding included; `prompt_tokens` and
     `output_tokens` the real ones among them. `steps` grows while the model works, also inside of a long batch.
     `busy_seconds` is time spent in the model. `notes` are the lines for a person: which attention, why not paged, a
-    batch that was halved.
+    batch that was halved. `times` are moments, in seconds since the epoch: "engine started", "engine imported",
+    "engine ready", "first row" and "last row".
     """
 
     engine: str = ""
@@ -129,6 +130,7 @@ class EngineStats:
     pid: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
 
     def since(self, earlier: EngineStats) -> EngineStats:
         """What the same engine has counted since then."""

@@ -59,8 +59,13 @@ def run_lines(result: RunResult) -> list[str]:
     )
     lines += [engine_line(stats) for stats in result.engines]
     lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
+    lines.append(milestones_line(result.milestones))
     lines.append(f"report: {result.output}/{REPORT}")
     return lines
+
+
+def milestones_line(milestones: Mapping[str, float]) -> str:
+    return "after s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in milestones.items())
 
 
 def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:

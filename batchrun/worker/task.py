@@ -39,7 +39,7 @@ from batchrun.errors import (
     StorageError,
 )
 from batchrun.job.job import Job
-from batchrun.model.folder import resolve
+from batchrun.model.folder import import_tokenizers, resolve, spare_torch
 from batchrun.output.attempt import Attempt, Begun, Receipt
 from batchrun.output.failed import update as update_failed
 from batchrun.output.layout import Layout
@@ -313,6 +313,18 @@ def _wanted_check(run: str) -> Callable[[], bool]:
         return wanted and not _leaving.is_set()
 
     return check
+
+
+async def start_engine(spec: EngineSpec) -> None:
+    """Run on the workers of this machine at a run's start: the engine loads before the first task comes."""
+    spare_torch()
+
+    def start() -> None:
+        _engine_for(spec).start()
+        import_tokenizers()  # which the first task would wait for
+
+    # Not on the event loop, which must never wait for a task that holds the lock.
+    threading.Thread(target=start, name="batchrun-start", daemon=True).start()
 
 
 async def request_stop(run: str) -> None:
