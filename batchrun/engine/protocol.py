@@ -27,6 +27,7 @@ class Request:
     `token_ids` (prompt length,) is never empty, and `len(token_ids) + max_new_tokens` fits the model's context.
     `generated` (fewer than max_new_tokens,) are the first tokens of the answer, from an earlier attempt: an engine
     goes on behind them, as if it had generated them itself, or starts over where its model cannot.
+    Of rows that wait, those of the lowest `stream` go first: it ends while later ones keep the engine busy.
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
     """
 
@@ -36,6 +37,7 @@ class Request:
     row_seed: int = 0
     generated: TokenIds = field(default_factory=lambda: NO_TOKENS)
     cancelled: bool = False
+    stream: int = 0
 
     @property
     def start(self) -> TokenIds:
