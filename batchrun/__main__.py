@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -24,6 +25,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = signals.exit_code()
+    # The interpreter's last collections walk through all modules, for most of a second, and free nothing of use.
+    gc.freeze()
     if signals.stop.is_set() or not _flushed():
         # What hangs in an exit handler, or has nowhere to write to, must not change the code.
         with suppress(OSError, ValueError):

@@ -278,11 +278,17 @@ def _work_off(
     with _errors(as_json, debug, log_format) as redact:
         job = _load(job_file, overrides, redact)
         from batchrun.report import live
+        from batchrun.telemetry.milestones import Milestones
 
         result = None
         try:
             with live.show(_Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
-                result = work(job, stop=signals.stop, watch=_shown_if_possible(watch))
+                result = work(
+                    job,
+                    stop=signals.stop,
+                    watch=_shown_if_possible(watch),
+                    milestones=Milestones.of_process(),
+                )
                 signals.decided(result.exit_code)
         except OSError:
             # The view's last line: its terminal is gone.

@@ -54,6 +54,11 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
             yield client
 
 
+def is_local(settings: ClusterSettings) -> bool:
+    """Whether `connect` starts workers on this machine."""
+    return settings.address is None and settings.slurm is None and settings.kubernetes is None
+
+
 def _start(settings: ClusterSettings) -> AbstractContextManager[Any]:
     if settings.slurm is not None:
         return slurm_cluster(settings)

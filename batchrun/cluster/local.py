@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from importlib import metadata
+from itertools import takewhile
 from typing import Any
 
+import pynvml
 from distributed import Scheduler, Security, SpecCluster, Status
 from tornado.ioloop import PeriodicCallback
 
@@ -20,9 +23,8 @@ from batchrun.model import light
 # Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
 # Dask takes one away whose worker was gone for 15 seconds.
 MEND = 2.0
-
-# Without any of these (NVIDIA, AMD, Windows' subsystem for Linux) no GPU can be there, and torch need not be asked.
-GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+# What CUDA_VISIBLE_DEVICES may hold beside indices: GPUs, and slices of them.
+UUIDS = ("GPU-", "MIG-")
 
 
 @contextmanager
@@ -65,6 +67,16 @@ def local_cluster(settings: ClusterSettings) -> Iterator[SpecCluster]:
             yield cluster
         finally:
             cluster.loop.add_callback(again.stop)
+            cluster.sync(_kill, list(cluster.workers.values()))
+
+
+async def _kill(nannies: Sequence[WorkerNanny]) -> None:
+    """Ends the workers at once: tasks have staged what they had to, and nothing in a worker is durable. Closing them
+    takes seconds, in which GPUs are paid for. An engine dies with its worker."""
+    for nanny in nannies:
+        nanny.close_gracefully()  # so that it starts no other
+        if nanny.pid:
+            os.kill(nanny.pid, signal.SIGKILL)
 
 
 def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str, Any]]:
@@ -96,10 +108,18 @@ def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str
 
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, as values for CUDA_VISIBLE_DEVICES; empty on a machine without one."""
-    if not any(Path(device).exists() for device in GPU_DEVICES):
+    if "+cpu" in metadata.version("torch"):
         return []
-    import torch  # heavy, and only a local cluster needs to know
-
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:
+        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()  # asks the driver library: takes no memory on any GPU
-    return [name.strip() for name in named.split(",")][:count] if named else [str(i) for i in range(count)]
+    if named is None:
+        return [str(i) for i in range(count)]
+    # CUDA heeds the names up to the first one that is no GPU.
+    names = (name.strip() for name in named.split(","))
+    return list(
+        takewhile(lambda name: int(name) < count if name.isdigit() else name.startswith(UUIDS), names)
+    )

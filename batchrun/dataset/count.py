@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -126,6 +125,8 @@ class Counter:
         nothing."""
         if any(name in self.settings.cast for name in self.filters.columns):
             return set(range(len(file.group_rows)))
+        import pyarrow.dataset as ds  # imports pandas where it is installed: half a second that only filters need
+
         fs, inner = native_filesystem(file.path, self.settings.storage_options)
         fragment = ds.ParquetFileFormat().make_fragment(inner, filesystem=fs)
         subset = deadline.within(deadline.UNSIZED, lambda: fragment.subset(filter=self.filters.expression()))

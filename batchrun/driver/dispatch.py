@@ -27,6 +27,7 @@ from batchrun.engine.protocol import EngineStats
 from batchrun.errors import CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
+from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, Watch
 from batchrun.telemetry.record import SlowPartition
 from batchrun.worker.generation import Tally
@@ -67,6 +68,7 @@ class Dispatch:
         work: dict[int, int],
         stop: threading.Event,
         watch: Watch,
+        milestones: Milestones,
         retry: Retry | None = None,
     ) -> None:
         self.plan, self.job, self.folder = prepared.plan, prepared.job, prepared.folder
@@ -81,7 +83,7 @@ class Dispatch:
             model_fingerprint=prepared.model.fingerprint,
             retry=retry,
         )
-        self.stop, self.watch = stop, watch
+        self.stop, self.watch, self.milestones = stop, watch, milestones
         self.todo = deque(work)
         self.rows_committed = self.plan.rows - sum(work.values())
         self.flying: dict[Future, list[int]] = {}
@@ -264,6 +266,7 @@ class Dispatch:
             return
         self.staged.pop(index, None)
         self.judge.committed(index)
+        self.milestones.commit()
         self.receipts[index] = receipt.part
         self.rows_committed += self.work[index]
         known = math.isfinite(self.pace)

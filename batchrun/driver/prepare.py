@@ -47,11 +47,15 @@ class Prepared:
     plans: list[Plan]
     known: int
     model: ModelFolder
-    texts: Texts
 
     @cached_property
     def plan(self) -> Plan:
         return joined(self.plans)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Opened on first use, which takes a second or more. Raises Refused as `open_texts` does."""
+        return open_texts(self.job, self.model, self.plans[0].schema)
 
     @cached_property
     def folder(self) -> Folder:
@@ -88,7 +92,14 @@ class Prepared:
 
 
 def prepare(job: Job) -> Prepared:
-    """Reads footers, resolves the model's folder, compiles the prompt and tries it on the first rows.
+    """Everything that a run checks before it writes or generates: `look` and `try_prompt`. Raises Refused."""
+    prepared = look(job)
+    try_prompt(prepared)
+    return prepared
+
+
+def look(job: Job) -> Prepared:
+    """Reads footers and resolves the model's folder.
 
     With `input.since` the plans that the output has are read too, and only files that none of them took are planned.
     Writes nothing but the local cache of a model that lies on a remote store.
@@ -101,11 +112,18 @@ def prepare(job: Job) -> Prepared:
         stored = plans.read(open_folder(job)) if job.input.since else []
     made = _as_pinned(job, _plan(job, stored))
     refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
-    prepared = _prepare(job, [*stored, *made], len(stored))
-    if made:
-        builder = prepared.texts.builder
-        check_sample(builder, all_rows(job, made[0], builder.columns))
-    return prepared
+    return _prepare(job, [*stored, *made], len(stored))
+
+
+def try_prompt(prepared: Prepared) -> None:
+    """Opens the tokenizer, compiles the prompt and tries it on the first rows that are new.
+
+    Raises:
+        Refused: the first thing wrong with them.
+    """
+    builder = prepared.texts.builder
+    for plan in prepared.plans[prepared.known :]:
+        check_sample(builder, all_rows(prepared.job, plan, builder.columns))
 
 
 def prepare_again(job: Job) -> Prepared:
@@ -153,7 +171,7 @@ def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
         check_model(job.model.name)
     model = resolve(job.model)
     check_model(model.path)
-    return Prepared(job, plans, known, model, open_texts(job, model, schema))
+    return Prepared(job, plans, known, model)
 
 
 def elsewhere(cluster: ClusterSettings) -> bool:

@@ -10,11 +10,13 @@ from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 from batchrun.driver.prepare import Prepared
 from batchrun.errors import BatchrunError, ExitCode, LeaseHeld, StorageError, one_line
 from batchrun.storage.folder import PROBE_PATIENCE
 from batchrun.telemetry import engine_log, record
+from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, Watch
 from batchrun.telemetry.record import RunRecord, Timeline
 from batchrun.telemetry.redact import Redactor
@@ -25,7 +27,7 @@ WRITE_EVERY = 15.0  # seconds between two puts of a running run's record
 
 
 @contextmanager
-def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
+def observed(prepared: Prepared, run: str, watch: Watch, milestones: Milestones) -> Iterator[Watch]:
     """Yields a watch that passes everything on to `watch` and keeps the run's record meanwhile.
 
     However the run ends, its record says how, and `_job/report.html` tells what is known by then. The job's
@@ -39,7 +41,7 @@ def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
 
             info = {"model": prepared.job.model.name, "output": prepared.folder.name}
             watches.insert(0, stack.enter_context(prometheus.serve(port, info)))
-        recorder = Recorder(prepared, run)
+        recorder = Recorder(prepared, run, milestones)
         watches.insert(0, recorder.see)
 
         def see(now: Progress) -> None:
@@ -58,7 +60,8 @@ def observed(prepared: Prepared, run: str, watch: Watch) -> Iterator[Watch]:
 class Recorder:
     """Folds a run's progress into its record, and puts it now and then from a thread of its own."""
 
-    def __init__(self, prepared: Prepared, run: str) -> None:
+    def __init__(self, prepared: Prepared, run: str, milestones: Milestones) -> None:
+        self.milestones = milestones
         job = prepared.job
         self.prepared = prepared
         self.redact = Redactor()
@@ -91,7 +94,11 @@ class Recorder:
         last = self.record
         loaded = [engine for engine in now.engines if engine.pid]
         engine = loaded[-1] if loaded else None
+        self.milestones.see_engines(loaded)
         self._timeline.add(_sample(now))
+        if now.new_rows and not last.rows:
+            # Plots take a second to import, which this process has while the rows are generated.
+            threading.Thread(target=_import_report, daemon=True).start()
         self.record = replace(
             last,
             seconds=now.seconds,
@@ -114,6 +121,7 @@ class Recorder:
             computed_tokens=now.computed_tokens,
             real_tokens=now.real_tokens,
             batches=now.batches,
+            milestones=self.milestones.seconds,
             notes=sorted({note for e in loaded for note in e.notes}),
             slowest=list(now.slowest),
             samples=self._timeline.columns(),
@@ -124,15 +132,18 @@ class Recorder:
         self._ended.set()
         self._thread.join()
         self.record = replace(
-            self.record, outcome=outcome, message=message, seconds=time.monotonic() - self._began
+            self.record,
+            outcome=outcome,
+            message=message,
+            seconds=time.monotonic() - self._began,
+            milestones=self.milestones.seconds,
         )
         try:
             logs = engine_log.keys(self.prepared.folder, self.record.run)
             self.record = replace(self.record, engine_logs=logs)
             self._write(patience)
-            from batchrun.report import page  # plots take a second to import
-
-            page.write(self.prepared.job, self.redact)
+            _import_report().write(self.prepared.job, self.redact)
+            self.milestones.reach("report")
         except Exception as error:  # whatever it is, the answers are there and the run's own outcome stands
             log.warning("the run's report could not be written: %s: %s", type(error).__name__, error)
 
@@ -145,6 +156,12 @@ class Recorder:
 
     def _write(self, patience: float | None = None) -> None:
         record.write(self.prepared.folder, self.record, self.redact, patience)
+
+
+def _import_report() -> ModuleType:
+    from batchrun.report import page
+
+    return page
 
 
 def _outcome(error: BaseException) -> tuple[str, str]:

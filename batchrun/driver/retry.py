@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from batchrun.driver.dispatch import Dispatch
 from batchrun.driver.prepare import prepare_again
 from batchrun.driver.run import finish, result, try_store
+from batchrun.driver.workers import Workers
 from batchrun.errors import FaultCode, JobError, OutputError, nearest
 from batchrun.job.job import Job
 from batchrun.output import manifest
@@ -18,6 +18,7 @@ from batchrun.output import retry as retries
 from batchrun.output.lease import Lease
 from batchrun.report.result import RunResult
 from batchrun.storage import deadline
+from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Watch, silent
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def retry(
     force: bool = False,
     stop: threading.Event | None = None,
     watch: Watch = silent,
+    milestones: Milestones | None = None,
 ) -> RunResult:
     """Runs the failed rows of a complete output again; each part that has some is replaced by one overwrite.
 
@@ -49,7 +51,7 @@ def retry(
         job: a Job, or the path of a job file.
         errors: error codes, such as PROMPT_TOO_LONG; rows with any error by default.
         allow: settings (or sections of them) that may differ, such as prompt.template or model.
-        client, force, stop, watch: as for `run`.
+        client, force, stop, watch, milestones: as for `run`.
 
     Raises:
         OutputError: the output is not complete.
@@ -57,7 +59,8 @@ def retry(
         JobError: no such error code.
         BatchrunError: as for `run`; what was staged and replaced stays.
     """
-    started = time.monotonic()
+    milestones = milestones or Milestones()
+    milestones.reach("imported")
     known = [code.value for code in FaultCode]
     for code in errors:
         if code not in known:
@@ -67,13 +70,21 @@ def retry(
     written = manifest.read(folder)
     if written is None:
         raise OutputError("not complete yet", folder.name, "finish it with `batchrun run` first")
+    _ = prepared.texts
+    milestones.reach("planned")
     try_store(folder)
     stop = stop or threading.Event()
-    with deadline.until(stop.is_set), Lease(folder, force=force) as lease:
+    with (
+        deadline.until(stop.is_set),
+        Workers(prepared, client, milestones) as workers,
+        Lease(folder, force=force) as lease,
+    ):
         found, _ = manifest.summaries(folder, layout)
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)
         work = {} if one is None else one.work(found)
-        dispatch = Dispatch(prepared, work, stop, watch, one)
-        done = finish(prepared, dispatch, lease, client)
-    return result(prepared, done, time.monotonic() - started, dispatch)
+        dispatch = Dispatch(prepared, work, stop, watch, milestones, one)
+        if work:
+            workers.begin()
+        done = finish(prepared, dispatch, lease, workers)
+    return result(prepared, done, milestones, dispatch)

@@ -5,27 +5,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from distributed import Client
 
-from batchrun.cluster import connect
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
 from batchrun.driver.limits import Limits
-from batchrun.driver.prepare import Prepared, prepare
+from batchrun.driver.prepare import Prepared, look, try_prompt
 from batchrun.driver.recorder import observed
+from batchrun.driver.workers import Workers
 from batchrun.job.job import Job
-from batchrun.output import failed, identity, manifest, plans, retry, state
+from batchrun.output import failed, identity, lease, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder, deadline
 from batchrun.storage.folder import first_contact
 from batchrun.telemetry import record
+from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, Watch, silent
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def run(
     force: bool = False,
     stop: threading.Event | None = None,
     watch: Watch = silent,
+    milestones: Milestones | None = None,
 ) -> RunResult:
     """Starts a job, or goes on where an earlier run of it ended, until its output is complete.
 
@@ -47,6 +49,7 @@ def run(
         force: run although another driver seems to be at work, which stops once it sees that. Exact either way.
         stop: set it (from a signal handler, say) to let tasks stage what they hold and end the run.
         watch: called about once a second with the run's progress.
+        milestones: where to note what was reached when; from this call on by default.
 
     Raises:
         Refused: before anything was generated: a bad job, input, model or destination, or changed ones.
@@ -55,20 +58,25 @@ def run(
         TooManyFaults: more than `limits.max_error_rate` of the rows failed.
         BatchrunError: anything else that ended the run; it can be resumed.
     """
-    started = time.monotonic()
-    prepared = prepare(job if isinstance(job, Job) else Job.load(job))
+    milestones = milestones or Milestones()
+    milestones.reach("imported")
+    prepared = look(job if isinstance(job, Job) else Job.load(job))
     with first_contact():
         done = _finished(prepared)
     if done is not None:
-        return result(prepared, done, time.monotonic() - started)
-    folder = prepared.folder
-    try_store(folder)
+        return result(prepared, done, milestones)
     stop = stop or threading.Event()
-    with deadline.until(stop.is_set), Lease(folder, force=force) as lease:
-        _pin(prepared)
-        dispatch = Dispatch(prepared, _uncommitted(prepared), stop, watch)
-        done = finish(prepared, dispatch, lease, client)
-    return result(prepared, done, time.monotonic() - started, dispatch)
+    with deadline.until(stop.is_set), Workers(prepared, client, milestones) as workers:
+        if force or not record.is_alive(lease.read(prepared.folder)):
+            workers.begin()
+        try_prompt(prepared)
+        milestones.reach("planned")
+        try_store(prepared.folder)
+        with Lease(prepared.folder, force=force) as held:
+            _pin(prepared)
+            dispatch = Dispatch(prepared, _uncommitted(prepared), stop, watch, milestones)
+            done = finish(prepared, dispatch, held, workers)
+    return result(prepared, done, milestones, dispatch)
 
 
 def try_store(folder: Folder) -> None:
@@ -79,7 +87,7 @@ def try_store(folder: Folder) -> None:
         )
 
 
-def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, client: Client | None) -> Manifest:
+def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, workers: Workers) -> Manifest:
     """Works off what the dispatch has to do, and writes what stands beside the parts, the manifest last."""
 
     def see(now: Progress) -> None:
@@ -88,13 +96,18 @@ def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, client: Client 
 
     with ExitStack() as stack:
         if dispatch.todo:
-            watch = stack.enter_context(observed(prepared, dispatch.order.run, dispatch.watch))
+            run = dispatch.order.run
+            watch = stack.enter_context(observed(prepared, run, dispatch.watch, dispatch.milestones))
             limits = Limits(prepared.job, _spent(prepared), watch, count_rows=dispatch.order.retry is None)
             limits.check(dispatch.rows_committed)
             dispatch.watch = see
-            with connect(prepared.job.cluster) if client is None else nullcontext(client) as cluster:
-                dispatch.execute(cluster)
-        return _conclude(prepared, dispatch)
+            try:
+                dispatch.execute(workers.client)
+            finally:
+                workers.end()
+        done = _conclude(prepared, dispatch)
+        dispatch.milestones.reach("manifest")
+        return done
 
 
 def _conclude(prepared: Prepared, dispatch: Dispatch) -> Manifest:
@@ -159,7 +172,9 @@ def _compare(prepared: Prepared) -> None:
     identity.pin(folder, prepared.identity, input_changes, [one.identity for one in retry.read(folder)])
 
 
-def result(prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatch | None = None) -> RunResult:
+def result(
+    prepared: Prepared, done: Manifest, milestones: Milestones, dispatch: Dispatch | None = None
+) -> RunResult:
     """What a run gives back, from the manifest; with `dispatch`, what this run itself did for it."""
     return RunResult(
         output=prepared.folder.name,
@@ -171,7 +186,8 @@ def result(prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatc
         output_tokens=done.output_tokens,
         errors=done.errors,
         examples=done.examples,
-        seconds=seconds,
+        seconds=time.time() - milestones.started,
+        milestones=milestones.seconds,
         requests=dispatch.total.requests if dispatch else 0,
         reused=dispatch.total.reused if dispatch else 0,
         engines=list(dispatch.engines.values()) if dispatch else [],

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from batchrun.engine.protocol import Engine, EngineSpec
 from batchrun.errors import JobError
+from batchrun.imports import hidden
 
 # transformers imports them wherever they are installed, for training losses and assisted decoding: 1.5 of the 10 s
 # that importing took on a machine that has them.
@@ -31,13 +31,13 @@ def load_engine(spec: EngineSpec) -> Engine:
         ModelError: the model cannot be loaded.
     """
     if spec.kind not in ("auto", *BUILT_IN):
-        return _find(spec.kind).load(spec)
+        return _load(spec.kind, spec)
     spec = _placed(spec)
     kind, reason = spec.kind, None
     if kind == "auto":
         reason = why_not_paged(spec)
         kind = "padded" if reason else "paged"
-    engine = _find(kind).load(spec)
+    engine = _load(kind, spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")
     if compiles_at_every_start():
@@ -45,6 +45,14 @@ def load_engine(spec: EngineSpec) -> Engine:
             "torch came without bytecode and PYTHONDONTWRITEBYTECODE keeps Python from writing it, so that every start "
             "compiles it anew (10 s on an H200 machine): unset it, or run python -m compileall once"
         )
+    return engine
+
+
+def _load(kind: str, spec: EngineSpec) -> Engine:
+    found = _find(kind)
+    imported = time.time()
+    engine = found.load(spec)
+    engine.stats.times["engine imported"] = imported
     return engine
 
 
@@ -83,7 +91,7 @@ def _find(kind: str) -> type[Engine]:
     if not class_name:
         raise JobError(f"no engine {kind!r}", "engine.kind", "use auto, padded, paged, or module:Class")
     try:
-        with _hidden(UNUSED if kind in BUILT_IN else ()):
+        with hidden(UNUSED if kind in BUILT_IN else ()):
             module = importlib.import_module(module_name)
         found = getattr(module, class_name)
     except (ImportError, AttributeError) as error:
@@ -95,16 +103,3 @@ def _find(kind: str) -> type[Engine]:
             f"engine {path!r} has no {' and no '.join(missing)}", "engine.kind", "see engine/protocol.py"
         )
     return cast(type[Engine], found)
-
-
-@contextlib.contextmanager
-def _hidden(packages: tuple[str, ...]) -> Iterator[None]:
-    """Those of the packages that are not imported yet seem not to be installed."""
-    modules = cast(dict[str, Any], sys.modules)
-    hidden = [name for name in packages if name not in modules]
-    modules.update(dict.fromkeys(hidden))
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del modules[name]

@@ -88,6 +88,12 @@ class EngineProcess:
         finally:
             stream.close()
 
+    def start(self) -> None:
+        """Starts the process, if there is none, and waits for nothing; the first use raises what came of it."""
+        with self._lock:
+            if self._child is None:
+                self._launch()
+
     def load(self) -> None:
         """Returns once the model is loaded. Raises as `generate` does."""
 
@@ -152,10 +158,15 @@ class EngineProcess:
                 if self._child.streams:
                     return None
                 self._child.stop()
-            if self._child is None or self._child.failure:
-                self.launches += 1
-                self._child = _Child(self.spec, self.env, self.window, self.launches)
+            # One that failed before its first use has that use to tell of it.
+            if self._child is None or (self._child.failure and self._child.used):
+                self._launch()
+            assert self._child is not None
             return self._child.open_stream()
+
+    def _launch(self) -> None:
+        self.launches += 1
+        self._child = _Child(self.spec, self.env, self.window, self.launches)
 
 
 class _Stream:
@@ -237,6 +248,7 @@ class _Child:
         self.changed = threading.Condition()
         self.streams: dict[int, _Stream] = {}
         self._opened = 0
+        self._began = time.time()
         self._output = b""
         self._stopped = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -248,6 +260,10 @@ class _Child:
         self._receiver = threading.Thread(target=self._live, args=(env, theirs), daemon=True)
         self._receiver.start()
         self._started.wait()
+
+    @property
+    def used(self) -> bool:
+        return self._opened > 0
 
     def open_stream(self) -> _Stream:
         with self.changed:
@@ -322,7 +338,9 @@ class _Child:
             process.stdout.close()
 
     def _deliver(self, pack: CompletionPack) -> None:
-        self.stats = pack.stats or self.stats
+        if pack.stats:
+            pack.stats.times["engine started"] = self._began
+            self.stats = pack.stats
         with self.changed:
             for number, indices in pack.by_stream():
                 stream = self.streams.get(number)

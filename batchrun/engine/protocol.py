@@ -27,6 +27,7 @@ class Request:
     `token_ids` (prompt length,) is never empty, and `len(token_ids) + max_new_tokens` fits the model's context.
     `generated` (fewer than max_new_tokens,) are the first tokens of the answer, from an earlier attempt: an engine
     goes on behind them, as if it had generated them itself, or starts over where its model cannot.
+    Of rows that wait, those of the lowest `stream` go first: it ends while later ones keep the engine busy.
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
     """
 
@@ -36,6 +37,7 @@ class Request:
     row_seed: int = 0
     generated: TokenIds = field(default_factory=lambda: NO_TOKENS)
     cancelled: bool = False
+    stream: int = 0
 
     @property
     def start(self) -> TokenIds:
@@ -110,7 +112,8 @@ class EngineStats:
     `computed_tokens` counts token positions that the model was run on, padding included; `prompt_tokens` and
     `output_tokens` the real ones among them. `steps` grows while the model works, also inside of a long batch.
     `busy_seconds` is time spent in the model. `notes` are the lines for a person: which attention, why not paged, a
-    batch that was halved.
+    batch that was halved. `times` are moments, in seconds since the epoch: "engine started", "engine imported",
+    "engine ready", "first row" and "last row".
     """
 
     engine: str = ""
@@ -129,6 +132,7 @@ class EngineStats:
     pid: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
 
     def since(self, earlier: EngineStats) -> EngineStats:
         """What the same engine has counted since then."""

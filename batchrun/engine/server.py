@@ -62,18 +62,22 @@ class Server:
         sender.join()
 
     def _run(self, spec: EngineSpec) -> None:
-        started = time.monotonic()
+        started = time.time()
         # Collections during all the imports and tracing find nothing and take a fifth of the time.
         gc.disable()
         self.engine = load_engine(spec)
         gc.freeze()
         gc.enable()
-        self.engine.stats.load_seconds = time.monotonic() - started
+        times = self.engine.stats.times
+        times["engine ready"] = time.time()
+        self.engine.stats.load_seconds = times["engine ready"] - started
         # Before any request is read, so before the sender has anything to say: the parent learns that it is loaded.
         self.connection.send(CompletionPack.pack([], self._stats()))
         for completion in self.engine.generate(self._requests()):
             del self.in_hand[completion.id]
             self.outbox.put(completion)
+            times["last row"] = time.time()
+            times.setdefault("first row", times["last row"])
         raise EngineError("the engine stopped while requests were still coming", spec.kind)
 
     def _requests(self) -> Iterator[Request | None]:
@@ -150,7 +154,13 @@ class Server:
         if self.engine is None:
             return None
         stats = self.engine.stats
-        return replace(stats, pid=os.getpid(), gauges=dict(stats.gauges), notes=list(stats.notes))
+        return replace(
+            stats,
+            pid=os.getpid(),
+            gauges=dict(stats.gauges),
+            notes=list(stats.notes),
+            times=dict(stats.times),
+        )
 
 
 def _named(error: BaseException) -> str:

@@ -47,7 +47,8 @@ class RequestPack:
             zip(self.lengths.tolist(), self.max_new_tokens.tolist(), self.row_seeds, strict=True)
         ):
             generated = self.generated.get(i, NO_TOKENS)
-            yield Request(number + i, self.token_ids[start : start + length], limit, seed, generated)
+            ids = self.token_ids[start : start + length]
+            yield Request(number + i, ids, limit, seed, generated, stream=self.stream)
             start += length
 
 

@@ -20,7 +20,7 @@ from batchrun.errors import ModelError, first_line, one_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings
 from batchrun.model.fingerprint import cache_folder, fingerprint, in_background, sampled
-from batchrun.model.light import import_without_torch
+from batchrun.model.light import import_tokenizers
 from batchrun.storage import deadline
 
 if TYPE_CHECKING:
@@ -122,9 +122,8 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
     Raises:
         ModelError: there is none, or transformers cannot load it.
     """
-    if not settings.trust_remote_code:
-        import_without_torch()
-    from transformers import AutoTokenizer  # seconds: not on the event loop that imports a worker's task
+    import_tokenizers(with_torch=settings.trust_remote_code)
+    from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Any, cast
+import threading
+from collections.abc import Iterator
+
+from batchrun.imports import hidden
 
 # Set for processes that are batchrun's own and run no model: the command's, and the workers that it starts.
 VARIABLE = "BATCHRUN_WITHOUT_TORCH"
 
+_importing = threading.Lock()
 
-def import_without_torch() -> None:
-    """Imports transformers as where torch is not installed, for the rest of this process's life.
 
-    Only in a process that says so by `VARIABLE`: it is batchrun's own, and no user's code shares it. Does nothing where
-    either of them is imported already.
+def import_tokenizers(with_torch: bool = False) -> None:
+    """Imports what opens tokenizers and configs, by one thread at a time: two would import transformers only halfway.
+
+    It takes a second, and with torch two or more: never on an event loop. In a process that says so by `VARIABLE`,
+    which no user's code shares, as where torch is not installed, unless `with_torch`; a model's own code may want it.
     """
-    modules = cast(dict[str, Any], sys.modules)
-    if VARIABLE not in os.environ or "torch" in modules or "transformers" in modules:
-        return
-    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(quiet)
-    modules["torch"], os.environ[quiet] = None, "1"
-    try:
-        import transformers.utils
+    with _importing, contextlib.ExitStack() as stack:
+        if VARIABLE in os.environ and not with_torch and not {"torch", "transformers"} & sys.modules.keys():
+            stack.enter_context(hidden(["torch"]))
+            stack.enter_context(_no_advice())
+        from transformers import AutoConfig, AutoTokenizer, utils  # noqa: F401
 
-        transformers.utils.is_torch_available()
+        # It remembers the answer for the rest of the process's life.
+        utils.is_torch_available()
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """transformers would tell the user to install torch."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
     finally:
-        del modules["torch"]
-        os.environ.pop(quiet)
-        if before is not None:
-            os.environ[quiet] = before
+        del os.environ[name]

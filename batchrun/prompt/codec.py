@@ -42,7 +42,7 @@ def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
 
 
 def _context(model: ModelFolder, job: Job) -> int:
-    from transformers import AutoConfig  # seconds: not on the event loop that imports a worker's task
+    from transformers import AutoConfig
 
     try:
         config: Any = AutoConfig.from_pretrained(

@@ -18,8 +18,8 @@ class RunResult:
     """A complete output. `requests` is what this run sent to its engines; 0 when nothing was left to do.
 
     `errors` counts failed rows by code, and `examples` shows a few of each. `prompt_tokens` and `output_tokens` are of
-    all rows in the output, whichever run generated them; `seconds` is this run's wall time, `engines` one set of
-    counters per engine process that it used.
+    all rows in the output, whichever run generated them; `seconds` is this run's wall time, `milestones` tells when it
+    came how far (see `Milestones`), `engines` is one set of counters per engine process that it used.
     """
 
     output: str
@@ -34,6 +34,7 @@ class RunResult:
     seconds: float
     requests: int
     reused: int
+    milestones: dict[str, float] = field(default_factory=dict)
     engines: list[EngineStats] = field(default_factory=list)
     part_keys: list[str] = field(default_factory=list, repr=False)
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)

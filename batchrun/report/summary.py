@@ -61,8 +61,14 @@ def run_lines(result: RunResult) -> list[str]:
     )
     lines += [engine_line(stats) for stats in result.engines]
     lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
+    lines.append(milestones_line(result.milestones))
     lines.append(f"report: {result.output}/{REPORT}")
     return lines
+
+
+def milestones_line(milestones: Mapping[str, float]) -> str:
+    """How many seconds after the command a run reached what, in one line."""
+    return "after s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in milestones.items())
 
 
 def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:

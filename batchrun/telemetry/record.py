@@ -48,9 +48,9 @@ class RunRecord:
     and `errors` (rows by code) are of what this run itself generated, `reused` rows were staged before it. `workers`
     is the most there were at once, `worker_seconds` their time added up: with one GPU each, GPU seconds.
     `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model;
-    `real_tokens` of the `computed_tokens` were no padding. `engine_logs` are the keys of what
-    engines printed that ended by themselves. `samples` is the run over time, a list per quantity (see `Timeline`), all
-    equally long.
+    `real_tokens` of the `computed_tokens` were no padding. `engine_logs` are the keys of what engines printed that
+    ended by themselves. `milestones` says how many seconds after the command it reached what (see `Milestones`).
+    `samples` is the run over time, a list per quantity (see `Timeline`), all equally long.
     """
 
     run: str
@@ -89,6 +89,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     slowest: list[SlowPartition] = field(default_factory=list)
+    milestones: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property

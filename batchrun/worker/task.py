@@ -29,7 +29,7 @@ from batchrun.dataset.reader import Batch
 from batchrun.dataset.rows import Places, carried, carried_schema, places_of, read_rows
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
-from batchrun.engine.protocol import EngineStats
+from batchrun.engine.protocol import EngineSpec, EngineStats
 from batchrun.errors import (
     BatchrunError,
     ChangedError,
@@ -41,6 +41,7 @@ from batchrun.errors import (
 )
 from batchrun.job.job import Job
 from batchrun.model.folder import resolve
+from batchrun.model.light import import_tokenizers
 from batchrun.output.attempt import Attempt, Begun, Receipt
 from batchrun.output.failed import update as update_failed
 from batchrun.output.layout import Layout
@@ -346,16 +347,23 @@ def _engine_for(order: WorkOrder) -> Iterator[tuple[EngineProcess, EngineHealth]
     key = repr(asdict(spec))
     with ExitStack() as held:
         with _lock:
-            if key not in _engines:
-                for other in [k for k, engine in _engines.items() if engine.idle]:
-                    _engines.pop(other).stop()
-                    _health.pop(other)
-                _engines[key] = EngineProcess(spec)
+            engine = _engine(key, spec)
             if key not in _health or _health[key].run != order.run:
                 folder = Folder(order.job.output.path, order.job.output.storage_options)
                 _health[key] = EngineHealth(order.run, folder, order.job.secrets())
-            engine, health = held.enter_context(_engines[key].in_use()), _health[key]
+            health = _health[key]
+            held.enter_context(engine.in_use())
         yield engine, health
+
+
+def _engine(key: str, spec: EngineSpec) -> EngineProcess:
+    """The one for this specification, new or not. Whoever calls holds the lock."""
+    if key not in _engines:
+        for other in [k for k, engine in _engines.items() if engine.idle]:
+            _engines.pop(other).stop()
+            _health.pop(other, None)
+        _engines[key] = EngineProcess(spec)
+    return _engines[key]
 
 
 def _wanted_check(run: str) -> Callable[[], bool]:
@@ -378,6 +386,20 @@ def _wanted_check(run: str) -> Callable[[], bool]:
         return wanted and not _leaving.is_set()
 
     return check
+
+
+async def start_engine(spec: EngineSpec) -> None:
+    """Run on the workers of this machine at a run's start: the engine loads before the first task comes."""
+
+    def start() -> None:
+        with _lock:
+            engine = _engine(repr(asdict(spec)), spec)
+        engine.start()
+        # The first task would wait for it.
+        import_tokenizers()
+
+    # Not on the event loop, which must never wait for a task that holds the lock.
+    threading.Thread(target=start, name="batchrun-start", daemon=True).start()
 
 
 async def request_stop(run: str) -> None:

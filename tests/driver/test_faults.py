@@ -22,6 +22,7 @@ from batchrun.driver.dispatch import Dispatch
 from batchrun.driver.poison_rows import STRIKES
 from batchrun.driver.prepare import prepare
 from batchrun.errors import BatchrunError, ExitCode, TooManyFaults
+from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import silent
 from jobs import answers, dataset, load, write_job
 
@@ -169,7 +170,7 @@ def test_a_task_whose_receipts_left_with_its_worker_is_done_again(tmp_path, tiny
             raise gone
 
     prepared = prepare(load(write_job(tmp_path, tiny_llama)))
-    dispatch = Dispatch(prepared, {1: 20}, threading.Event(), silent)
+    dispatch = Dispatch(prepared, {1: 20}, threading.Event(), silent, Milestones())
     future: Any = Finished()
     dispatch.todo.clear()
     dispatch.flying[future] = [1]

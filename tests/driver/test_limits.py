@@ -15,6 +15,7 @@ from batchrun.errors import ExitCode, Interrupted, JobError
 from batchrun.job.durations import parse_deadline, parse_duration
 from batchrun.job.job import Job
 from batchrun.telemetry import record
+from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, silent
 from jobs import batchrun, check_complete, load, write_job
 
@@ -75,7 +76,7 @@ def test_a_runs_record_keeps_its_workers_time_apart_from_other_runs(tmp_path, ti
         ("a" * 32, [progress(10.0, 2), progress(15.0, 4, rows=7), progress(20.0, 3, rows=20)]),
         ("b" * 32, [progress(3.0, 1)]),
     ):
-        recorder = Recorder(prepared, run)
+        recorder = Recorder(prepared, run, Milestones())
         for now in seen:
             recorder.see(now)
         recorder.end("interrupted")

@@ -361,3 +361,19 @@ def test_packed_completions_go_back_to_their_streams(drawn):
     ]
     expected = [(stream, -place, length, reason) for place, (stream, length, reason) in enumerate(drawn)]
     assert sorted(found) == sorted(expected)
+
+
+def test_a_process_started_ahead_loads_at_once_and_its_first_use_tells_how_that_failed():
+    engine = EngineProcess(EngineSpec("no_such_module:Engine", "the-model", "the-tokenizer"))
+    try:
+        engine.start()
+        pid = engine.pid
+        assert gone_within(pid, 30)
+        with pytest.raises(JobError, match="cannot be imported"):
+            run(engine, rows(1))
+        assert engine.pid == pid, "it was not loaded a second time only to be told"
+        with pytest.raises(JobError, match="cannot be imported"):
+            run(engine, rows(1))
+        assert engine.pid != pid, "the next use tries again"
+    finally:
+        engine.stop()

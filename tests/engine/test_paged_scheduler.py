@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import example, given, settings
@@ -266,3 +267,11 @@ def test_pages_in_the_index_are_given_out_last_and_the_start_of_a_prompt_last_of
     assert not set(pool.take(4)) & set(pages)
     assert pool.take(1) == [pages[3]]
     assert pool.match(prompt).pages == tuple(pages[:3])
+
+
+def test_rows_of_the_oldest_stream_go_first_and_in_a_stream_the_longest() -> None:
+    queue, shared = Queue(), [1] * 64
+    rows = [(2, [9] * 90), (1, [8] * 10), (2, shared + [9] * 40), (1, shared + [9] * 5), (1, [7] * 30)]
+    for number, (stream, prompt) in enumerate(rows):
+        queue.push(Row.of(replace(_request(number, prompt, 1), stream=stream)))
+    assert [queue.pop().request.id for _ in rows] == [3, 4, 1, 2, 0]

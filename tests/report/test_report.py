@@ -26,6 +26,7 @@ from batchrun.report import charts
 from batchrun.report.page import Facts, render
 from batchrun.storage import Folder
 from batchrun.telemetry import record
+from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, Rates, silent
 from batchrun.telemetry.record import REPORT, RunRecord, SlowPartition, Timeline
 from batchrun.telemetry.redact import Redactor
@@ -269,7 +270,7 @@ def test_a_run_that_a_store_ended_says_so_unless_its_own_store_is_gone(
     record.write(output, RunRecord("earlier", "2026-01-01T00:00:00Z", "complete", 1.0), Redactor())
 
     def run():
-        with observe.observed(prepared, "a" * 32, silent):
+        with observe.observed(prepared, "a" * 32, silent, Milestones()):
             if failing == "output":
                 store.gate = lambda operation, key: "busy"
             raise StorageError("the input cannot be read (busy)", "s3://somewhere")

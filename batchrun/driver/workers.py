@@ -1,0 +1,69 @@
+"""The workers of one run: a local cluster starts, and loads its engines, while the job is still being checked."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from distributed import Client
+
+from batchrun.cluster import connect, is_local
+from batchrun.driver.prepare import Prepared
+from batchrun.engine.protocol import EngineSpec
+from batchrun.telemetry.milestones import Milestones
+from batchrun.worker.task import start_engine
+
+
+class Workers:
+    """A context. `client` is the given one, or one of the job's own cluster, which ends with the context at the latest.
+
+    Only a local cluster is begun ahead: it takes nothing from anybody, and ends with a job that is refused after
+    all. Elsewhere workers, and the GPUs they hold, are asked for once the job is known to be good.
+    """
+
+    def __init__(self, prepared: Prepared, client: Client | None, milestones: Milestones) -> None:
+        self._prepared, self._given, self._milestones = prepared, client, milestones
+        self._ahead = client is None and is_local(prepared.job.cluster)
+        self._starting: Future[Client] | None = None
+        self._stack = ExitStack()
+        self._pool = ThreadPoolExecutor(1, "batchrun-cluster")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def begin(self) -> None:
+        """Starts the cluster in a thread of its own, opens the prompt meanwhile, and has the engines load.
+
+        Raises:
+            Refused: as `Prepared.texts` does.
+        """
+        if self._ahead:
+            self._starting = self._pool.submit(self._connect)
+            self._pool.submit(_start_engines, self._starting, self._prepared.texts.engine)
+
+    @property
+    def client(self) -> Client:
+        """Waits for the cluster. Raises ClusterError as `connect` does."""
+        return self._starting.result() if self._starting else self._connect()
+
+    def end(self) -> None:
+        """Ends the cluster in a thread of its own; leaving the context waits for it."""
+        self._pool.submit(self._stack.close)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A cluster that is still starting cannot be stopped halfway.
+        self._pool.shutdown(cancel_futures=True)
+        self._stack.close()
+
+    def _connect(self) -> Client:
+        client = self._given or self._stack.enter_context(connect(self._prepared.job.cluster))
+        self._milestones.reach("cluster ready")
+        return client
+
+
+def _start_engines(starting: Future[Client], engine: EngineSpec) -> None:
+    starting.result().run(start_engine, engine, wait=False, on_error="ignore")
