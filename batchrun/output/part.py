@@ -45,7 +45,7 @@ class Summary:
     """What a part says about itself in its footer (key-value metadata "batchrun", JSON).
 
     `errors` counts failed rows by code, `examples` gives the first of each; `retries` tells how the part came to be
-    other than the run made it.
+    other than the run made it, `empty` counts answers without any text.
     """
 
     attempt: str
@@ -60,6 +60,7 @@ class Summary:
     errors: dict[str, int]
     examples: dict[str, str] = field(default_factory=dict)
     retries: list[Replacement] = field(default_factory=list)
+    empty: int = 0
 
     @property
     def generation(self) -> int:
@@ -105,6 +106,7 @@ def summarize(
         errors=counts,
         examples={code: _example(failed, pc.index(codes, code).as_py()) for code in counts},
         retries=[*retries],
+        empty=pc.sum(pc.equal(answers["answer"], ""), min_count=0).as_py(),
     )
 
 
@@ -171,6 +173,7 @@ def read_summary(metadata: pq.FileMetaData, folder: Folder, key: str) -> Summary
     try:
         values = json.loads(metadata.metadata[b"batchrun"])
         values["retries"] = [Replacement(**entry) for entry in values["retries"]]
+        values.setdefault("empty", 0)  # not counted by batchrun 0.1
         summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(folder, key, "not a whole part of batchrun's") from error

@@ -17,7 +17,7 @@ from batchrun.storage import Folder
 class RunResult:
     """A complete output. `requests` is what this run sent to its engines; 0 when nothing was left to do.
 
-    `errors` counts failed rows by code, and `examples` shows a few of each. `prompt_tokens` and `output_tokens` are of
+    `errors` counts failed rows by code, and `examples` shows a few of each; `empty` answers have no text. `prompt_tokens` and `output_tokens` are of
     all rows in the output, whichever run generated them; `seconds` is this run's wall time, `engines` one set of
     counters per engine process that it used.
     """
@@ -34,6 +34,7 @@ class RunResult:
     seconds: float
     requests: int
     reused: int
+    empty: int = 0
     engines: list[EngineStats] = field(default_factory=list)
     part_keys: list[str] = field(default_factory=list, repr=False)
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
