@@ -57,6 +57,11 @@ class PromptSettings(Settings):
     messages: list[Message] | None = Field(None, description="Jinja messages through the chat template")
     column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
     chat_template: str | None = Field(None, description="used instead of the tokenizer's own chat template")
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description="what row values that spell special tokens become: text, so that no row forges a role, or "
+        "(parse) those tokens",
+    )
     truncate: Literal["left", "right"] | None = Field(
         None, description="the side cut off a prompt that is too long"
     )
@@ -197,11 +202,10 @@ class ClusterSettings(Settings):
     price_per_gpu_hour: float | None = Field(
         None, ge=0, description="what an hour of one worker (one GPU) costs, in any currency"
     )
-    metrics_port: int | None = Field(
+    metrics_port: int | str | None = Field(
         None,
-        ge=1,
-        le=65535,
-        description="where the driver serves Prometheus metrics of the run and all workers",
+        description="where the driver serves Prometheus metrics of the run and all workers: a port of the loopback "
+        "interface, or ADDRESS:PORT, such as 0.0.0.0:9090 for every interface",
     )
     slurm: dict[str, Any] | None = Field(
         None, description="workers as Slurm jobs: options of dask-jobqueue's SLURMCluster"
@@ -209,6 +213,14 @@ class ClusterSettings(Settings):
     kubernetes: dict[str, Any] | None = Field(
         None, description="workers as pods: image, name, namespace, resources, env, pod"
     )
+
+    @field_validator("metrics_port")
+    @classmethod
+    def _a_port(cls, port: int | str | None) -> int | str | None:
+        number = str(port).rpartition(":")[2]
+        if port is not None and not (number.isascii() and number.isdigit() and 1 <= int(number) <= 65535):
+            raise ValueError("give a port from 1 to 65535, or ADDRESS:PORT")
+        return port
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

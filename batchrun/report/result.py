@@ -17,9 +17,9 @@ from batchrun.storage import Folder
 class RunResult:
     """A complete output. `requests` is what this run sent to its engines; 0 when nothing was left to do.
 
-    `errors` counts failed rows by code, and `examples` shows a few of each; `empty` answers have no text. `prompt_tokens` and `output_tokens` are of
-    all rows in the output, whichever run generated them; `seconds` is this run's wall time, `engines` one set of
-    counters per engine process that it used.
+    `errors` counts failed rows by code, and `examples` shows a few of each; `empty` answers have no text.
+    `prompt_tokens` and `output_tokens` are of all rows in the output, whichever run generated them; `seconds` is this
+    run's wall time, `engines` one set of counters per engine process that it used.
     """
 
     output: str

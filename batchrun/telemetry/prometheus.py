@@ -48,23 +48,27 @@ GPU_GAUGES = [
     ("batchrun_gpu_memory_total_bytes", "memory_total", "GPU memory there is."),
 ]
 WORKER = ["worker", "host"]
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
-def serve(port: int, prepared: Prepared) -> Iterator[Watch]:
-    """Serves `/metrics` on every interface while open; yields the watch that feeds it.
+def serve(address: int | str, prepared: Prepared) -> Iterator[Watch]:
+    """Serves `/metrics` on the loopback interface while open; yields the watch that feeds it.
+
+    `address` is host:port, or a port alone.
 
     Raises:
-        ClusterError: the port cannot be had.
+        ClusterError: the address is not available.
     """
     exporter = Exporter({"model": prepared.job.model.name, "output": prepared.folder.name})
     registry = CollectorRegistry()
+    host, _, port = str(address).rpartition(":")
     registry.register(exporter)
     try:
-        server, thread = start_http_server(port, registry=registry)
+        server, thread = start_http_server(int(port), host or LOOPBACK, registry=registry)
     except OSError as error:
         raise ClusterError(
-            f"port {port} cannot be had ({error.strerror})", "cluster.metrics_port", "choose another"
+            f"port {address} is not available ({error.strerror})", "cluster.metrics_port", "choose another"
         ) from None
     try:
         yield exporter.see
