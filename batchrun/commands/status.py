@@ -178,4 +178,9 @@ def open_output(job: Job) -> tuple[Folder, identity.Identity, Plan, Layout]:
     stored = plans.read(folder)
     if not stored:
         raise OutputError("the plan is missing", folder.name, "`batchrun run` writes it again")
-    return folder, pinned, joined(stored), layout_of(stored)
+    return (
+        folder,
+        pinned,
+        joined(stored),
+        layout_of(stored, pinned.settings["output"].get("partition_by", [])),
+    )

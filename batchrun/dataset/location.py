@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as NativeFileSystem
 
+from batchrun.dataset.hive import Keys, keys_of
 from batchrun.errors import InputError, StorageError
 from batchrun.storage.backoff import back_off, kept_failing
 from batchrun.storage.faults import is_transient
@@ -38,11 +40,13 @@ _VERSION_KEYS = (
 
 
 class Found(NamedTuple):
-    """A listed file: its full path or URL, its size in bytes, and its version (ETag or modification time)."""
+    """A listed file: its full path or URL, its size in bytes, its version (ETag or modification time), and the keys
+    of the folders named key=value below the input's own path."""
 
     path: str
     size: int
     version: str
+    keys: Keys = ()
 
 
 def find_files(paths: Sequence[str], storage_options: Mapping[str, Any]) -> list[Found]:
@@ -142,8 +146,9 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
     def listed(name: str, info: Mapping[str, Any]) -> Found:
         # A store may list an object without its size (HTTP folders do): only asking for it by name tells.
         known = info if info.get("size") is not None else persistently(path, lambda: fs.info(name))
-        return _found(_full(path, fs, name), known)
+        return _found(_full(path, fs, name), known)._replace(keys=keys_of(name.removeprefix(root)))
 
+    root = _root(inner)
     return [listed(name, info) for name, info in files.items()]
 
 
@@ -170,6 +175,12 @@ def _in_folder(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str
         for name, info in fs.find(folder, detail=True).items()
         if name.endswith(".parquet") and not any(_hidden(part) for part in name[start:].split("/"))
     }
+
+
+def _root(inner: str) -> str:
+    """The folder that a path, or a glob from its first wildcard on, looks into."""
+    fixed = re.split(r"[*?\[]", inner, maxsplit=1)[0]
+    return inner.rstrip("/") + "/" if fixed == inner else fixed[: fixed.rfind("/") + 1]
 
 
 def _hidden(name: str) -> bool:

@@ -11,6 +11,7 @@ from batchrun.dataset.plan import (
     carried_columns,
     check_output_names,
     extend,
+    folders_of,
     joined,
     make_plan,
 )
@@ -52,7 +53,7 @@ class Prepared:
 
     @cached_property
     def layout(self) -> Layout:
-        return layout_of(self.plans)
+        return layout_of(self.plans, self.job.output.partition_by)
 
     @cached_property
     def identity(self) -> Identity:
@@ -102,8 +103,10 @@ def prepare_again(job: Job) -> Prepared:
 def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
     needed, output = prompt_columns(job.prompt), job.output
     if not stored:
-        return [make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part)]
-    new = extend(stored, job.input, needed, output.rows_per_part, output.bytes_per_part)
+        return [
+            make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part, output.partition_by)
+        ]
+    new = extend(stored, job.input, needed, output.rows_per_part, output.bytes_per_part, output.partition_by)
     return [] if new is None else [new]
 
 
@@ -120,6 +123,7 @@ def open_folder(job: Job) -> Folder:
     return Folder(job.output.path, job.output.storage_options)
 
 
-def layout_of(plans: Sequence[Plan]) -> Layout:
+def layout_of(plans: Sequence[Plan], partition_by: Sequence[str]) -> Layout:
     """The keys of an output with these plans."""
-    return Layout.of([(plan.hash, len(plan.partitions)) for plan in plans])
+    folders = folders_of(joined(plans), partition_by)
+    return Layout.of([(plan.hash, len(plan.partitions)) for plan in plans], folders)

@@ -136,14 +136,15 @@ class Job(Settings):
         prompt = self.prompt.model_dump(mode="json")
         if prompt["special_tokens"] == "parse":
             del prompt["special_tokens"]  # as it was before there was a choice: older outputs can go on
+        output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
+        if self.output.partition_by:
+            output.add("partition_by")
         return {
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
             "generation": self.generation.model_dump(mode="json"),
-            "output": self.output.model_dump(
-                mode="json", include={"columns", "rows_per_part", "bytes_per_part", "compression"}
-            ),
+            "output": self.output.model_dump(mode="json", include=output),
         }
 
     def without_storage_options(self) -> dict[str, Any]:

@@ -21,7 +21,10 @@ class Settings(BaseModel):
 
 
 class InputSettings(Settings):
-    path: str | list[str] = Field(description="a file, folder, glob, or a list of them, on any fsspec URL")
+    path: str | list[str] = Field(
+        description="a file, folder, glob, or a list of them, on any fsspec URL; "
+        "folders below it named key=value give columns"
+    )
     columns: list[str] | None = Field(None, description="columns carried into the output; all by default")
     filters: list[Any] | None = Field(
         None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]"
@@ -146,6 +149,10 @@ class OutputSettings(Settings):
     )
     failed: str | None = Field(
         None, description="a folder beside data/: the failed rows alone, each with its place in the input"
+    )
+    partition_by: list[str] = Field(
+        default_factory=list,
+        description="keys of the input's key=value folders: the parts are written into such folders of data/",
     )
     rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
     bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")

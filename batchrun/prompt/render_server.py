@@ -117,7 +117,7 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGVTALRM, _expired)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    answers = {"compile": compile_all, "rows": rows, "chats": chats}
+    answers: dict[str, Callable[..., list[Any]]] = {"compile": compile_all, "rows": rows, "chats": chats}
     with Connection(descriptor) as connection:
         while True:
             try:

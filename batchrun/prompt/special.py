@@ -39,9 +39,10 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        fast = getattr(tokenizer, "is_fast", False)
-        self._fast = tokenizer.backend_tokenizer if fast else None
-        added = self._fast.get_added_tokens_decoder() if fast else tokenizer.added_tokens_decoder
+        self._fast = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        added = tokenizer.added_tokens_decoder
+        if self._fast is not None:
+            added = self._fast.get_added_tokens_decoder()
         names = sorted((t.content for t in added.values() if t.special and t.content), key=len, reverse=True)
         self._names = names
         self._spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -73,8 +74,9 @@ class SpecialTokens:
         with self._lock:
             if self._unguessable is None:
                 self._unguessable = _Respelled(self._fast, self._names)
-        respelled = self._spelled.sub(lambda m: self._unguessable.names[m[0]], text.marked).replace(MARK, "")
-        ids = self._unguessable.tokenizer.encode(respelled, add_special_tokens=special_tokens).ids
+            unguessable = self._unguessable
+        respelled = self._spelled.sub(lambda m: unguessable.names[m[0]], text.marked).replace(MARK, "")
+        ids = unguessable.tokenizer.encode(respelled, add_special_tokens=special_tokens).ids
         return np.array(ids, dtype=np.int32)
 
     def _guarded(self, value: str) -> str:

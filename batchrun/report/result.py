@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun.dataset.hive import keys_of, scalar_of
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import ExitCode
 from batchrun.storage import Folder
@@ -70,7 +71,12 @@ class RunResult:
 
 
 def read_part(folder: Folder, key: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(folder.read(key)))
+    """A part with the columns that stand in its folders, as texts."""
+    table = pq.read_table(pa.BufferReader(folder.read(key)))
+    for name, value in keys_of(key):
+        scalar = scalar_of(value, pa.string())
+        table = table.append_column(name, pa.repeat(scalar, table.num_rows))
+    return table
 
 
 def _load_part(key: str, folder: Folder) -> Any:

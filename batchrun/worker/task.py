@@ -235,7 +235,7 @@ def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
 def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Receipt:
     if isinstance(attempt, ReplacingAttempt):
         return attempt.seal(attempt.carried.to_batches(), attempt.carried.schema)
-    columns = carried_columns(order.job.input, order.schema)
+    columns = carried_columns(order.job.input, order.schema, order.job.output.partition_by)
     schema = pa.schema([order.schema.field(name) for name in columns])
 
     def carried(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
