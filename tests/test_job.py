@@ -160,3 +160,16 @@ def test_aliases_that_multiply_are_refused_and_honest_ones_work() -> None:
 def test_a_metrics_port_is_a_port_or_an_address_with_one(port: object) -> None:
     with pytest.raises(ValueError, match="ADDRESS:PORT"):
         ClusterSettings(metrics_port=port)
+
+
+def test_a_variable_may_have_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = BASE.replace("s3://bucket/in/", "s3://bucket/day=${DAY:-2026-01-01}/${PART:-}")
+    monkeypatch.delenv("DAY", raising=False)
+    assert Job.parse(text).input.path == "s3://bucket/day=2026-01-01/"
+    monkeypatch.setenv("DAY", "")
+    assert Job.parse(text).input.path == "s3://bucket/day=2026-01-01/"
+    monkeypatch.setenv("DAY", "2026-02-02")
+    assert Job.parse(text).input.path == "s3://bucket/day=2026-02-02/"
+    monkeypatch.delenv("DAY")
+    with pytest.raises(JobError, match=r"DAY is not set; export DAY=\.\.\., or write \$\{DAY:-default\}"):
+        Job.parse(BASE.replace("s3://bucket/in/", "${DAY}"))

@@ -139,7 +139,7 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
             f"cannot be listed ({type(error).__name__}: {error})", path, "check path and access"
         ) from None
     if not files:
-        raise InputError(
+        raise _no_files(fs, inner, path) or InputError(
             "no file matches", path, "give a Parquet file, a folder with *.parquet in it, or a glob"
         )
 
@@ -150,6 +150,37 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
 
     root = _root(inner)
     return [listed(name, info) for name, info in files.items()]
+
+
+_TEXTS = {
+    ".csv": "pyarrow.csv.read_csv({path!r})",
+    ".tsv": "pyarrow.csv.read_csv({path!r}, parse_options=pyarrow.csv.ParseOptions(delimiter='\\t'))",
+    ".jsonl": "pyarrow.json.read_json({path!r})",
+    ".ndjson": "pyarrow.json.read_json({path!r})",
+    ".json": "pyarrow.json.read_json({path!r})",
+}
+
+
+def conversion(path: str) -> InputError | None:
+    """The error about a file of text, with the line that makes Parquet of it; None for any other."""
+    name = path.lower()
+    ending = next((ending for ending in _TEXTS if name.endswith((ending, f"{ending}.gz"))), None)
+    if ending is None:
+        return None
+    target = path[: name.rfind(ending)] + ".parquet"
+    if "://" in path:
+        line = f"duckdb -c \"COPY (FROM '{path}') TO '{target}'\""
+    else:
+        module = "csv" if "csv" in _TEXTS[ending] else "json"
+        read = _TEXTS[ending].format(path=path)
+        line = f'python -c "import pyarrow.{module}, pyarrow.parquet; pyarrow.parquet.write_table({read}, {target!r})"'
+    return InputError(f"{ending[1:]} is not Parquet", path, f"convert it with: {line}")
+
+
+def _no_files(fs: fsspec.AbstractFileSystem, inner: str, path: str) -> InputError | None:
+    """What to say of a folder without Parquet files: whether it has files of text."""
+    names = sorted(fs.find(inner)) if fs.isdir(inner) else []
+    return next((error for name in names if (error := conversion(_full(path, fs, name)))), None)
 
 
 def _list(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, dict[str, Any]]:

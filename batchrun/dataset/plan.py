@@ -278,22 +278,24 @@ def folders_of(plan: Plan, partition_by: Sequence[str]) -> tuple[tuple[int, str]
 
 
 def check_output_names(carried: Sequence[str], output: OutputSettings) -> None:
-    """Refuses output columns whose names are taken, by a carried column or by another output column.
+    """Refuses output columns whose names are taken, by a carried column or by another output column. Letters of another
+    case make no other name: SQL engines do not tell them apart.
 
     Raises:
         OutputError: suggests a free name.
     """
-    taken = list(carried)
+    taken = {name.casefold(): name for name in (*carried, *output.partition_by)}
     for column in OUTPUT_COLUMNS:
         name = output.column(column)
-        if name in taken:
+        if (other := taken.get(name.casefold())) is not None:
             free = next(f"{column}_{i}" for i in count(2) if f"{column}_{i}" not in taken)
+            by = "" if other == name else f" by {other!r}, which SQL engines take for the same"
             raise OutputError(
-                f"the name {name!r} of the {column} column is taken",
+                f"the name {name!r} of the {column} column is taken{by}",
                 "output.columns",
                 f"set output.columns: {{{column}: {free}}}",
             )
-        taken.append(name)
+        taken[name.casefold()] = name
 
 
 def difference(old: Plan, new: Plan) -> list[str]:

@@ -14,9 +14,21 @@ import pyarrow as pa
 from batchrun.dataset import hive
 from batchrun.dataset.filters import filter_columns, key_filters
 from batchrun.dataset.hive import Keys
-from batchrun.dataset.location import Found, find_files, is_damage, open_parquet, persistently
+from batchrun.dataset.location import (
+    Found,
+    conversion,
+    filesystem,
+    find_files,
+    is_damage,
+    open_parquet,
+    persistently,
+)
 from batchrun.errors import ChangedError, InputError, StorageError, nearest
 from batchrun.job.settings import InputSettings
+
+# Bytes behind the footer of a file with encrypted columns: a nonce and a tag. pyarrow shows no other sign of them, and
+# ends the process where such a column is looked at.
+SIGNATURE = 28
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -125,7 +137,7 @@ def _key_fields(
     if not fields:
         return {}
     footers = (_read_footer(file, settings.storage_options) for file in found)
-    own = next((schema.names for _, schema, reason in footers if not reason), [])
+    own: list[str] = next((schema.names for _, schema, reason in footers if not reason), [])
     fields = {name: field for name, field in fields.items() if name not in own}
     for name, field in fields.items():
         kind = _cast_type(name, settings.cast[name]) if name in settings.cast else field.type
@@ -209,21 +221,34 @@ def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataF
         with open_parquet(file.path, storage_options) as parquet:
             footer, schema = parquet.metadata, parquet.schema_arrow
             groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+            if _footer_size(file, storage_options) - footer.serialized_size == SIGNATURE:
+                raise InputError(
+                    "the file has encrypted columns",
+                    file.path,
+                    "write it without encryption, or leave it out",
+                )
             rows = tuple(group.num_rows for group in groups)
             sizes = tuple(group.total_byte_size for group in groups)
             return DataFile(file.path, file.size, file.version, rows, sizes, file.keys), schema, ""
 
     try:
         return persistently(file.path, read)
-    except StorageError:
+    except (StorageError, InputError):
         raise
     except Exception as error:  # every store's client has errors of its own
         if not is_damage(error):
             raise InputError(
                 f"cannot be opened ({type(error).__name__}: {error})", file.path, "check access and try again"
             ) from None
+        if text := conversion(file.path):
+            raise text from None
         reason = "it is empty" if file.size == 0 else str(error).splitlines()[0]
         return DataFile(file.path, file.size, file.version, (), ()), pa.schema([]), reason
+
+
+def _footer_size(file: Found, storage_options: Mapping[str, Any]) -> int:
+    fs, inner = filesystem(file.path, storage_options)
+    return int.from_bytes(fs.cat_file(inner, start=file.size - 8, end=file.size - 4), "little")
 
 
 def _shared_schema(
@@ -239,7 +264,16 @@ def _shared_schema(
             raise InputError(f"no input file has a column {name!r}{nearest(name, known)}", "input")
     _refuse_missing(shapes, needed)
     casts = {name: _cast_type(name, text) for name, text in settings.cast.items()}
-    return pa.schema([pa.field(name, _column_type(name, shapes, casts.get(name))) for name in wanted])
+    fields = [
+        pa.field(name, _column_type(name, shapes, casts.get(name)), metadata=_metadata(name, files))
+        for name in wanted
+    ]
+    return pa.schema(fields, metadata=files[0][1].metadata)
+
+
+def _metadata(name: str, files: Sequence[tuple[DataFile, pa.Schema]]) -> dict[bytes, bytes] | None:
+    """A field's metadata as the first file has them that has the field: an unknown extension type is in there."""
+    return next((schema.field(name).metadata for _, schema in files if name in schema.names), None)
 
 
 def _distinct(files: Sequence[tuple[DataFile, pa.Schema]]) -> list[tuple[pa.Schema, list[str]]]:

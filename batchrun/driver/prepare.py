@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from batchrun.dataset.plan import (
     make_plan,
 )
 from batchrun.dataset.rows import all_rows
-from batchrun.errors import OutputError
+from batchrun.errors import InputError, OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, resolve
@@ -28,6 +29,8 @@ from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import check_sample
 from batchrun.storage import Folder
 from batchrun.version import __version__
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,23 @@ def prepare(job: Job) -> Prepared:
     stored = plans.read(open_folder(job)) if job.input.since else []
     made = _plan(job, stored)
     prepared = _prepare(job, [*stored, *made], len(stored))
+    if not prepared.plan.rows:
+        _empty(job)
     if made:
         builder = prepared.texts.builder
         check_sample(builder, all_rows(job, made[0], builder.columns))
     return prepared
+
+
+def _empty(job: Job) -> None:
+    """Warns about an input without any row, or refuses it."""
+    what, where = (
+        "no row of the input passes the filters" if job.input.filters else "no row is in the input",
+        job.input.paths[0],
+    )
+    if not job.input.allow_empty:
+        raise InputError(what, where, "check input.path and input.filters, or set input.allow_empty: true")
+    log.warning("%s: %s; input.allow_empty: false refuses that", where, what)
 
 
 def prepare_again(job: Job) -> Prepared:

@@ -241,7 +241,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree[keys[-1]] = text  # a template's braces are no YAML; a shell already quotes, so the text is meant
 
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+# ${NAME}, or ${NAME:-default} as in a shell, where an empty variable counts as not set.
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 def _expand(value: Any, where: str) -> Any:
@@ -253,9 +254,15 @@ def _expand(value: Any, where: str) -> Any:
         return value
 
     def lookup(match: re.Match[str]) -> str:
-        name = match.group(1)
+        name, default = match.groups()
+        if default is not None:
+            return os.environ.get(name) or default
         if name not in os.environ:
-            raise JobError(f"environment variable {name} is not set", where, f"export {name}=...")
+            raise JobError(
+                f"environment variable {name} is not set",
+                where,
+                f"export {name}=..., or write ${{{name}:-default}}",
+            )
         return os.environ[name]
 
     return _VARIABLE.sub(lookup, value)

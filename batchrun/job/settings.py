@@ -34,6 +34,9 @@ class InputSettings(Settings):
         None, description="last: only files that no earlier run into this output took"
     )
     cast: dict[str, str] = Field(default_factory=dict, description="column: type, where files differ")
+    allow_empty: bool = Field(
+        True, description="whether an input without any row may run; it is warned about"
+    )
     skip_bad_files: bool = Field(False, description="leave unreadable files out, recorded in the plan")
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="fsspec's options for the input; never written anywhere"

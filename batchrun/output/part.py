@@ -69,9 +69,10 @@ class Summary:
 
 
 def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
-    """Carried fields as they are, then the answer's; `columns` gives other names to some of the latter."""
+    """Carried fields and the schema's metadata as they are, then the answer's fields; `columns` gives other names to
+    some of the latter."""
     answers = [field.with_name(columns.get(field.name, field.name)) for field in ANSWER_FIELDS]
-    return pa.schema([*carried, *answers])
+    return pa.schema([*carried, *answers], metadata=carried.metadata)
 
 
 def error_codes(errors: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -53,7 +53,7 @@ def open_source(settings: PromptSettings, tokenizer: Any, schema: pa.Schema, gua
         InputError: columns that the schema lacks, or a ready column of another type.
         ModelError: messages, and no chat template anywhere.
     """
-    check_columns(prompt_columns(settings), schema)
+    check_columns(settings, schema)
     if settings.column is not None:
         kind = schema.field(settings.column).type
         check_prompt_column(settings.column, kind)

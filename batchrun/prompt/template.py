@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -11,6 +12,10 @@ from batchrun.errors import InputError, JobError, nearest
 from batchrun.job.settings import PromptSettings
 from batchrun.prompt.renderer import RENDERER
 from batchrun.prompt.sandbox import ENVIRONMENT
+
+# {name} as in an f-string, outside of Jinja's own braces and outside of JSON.
+_BRACES = re.compile(r"(?<!\{)\{(\w+)\}(?!\})")
+_BLOCKS = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 
 
 class RowTemplate:
@@ -59,12 +64,26 @@ def check_templates(templates: Sequence[RowTemplate]) -> None:
             raise JobError(error, template.where, "fix the template")
 
 
-def check_columns(columns: Sequence[str], schema: pa.Schema) -> None:
-    """Refuses a prompt over columns that are not there.
+def check_columns(settings: PromptSettings, schema: pa.Schema) -> None:
+    """Refuses a prompt over columns that are not there, and one without any, which would be the same for every row.
 
     Raises:
-        InputError: names them, each with the nearest that is.
+        JobError: no template reads a column; or one has a column in single braces, as in Python.
+        InputError: names the columns that are not there, each with the nearest that is.
     """
+    for template in row_templates(settings):
+        for name in _BRACES.findall(_BLOCKS.sub("", template.source)):
+            if name in schema.names:
+                raise JobError(
+                    f"{{{name}}} in single braces is sent as it is", template.where, f"write {{{{ {name} }}}}"
+                )
+    columns = prompt_columns(settings)
+    if not columns:
+        raise JobError(
+            "the template reads no column, so that every row has the same prompt",
+            "prompt",
+            f"use a column, such as {{{{ {schema.names[0] if schema.names else 'text'} }}}}",
+        )
     missing = [name for name in columns if name not in schema.names]
     if missing:
         hints = "; ".join(f"{name!r}{nearest(name, schema.names)}" for name in missing)

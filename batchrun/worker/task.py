@@ -236,7 +236,7 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Recei
     if isinstance(attempt, ReplacingAttempt):
         return attempt.seal(attempt.carried.to_batches(), attempt.carried.schema)
     columns = carried_columns(order.job.input, order.schema, order.job.output.partition_by)
-    schema = pa.schema([order.schema.field(name) for name in columns])
+    schema = pa.schema([order.schema.field(name) for name in columns], metadata=order.schema.metadata)
 
     def carried(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
         for batch in order.read(task, columns):
@@ -257,7 +257,7 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Recei
         }
     # An answer beside input that cannot be carried along would be read as that of a row of nulls.
     attempt.spoil(failed(lost))
-    nullable = pa.schema([field.with_nullable(True) for field in schema])
+    nullable = pa.schema([field.with_nullable(True) for field in schema], metadata=schema.metadata)
     return attempt.seal(carried(lost), nullable)
 
 
