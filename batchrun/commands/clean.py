@@ -14,7 +14,7 @@ from batchrun.output import identity, manifest, plans, retry, state
 from batchrun.output.identity import Identity
 from batchrun.output.layout import JOB, Layout
 from batchrun.output.lease import Lease
-from batchrun.output.output import layout_of, open_folder
+from batchrun.output.output import layout_of, open_folder, partitioned_by
 from batchrun.storage import Folder
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import duration
@@ -39,7 +39,7 @@ def clean(job: Job, everything: bool = False, confirm: Confirm | None = None) ->
         raise OutputError("no run was ever started here", folder.name, "check output.path")
     stored = plans.read(folder)
     _refuse_other_job(job, folder, pinned, stored)
-    layout = layout_of(stored)
+    layout = layout_of(stored, partitioned_by(pinned))
     if everything and confirm is not None:
         confirm(_worth(folder, layout, stored))
     try:

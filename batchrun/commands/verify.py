@@ -63,7 +63,7 @@ def verify(job: Job) -> Checked:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
     folder, pinned, plan, layout = open_output(job)
-    columns = carried_columns(job.input, plan.schema)
+    columns = carried_columns(job.input, plan.schema, job.output.partition_by)
     beside = bool(columns) or job.output.row_column is not None
     found = verify_folder(
         folder,

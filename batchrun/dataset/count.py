@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchrun.dataset.filters import Filters
+from batchrun.dataset.hive import constants, passing
 from batchrun.dataset.location import native_filesystem, open_parquet, persistently
 from batchrun.dataset.rowgroup import READING, read_group
 from batchrun.dataset.source import DataFile, concurrently
@@ -115,8 +116,11 @@ class Counter:
 
     def _matches(self, parquet: pq.ParquetFile, piece: Piece) -> Iterator[NDArray[np.int64]]:
         """The ascending positions in the piece's row group of the rows that pass, batch by batch."""
-        path, start = self.files[piece.file].path, 0
-        for batch in read_group(parquet, path, piece.row_group, self.schema, self.settings.cast, _COUNT_ROWS):
+        file, start = self.files[piece.file], 0
+        known = constants(file.keys, self.schema)
+        for batch in read_group(
+            parquet, file.path, piece.row_group, self.schema, self.settings.cast, _COUNT_ROWS, constants=known
+        ):
             yield start + np.flatnonzero(self.filters.mask(batch))
             start += batch.num_rows
 
@@ -125,11 +129,17 @@ class Counter:
         nothing."""
         if any(name in self.settings.cast for name in self.filters.columns):
             return set(range(len(file.group_rows)))
+        fields = {name: self.schema.field(name) for name, _ in file.keys if name in self.schema.names}
+        left = passing(self.filters, fields, file.keys)
+        if left is None:
+            return set()
+        if not all(left.groups):
+            return set(range(len(file.group_rows)))
         import pyarrow.dataset as ds  # imports pandas where it is installed: half a second that only filters need
 
         fs, inner = native_filesystem(file.path, self.settings.storage_options)
         fragment = ds.ParquetFileFormat().make_fragment(inner, filesystem=fs)
-        subset = deadline.within(deadline.UNSIZED, lambda: fragment.subset(filter=self.filters.expression()))
+        subset = deadline.within(deadline.UNSIZED, lambda: fragment.subset(filter=left.expression()))
         return {group.id for group in subset.row_groups}
 
     @contextmanager

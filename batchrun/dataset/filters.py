@@ -85,6 +85,17 @@ def parse_filters(filters: list[Any] | None, schema: pa.Schema) -> Filters | Non
     return Filters([[_parse_term(term, schema) for term in _checked_group(group)] for group in groups])
 
 
+def key_filters(filters: list[Any] | None, keys: pa.Schema) -> Filters:
+    """The conditions on the columns of `keys` alone, group by group. Raises as `parse_filters`."""
+    groups = [filters] if filters and _is_term(filters[0]) else filters or []
+    return Filters(
+        [
+            [_parse_term(t, keys) for t in _checked_group(g) if _checked_term(t)[0] in keys.names]
+            for g in groups
+        ]
+    )
+
+
 def filter_columns(filters: list[Any] | None) -> list[str]:
     """The columns that filters read, before any schema is known."""
     if not filters:

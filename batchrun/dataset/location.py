@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -15,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as NativeFileSystem
 
+from batchrun.dataset.hive import Keys, keys_of
 from batchrun.errors import InputError, StorageError
 from batchrun.storage import deadline
 from batchrun.storage.backoff import back_off, kept_failing
@@ -44,11 +47,13 @@ _VERSION_KEYS = (
 
 
 class Found(NamedTuple):
-    """A listed file: its full path or URL, its size in bytes, and its version (ETag or modification time)."""
+    """A listed file: its full path or URL, its size in bytes, its version (ETag or modification time), and the keys
+    of the folders named key=value below the input's own path."""
 
     path: str
     size: int
     version: str
+    keys: Keys = ()
 
 
 def find_files(paths: Sequence[str], storage_options: Mapping[str, Any]) -> list[Found]:
@@ -113,10 +118,12 @@ def native_filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[Fi
 
 
 class Footer(NamedTuple):
-    """A Parquet file's footer as pyarrow reads it, the file's schema, and the hex SHA-256 of the footer's bytes."""
+    """A Parquet file's footer as pyarrow reads it, the file's schema, and the footer's bytes: how many, and their hex
+    SHA-256."""
 
     metadata: pq.FileMetaData
     schema: pa.Schema
+    size: int
     digest: str
 
 
@@ -127,12 +134,20 @@ def read_footer(path: str, size: int, storage_options: Mapping[str, Any]) -> Foo
         ArrowException: the file is no whole Parquet file.
     """
     fs, inner = filesystem(path, storage_options)
-    tail = fs.cat_file(inner, start=max(0, size - _TAIL_BYTES), end=size) if size else b""
+
+    def last(count: int) -> bytes:
+        count = min(count, size)
+        read = partial(fs.cat_file, inner, start=size - count, end=size)
+        data: bytes = deadline.within(deadline.sized(count), read) if count else b""
+        return data
+
+    tail = last(_TAIL_BYTES)
     footer = int.from_bytes(tail[-8:-4], "little") + 8
     if len(tail) < footer <= size:
-        tail = fs.cat_file(inner, start=size - footer, end=size)
+        tail = last(footer)
     with pq.ParquetFile(pa.BufferReader(tail)) as parquet:
-        return Footer(parquet.metadata, parquet.schema_arrow, hashlib.sha256(tail[-footer:]).hexdigest())
+        digest = hashlib.sha256(tail[-footer:]).hexdigest()
+        return Footer(parquet.metadata, parquet.schema_arrow, footer - 8, digest)
 
 
 @contextmanager
@@ -167,20 +182,52 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
             f"cannot be listed ({type(error).__name__}: {error})", path, "check path and access"
         ) from None
     if not files:
-        raise InputError(
+        raise _no_files(fs, inner, path) or InputError(
             "no file matches", path, "give a Parquet file, a folder with *.parquet in it, or a glob"
         )
 
     def listed(name: str, info: Mapping[str, Any]) -> Found:
         # A store may list an object without its size (HTTP folders do): only asking for it by name tells.
         known = info if info.get("size") is not None else persistently(path, lambda: _info(fs, name))
-        return _found(_full(path, fs, name), known)
+        return _found(_full(path, fs, name), known)._replace(keys=keys_of(name.removeprefix(root)))
 
+    root = _root(inner)
     return [listed(name, info) for name, info in files.items()]
 
 
 def _info(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, Any]:
     return deadline.within(deadline.REQUEST, lambda: fs.info(inner))
+
+
+_TEXTS = {
+    ".csv": "pyarrow.csv.read_csv({path!r})",
+    ".tsv": "pyarrow.csv.read_csv({path!r}, parse_options=pyarrow.csv.ParseOptions(delimiter='\\t'))",
+    ".jsonl": "pyarrow.json.read_json({path!r})",
+    ".ndjson": "pyarrow.json.read_json({path!r})",
+    ".json": "pyarrow.json.read_json({path!r})",
+}
+
+
+def conversion(path: str) -> InputError | None:
+    """The error about a file of text, with the line that makes Parquet of it; None for any other."""
+    name = path.lower()
+    ending = next((ending for ending in _TEXTS if name.endswith((ending, f"{ending}.gz"))), None)
+    if ending is None:
+        return None
+    target = path[: name.rfind(ending)] + ".parquet"
+    if "://" in path:
+        line = f"duckdb -c \"COPY (FROM '{path}') TO '{target}'\""
+    else:
+        module = "csv" if "csv" in _TEXTS[ending] else "json"
+        read = _TEXTS[ending].format(path=path)
+        line = f'python -c "import pyarrow.{module}, pyarrow.parquet; pyarrow.parquet.write_table({read}, {target!r})"'
+    return InputError(f"{ending[1:]} is not Parquet", path, f"convert it with: {line}")
+
+
+def _no_files(fs: fsspec.AbstractFileSystem, inner: str, path: str) -> InputError | None:
+    """What to say of a folder without Parquet files: whether it has files of text."""
+    names = sorted(fs.find(inner)) if fs.isdir(inner) else []
+    return next((error for name in names if (error := conversion(_full(path, fs, name)))), None)
 
 
 def _list(fs: fsspec.AbstractFileSystem, inner: str) -> dict[str, dict[str, Any]]:
@@ -206,6 +253,12 @@ def _in_folder(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str
         for name, info in fs.find(folder, detail=True).items()
         if name.endswith(".parquet") and not any(_hidden(part) for part in name[start:].split("/"))
     }
+
+
+def _root(inner: str) -> str:
+    """The folder that a path, or a glob from its first wildcard on, looks into."""
+    fixed = re.split(r"[*?\[]", inner, maxsplit=1)[0]
+    return inner.rstrip("/") + "/" if fixed == inner else fixed[: fixed.rfind("/") + 1]
 
 
 def _hidden(name: str) -> bool:

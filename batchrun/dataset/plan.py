@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,8 +16,9 @@ import pyarrow.parquet as pq
 
 from batchrun.dataset.count import Counter, Piece, all_pieces, limited, shortened
 from batchrun.dataset.filters import filter_columns, parse_filters
+from batchrun.dataset.hive import folder_of
 from batchrun.dataset.source import DataFile, Skipped, Source, read_source, untaken
-from batchrun.errors import InputError, OutputError, first_line
+from batchrun.errors import InputError, OutputError, first_line, nearest
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import OUTPUT_COLUMNS, InputSettings, OutputSettings
 
@@ -65,10 +67,18 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """Hex SHA-256 of what the plan was made of (path, size, version, rows per group, footer) and of how it is
-        cut. A plan made before footers were pinned keeps its hash."""
+        """Hex SHA-256 of what the plan was made of (path, size, version, rows per group, keys of folders, footer) and
+        of how it is cut. A plan made before footers were pinned keeps its hash."""
         files = [
-            [f.path, f.size, f.version, f.group_rows, *([f.footer] if f.footer else [])] for f in self.files
+            [
+                f.path,
+                f.size,
+                f.version,
+                f.group_rows,
+                *([f.keys] if f.keys else []),
+                *([f.footer] if f.footer else []),
+            ]
+            for f in self.files
         ]
         return stable_hash([files, [[p.rows, p.slices] for p in self.partitions]])
 
@@ -97,6 +107,7 @@ class Plan:
                 "group_rows": pa.array([f.group_rows for f in self.files], pa.list_(pa.int64())),
                 "group_bytes": pa.array([f.group_bytes for f in self.files], pa.list_(pa.int64())),
                 "footer": pa.array([f.footer for f in self.files], pa.string()),
+                "keys": pa.array([json.dumps(f.keys) for f in self.files], pa.string()),
                 "slices": pa.ListArray.from_arrays(pa.array(ends, pa.int32()), slices),
             }
         )
@@ -151,19 +162,25 @@ class Plan:
 
 
 def make_plan(
-    settings: InputSettings, needed: Sequence[str], rows_per_part: int, bytes_per_part: int
+    settings: InputSettings,
+    needed: Sequence[str],
+    rows_per_part: int,
+    bytes_per_part: int,
+    partition_by: Sequence[str] = (),
 ) -> Plan:
     """Reads the footers (and with filters the columns they test) and cuts the dataset into partitions.
 
-    `needed` are the columns that the prompt reads. A partition has at most `rows_per_part` rows that pass the
-    filters, and at most `bytes_per_part` uncompressed bytes of row groups read for it. The plan of a dataset
-    without rows has one empty partition, so that one part carries the schema.
+    `needed` are the columns that the prompt reads. A partition has at most `rows_per_part` rows that pass the filters,
+    and at most `bytes_per_part` uncompressed bytes of row groups read for it, all of the same values in `partition_by`,
+    which are keys of the input's folders. The plan of a dataset without rows has one empty partition, so that one part
+    carries the schema.
 
     Raises:
         InputError: see `read_source` and `parse_filters`.
     """
     needed = list(dict.fromkeys([*needed, *filter_columns(settings.filters)]))
-    return _cut(read_source(settings, needed), settings, rows_per_part, bytes_per_part)
+    source = read_source(settings, [*needed, *partition_by])
+    return _cut(source, settings, rows_per_part, bytes_per_part, partition_by)
 
 
 def extend(
@@ -172,6 +189,7 @@ def extend(
     needed: Sequence[str],
     rows_per_part: int,
     bytes_per_part: int,
+    partition_by: Sequence[str] = (),
 ) -> Plan | None:
     """The plan of the files that none of the `earlier` ones took; None where there are none.
 
@@ -187,11 +205,11 @@ def extend(
     if settings.columns is None:
         settings = settings.model_copy(update={"columns": schema.names})
     needed = list(dict.fromkeys([*needed, *filter_columns(settings.filters)]))
-    source = read_source(settings, needed, new)
+    source = read_source(settings, [*needed, *partition_by], new, schema)
     if not source.files:
         return None
     _refuse_other_types(schema, source.schema)
-    return _cut(source._replace(schema=schema), settings, rows_per_part, bytes_per_part)
+    return _cut(source._replace(schema=schema), settings, rows_per_part, bytes_per_part, partition_by)
 
 
 def joined(plans: Sequence[Plan]) -> Plan:
@@ -226,44 +244,79 @@ def _refuse_other_types(schema: pa.Schema, new: pa.Schema) -> None:
             )
 
 
-def _cut(source: Source, settings: InputSettings, rows_per_part: int, bytes_per_part: int) -> Plan:
+def _cut(
+    source: Source,
+    settings: InputSettings,
+    rows_per_part: int,
+    bytes_per_part: int,
+    partition_by: Sequence[str],
+) -> Plan:
+    folders = [_folder(file, partition_by) for file in source.files]
     filters = parse_filters(settings.filters, source.schema)
     pieces: Iterable[Piece] = all_pieces(source.files, rows_per_part, bytes_per_part)
     cut = shortened
     if filters is not None:
         counter = Counter(source.files, source.schema, filters, settings)
         pieces, cut = counter.count(list(pieces)), counter.cut
-    partitions = _pack(limited(pieces, settings.limit, cut), rows_per_part, bytes_per_part)
+    partitions = _pack(limited(pieces, settings.limit, cut), folders, rows_per_part, bytes_per_part)
     return Plan(source.files, source.schema, partitions, source.skipped)
 
 
-def carried_columns(settings: InputSettings, schema: pa.Schema) -> list[str]:
-    """The columns of a plan's schema that stand in the output, in its order."""
-    return schema.names if settings.columns is None else list(dict.fromkeys(settings.columns))
+def carried_columns(
+    settings: InputSettings, schema: pa.Schema, partition_by: Sequence[str] = ()
+) -> list[str]:
+    """The columns of a plan's schema that are in the output's parts, in its order. Readers find those of `partition_by`
+    in the parts' folders."""
+    names = schema.names if settings.columns is None else dict.fromkeys(settings.columns)
+    return [name for name in names if name not in partition_by]
+
+
+def _folder(file: DataFile, partition_by: Sequence[str]) -> str:
+    keys = [name for name, _ in file.keys]
+    if missing := [name for name in partition_by if name not in keys]:
+        raise InputError(
+            f"{missing[0]!r} is no key=value folder of the input{nearest(missing[0], keys)}",
+            "output.partition_by",
+            f"put the input's files into folders named {missing[0]}=VALUE, or leave it out",
+        )
+    return folder_of(file.keys, partition_by)
+
+
+def folders_of(plan: Plan, partition_by: Sequence[str]) -> tuple[tuple[int, str], ...]:
+    """The folders of a plan's parts below data/, each with the number of the first partition that is in it."""
+    runs: list[tuple[int, str]] = []
+    for partition in plan.partitions if partition_by else ():
+        file = plan.files[partition.slices[0].file] if partition.slices else None
+        folder = folder_of(file.keys, partition_by) if file else ""
+        if not runs or runs[-1][1] != folder:
+            runs.append((partition.index, folder))
+    return tuple(runs)
 
 
 def check_output_names(carried: Sequence[str], output: OutputSettings) -> None:
-    """Refuses output columns whose names are taken, by a carried column or by another output column.
+    """Refuses output columns whose names are taken, by a carried column or by another output column. Letters of another
+    case make no other name: SQL engines do not tell them apart.
 
     Raises:
         OutputError: suggests a free name.
     """
-    taken = list(carried)
-    if output.row_column is not None:
-        if output.row_column in taken:
-            what = f"the name {output.row_column!r} is a column of the input"
+    taken = {name.casefold(): name for name in (*carried, *output.partition_by)}
+    if (name := output.row_column) is not None:
+        if name.casefold() in taken:
+            what = f"the name {name!r} is a column of the input"
             raise OutputError(what, "output.row_column", "give another name")
-        taken.append(output.row_column)
+        taken[name.casefold()] = name
     for column in OUTPUT_COLUMNS:
         name = output.column(column)
-        if name in taken:
+        if (other := taken.get(name.casefold())) is not None:
             free = next(f"{column}_{i}" for i in count(2) if f"{column}_{i}" not in taken)
+            by = "" if other == name else f" by {other!r}, which SQL engines take for the same"
             raise OutputError(
-                f"the name {name!r} of the {column} column is taken",
+                f"the name {name!r} of the {column} column is taken{by}",
                 "output.columns",
                 f"set output.columns: {{{column}: {free}}}",
             )
-        taken.append(name)
+        taken[name.casefold()] = name
 
 
 def difference(old: Plan, new: Plan) -> list[str]:
@@ -291,15 +344,20 @@ def _change(old: DataFile, new: DataFile) -> str:
         return f"{old.rows} rows in {len(old.group_rows)} row groups, now {new.rows} in {len(new.group_rows)}"
     if old.footer and old.footer != new.footer:
         return "same size and time, another footer: it was replaced"
+    if old.keys != new.keys:
+        return f"its folder's keys were {dict(old.keys) or 'no columns'} and are {dict(new.keys)}"
     return ""
 
 
-def _pack(pieces: Iterable[Piece], rows_per_part: int, bytes_per_part: int) -> list[Partition]:
+def _pack(
+    pieces: Iterable[Piece], folders: Sequence[str], rows_per_part: int, bytes_per_part: int
+) -> list[Partition]:
     partitions: list[Partition] = []
     slices: list[Slice] = []
     rows = size = 0
     for piece in pieces:
-        if slices and (rows + piece.rows > rows_per_part or size + piece.bytes > bytes_per_part):
+        full = rows + piece.rows > rows_per_part or size + piece.bytes > bytes_per_part
+        if slices and (full or folders[slices[-1].file] != folders[piece.file]):
             partitions.append(Partition(len(partitions), tuple(slices), rows))
             slices, rows, size = [], 0, 0
         _append(slices, piece)
@@ -336,10 +394,12 @@ def _ipc(table: pa.Table) -> bytes:
 
 def _files(table: pa.Table) -> list[DataFile]:
     names = ("path", "size", "version", "group_rows", "group_bytes")
-    rows = zip(*(table[name].to_pylist() for name in names), _footers(table), strict=True)
+    # Plans of batchrun 0.2 and before know no keys.
+    keys = table["keys"].to_pylist() if "keys" in table.column_names else ["[]"] * table.num_rows
+    rows = zip(*(table[name].to_pylist() for name in names), keys, _footers(table), strict=True)
     return [
-        DataFile(path, size, version, tuple(counts), tuple(sizes), footer)
-        for path, size, version, counts, sizes, footer in rows
+        DataFile(path, size, version, tuple(counts), tuple(sizes), tuple(map(tuple, json.loads(own))), footer)
+        for path, size, version, counts, sizes, own, footer in rows
     ]
 
 

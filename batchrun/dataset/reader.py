@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchrun.dataset.filters import Filters, filter_columns, parse_filters
+from batchrun.dataset.hive import constants
 from batchrun.dataset.location import open_parquet, read_footer, stat
 from batchrun.dataset.plan import Slice
 from batchrun.dataset.rowgroup import READING, read_group
@@ -127,7 +128,14 @@ class _Reader(NamedTuple):
     def _records(self, parquet: pq.ParquetFile, file: DataFile, part: Slice) -> Iterator[pa.RecordBatch]:
         left = part.num_rows
         batches = read_group(
-            parquet, file.path, part.row_group, self.schema, self.cast, self.batch_rows, skip=part.first_row
+            parquet,
+            file.path,
+            part.row_group,
+            self.schema,
+            self.cast,
+            self.batch_rows,
+            skip=part.first_row,
+            constants=constants(file.keys, self.schema),
         )
         for records in batches:
             yield records.slice(0, left)
@@ -141,9 +149,12 @@ class _Reader(NamedTuple):
         schema = pa.schema([self.schema.field(name) for name in self.columns])
         for first in range(done, part.rows, self.batch_rows):
             count = min(self.batch_rows, part.rows - first)
-            nulls = pa.RecordBatch.from_arrays(
-                [pa.nulls(count, field.type) for field in schema], schema=schema
-            )
+            known = constants(file.keys, schema)
+            lost = [
+                pa.repeat(known[f.name], count) if f.name in known else pa.nulls(count, f.type)
+                for f in schema
+            ]
+            nulls = pa.RecordBatch.from_arrays(lost, schema=schema)
             places = part.first_row + np.arange(first, first + count)
             ids = row_ids(file.path, part.row_group, places)
             yield Batch(first, nulls, ids, file.path, part.row_group, places, fault)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,20 +23,23 @@ def read_group(
     cast: Container[str],
     batch_rows: int,
     skip: int = 0,
+    constants: Mapping[str, pa.Scalar] = MappingProxyType({}),
 ) -> Iterator[pa.RecordBatch]:
     """The rows of row group `group` from row `skip` on, `batch_rows` or fewer at a time, as `schema` has
     them.
 
     Memory stays that of a batch and of one buffer per column, however large the group is. Skipped rows are
     decoded but never converted: pyarrow cannot start inside a row group. A column that the file lacks is
-    null.
+    one of `constants`, or null.
 
     Raises:
         CorruptInput: a page that cannot be decoded.
         ChangedError: a column has another type than planned and is not in `cast`.
         InputError: a value that cannot be cast without loss.
     """
-    present = [name for name in schema.names if name in parquet.schema_arrow.names]
+    own = parquet.schema_arrow.names
+    # Rows of no columns at all could not be counted.
+    present = [name for name in schema.names if name in own and name not in constants] or own[:1]
     batches = parquet.iter_batches(batch_size=batch_rows, row_groups=[group], columns=present)
     where = f"{path}, row group {group}"
     while True:
@@ -54,11 +58,19 @@ def read_group(
         kept = batch.slice(skip)
         skip = 0
         yield pa.RecordBatch.from_arrays(
-            [_column(kept, field, cast, where) for field in schema], schema=schema
+            [_column(kept, field, cast, where, constants) for field in schema], schema=schema
         )
 
 
-def _column(batch: pa.RecordBatch, field: pa.Field, cast: Container[str], where: str) -> pa.Array:
+def _column(
+    batch: pa.RecordBatch,
+    field: pa.Field,
+    cast: Container[str],
+    where: str,
+    constants: Mapping[str, pa.Scalar],
+) -> pa.Array:
+    if field.name in constants:
+        return pa.repeat(constants[field.name], batch.num_rows)
     values = batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows)
     if values.type == field.type:
         return values

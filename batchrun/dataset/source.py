@@ -6,14 +6,28 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from batchrun.dataset.location import Found, find_files, is_damage, persistently, read_footer
+from batchrun.dataset import hive
+from batchrun.dataset.filters import filter_columns, key_filters
+from batchrun.dataset.hive import Keys
+from batchrun.dataset.location import (
+    Found,
+    conversion,
+    find_files,
+    is_damage,
+    persistently,
+    read_footer,
+)
 from batchrun.errors import ChangedError, InputError, StorageError, first_line, nearest
 from batchrun.job.settings import InputSettings
+
+# Bytes behind the footer of a file with encrypted columns: a nonce and a tag. pyarrow shows no other sign of them, and
+# ends the process where such a column is looked at.
+SIGNATURE = 28
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -22,7 +36,8 @@ U = TypeVar("U")
 @dataclass(frozen=True, slots=True)
 class DataFile:
     """A Parquet file as it was planned: path or URL, size in bytes, version (ETag or modification time), for every
-    row group its rows and its uncompressed bytes, and the hex SHA-256 of its footer.
+    row group its rows and its uncompressed bytes, the keys of its folders that are columns, and the hex SHA-256 of its
+    footer.
 
     `footer` is empty in the plans of versions that did not pin it.
     """
@@ -32,6 +47,7 @@ class DataFile:
     version: str
     group_rows: tuple[int, ...]
     group_bytes: tuple[int, ...]
+    keys: Keys = ()
     footer: str = ""
 
     @property
@@ -78,10 +94,14 @@ def untaken(settings: InputSettings, taken: Mapping[str, DataFile]) -> list[Foun
 
 
 def read_source(
-    settings: InputSettings, needed: Sequence[str], found: Sequence[Found] | None = None
+    settings: InputSettings,
+    needed: Sequence[str],
+    found: Sequence[Found] | None = None,
+    known: pa.Schema | None = None,
 ) -> Source:
     """Lists the input's files (or takes those `found`), reads their footers concurrently and holds their schemas
-    against each other.
+    against each other. Folders named key=value give columns, of the type that `known` has where it has one; files that
+    the filters on these rule out are not opened.
 
     The schema has the carried columns (`settings.columns`, or all) and then those of `needed` that are not
     among them, every one nullable, with the types of `settings.cast` where it names one. A carried column
@@ -93,6 +113,8 @@ def read_source(
     """
     growing = found is not None
     found = find_files(settings.paths, settings.storage_options) if found is None else found
+    fields = _key_fields(found, settings, known)
+    found = _pruned(found, settings, fields)
     footers = list(
         concurrently(lambda file: _read_footer(file, settings.storage_options), found, remote=_remote(found))
     )
@@ -107,7 +129,62 @@ def read_source(
             "input.path",
             "mend or remove them, or set input.skip_bad_files" if good else "give Parquet files",
         )
+    good = [_with_keys(file, schema, fields) for file, schema in good]
     return Source([file for file, _ in good], _shared_schema(good, settings, needed), bad)
+
+
+def _key_fields(
+    found: Sequence[Found], settings: InputSettings, known: pa.Schema | None
+) -> dict[str, pa.Field]:
+    """The columns of the folders' keys; a key that is a column of the files too is read from them."""
+    fields = hive.key_fields((file.keys for file in found), known)
+    if not fields:
+        return {}
+    footers = (_read_footer(file, settings.storage_options) for file in found)
+    own: list[str] = next((schema.names for _, schema, reason in footers if not reason), [])
+    fields = {name: field for name, field in fields.items() if name not in own}
+    for name, field in fields.items():
+        kind = _cast_type(name, settings.cast[name]) if name in settings.cast else field.type
+        fields[name] = field.with_type(kind)
+        for file in found:
+            value = dict(file.keys).get(name, hive.NULL)
+            try:
+                hive.scalar_of(value, kind)
+            except pa.ArrowException:
+                raise InputError(
+                    f"the folder {name}={value} is no {kind}",
+                    file.path,
+                    f"set input.cast: {{{name}: string}}",
+                ) from None
+    return fields
+
+
+def _pruned(
+    found: Sequence[Found], settings: InputSettings, fields: Mapping[str, pa.Field]
+) -> Sequence[Found]:
+    """The files of which rows may pass the filters, as far as their folders tell; one where there is none, so that
+    there is a schema."""
+    tested = [name for name in filter_columns(settings.filters) if name in fields]
+    if not tested:
+        return found
+    filters = key_filters(settings.filters, pa.schema(fields.values()))
+    left = [file for file in found if hive.passing(filters, fields, file.keys) is not None]
+    return left or found[:1]
+
+
+def _with_keys(
+    file: DataFile, schema: pa.Schema, fields: Mapping[str, pa.Field]
+) -> tuple[DataFile, pa.Schema]:
+    keys = tuple((name, value) for name, value in file.keys if name in fields)
+    if both := [name for name, _ in keys if name in schema.names]:
+        raise InputError(
+            f"{both[0]!r} is a column of this file and only a folder's key of others",
+            file.path,
+            "write it into all files, or into none",
+        )
+    for name, _ in keys:
+        schema = schema.append(fields[name])
+    return replace(file, keys=keys), schema
 
 
 def concurrently(work: Callable[[T], U], items: Sequence[T], remote: bool) -> Iterable[U]:
@@ -146,20 +223,27 @@ def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataF
 
     def read() -> tuple[DataFile, pa.Schema, str]:
         footer = read_footer(file.path, file.size, storage_options)
+        if footer.size - footer.metadata.serialized_size == SIGNATURE:
+            raise InputError(
+                "the file has encrypted columns", file.path, "write it without encryption, or leave it out"
+            )
         groups = [footer.metadata.row_group(i) for i in range(footer.metadata.num_row_groups)]
         rows = tuple(group.num_rows for group in groups)
         sizes = tuple(group.total_byte_size for group in groups)
-        return DataFile(file.path, file.size, file.version, rows, sizes, footer.digest), footer.schema, ""
+        planned = DataFile(file.path, file.size, file.version, rows, sizes, file.keys, footer.digest)
+        return planned, footer.schema, ""
 
     try:
         return persistently(file.path, read)
-    except StorageError:
+    except (StorageError, InputError):
         raise
     except Exception as error:  # every store's client has errors of its own
         if not is_damage(error):
             raise InputError(
                 f"cannot be opened ({type(error).__name__}: {error})", file.path, "check access and try again"
             ) from None
+        if text := conversion(file.path):
+            raise text from None
         reason = "it is empty" if file.size == 0 else first_line(error)
         return DataFile(file.path, file.size, file.version, (), ()), pa.schema([]), reason
 
@@ -177,7 +261,16 @@ def _shared_schema(
             raise InputError(f"no input file has a column {name!r}{nearest(name, known)}", "input")
     _refuse_missing(shapes, needed)
     casts = {name: _cast_type(name, text) for name, text in settings.cast.items()}
-    return pa.schema([pa.field(name, _column_type(name, shapes, casts.get(name))) for name in wanted])
+    fields = [
+        pa.field(name, _column_type(name, shapes, casts.get(name)), metadata=_metadata(name, files))
+        for name in wanted
+    ]
+    return pa.schema(fields, metadata=files[0][1].metadata)
+
+
+def _metadata(name: str, files: Sequence[tuple[DataFile, pa.Schema]]) -> dict[bytes, bytes] | None:
+    """A field's metadata as the first file has them that has the field: an unknown extension type is in there."""
+    return next((schema.field(name).metadata for _, schema in files if name in schema.names), None)
 
 
 def _distinct(files: Sequence[tuple[DataFile, pa.Schema]]) -> list[tuple[pa.Schema, list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from batchrun.dataset.plan import (
 from batchrun.dataset.rows import all_rows
 from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
 from batchrun.engine.names import refuse_wrong_name
-from batchrun.errors import OutputError
+from batchrun.errors import InputError, OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
 from batchrun.job.settings import ClusterSettings
@@ -34,6 +35,8 @@ from batchrun.prompt.tokens import check_sample
 from batchrun.storage import Folder
 from batchrun.storage.folder import first_contact
 from batchrun.version import __version__
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Prepared:
 
     @cached_property
     def layout(self) -> Layout:
-        return layout_of(self.plans)
+        return layout_of(self.plans, self.job.output.partition_by)
 
     @cached_property
     def identity(self) -> Identity:
@@ -112,7 +115,10 @@ def look(job: Job) -> Prepared:
         stored = plans.read(open_folder(job)) if job.input.since else []
     made = _as_pinned(job, _plan(job, stored))
     refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
-    return _prepare(job, [*stored, *made], len(stored))
+    prepared = _prepare(job, [*stored, *made], len(stored))
+    if not prepared.plan.rows:
+        _empty(job)
+    return prepared
 
 
 def try_prompt(prepared: Prepared) -> None:
@@ -124,6 +130,17 @@ def try_prompt(prepared: Prepared) -> None:
     builder = prepared.texts.builder
     for plan in prepared.plans[prepared.known :]:
         check_sample(builder, all_rows(prepared.job, plan, builder.columns))
+
+
+def _empty(job: Job) -> None:
+    """Warns about an input without any row, or refuses it."""
+    what, where = (
+        "no row of the input passes the filters" if job.input.filters else "no row is in the input",
+        job.input.paths[0],
+    )
+    if not job.input.allow_empty:
+        raise InputError(what, where, "check input.path and input.filters, or set input.allow_empty: true")
+    log.warning("%s: %s; input.allow_empty: false refuses that", where, what)
 
 
 def prepare_again(job: Job) -> Prepared:
@@ -145,8 +162,10 @@ def prepare_again(job: Job) -> Prepared:
 def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
     needed, output = prompt_columns(job.prompt), job.output
     if not stored:
-        return [make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part)]
-    new = extend(stored, job.input, needed, output.rows_per_part, output.bytes_per_part)
+        return [
+            make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part, output.partition_by)
+        ]
+    new = extend(stored, job.input, needed, output.rows_per_part, output.bytes_per_part, output.partition_by)
     return [] if new is None else [new]
 
 

@@ -190,6 +190,7 @@ def result(
         milestones=milestones.seconds,
         requests=dispatch.total.requests if dispatch else 0,
         reused=dispatch.total.reused if dispatch else 0,
+        empty=done.empty,
         engines=list(dispatch.engines.values()) if dispatch else [],
         part_keys=[part.key for part in done.parts],
         storage_options=prepared.job.output.storage_options,

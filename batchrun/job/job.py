@@ -140,13 +140,18 @@ class Job(Settings):
 
         The model stands in it by name and revision; what its folder holds is pinned beside it by the caller.
         """
+        prompt = self.prompt.model_dump(mode="json")
+        if prompt["special_tokens"] == "parse":
+            del prompt["special_tokens"]  # as it was before there was a choice: older outputs can go on
         output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
+        if self.output.partition_by:
+            output.add("partition_by")
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
         return {
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
-            "prompt": self.prompt.model_dump(mode="json"),
+            "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
             "generation": self.generation.model_dump(mode="json"),
             "output": self.output.model_dump(mode="json", include=output),
@@ -197,10 +202,38 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
+# Values of a job file with every alias written out. Jobs have hundreds; a few nested aliases can make billions.
+MOST_VALUES = 100_000
+
+
+def _refuse_bomb(root: yaml.Node | None) -> None:
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_VALUES  # until it is known: an alias of a node inside itself has no end
+            inner = (
+                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+            )
+            inner += node.value if isinstance(node, yaml.SequenceNode) else []
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > MOST_VALUES:
+        raise yaml.composer.ComposerError(
+            None, None, f"its aliases stand for more than {MOST_VALUES:,} values", root.start_mark
+        )
+
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            _refuse_bomb(root)
+            return None if root is None else loader.construct_document(root)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
@@ -223,7 +256,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree[keys[-1]] = text  # a template's braces are no YAML; a shell already quotes, so the text is meant
 
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+# ${NAME}, or ${NAME:-default} as in a shell, where an empty variable counts as not set.
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 def _expand(value: Any, where: str) -> Any:
@@ -235,9 +269,15 @@ def _expand(value: Any, where: str) -> Any:
         return value
 
     def lookup(match: re.Match[str]) -> str:
-        name = match.group(1)
+        name, default = match.groups()
+        if default is not None:
+            return os.environ.get(name) or default
         if name not in os.environ:
-            raise JobError(f"environment variable {name} is not set", where, f"export {name}=...")
+            raise JobError(
+                f"environment variable {name} is not set",
+                where,
+                f"export {name}=..., or write ${{{name}:-default}}",
+            )
         return os.environ[name]
 
     return _VARIABLE.sub(lookup, value)

@@ -23,7 +23,10 @@ class Settings(BaseModel):
 class InputSettings(Settings):
     """Which rows the job reads."""
 
-    path: str | list[str] = Field(description="a file, folder, glob, or a list of them, on any fsspec URL")
+    path: str | list[str] = Field(
+        description="a file, folder, glob, or a list of them, on any fsspec URL; "
+        "folders below it named key=value give columns"
+    )
     columns: list[str] | None = Field(None, description="columns carried into the output; all by default")
     filters: list[Any] | None = Field(
         None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]"
@@ -33,6 +36,9 @@ class InputSettings(Settings):
         None, description="last: only files that no earlier run into this output took"
     )
     cast: dict[str, str] = Field(default_factory=dict, description="column: type, where files differ")
+    allow_empty: bool = Field(
+        True, description="whether an input without any row may run; it is warned about"
+    )
     skip_bad_files: bool = Field(False, description="leave unreadable files out, recorded in the plan")
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="fsspec's options for the input; never written anywhere"
@@ -63,6 +69,11 @@ class PromptSettings(Settings):
     messages: list[Message] | None = Field(None, description="Jinja messages through the chat template")
     column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
     chat_template: str | None = Field(None, description="used instead of the tokenizer's own chat template")
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description="what row values that spell special tokens become: text, so that no row forges a role, or "
+        "(parse) those tokens",
+    )
     truncate: Literal["left", "right"] | None = Field(
         None, description="the side cut off a prompt that is too long"
     )
@@ -160,6 +171,10 @@ class OutputSettings(Settings):
         None,
         description="a column with each row's input file and row in it, from 0, such as orders.parquet:123",
     )
+    partition_by: list[str] = Field(
+        default_factory=list,
+        description="keys of the input's key=value folders: the parts are written into such folders of data/",
+    )
     rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
     bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="of the parts")
@@ -219,11 +234,10 @@ class ClusterSettings(Settings):
     price_per_gpu_hour: float | None = Field(
         None, ge=0, description="what an hour of one worker (one GPU) costs, in any currency"
     )
-    metrics_port: int | None = Field(
+    metrics_port: int | str | None = Field(
         None,
-        ge=1,
-        le=65535,
-        description="where the driver serves Prometheus metrics of the run and all workers",
+        description="where the driver serves Prometheus metrics of the run and all workers: a port of the loopback "
+        "interface, or ADDRESS:PORT, such as 0.0.0.0:9090 for every interface",
     )
     slurm: dict[str, Any] | None = Field(
         None, repr=False, description="workers as Slurm jobs: options of dask-jobqueue's SLURMCluster"
@@ -231,6 +245,14 @@ class ClusterSettings(Settings):
     kubernetes: dict[str, Any] | None = Field(
         None, repr=False, description="workers as pods: image, name, namespace, resources, env, pod"
     )
+
+    @field_validator("metrics_port")
+    @classmethod
+    def _a_port(cls, port: int | str | None) -> int | str | None:
+        number = str(port).rpartition(":")[2]
+        if port is not None and not (number.isascii() and number.isdigit() and 1 <= int(number) <= 65535):
+            raise ValueError("give a port from 1 to 65535, or ADDRESS:PORT")
+        return port
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

@@ -120,21 +120,30 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
     """The folder's tokenizer, without a word to the network.
 
     Raises:
-        ModelError: there is none, or transformers cannot load it.
+        ModelError: there is none, it has no vocabulary, or transformers cannot load it.
     """
     import_tokenizers(with_torch=settings.trust_remote_code)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder.tokenizer_path, trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
+        # Of a folder without one, transformers makes an empty tokenizer: no text would have any token.
+        found = not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
     except Exception as error:  # whatever a tokenizer's files make transformers and its helpers raise
         raise ModelError(
             f"its tokenizer cannot be loaded ({first_line(error)})",
             folder.tokenizer_path,
             "set model.tokenizer to another one",
         ) from None
+    if not found:
+        raise ModelError(
+            "the folder has no tokenizer",
+            folder.tokenizer_path,
+            "add its tokenizer.json, or set model.tokenizer to another folder",
+        )
+    return tokenizer
 
 
 def context_length(config: Any) -> int | None:

@@ -18,7 +18,7 @@ from batchrun.dataset.rows import PLACE, Places
 from batchrun.errors import BatchrunError, OutputError
 from batchrun.job.settings import OUTPUT_COLUMNS, OutputSettings
 from batchrun.output import part
-from batchrun.output.layout import DATA, Layout
+from batchrun.output.layout import Layout
 from batchrun.output.part import Summary
 from batchrun.storage import Folder, NotFound
 
@@ -105,7 +105,7 @@ def problems(
 def partition_of(key: str, failed: str, layout: Layout) -> int | None:
     """Which partition's failed rows the key in the folder `failed` is; None where it is no such file."""
     name = key.removeprefix(f"{failed}/")
-    return None if name == key else layout.partition_of_part(f"{DATA}{name}")
+    return None if name == key else layout.partition_named(name)
 
 
 def _failed(
@@ -140,4 +140,4 @@ def _attempt_of(folder: Folder, key: str) -> str:
 
 
 def _key(settings: OutputSettings, layout: Layout, partition: int) -> str:
-    return f"{settings.failed}/{layout.part(partition).removeprefix(DATA)}"
+    return f"{settings.failed}/{layout.part(partition).rpartition('/')[2]}"

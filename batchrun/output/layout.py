@@ -22,7 +22,7 @@ MANIFEST = "_job/manifest.json"
 LEASE = "_job/lease.json"
 PARTIAL = ".partial"
 
-_PART = re.compile(r"data/part-(\d{5,})-([0-9a-f]{8})\.parquet")
+_PART = re.compile(r"data/(?:[^/]+=[^/]*/)*part-(\d{5,})-([0-9a-f]{8})\.parquet")
 _CHUNK = re.compile(r"_job/stage/(\d{5,})-([0-9a-f]{8})(?:-r(\d+))?/\d+-[^/]+-\d+\.(?:chunk|partial)")
 
 
@@ -31,7 +31,8 @@ class Layout:
     """The keys of one output: the hash (hex) of what it is made of, and how many partitions it has.
 
     An output that grew has several `plans`, (hash, partitions) each: its partitions are numbered through, and each
-    key carries the hash of its own plan. `generation` is that of the staged rows: 0 of runs, n of the n-th retry,
+    key carries the hash of its own plan. `folders` are those of the parts below data/ (`day=2026-01-01/`), each with
+    the first partition that is in it. `generation` is that of the staged rows: 0 of runs, n of the n-th retry,
     which never takes up what another one staged.
     """
 
@@ -39,20 +40,22 @@ class Layout:
     partitions: int
     plans: tuple[tuple[str, int], ...] = ()
     generation: int = 0
+    folders: tuple[tuple[int, str], ...] = ()
 
     @classmethod
-    def of(cls, plans: Sequence[tuple[str, int]]) -> Layout:
+    def of(cls, plans: Sequence[tuple[str, int]], folders: tuple[tuple[int, str], ...] = ()) -> Layout:
         """The layout of plans, (hash, partitions) each, in the order in which they were made."""
         if len(plans) == 1:
-            return cls(*plans[0])
-        return cls(stable_hash([plan for plan, _ in plans]), sum(count for _, count in plans), tuple(plans))
+            return cls(*plans[0], folders=folders)
+        together, count = stable_hash([plan for plan, _ in plans]), sum(count for _, count in plans)
+        return cls(together, count, tuple(plans), folders=folders)
 
     def hash_of(self, partition: int) -> str:
         """The hash of the plan that the partition belongs to."""
         return self._plan(partition)[0]
 
     def part(self, partition: int) -> str:
-        return f"{DATA}part-{self._name(partition)}.parquet"
+        return f"{DATA}{self._folder(partition)}part-{self._name(partition)}.parquet"
 
     def stage(self, partition: int) -> str:
         """The prefix of the partition's chunks."""
@@ -69,7 +72,13 @@ class Layout:
     def partition_of_part(self, key: str) -> int | None:
         """Which partition's part the key is; None where it is none of this output."""
         match = _PART.fullmatch(key)
-        return None if match is None else self._known(match[1], match[2])
+        partition = None if match is None else self._known(match[1], match[2])
+        return None if partition is None or self.part(partition) != key else partition
+
+    def partition_named(self, name: str) -> int | None:
+        """Which partition's part has this name, whatever folder it is in; None where none of this output has."""
+        match = _PART.fullmatch(f"{DATA}{name}")
+        return None if match is None or "/" in name else self._known(match[1], match[2])
 
     def partition_of_chunk(self, key: str) -> int | None:
         """Which partition's chunk of this generation the key is, None where it is none."""
@@ -93,6 +102,10 @@ class Layout:
         place = bisect_right(self._ends, partition)
         # By the plan's own end, so that no key changes when another plan follows.
         return plans[place][0], max(5, len(str(self._ends[place] - 1)))
+
+    def _folder(self, partition: int) -> str:
+        place = bisect_right(self.folders, partition, key=lambda run: run[0])
+        return self.folders[place - 1][1] if place else ""
 
     def _name(self, partition: int) -> str:
         plan_hash, digits = self._plan(partition)

@@ -84,6 +84,7 @@ class Manifest:
     """Totals of the whole output and its parts in the plans' order.
 
     `errors` counts failed rows by code, `examples` shows a few of each; `failed_folder` holds them as a dataset.
+    `empty` counts answers without any text.
     """
 
     plan_hash: str
@@ -99,6 +100,7 @@ class Manifest:
     plans: list[Planned]
     retries: list[Retried]
     parts: list[Part]
+    empty: int = 0
 
     def describes(self, found: state.State) -> bool:
         """Whether the parts that are there now are, by key and size, the ones it was written for, and no retry
@@ -244,6 +246,7 @@ def _total(
             Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i], s.attempt, s.digest)
             for i, s in enumerate(summaries)
         ],
+        empty=sum(s.empty for s in summaries),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchrun.dataset.plan import Plan, joined
+from batchrun.dataset.plan import Plan, folders_of, joined
 from batchrun.errors import OutputError
 from batchrun.job.job import Job
 from batchrun.output import identity, plans
@@ -19,9 +19,16 @@ def open_folder(job: Job) -> Folder:
     return Folder(job.output.path, job.output.storage_options)
 
 
-def layout_of(plans: Sequence[Plan]) -> Layout:
-    """The keys of an output with these plans."""
-    return Layout.of([(plan.hash, len(plan.partitions)) for plan in plans])
+def layout_of(plans: Sequence[Plan], partition_by: Sequence[str]) -> Layout:
+    """The keys of an output with these plans, its parts in folders of the keys `partition_by`."""
+    folders = folders_of(joined(plans), partition_by)
+    return Layout.of([(plan.hash, len(plan.partitions)) for plan in plans], folders)
+
+
+def partitioned_by(pinned: Identity) -> list[str]:
+    """The keys of the folders that the output's parts are in."""
+    keys: list[str] = pinned.settings["output"].get("partition_by", [])
+    return keys
 
 
 def open_output(job: Job) -> tuple[Folder, Identity, Plan, Layout]:
@@ -38,4 +45,4 @@ def open_output(job: Job) -> tuple[Folder, Identity, Plan, Layout]:
     stored = plans.read(folder)
     if not stored:
         raise OutputError("the plan is missing", folder.name, "`batchrun run` writes it again")
-    return folder, pinned, joined(stored), layout_of(stored)
+    return folder, pinned, joined(stored), layout_of(stored, partitioned_by(pinned))

@@ -48,8 +48,8 @@ class Summary:
     """What a part says about itself in its footer (key-value metadata "batchrun", JSON).
 
     `errors` counts failed rows by code, `examples` gives the first of each; `retries` tells how the part came to be
-    other than the run made it. `digest` is of all the part's bytes, see `batchrun.output.digest`; empty in parts of
-    versions that had none.
+    other than the run made it, `empty` counts answers without any text. `digest` is of all the part's bytes, see
+    `batchrun.output.digest`; empty in parts of versions that had none.
     """
 
     attempt: str
@@ -65,6 +65,7 @@ class Summary:
     examples: dict[str, str] = field(default_factory=dict)
     retries: list[Replacement] = field(default_factory=list)
     digest: str = ""
+    empty: int = 0
 
     @property
     def generation(self) -> int:
@@ -73,9 +74,10 @@ class Summary:
 
 
 def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
-    """Carried fields as they are, then the answer's; `columns` gives other names to some of the latter."""
+    """Carried fields and the schema's metadata as they are, then the answer's fields; `columns` gives other names to
+    some of the latter."""
     answers = [field.with_name(columns.get(field.name, field.name)) for field in ANSWER_FIELDS]
-    return pa.schema([*carried, *answers])
+    return pa.schema([*carried, *answers], metadata=carried.metadata)
 
 
 def error_codes(errors: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -111,6 +113,7 @@ def summarize(
         errors=counts,
         examples={code: _example(failed, pc.index(codes, code).as_py(), name_of) for code in counts},
         retries=[*retries],
+        empty=pc.sum(pc.equal(answers["answer"], ""), min_count=0).as_py(),
     )
 
 
@@ -182,6 +185,8 @@ def read_summary(metadata: pq.FileMetaData, folder: Folder, key: str) -> Summary
         values = json.loads(metadata.metadata[b"batchrun"])
         values["retries"] = [Replacement(**entry) for entry in values["retries"]]
         values.setdefault("digest", "")
+        # Not counted by batchrun 0.2 and before.
+        values.setdefault("empty", 0)
         summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(folder, key, "not a whole part of batchrun's") from error

@@ -65,7 +65,8 @@ class ReplacingAttempt(Attempt):
         if self._old.generation >= self.retry.number:
             return Receipt(self._key, len(data), self._old, won=False)
         own = [self.settings.column(field.name) for field in part.ANSWER_FIELDS]
-        self.carried = table.drop_columns(own).replace_schema_metadata(None)
+        metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"batchrun"}
+        self.carried = table.drop_columns(own).replace_schema_metadata(metadata)
         self._retried = selected(known, self.retry)
         kept = ~self._retried & (self._place < 0)
         self._hold(known.filter(pa.array(kept)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from batchrun.engine.protocol import TokenIds
+from batchrun.prompt.special import Guarded, SpecialTokens
 
 # A tokenized text takes over a hundred bytes per token until its ids are copied out.
 _CHUNK_CHARS = 2 << 20
@@ -26,10 +27,20 @@ class Encoder:
                 self._fast.no_truncation()
             if self._fast.padding is not None:
                 self._fast.no_padding()
+        self.special = SpecialTokens(tokenizer)
         self.frame = self._find_frame()
 
     def encode(self, texts: Sequence[str], special_tokens: bool) -> list[TokenIds]:
         """(texts,) int32 arrays of token ids, with the tokenizer's special tokens around them or without."""
+        guarded = {
+            i: self.special.encode(t, special_tokens) for i, t in enumerate(texts) if isinstance(t, Guarded)
+        }
+        if not guarded:
+            return self._encode(texts, special_tokens)
+        others = iter(self._encode([t for i, t in enumerate(texts) if i not in guarded], special_tokens))
+        return [guarded[i] if i in guarded else next(others) for i in range(len(texts))]
+
+    def _encode(self, texts: Sequence[str], special_tokens: bool) -> list[TokenIds]:
         if self._fast is None:
             encoded = (self.tokenizer.encode(text, add_special_tokens=special_tokens) for text in texts)
             return [np.array(ids, dtype=np.int32) for ids in encoded]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -16,10 +16,13 @@ from batchrun.prompt.columns import (
     holds_messages,
     values,
 )
-from batchrun.prompt.template import NULL, check_columns, prompt_columns, row_templates
+from batchrun.prompt.renderer import RENDERER
+from batchrun.prompt.template import check_columns, check_templates, prompt_columns, row_templates
 
 # Drops a number of units (bytes or tokens) from a text.
 Drop = Callable[[str, int], str]
+# Marks what a row value spells and must stay text.
+Guard = Callable[[Any], Any]
 
 
 class PromptSource(Protocol):
@@ -31,8 +34,8 @@ class PromptSource(Protocol):
         """(rows,) rows, or the faults that keep them from being one."""
         ...
 
-    def text(self, row: Any) -> str | RowFault:
-        """What the tokenizer gets."""
+    def texts(self, rows: list[Any]) -> list[str | RowFault]:
+        """(rows,) What the tokenizer gets."""
         ...
 
     def is_empty(self, row: Any) -> bool: ...
@@ -42,23 +45,23 @@ class PromptSource(Protocol):
         ...
 
 
-def open_source(settings: PromptSettings, tokenizer: Any, schema: pa.Schema) -> PromptSource:
-    """The source that the job's prompt section describes.
+def open_source(settings: PromptSettings, tokenizer: Any, schema: pa.Schema, guard: Guard) -> PromptSource:
+    """The source that the job's prompt section describes. Every value of a row goes through `guard`.
 
     Raises:
-        JobError: a template with a syntax error.
+        JobError: a template that cannot be compiled.
         InputError: columns that the schema lacks, or a ready column of another type.
         ModelError: messages, and no chat template anywhere, or one that leaves some of them out.
     """
-    check_columns(prompt_columns(settings), schema)
+    check_columns(settings, schema)
     if settings.column is not None:
         kind = schema.field(settings.column).type
         check_prompt_column(settings.column, kind)
         if not holds_messages(kind):
-            return TextSource(settings)
+            return TextSource(settings, guard)
     elif settings.template is not None:
-        return TextSource(settings)
-    source = ChatSource(settings, tokenizer)
+        return TextSource(settings, guard)
+    source = ChatSource(settings, tokenizer, guard)
     source.refuse_lost_messages()
     return source
 
@@ -68,21 +71,18 @@ class TextSource:
 
     special_tokens = True
 
-    def __init__(self, settings: PromptSettings) -> None:
-        self.column = settings.column
-        self.templates = row_templates(settings)
+    def __init__(self, settings: PromptSettings, guard: Guard) -> None:
+        self.column, self.guard = settings.column, guard
+        self.template = _Templates(settings, guard)
 
     def rows(self, batch: pa.RecordBatch) -> list[str | RowFault]:
         if self.column is not None:
-            return [_null(self.column) if v is None else v for v in values(batch.column(self.column))]
-        template = self.templates[0]
-        names = template.columns
-        return [
-            row if isinstance(row, RowFault) else template.render(row) for row in _variables(batch, names)
-        ]
+            column = values(batch.column(self.column))
+            return [_null(self.column) if v is None else self.guard(v) for v in column]
+        return [row if isinstance(row, RowFault) else row[0] for row in self.template.render(batch)]
 
-    def text(self, row: str) -> str:
-        return row
+    def texts(self, rows: list[str]) -> list[str | RowFault]:
+        return [*rows]
 
     def is_empty(self, row: str) -> bool:
         return not row
@@ -100,11 +100,11 @@ class ChatSource:
 
     special_tokens = False  # the chat template writes them itself
 
-    def __init__(self, settings: PromptSettings, tokenizer: Any) -> None:
-        self.column, self.tokenizer = settings.column, tokenizer
+    def __init__(self, settings: PromptSettings, tokenizer: Any, guard: Guard) -> None:
+        self.column, self.guard = settings.column, guard
         self.roles = [message.role for message in settings.messages or []]
-        self.templates = row_templates(settings)
-        self.columns = prompt_columns(settings)
+        self.templates = _Templates(settings, guard)
+        self.named_tokens = tokenizer.special_tokens_map
         try:
             self.chat_template = tokenizer.get_chat_template(settings.chat_template)
         except ValueError:
@@ -119,7 +119,7 @@ class ChatSource:
         row: list[Message] = [
             {"role": role, "content": f"content-{i}-of-{role}"} for i, role in enumerate(self.roles)
         ]
-        text = self.text(row)
+        text = self.texts([row])[0]
         if isinstance(text, RowFault):
             return  # rows will say so, with their own contents
         for message in row:
@@ -132,21 +132,17 @@ class ChatSource:
 
     def rows(self, batch: pa.RecordBatch) -> list[list[Message] | RowFault]:
         if self.column is not None:
-            return [
-                _null(self.column) if row is None else row for row in conversations(batch.column(self.column))
-            ]
+            column = conversations(batch.column(self.column))
+            return [_null(self.column) if row is None else self.guard(row) for row in column]
         return [
-            row if isinstance(row, RowFault) else self._filled(row) for row in _variables(batch, self.columns)
+            row
+            if isinstance(row, RowFault)
+            else [{"role": role, "content": text} for role, text in zip(self.roles, row, strict=True)]
+            for row in self.templates.render(batch)
         ]
 
-    def text(self, row: list[Message]) -> str | RowFault:
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                row, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-            )
-            return text
-        except Exception as error:  # chat templates come with models: they may raise anything
-            return RowFault(FaultCode.TEMPLATE_ERROR, f"chat template: {error}")
+    def texts(self, rows: list[list[Message]]) -> list[str | RowFault]:
+        return RENDERER.chats(self.chat_template, self.named_tokens, rows)
 
     def is_empty(self, row: list[Message]) -> bool:
         return not any(message["content"] for message in _asking(row))
@@ -158,15 +154,6 @@ class ChatSource:
         cut = {**longest, "content": drop(longest["content"], excess)}
         return [cut if message is longest else message for message in row]
 
-    def _filled(self, variables: dict[str, Any]) -> list[Message] | RowFault:
-        row: list[Message] = []
-        for role, template in zip(self.roles, self.templates, strict=True):
-            content = template.render(variables)
-            if isinstance(content, RowFault):
-                return content
-            row.append({"role": role, "content": content})
-        return row
-
 
 def _asking(row: list[Message]) -> list[Message]:
     return [message for message in row if message["role"] == "user"] or row
@@ -176,17 +163,24 @@ def _null(column: str) -> RowFault:
     return RowFault(FaultCode.NULL_PROMPT, f"column {column!r} is null")
 
 
-def _variables(batch: pa.RecordBatch, names: list[str]) -> Iterable[dict[str, Any] | RowFault]:
-    if not names:
-        return ({} for _ in range(batch.num_rows))
-    columns = [values(batch.column(name)) for name in names]
-    return (_row(names, row) for row in zip(*columns, strict=True))
+class _Templates:
+    """The job's templates over the columns that they read."""
+
+    def __init__(self, settings: PromptSettings, guard: Guard) -> None:
+        templates = row_templates(settings)
+        check_templates(templates)
+        self.sources, self.columns = [t.source for t in templates], prompt_columns(settings)
+        self.guard = guard
+
+    def render(self, batch: pa.RecordBatch) -> list[list[str] | RowFault]:
+        """(rows,) A row's texts, one per template, or its fault."""
+        columns = [map(self.guard, values(batch.column(name))) for name in self.columns]
+        rows: list[Any] = [*zip(*columns, strict=True)] if columns else [()] * batch.num_rows
+        faults = {i: fault for i, row in enumerate(rows) if (fault := _fault(row)) is not None}
+        good = [row for i, row in enumerate(rows) if i not in faults] if faults else rows
+        rendered = iter(RENDERER.rows(self.sources, self.columns, good))
+        return [faults[i] if i in faults else next(rendered) for i in range(len(rows))]
 
 
-def _row(names: list[str], row: tuple[Any, ...]) -> dict[str, Any] | RowFault:
-    variables: dict[str, Any] = {}
-    for name, value in zip(names, row, strict=True):
-        if isinstance(value, RowFault):
-            return value
-        variables[name] = NULL if value is None else value
-    return variables
+def _fault(row: Sequence[Any]) -> RowFault | None:
+    return next((value for value in row if isinstance(value, RowFault)), None)

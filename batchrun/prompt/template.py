@@ -1,71 +1,36 @@
-"""The job's Jinja templates: what columns they read, and a row's text."""
+"""The job's Jinja templates: what columns they read, and whether they are right."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2 import TemplateSyntaxError, meta
 
-from batchrun.errors import FaultCode, InputError, JobError, RowFault, nearest
+from batchrun.errors import InputError, JobError, nearest
 from batchrun.job.settings import PromptSettings
-from batchrun.prompt.sandbox import Sandbox
+from batchrun.prompt.renderer import RENDERER
+from batchrun.prompt.sandbox import ENVIRONMENT
 
-
-class NullPrinted(Exception):
-    """A template makes text of a value that is null."""
-
-
-class _Null:
-    """A null column: false, equal to none, and never text. Plain None would become "None" in any filter."""
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __eq__(self, other: object) -> bool:
-        return other is None or isinstance(other, _Null)
-
-    def __hash__(self) -> int:
-        return hash(None)
-
-    def __str__(self) -> str:
-        raise NullPrinted
-
-
-NULL = _Null()
+# {name} as in an f-string, outside of Jinja's own braces and outside of JSON.
+_BRACES = re.compile(r"(?<!\{)\{(\w+)\}(?!\})")
+_BLOCKS = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 
 
 class RowTemplate:
-    """A Jinja text over a row's columns, in a sandbox: templates come with job files, and those are shared.
-
-    `where` is the setting it stands in, for errors; `columns` are the names that it reads.
+    """A Jinja text over a row's columns. `where` is the setting it stands in, `columns` are the names it reads.
 
     Raises:
         JobError: a syntax error, with its line.
     """
 
     def __init__(self, source: str, where: str) -> None:
-        self.where = where
+        self.source, self.where = source, where
         try:
-            tree = _ENVIRONMENT.parse(source)
-            self.columns = sorted(meta.find_undeclared_variables(tree))
-            template = _ENVIRONMENT.from_string(source)
+            self.columns = sorted(meta.find_undeclared_variables(ENVIRONMENT.parse(source)))
         except TemplateSyntaxError as error:
-            raise JobError(f"line {error.lineno}: {error.message}", where, "mend the template") from None
-        except TemplateError as error:
-            raise JobError(str(error), where, "mend the template") from None
-        self._template = template
-
-    def render(self, row: dict[str, Any]) -> str | RowFault:
-        """The row's text, or the row's fault. Null columns stand in `row` as NULL."""
-        _ENVIRONMENT.begin()
-        try:
-            return self._template.render(row)
-        except NullPrinted:
-            return RowFault(FaultCode.NULL_PROMPT, f"{self.where} prints a null value")
-        except Exception as error:  # a template runs the job's own expressions: they may raise anything
-            return RowFault(FaultCode.TEMPLATE_ERROR, f"{type(error).__name__}: {error}")
+            raise JobError(f"line {error.lineno}: {error.message}", where, "fix the template") from None
 
 
 def prompt_columns(settings: PromptSettings) -> list[str]:
@@ -87,33 +52,39 @@ def row_templates(settings: PromptSettings) -> list[RowTemplate]:
     return [RowTemplate(m.content, f"prompt.messages[{i}].content") for i, m in enumerate(messages)]
 
 
-def check_columns(columns: Sequence[str], schema: pa.Schema) -> None:
-    """Refuses a prompt over columns that are not there.
+def check_templates(templates: Sequence[RowTemplate]) -> None:
+    """Compiles templates, as rendering will.
 
     Raises:
-        InputError: names them, each with the nearest that is.
+        JobError: an unknown filter or test, or a constant that takes too much time or memory.
     """
+    errors = RENDERER.compile_errors([template.source for template in templates]) if templates else []
+    for template, error in zip(templates, errors, strict=True):
+        if error is not None:
+            raise JobError(error, template.where, "fix the template")
+
+
+def check_columns(settings: PromptSettings, schema: pa.Schema) -> None:
+    """Refuses a prompt over columns that are not there, and one without any, which would be the same for every row.
+
+    Raises:
+        JobError: no template reads a column; or one has a column in single braces, as in Python.
+        InputError: names the columns that are not there, each with the nearest that is.
+    """
+    for template in row_templates(settings):
+        for name in _BRACES.findall(_BLOCKS.sub("", template.source)):
+            if name in schema.names:
+                raise JobError(
+                    f"{{{name}}} in single braces is sent as it is", template.where, f"write {{{{ {name} }}}}"
+                )
+    columns = prompt_columns(settings)
+    if not columns:
+        raise JobError(
+            "the template reads no column, so that every row has the same prompt",
+            "prompt",
+            f"use a column, such as {{{{ {schema.names[0] if schema.names else 'text'} }}}}",
+        )
     missing = [name for name in columns if name not in schema.names]
     if missing:
         hints = "; ".join(f"{name!r}{nearest(name, schema.names)}" for name in missing)
         raise InputError(f"the prompt reads columns that the input does not have: {hints}", "prompt")
-
-
-def _printed(value: Any) -> Any:
-    if value is None:
-        raise NullPrinted
-    return value
-
-
-def _as_json(value: object) -> None:
-    if not isinstance(value, _Null):
-        raise TypeError(f"{type(value).__name__} is not JSON serializable")
-
-
-_ENVIRONMENT = Sandbox(
-    undefined=StrictUndefined, finalize=_printed, keep_trailing_newline=True, autoescape=False
-)
-# Any other global would hide a column of its name.
-_ENVIRONMENT.globals = {name: _ENVIRONMENT.globals[name] for name in ("range", "namespace")}
-_ENVIRONMENT.tests["none"] = lambda value: value is None or value is NULL
-_ENVIRONMENT.policies["json.dumps_kwargs"] = {"default": _as_json, "ensure_ascii": False}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,11 @@ from batchrun.errors import FaultCode, InputError, JobError, RowFault
 from batchrun.job.settings import PromptSettings
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.source import open_source
+from batchrun.prompt.special import MARK, Guarded, cut
 from batchrun.prompt.template import prompt_columns
+
+# A sample is tried a few rows at a time, and no longer than this once most of them fail.
+SAMPLE_ROWS, SAMPLE_SECONDS = 4, 4.0
 
 
 class PromptBuilder:
@@ -42,18 +46,19 @@ class PromptBuilder:
                 "generation.max_new_tokens",
                 f"set it below {context}",
             )
-        self._source = open_source(settings, tokenizer, schema)
         self._encoder = Encoder(tokenizer)
+        guard = self._encoder.special.guard if settings.special_tokens == "text" else _unguarded
+        self._source = open_source(settings, tokenizer, schema, guard)
 
     def render(self, batch: pa.RecordBatch) -> list[str | RowFault]:
         """(rows,) The whole texts that are to be tokenized, before any limit, or the rows' faults."""
-        return [row if isinstance(row, RowFault) else self._text(row) for row in self._source.rows(batch)]
+        return self._texts(self._source.rows(batch))
 
     def build(self, batch: pa.RecordBatch) -> list[TokenIds | RowFault]:
         """(rows,) int32 arrays of token ids, never empty, each with room for the new tokens, or the rows'
         faults."""
         rows = self._source.rows(batch)
-        built: list[Any] = [row if isinstance(row, RowFault) else self._text(row) for row in rows]
+        built: list[Any] = self._texts(rows)
         for i, text in enumerate(built):
             # A short text in ASCII, as most are, is known to be good without a copy of it.
             if isinstance(text, str) and (len(text) > self._settings.max_bytes or not text.isascii()):
@@ -64,10 +69,32 @@ class PromptBuilder:
             built[i] = self._fitted(rows[i], ids)
         return built
 
-    def _text(self, row: Any) -> str | RowFault:
+    def _texts(self, rows: list[Any]) -> list[str | RowFault]:
+        texts: list[Any] = [row if isinstance(row, RowFault) else self._empty(row) for row in rows]
+        sent = [i for i, fault in enumerate(texts) if fault is None]
+        for i, text in zip(sent, self._sent([rows[i] for i in sent]), strict=True):
+            texts[i] = text
+        return texts
+
+    def _sent(self, rows: list[Any]) -> list[str | RowFault]:
+        texts = self._source.texts(rows)
+        return [Guarded.of(t) if isinstance(t, str) and MARK in t else t for t in texts]
+
+    def _empty(self, row: Any) -> RowFault | None:
         if self._settings.empty == "fail" and self._source.is_empty(row):
             return RowFault(FaultCode.EMPTY_PROMPT, "the prompt is empty")
-        return self._source.text(row)
+        return None
+
+    def _shorter(self, row: Any, excess: int, drop: Any) -> tuple[Any, str | RowFault | None]:
+        """The row about `excess` units shorter and its text; None where nothing is left that may be cut."""
+        side = self._settings.truncate
+        assert side is not None
+
+        def dropped(text: str, count: int) -> str:
+            return cut(text, drop(text.replace(MARK, ""), count, side=side), side)
+
+        row = self._source.shorten(row, excess, dropped)
+        return row, None if row is None else self._sent([row])[0]
 
     def _bounded(self, row: Any, text: str) -> tuple[Any, str | RowFault]:
         """The row and its text cut to `max_bytes`: a longer one never reaches the tokenizer."""
@@ -82,12 +109,9 @@ class PromptBuilder:
         if side is None:
             return row, fault
         while size > limit:
-            row = self._source.shorten(row, size - limit, partial(_drop_bytes, side=side))
-            if row is None:
-                return row, fault
-            shorter = self._source.text(row)
-            if isinstance(shorter, RowFault):
-                return row, shorter
+            row, shorter = self._shorter(row, size - limit, _drop_bytes)
+            if not isinstance(shorter, str):
+                return row, shorter or fault
             text, size = shorter, len(shorter.encode())
         return row, text
 
@@ -118,12 +142,9 @@ class PromptBuilder:
         if self._source.special_tokens:
             return self._cut(ids, side) if sum(self._encoder.frame) < self._room else fault
         while len(ids) > self._room:
-            row = self._source.shorten(row, len(ids) - self._room, partial(self._encoder.drop, side=side))
-            if row is None:
-                return fault
-            text = self._source.text(row)
-            if isinstance(text, RowFault):
-                return text
+            row, text = self._shorter(row, len(ids) - self._room, self._encoder.drop)
+            if not isinstance(text, str):
+                return text or fault
             ids = self._encoder.encode([text], False)[0]
         return ids
 
@@ -138,14 +159,15 @@ def check_sample(builder: PromptBuilder, batches: Iterable[pa.RecordBatch], rows
     """Tries the first `rows` rows while planning: a wrong template is found before a GPU is asked for.
 
     Raises:
-        InputError: more than half of them fail; shows three.
+        InputError: more than half of them fail, or of those tried in the first seconds; shows three.
     """
-    seen, faults = 0, []
-    for batch in batches:
-        head = builder.build(batch.slice(0, rows - seen))
+    seen, faults, started = 0, [], time.monotonic()
+    for piece in _pieces(batches, rows):
+        head = builder.build(piece)
         faults += [(seen + i, fault) for i, fault in enumerate(head) if isinstance(fault, RowFault)]
         seen += len(head)
-        if seen >= rows:
+        # Rows are only this slow where each of them runs into the limits of rendering.
+        if len(faults) * 2 > seen and time.monotonic() - started > SAMPLE_SECONDS:
             break
     if len(faults) * 2 > seen:
         shown = "; ".join(f"row {i}: {fault}" for i, fault in faults[:3])
@@ -154,6 +176,20 @@ def check_sample(builder: PromptBuilder, batches: Iterable[pa.RecordBatch], rows
             "prompt",
             "check the template and the data",
         )
+
+
+def _pieces(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The first `rows` rows, a few at a time."""
+    for batch in batches:
+        for first in range(0, min(rows, batch.num_rows), SAMPLE_ROWS):
+            yield batch.slice(first, min(SAMPLE_ROWS, rows - first))
+        rows -= batch.num_rows
+        if rows <= 0:
+            return
+
+
+def _unguarded(value: Any) -> Any:
+    return value
 
 
 def _drop_bytes(text: str, count: int, side: str) -> str:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from batchrun.errors import RowFault
 from batchrun.job.job import Job
 from batchrun.job.settings import OUTPUT_COLUMNS
-from batchrun.prompt.template import NULL, RowTemplate, prompt_columns, row_templates
+from batchrun.prompt.renderer import RENDERER
+from batchrun.prompt.template import prompt_columns, row_templates
 from batchrun.storage import Folder
 
 SAMPLED_PARTS = 32  # parts whose lengths are read; spread evenly
@@ -94,7 +95,7 @@ class _RowReader:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.templates: list[RowTemplate] = row_templates(job.prompt)
+        self.templates = [template.source for template in row_templates(job.prompt)]
         self.wanted = prompt_columns(job.prompt)
 
     def read(self, key: str, file: pq.ParquetFile) -> Iterator[ReadRow]:
@@ -123,13 +124,12 @@ class _RowReader:
                     if isinstance(m, dict)
                 ]
             return [("", _cut(str(value)))]
-        row = {name: NULL if values[name] is None else values[name] for name in self.wanted}
+        row = tuple(values[name] for name in self.wanted)
         roles = [message.role for message in settings.messages or []] or [""]
-        made = [template.render(row) for template in self.templates]
-        return [
-            (role, _cut(f"({text})" if isinstance(text, RowFault) else text))
-            for role, text in zip(roles, made, strict=True)
-        ]
+        (made,) = RENDERER.rows(self.templates, self.wanted, [row])
+        if isinstance(made, RowFault):
+            return [("", f"({made})")]
+        return [(role, _cut(text)) for role, text in zip(roles, made, strict=True)]
 
 
 def _listed(values: dict[str, Any], columns: Sequence[str]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun.dataset.hive import keys_of, scalar_of
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import ExitCode
 from batchrun.storage import Folder
@@ -17,9 +18,10 @@ from batchrun.storage import Folder
 class RunResult:
     """A complete output. `requests` is what this run sent to its engines; 0 when nothing was left to do.
 
-    `errors` counts failed rows by code, and `examples` shows a few of each. `prompt_tokens` and `output_tokens` are of
-    all rows in the output, whichever run generated them; `seconds` is this run's wall time, `milestones` tells when it
-    came how far (see `Milestones`), `engines` is one set of counters per engine process that it used.
+    `errors` counts failed rows by code, and `examples` shows a few of each; `empty` answers have no text.
+    `prompt_tokens` and `output_tokens` are of all rows in the output, whichever run generated them; `seconds` is this
+    run's wall time, `milestones` tells when it came how far (see `Milestones`), `engines` is one set of counters per
+    engine process that it used.
     """
 
     output: str
@@ -34,6 +36,7 @@ class RunResult:
     seconds: float
     requests: int
     reused: int
+    empty: int = 0
     milestones: dict[str, float] = field(default_factory=dict)
     engines: list[EngineStats] = field(default_factory=list)
     part_keys: list[str] = field(default_factory=list, repr=False)
@@ -70,8 +73,12 @@ class RunResult:
 
 
 def read_part(folder: Folder, key: str) -> pa.Table:
-    """The whole part, read in one request."""
-    return pq.read_table(pa.BufferReader(folder.read(key)))
+    """A part with the columns that stand in its folders, as texts."""
+    table = pq.read_table(pa.BufferReader(folder.read(key)))
+    for name, value in keys_of(key):
+        scalar = scalar_of(value, pa.string())
+        table = table.append_column(name, pa.repeat(scalar, table.num_rows))
+    return table
 
 
 def _load_part(key: str, folder: Folder) -> Any:

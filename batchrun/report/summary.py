@@ -51,6 +51,10 @@ def run_lines(result: RunResult) -> list[str]:
     if result.failed:
         lines.append(f"{result.failed:,} rows failed; the error column says why, row by row")
         lines += error_lines(result.errors, result.examples)
+    if 2 * result.empty > result.ok:
+        lines.append(
+            f"warning: {result.empty:,} of {result.ok:,} answers are empty; check the prompt and the model's tokenizer"
+        )
     if not result.requests and not result.reused:
         lines.append("nothing was left to do")
         return lines

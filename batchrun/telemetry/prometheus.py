@@ -47,23 +47,27 @@ GPU_GAUGES = [
     ("batchrun_gpu_memory_total_bytes", "memory_total", "GPU memory there is."),
 ]
 WORKER = ["worker", "host"]
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
-def serve(port: int, info: dict[str, str]) -> Iterator[Watch]:
-    """Serves `/metrics` on every interface while open; yields the watch that feeds it. `info` says which run it is.
+def serve(address: int | str, info: dict[str, str]) -> Iterator[Watch]:
+    """Serves `/metrics` on the loopback interface while open; yields the watch that feeds it.
+
+    `address` is host:port, or a port alone; `info` says which run it is.
 
     Raises:
-        ClusterError: the port cannot be had.
+        ClusterError: the address is not available.
     """
     exporter = Exporter(info)
     registry = CollectorRegistry()
+    host, _, port = str(address).rpartition(":")
     registry.register(exporter)
     try:
-        server, thread = start_http_server(port, registry=registry)
+        server, thread = start_http_server(int(port), host or LOOPBACK, registry=registry)
     except OSError as error:
         raise ClusterError(
-            f"port {port} cannot be had ({error.strerror})", "cluster.metrics_port", "choose another"
+            f"port {address} is not available ({error.strerror})", "cluster.metrics_port", "choose another"
         ) from None
     try:
         yield exporter.see

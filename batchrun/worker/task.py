@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from batchrun.dataset.names import RowNames
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.reader import Batch
-from batchrun.dataset.rows import Places, carried, carried_schema, places_of, read_rows
+from batchrun.dataset.rows import Places, carried_schema, places_of, read_rows
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec, EngineStats
@@ -289,8 +289,9 @@ def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
 def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Receipt:
     if isinstance(attempt, ReplacingAttempt):
         return attempt.seal(attempt.carried.to_batches(), attempt.carried.schema)
-    columns = carried_columns(order.job.input, order.schema)
-    schema = carried_schema(pa.schema([order.schema.field(name) for name in columns]), order.job)
+    columns = carried_columns(order.job.input, order.schema, order.job.output.partition_by)
+    carried = pa.schema([order.schema.field(name) for name in columns], metadata=order.schema.metadata)
+    schema = carried_schema(carried, order.job)
 
     def carry(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
         for batch in order.read(task, columns):
@@ -311,7 +312,7 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Recei
         }
     # An answer beside input that cannot be carried along would be read as that of a row of nulls.
     attempt.spoil(failed(lost))
-    nullable = pa.schema([field.with_nullable(True) for field in schema])
+    nullable = pa.schema([field.with_nullable(True) for field in schema], metadata=schema.metadata)
     return attempt.seal(carry(lost), nullable)
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import gzip
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 from tiny import plan_of, rows_of, write
 
 from batchrun.dataset import location, source
-from batchrun.dataset.plan import carried_columns, check_output_names
+from batchrun.dataset.plan import Plan, carried_columns, check_output_names
 from batchrun.dataset.source import parse_type, read_source
 from batchrun.errors import ExitCode, InputError, OutputError, StorageError
 from batchrun.job.settings import InputSettings, OutputSettings
+from batchrun.output.part import part_schema
 
 
 def source_of(*paths: Path, needed: tuple[str, ...] = (), **settings: object):
@@ -243,3 +249,78 @@ def test_a_store_that_stays_busy_while_planning_interrupts_the_run(tmp_path, mon
     with pytest.raises(StorageError, match="kept failing") as caught:
         source_of(tmp_path, needed=("text",))
     assert caught.value.exit_code == ExitCode.INTERRUPTED
+
+
+@pytest.mark.parametrize("name", ["Answer", "STATUS", "output_Tokens"])
+def test_a_carried_column_that_differs_from_an_answers_in_case_alone_is_refused(name: str) -> None:
+    with pytest.raises(OutputError, match=rf"is taken by '{name}', which SQL engines take for the same"):
+        check_output_names(["text", name], OutputSettings(path="out"))
+    check_output_names(["text", name], OutputSettings(path="out", columns={name.lower(): "other"}))
+
+
+def test_metadata_of_schema_and_fields_and_unknown_extension_types_are_kept(tmp_path: Path) -> None:
+    extension = {b"ARROW:extension:name": b"acme.point", b"ARROW:extension:metadata": b"v1"}
+    fields = [
+        pa.field("text", pa.string(), metadata={b"unit": b"words"}),
+        pa.field("p", pa.int32(), metadata=extension),
+    ]
+    schema = pa.schema(fields, metadata={b"owner": b"data team"})
+    write(tmp_path / "a.parquet", pa.table({"text": ["x"], "p": pa.array([1], pa.int32())}, schema=schema))
+    settings = InputSettings(path=str(tmp_path))
+    plan = Plan.from_parquet(plan_of(settings).to_parquet())
+    carried = part_schema(rows_of(plan, settings).schema, {})
+    for made in (plan.schema, carried):
+        assert made.metadata[b"owner"] == b"data team"
+        assert made.field("text").metadata[b"unit"] == b"words"
+        assert extension.items() <= made.field("p").metadata.items()
+
+
+class Kms(encryption.KmsClient):
+    """Keeps keys as they are: only whether a file is encrypted matters here."""
+
+    def __init__(self, _: object) -> None:
+        super().__init__()
+
+    def wrap_key(self, key: bytes, _: str) -> bytes:
+        return base64.b64encode(key)
+
+    def unwrap_key(self, wrapped: bytes, _: str) -> bytes:
+        return base64.b64decode(wrapped)
+
+
+@pytest.mark.parametrize(("plain_footer", "says"), [(True, "has encrypted columns"), (False, "encrypted")])
+def test_a_file_with_encrypted_columns_is_refused_when_planning(
+    tmp_path: Path, plain_footer: bool, says: str
+) -> None:
+    table = pa.table({"text": ["x"], "secret": [1]})
+    how = encryption.EncryptionConfiguration(
+        footer_key="f", column_keys={"c": ["secret"]}, plaintext_footer=plain_footer
+    )
+    properties = encryption.CryptoFactory(Kms).file_encryption_properties(
+        encryption.KmsConnectionConfig(), how
+    )
+    write(tmp_path / "a.parquet", table, encryption_properties=properties)
+    with pytest.raises(InputError, match=says):
+        source_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.csv.gz"])
+def test_the_line_that_an_error_prints_makes_parquet_of_text(tmp_path: Path, name: str) -> None:
+    text = b'{"text": "a"}\n{"text": "b"}\n' if "json" in name else b"text,n\na,1\nb,2\n"
+    text = text.replace(b",", b"\t") if "tsv" in name else text
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(InputError, match="is not Parquet") as caught:
+            source_of(path)
+    line = caught.value.fix.removeprefix("convert it with: ")
+    assert "\n" not in line
+    # The person's own python is this one.
+    subprocess.run(line.replace("python", sys.executable, 1), shell=True, check=True)
+    assert source_of(tmp_path).files[0].rows == 2
+
+
+def test_text_on_a_store_is_converted_by_duckdb() -> None:
+    error = location.conversion("s3://lake/rows.jsonl")
+    assert error is not None
+    line = "duckdb -c \"COPY (FROM 's3://lake/rows.jsonl') TO 's3://lake/rows.parquet'\""
+    assert str(error).endswith(line)

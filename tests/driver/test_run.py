@@ -23,6 +23,7 @@ from batchrun.errors import (
     ChangedError,
     ExitCode,
     InputError,
+    JobError,
     LeaseHeld,
     ModelError,
     OutputError,
@@ -166,8 +167,40 @@ def test_no_rows_are_a_success_with_one_part_that_carries_the_schema(tmp_path, t
     assert verify(load(job)).found.passed
 
 
-def test_no_carried_columns_and_a_constant_prompt_still_give_every_row(tmp_path, tiny_llama, cluster):
-    job = write_job(tmp_path, tiny_llama, input={"columns": []}, prompt={"template": "hello"})
+def test_metadata_and_extension_types_reach_the_parts_and_survive_a_retry(tmp_path, tiny_llama, cluster):
+    job = write_job(tmp_path, tiny_llama, rows=1, limits={"max_error_rate": 1.0})
+    point = {b"ARROW:extension:name": b"acme.point", b"ARROW:extension:metadata": b""}
+    fields = [pa.field("text", pa.string()), pa.field("p", pa.int32(), metadata=point)]
+    table = pa.table(
+        {"text": ["x", None], "p": pa.array([1, 2], pa.int32())},
+        schema=pa.schema(fields, metadata={b"owner": b"me"}),
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    library.run(job, client=cluster)
+    for again in (False, True):
+        if again:
+            library.retry(job, client=cluster)
+        schema = pq.read_schema(next((tmp_path / "out/data").iterdir()))
+        assert schema.metadata[b"owner"] == b"me"
+        assert schema.field("p").metadata[b"ARROW:extension:name"] == b"acme.point"
+        assert verify(load(job)).found.passed
+
+
+def test_an_input_without_rows_is_warned_about_or_refused(tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama, input={"filters": [["text", "=", "nothing"]]})
+    code, _, err = batchrun("plan", str(job))
+    assert code == 0
+    assert "no row of the input passes the filters; input.allow_empty: false refuses that" in " ".join(
+        err.split()
+    )
+    with pytest.raises(InputError, match="no row of the input passes the filters"):
+        library.run(load(job, "input.allow_empty=false"))
+
+
+def test_no_carried_columns_and_the_same_prompt_still_give_every_row(tmp_path, tiny_llama, cluster):
+    job = write_job(
+        tmp_path, tiny_llama, input={"columns": []}, prompt={"template": "hello{{ '' if text else '' }}"}
+    )
     assert library.run(job, client=cluster).ok == ROWS
     table = answers(tmp_path / "out")
     assert table.column_names == list(OUTPUT_COLUMNS)
@@ -180,6 +213,8 @@ def test_no_carried_columns_and_a_constant_prompt_still_give_every_row(tmp_path,
     [
         ("input.path=none-*.parquet", InputError, "none-"),
         ("prompt.template={{ txet }}", InputError, "did you mean 'text'"),
+        ("prompt.template=Summarise this", JobError, "the template reads no column"),
+        ("prompt.template=Is {text} like {{ kind }}?", JobError, "write {{ text }}"),
         ("output.columns={answer: text}", OutputError, "answer_2"),
         ("model.name=/nowhere/model", ModelError, "no such folder"),
         ("output.path=/proc/answers", OutputError, "cannot be written to"),

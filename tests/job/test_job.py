@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from batchrun.errors import BatchrunError, JobError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
+from batchrun.job.settings import ClusterSettings
 from batchrun.telemetry.redact import Redactor
 
 BASE = """
@@ -144,3 +145,39 @@ def test_a_job_file_changed_at_random_is_a_job_or_a_typed_error(seed):
         )
     with contextlib.suppress(BatchrunError):
         assert Job.parse("".join(text)).output.path
+
+
+def test_aliases_that_multiply_are_refused_and_honest_ones_work() -> None:
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 10)}]\n" for i in range(9)
+    )
+    for text in (bomb, "a: &a [*a]\n"):
+        with pytest.raises(
+            JobError, match=r"job:1: not valid YAML \(its aliases stand for more than 100,000"
+        ):
+            Job.parse(text)
+    options = "storage_options: &store {key: abcd}"
+    job = Job.parse(
+        f"input: {{path: in, {options}}}\nprompt: {{template: '{{{{ t }}}}'}}\nmodel: {{name: m}}\n"
+        "output: {path: out, storage_options: *store}\n"
+    )
+    assert job.output.storage_options == job.input.storage_options == {"key": "abcd"}
+
+
+@pytest.mark.parametrize("port", [0, 65536, "", "x:", "host", "1.2.3.4:0"])
+def test_a_metrics_port_is_a_port_or_an_address_with_one(port: object) -> None:
+    with pytest.raises(ValueError, match="ADDRESS:PORT"):
+        ClusterSettings(metrics_port=port)
+
+
+def test_a_variable_may_have_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = BASE.replace("s3://bucket/in/", "s3://bucket/day=${DAY:-2026-01-01}/${PART:-}")
+    monkeypatch.delenv("DAY", raising=False)
+    assert Job.parse(text).input.path == "s3://bucket/day=2026-01-01/"
+    monkeypatch.setenv("DAY", "")
+    assert Job.parse(text).input.path == "s3://bucket/day=2026-01-01/"
+    monkeypatch.setenv("DAY", "2026-02-02")
+    assert Job.parse(text).input.path == "s3://bucket/day=2026-02-02/"
+    monkeypatch.delenv("DAY")
+    with pytest.raises(JobError, match=r"DAY is not set; export DAY=\.\.\., or write \$\{DAY:-default\}"):
+        Job.parse(BASE.replace("s3://bucket/in/", "${DAY}"))

@@ -254,3 +254,12 @@ def test_the_context_is_read_under_all_its_names() -> None:
     assert context_length(MambaConfig()) is None
     assert context_length(SimpleNamespace(max_seq_len=2048)) == 2048
     assert context_length(SimpleNamespace(max_position_embeddings=10**30)) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_model_folder_without_a_tokenizer_is_refused(tmp_path: Path, kind: str) -> None:
+    folder = write_model(tmp_path / kind, model_type=kind)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"tokenizer"):
+        load_tokenizer(resolve(settings_of(folder)), settings_of(folder))

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from tiny import byte_tokenizer
 
-from batchrun.errors import FaultCode, RowFault
-from batchrun.prompt.template import RowTemplate
+from batchrun.errors import FaultCode, InputError, RowFault
+from batchrun.job.settings import PromptSettings
+from batchrun.prompt.renderer import RENDERER, Renderer
+from batchrun.prompt.tokens import PromptBuilder, check_sample
+
+# Whole seconds in one call in C each, which no exception gets into.
+IN_C = "{{ (big ~ 'c') in [big ~ 'd'] * 10**6 }}"
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 def render(source: str, **row: Any) -> str | RowFault:
-    return RowTemplate(source, "prompt.template").render(row)
+    (answer,) = RENDERER.rows([source], list(row), [tuple(row.values())])
+    return answer if isinstance(answer, RowFault) else answer[0]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +67,15 @@ def test_no_template_reaches_python_or_a_file(source: str) -> None:
         "{{ 2**(10**9) }}",
         "{{ 9**(9**9) }}",
         "{% for i in range(n) %}{% endfor %}",
+        "{{ ([range(99999)]*60000)|map('sum')|sum }}",
+        "{{ (n*n*n*n*n*n*n*n*n*n*n).to_bytes(10**11, 'big') }}",
+        "{{ (big ~ 'c') in [big ~ 'd'] * 10**6 }}",
+        "{{ text.ljust(10**10) }}",
+        "{{ [[[1]]]|tojson(indent=10**10) }}",
+        "{{ '{:>{w}}'.format(text, w=10**10) }}",
+        "{{ big.translate({98: big}) }}",
+        "{{ range(99999)|map('string')|map('center', 99999)|list|length }}",
+        "{{ (big * 60)|wordwrap(1)|length }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{{ loop.last }}{% endfor %}{% endfor %}",
         "{% for i in range(90000) %}{{ big }}{% endfor %}",
@@ -114,3 +135,51 @@ def test_what_honest_templates_do_is_untouched() -> None:
     )
     assert render("{% for i in range(50000) %}x{% endfor %}", **row) == "x" * 50_000
     assert render("{% for x in [[1,[2]]] recursive %}{{ x if x is number else loop(x) }}{% endfor %}") == "12"
+
+
+@pytest.mark.parametrize("endless", [ENDLESS, IN_C])
+def test_an_endless_row_is_its_own_error_among_others(endless: str) -> None:
+    source = "{% if n == 2 %}" + endless + "{% else %}{{ n }}{% endif %}"
+    rows = [("b" * (1 << 20), n) for n in range(5)]
+    answers = RENDERER.rows([source], ["big", "n"], rows)
+    fault = answers.pop(2)
+    assert answers == [["0"], ["1"], ["3"], ["4"]]
+    assert isinstance(fault, RowFault)
+    assert "CPU time" in fault.message
+
+
+def test_a_chat_template_has_the_same_limits() -> None:
+    chats = [[{"role": "user", "content": text}] for text in ("x", "bomb", "y")]
+    template = "{% if messages[0].content == 'bomb' %}BOMB{% else %}{{ messages[0].content }}{% endif %}"
+    for bomb in (ENDLESS, "{{ 'a' * 10**10 }}"):
+        first, fault, last = RENDERER.chats(template.replace("BOMB", bomb), {}, chats)
+        assert (first, last) == ("x", "y")
+        assert isinstance(fault, RowFault)
+        assert fault.message.startswith("chat template: rendering takes more than")
+
+
+@pytest.mark.parametrize(
+    "prompt", [{"template": "{{ t }}" + ENDLESS}, {"column": "t", "chat_template": ENDLESS}]
+)
+def test_an_endless_template_fails_the_check_soon_with_one_line(prompt: dict[str, Any]) -> None:
+    texts = ["x"] * 100
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    batch = pa.RecordBatch.from_pydict({"t": texts if "template" in prompt else chats})
+    builder = PromptBuilder(PromptSettings(**prompt), byte_tokenizer(), 4096, 8, batch.schema)
+    started = time.process_time()
+    with pytest.raises(InputError, match=r"rows have no prompt .*more than 1 s of CPU time") as caught:
+        check_sample(builder, [batch])
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - started < 5
+
+
+def test_threads_share_a_renderer_and_its_death_costs_no_row() -> None:
+    renderer = Renderer()
+
+    def render(n: int) -> list[list[str] | RowFault]:
+        if n == 5 and renderer._process is not None:
+            os.kill(renderer._process.pid, signal.SIGKILL)
+        return renderer.rows(["{{ n }}"], ["n"], [(n,), (n + 1,)])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(render, range(20))) == [[[str(n)], [str(n + 1)]] for n in range(20)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from batchrun.errors import StorageError
 from batchrun.output import document
 from batchrun.report import charts
 from batchrun.report.page import Facts, render
+from batchrun.report.summary import run_lines
 from batchrun.storage import Folder
 from batchrun.telemetry import record
 from batchrun.telemetry.milestones import Milestones
@@ -283,3 +285,12 @@ def test_a_run_that_a_store_ended_says_so_unless_its_own_store_is_gone(
         assert last.run == "earlier"
     else:
         assert (last.outcome, last.message) == ("interrupted", "the input cannot be read (busy)")
+
+
+def test_a_summary_warns_when_more_than_half_of_the_answers_are_empty(tmp_path, tiny_llama, cluster):
+    job = write_job(tmp_path, tiny_llama, rows=8, generation={"stop": ["r"]})
+    result = library.run(load(job), client=cluster)
+    assert result.empty == result.ok == 8
+    (warning,) = [line for line in run_lines(result) if "empty" in line]
+    assert warning.startswith("warning: 8 of 8 answers are empty")
+    assert not [line for line in run_lines(replace(result, empty=4)) if "empty" in line]

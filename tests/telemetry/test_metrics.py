@@ -22,13 +22,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 import batchrun as library
+from batchrun.driver.prepare import prepare
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import ClusterError
 from batchrun.report import live
 from batchrun.telemetry import gpu, logs
 from batchrun.telemetry.gpu import Gpu
 from batchrun.telemetry.progress import Progress, Rates, WorkerView
-from batchrun.telemetry.prometheus import Exporter
+from batchrun.telemetry.prometheus import Exporter, serve
 from batchrun.telemetry.redact import Redactor
 from jobs import ROWS_OF_JOB as ROWS
 from jobs import load, write_job
@@ -142,6 +143,8 @@ def test_a_run_serves_its_workers_metrics_and_stops_serving_when_it_ends(tmp_pat
 
     def watch(now: Progress) -> None:
         texts.append(urllib.request.urlopen(address, timeout=10).read().decode())
+        with pytest.raises(ConnectionRefusedError):  # nobody listens on any other interface
+            socket.create_connection(("127.0.0.2", port), timeout=10)
         if now.new_rows > 3 and now.engines:
             stop.set()
 
@@ -158,6 +161,13 @@ def test_a_run_serves_its_workers_metrics_and_stops_serving_when_it_ends(tmp_pat
     )
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=5)
+
+
+def test_metrics_are_served_elsewhere_where_the_job_says_so(tmp_path, tiny_llama):
+    port = free_port()
+    prepared = prepare(load(write_job(tmp_path, tiny_llama, rows=4)))
+    with serve(f"0.0.0.0:{port}", prepared):
+        socket.create_connection(("127.0.0.2", port), timeout=10).close()
 
 
 def test_a_port_that_is_taken_is_refused_by_its_key(tmp_path, tiny_llama, cluster):

@@ -1,0 +1,131 @@
+"""The renderer's side of the process border: `python -m batchrun.prompt.render_server <socket>`.
+
+A template's author is trusted, yet a row may make it endless. Python cannot be interrupted inside one long call in C,
+so every row has two timers of CPU time: the first raises in Python, the second ends the process. Memory is the
+process's own limit.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from typing import Any
+
+from jinja2 import Template, TemplateError
+
+from batchrun.errors import FaultCode, RowFault
+from batchrun.prompt.sandbox import ENVIRONMENT, NULL, NullPrinted
+
+SECONDS = 1.0  # of CPU time for one row; the process ends after twice as many
+MEMORY = 1 << 30  # bytes of the whole process
+TEXT = 64 << 20  # characters of one text
+
+TOO_LONG = f"rendering takes more than {SECONDS:g} s of CPU time"
+TOO_LARGE = (
+    f"rendering takes more than {MEMORY >> 30} GiB of memory, or gives more than {TEXT >> 20} Mi characters"
+)
+
+
+class _TooLong(BaseException):
+    """No Exception, which Jinja's own code would catch here and there."""
+
+
+def compile_all(sources: Sequence[str]) -> list[str | None]:
+    """What is wrong with each template, if anything."""
+    return [_compile_error(source) for source in sources]
+
+
+def rows(sources: Sequence[str], names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """For each row a list of texts, one per template, or its fault; a null column is None in `rows`."""
+
+    def render(row: tuple[Any, ...]) -> list[str]:
+        templates = [_compiled(source) for source in sources]
+        variables = {name: NULL if value is None else value for name, value in zip(names, row, strict=True)}
+        return [_bounded(template.render(variables)) for template in templates]
+
+    return [_limited(render, row) for row in rows]
+
+
+def chats(template: str, variables: dict[str, Any], rows: Iterable[list[dict[str, Any]]]) -> list[Any]:
+    """For each conversation its text, or its fault."""
+    # A second, for the jobs that need it; it comes without torch.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def render(row: list[dict[str, Any]]) -> str:
+        texts, _ = render_jinja_template(
+            [row], chat_template=template, add_generation_prompt=True, **variables
+        )
+        return _bounded(texts[0])
+
+    return [_limited(render, row, "chat template: ") for row in rows]
+
+
+def _limited(render: Callable[[Any], Any], row: Any, where: str = "") -> Any:
+    """The rendered row, or its fault."""
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)
+        return render(row)
+    except NullPrinted:
+        return RowFault(FaultCode.NULL_PROMPT, "the template prints a null value")
+    except _TooLong:
+        return RowFault(FaultCode.TEMPLATE_ERROR, where + TOO_LONG)
+    except MemoryError:
+        return RowFault(FaultCode.TEMPLATE_ERROR, where + TOO_LARGE)
+    except Exception as error:  # a template runs expressions: they may raise anything
+        kind = "" if where else f"{type(error).__name__}: "
+        return RowFault(FaultCode.TEMPLATE_ERROR, f"{where}{kind}{error}")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _bounded(text: str) -> str:
+    if len(text) > TEXT:
+        raise MemoryError
+    return text
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> Template:
+    return ENVIRONMENT.from_string(source)
+
+
+def _compile_error(source: str) -> str | None:
+    def attempt(source: str) -> None:
+        try:
+            _compiled(source)
+        except TemplateError as error:
+            raise ValueError(error.message) from None
+
+    fault = _limited(attempt, source)
+    return None if fault is None else str(fault.message).removeprefix("ValueError: ")
+
+
+def _expired(*_: object) -> None:
+    raise _TooLong
+
+
+def main(descriptor: int) -> None:
+    """Answers until the parent closes its side. Signals to the process group are the parent's to heed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGVTALRM, _expired)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers: dict[str, Callable[..., list[Any]]] = {"compile": compile_all, "rows": rows, "chats": chats}
+    with Connection(descriptor) as connection:
+        while True:
+            try:
+                kind, arguments = connection.recv()
+            except EOFError:
+                return
+            connection.send(answers[kind](*arguments))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,100 @@
+"""Templates rendered in a process of their own, so that none of them ever holds up or bloats a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from batchrun.errors import FaultCode, RowFault
+
+# Rows sent at once: few enough that large documents fit the renderer's memory, many enough to hide the round trip.
+CHUNK_ROWS = 128
+END_SECONDS = 5.0
+
+
+class Renderer:
+    """One process, started on first use, and again after a row ended it. Any number of threads may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+
+    def compile_errors(self, sources: Sequence[str]) -> list[str | None]:
+        """(templates,) What is wrong with each template, if anything."""
+        answer = self._ask("compile", sources)
+        # One of them, and nobody knows which, was so dear that the process ended.
+        return [answer] * len(sources) if isinstance(answer, str) else answer
+
+    def rows(
+        self, sources: Sequence[str], names: Sequence[str], rows: Sequence[tuple[Any, ...]]
+    ) -> list[list[str] | RowFault]:
+        """(rows,) The texts of the templates over a row's values of the columns `names`, or the row's fault."""
+        return self._each("rows", (sources, names), rows)
+
+    def chats(
+        self, template: str, variables: Mapping[str, str], rows: Sequence[list[dict[str, Any]]]
+    ) -> list[str | RowFault]:
+        """(rows,) Conversations through a chat template, as transformers renders it, or the row's fault."""
+        return self._each("chats", (template, variables), rows)
+
+    def _each(self, kind: str, what: tuple[Any, ...], rows: Sequence[Any]) -> list[Any]:
+        found: list[Any] = []
+        for first in range(0, len(rows), CHUNK_ROWS):
+            chunk = rows[first : first + CHUNK_ROWS]
+            answer = self._ask(kind, *what, chunk)
+            if isinstance(answer, str):
+                answer = [self._alone(kind, what, row) for row in chunk]
+            found += answer
+        return found
+
+    def _alone(self, kind: str, what: tuple[Any, ...], row: Any) -> Any:
+        """The row by itself, after the process ended on it and others: the one that does it again is at fault."""
+        answer = self._ask(kind, *what, [row])
+        return RowFault(FaultCode.TEMPLATE_ERROR, answer) if isinstance(answer, str) else answer[0]
+
+    def _ask(self, kind: str, *arguments: Any) -> Any:
+        """The process's answer, or what it died of."""
+        with self._lock:
+            if self._connection is None:
+                self._start()
+            assert self._connection is not None
+            try:
+                self._connection.send((kind, arguments))
+                return self._connection.recv()
+            except (EOFError, OSError):
+                return self._death()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # Not multiprocessing: a Dask worker may be daemonic, and its children would import the user's __main__.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "batchrun.prompt.render_server", str(theirs.fileno())],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+
+    def _death(self) -> str:
+        assert self._process is not None
+        assert self._connection is not None
+        self._connection.close()
+        self._connection = None
+        self._process.kill()
+        status = self._process.wait(END_SECONDS)
+        if status == -signal.SIGPROF:
+            return "rendering takes too much CPU time"
+        return f"rendering ended its process (status {status})"
+
+
+RENDERER = Renderer()
