@@ -262,7 +262,7 @@ def _work_off(
         stop = _stop_on_signals()
         from batchrun.report import live, summary
 
-        with live.show(Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
+        with live.show(Console(stderr=True), log_format, job) as watch:
             result = work(job, stop=stop, watch=watch)
         if not as_json and result.rows:
             sample = result.sample(summary.SHOWN_ROWS)

@@ -16,7 +16,9 @@ from batchrun.job.job import Job
 from batchrun.output import manifest
 from batchrun.output import retry as retries
 from batchrun.output.lease import Lease
+from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult
+from batchrun.telemetry.notify import notifying
 from batchrun.telemetry.progress import Watch, silent
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def retry(
     force: bool = False,
     stop: threading.Event | None = None,
     watch: Watch = silent,
+    progress: bool = True,
 ) -> RunResult:
     """Runs the failed rows of a complete output again; each part that has some is replaced by one overwrite.
 
@@ -48,7 +51,7 @@ def retry(
         job: a Job, or the path of a job file.
         errors: error codes, such as PROMPT_TOO_LONG; rows with any error by default.
         allow: settings (or sections of them) that may differ, such as prompt.template or model.
-        client, force, stop, watch: as for `run`.
+        client, force, stop, watch, progress: as for `run`.
 
     Raises:
         OutputError: the output is not complete.
@@ -56,12 +59,28 @@ def retry(
         JobError: no such error code.
         BatchrunError: as for `run`; what was staged and replaced stays.
     """
-    started = time.monotonic()
     known = [code.value for code in FaultCode]
     for code in errors:
         if code not in known:
             raise JobError(f"no error code {code!r}{nearest(code, known)}", "--error")
-    prepared = prepare_again(job if isinstance(job, Job) else Job.load(job))
+    job = job if isinstance(job, Job) else Job.load(job)
+    with bar(progress, job.title, watch) as shown:
+        return notifying(
+            job, lambda: _retry(job, errors, allow, client, force, stop or threading.Event(), shown)
+        )
+
+
+def _retry(
+    job: Job,
+    errors: Sequence[str],
+    allow: Sequence[str],
+    client: Client | None,
+    force: bool,
+    stop: threading.Event,
+    watch: Watch,
+) -> RunResult:
+    started = time.monotonic()
+    prepared = prepare_again(job)
     folder, layout = prepared.folder, prepared.layout
     written = manifest.read(folder)
     if written is None:
@@ -72,6 +91,6 @@ def retry(
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)
         work = {} if one is None else one.work(found)
-        dispatch = Dispatch(prepared, work, stop or threading.Event(), watch, one)
+        dispatch = Dispatch(prepared, work, stop, watch, one)
         done = finish(prepared, dispatch, lease, client)
     return result(prepared, done, time.monotonic() - started, dispatch)

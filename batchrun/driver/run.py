@@ -21,9 +21,12 @@ from batchrun.job.job import Job
 from batchrun.output import failed, identity, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
+from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder
 from batchrun.telemetry import record
+from batchrun.telemetry.counters import Counters
+from batchrun.telemetry.notify import notifying
 from batchrun.telemetry.progress import Progress, Watch, silent
 from batchrun.telemetry.recorder import observed
 
@@ -37,6 +40,7 @@ def run(
     force: bool = False,
     stop: threading.Event | None = None,
     watch: Watch = silent,
+    progress: bool = True,
 ) -> RunResult:
     """Starts a job, or goes on where an earlier run of it ended, until its output is complete.
 
@@ -46,6 +50,7 @@ def run(
         force: run although another driver seems to be at work, which stops once it sees that. Exact either way.
         stop: set it (from a signal handler, say) to let tasks stage what they hold and end the run.
         watch: called about once a second with the run's progress.
+        progress: show a progress bar where this is a notebook.
 
     Raises:
         Refused: before anything was generated: a bad job, input, model or destination, or changed ones.
@@ -54,8 +59,14 @@ def run(
         TooManyFaults: more than `limits.max_error_rate` of the rows failed.
         BatchrunError: anything else that ended the run; it can be resumed.
     """
+    job = job if isinstance(job, Job) else Job.load(job)
+    with bar(progress, job.title, watch) as shown:
+        return notifying(job, lambda: _run(job, client, force, stop or threading.Event(), shown))
+
+
+def _run(job: Job, client: Client | None, force: bool, stop: threading.Event, watch: Watch) -> RunResult:
     started = time.monotonic()
-    prepared = prepare(job if isinstance(job, Job) else Job.load(job))
+    prepared = prepare(job)
     done = _finished(prepared)
     if done is not None:
         return result(prepared, done, time.monotonic() - started)
@@ -63,7 +74,7 @@ def run(
     try_store(folder)
     with Lease(folder, force=force) as lease:
         _pin(prepared)
-        dispatch = Dispatch(prepared, _uncommitted(prepared), stop or threading.Event(), watch)
+        dispatch = Dispatch(prepared, _uncommitted(prepared), stop, watch)
         done = finish(prepared, dispatch, lease, client)
     return result(prepared, done, time.monotonic() - started, dispatch)
 
@@ -79,16 +90,16 @@ def try_store(folder: Folder) -> None:
 def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, client: Client | None) -> Manifest:
     """Works off what the dispatch has to do, and writes what stands beside the parts, the manifest last."""
 
-    def see(now: Progress) -> None:
+    def guard(now: Progress) -> None:
         lease.check()
         limits.see(now)
 
     with ExitStack() as stack:
         if dispatch.todo:
-            watch = stack.enter_context(observed(prepared, dispatch.order.run, dispatch.watch))
-            limits = Limits(prepared.job, _spent(prepared), watch, count_rows=dispatch.order.retry is None)
+            dispatch.watch = stack.enter_context(observed(prepared, dispatch.order.run, dispatch.watch))
+            limits = Limits(prepared.job, _spent(prepared), count_rows=dispatch.order.retry is None)
             limits.check(dispatch.rows_committed)
-            dispatch.watch = see
+            dispatch.guard = guard
             with connect(prepared.job.cluster) if client is None else nullcontext(client) as cluster:
                 dispatch.execute(cluster)
         return _conclude(prepared, dispatch)
@@ -168,8 +179,9 @@ def result(prepared: Prepared, done: Manifest, seconds: float, dispatch: Dispatc
         errors=done.errors,
         examples=done.examples,
         seconds=seconds,
-        requests=dispatch.total.requests if dispatch else 0,
-        reused=dispatch.total.reused if dispatch else 0,
+        finish_reasons=done.finish_reasons,
+        empty=done.empty,
+        counts=dispatch.total if dispatch else Counters(),
         engines=list(dispatch.engines.values()) if dispatch else [],
         part_keys=[part.key for part in done.parts],
         storage_options=prepared.job.output.storage_options,

@@ -109,8 +109,8 @@ class EngineStats:
 
     `computed_tokens` counts token positions that the model was run on, padding included; `prompt_tokens` and
     `output_tokens` the real ones among them. `steps` grows while the model works, also inside of a long batch.
-    `busy_seconds` is time spent in the model. `notes` are the lines for a person: which attention, why not paged, a
-    batch that was halved.
+    `busy_seconds` is time spent in the model. `stage` is "loading" or "compiling" until it is loaded. `notes` are the
+    lines for a person: which attention, why not paged, a batch that was halved.
     """
 
     engine: str = ""
@@ -127,12 +127,17 @@ class EngineStats:
     busy_seconds: float = 0.0
     load_seconds: float = 0.0
     pid: int = 0
+    stage: str = "loading"
     gauges: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def since(self, earlier: EngineStats) -> EngineStats:
         """What the same engine has counted since then."""
         return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in SUMS})
+
+    def is_before(self, other: EngineStats) -> bool:
+        """Whether this is an earlier look at the same engine: no counter ever falls."""
+        return any(getattr(self, name) < getattr(other, name) for name in SUMS)
 
     @property
     def padding_efficiency(self) -> float:

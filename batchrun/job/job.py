@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from batchrun.errors import JobError, nearest
 from batchrun.job.settings import (
@@ -19,6 +19,7 @@ from batchrun.job.settings import (
     InputSettings,
     LimitSettings,
     ModelSettings,
+    NotifySettings,
     OutputSettings,
     PromptSettings,
     Settings,
@@ -52,6 +53,18 @@ class Job(Settings):
     output: OutputSettings = Field(description="where the answers go, and how they are cut and staged")
     cluster: ClusterSettings = Field(ClusterSettings(), description="what it runs on")
     limits: LimitSettings = Field(LimitSettings(), description="when a run stops by itself")
+    notify: NotifySettings | None = Field(None, description="who is told that a run has ended")
+
+    _file: Path | None = PrivateAttr(None)
+
+    @property
+    def title(self) -> str:
+        """What a person calls it: the job file's name, or its folder's where it is just job.yaml, or the output's."""
+        if self._file is None:
+            return PurePath(self.output.path).name or self.output.path
+        return (
+            self._file.parent.name if self._file.stem == "job" and self._file.parent.name else self._file.stem
+        )
 
     @model_validator(mode="after")
     def _priced(self) -> Self:
@@ -86,7 +99,9 @@ class Job(Settings):
             raise JobError(
                 f"cannot read the job file ({error})", str(path), "give the path of a YAML file"
             ) from None
-        return cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
+        job = cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
+        job._file = path.resolve()
+        return job
 
     @classmethod
     def parse(
@@ -145,13 +160,18 @@ class Job(Settings):
 
     def without_storage_options(self) -> dict[str, Any]:
         """The whole job as plain JSON values, for a record of what ran."""
-        return {name: section.model_dump(mode="json", exclude={"storage_options"}) for name, section in self}
+        sections = [(name, section) for name, section in self if name != "notify"]
+        return {
+            name: section.model_dump(mode="json", exclude={"storage_options"}) for name, section in sections
+        }
 
     def secrets(self) -> list[str]:
         """Every string in the storage options that must not be shown anywhere."""
         found: list[str] = []
         for options in (self.input.storage_options, self.model.storage_options, self.output.storage_options):
             _collect_secrets(options, found)
+        if self.notify is not None:
+            found.append(self.notify.url)
         return found
 
 
@@ -239,7 +259,7 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     shown = (
         ""
-        if "storage_options" in name or isinstance(error["input"], dict | BaseModel)
+        if "storage_options" in name or name == "notify.url" or isinstance(error["input"], dict | BaseModel)
         else f" (got {error['input']!r})"
     )
     return f"{name or 'job'}: {message}{shown}"

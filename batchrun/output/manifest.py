@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -78,6 +78,7 @@ class Manifest:
     """Totals of the whole output and its parts in the plans' order.
 
     `errors` counts failed rows by code, `examples` shows a few of each; `failed_folder` holds them as a dataset.
+    `finish_reasons` and `empty` are as in a part's `Summary`.
     """
 
     plan_hash: str
@@ -93,6 +94,8 @@ class Manifest:
     plans: list[Planned]
     retries: list[Retried]
     parts: list[Part]
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    empty: int = 0
 
     def describes(self, found: state.State) -> bool:
         """Whether the parts that are there now are, by key and size, the ones it was written for, and no retry
@@ -211,9 +214,11 @@ def _total(
     failed_folder: str | None,
 ) -> Manifest:
     errors: Counter[str] = Counter()
+    finish_reasons: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     for i, summary in enumerate(summaries):
         errors.update(summary.errors)
+        finish_reasons.update(summary.finish_reasons)
         for code, example in summary.examples.items():
             shown = examples.setdefault(code, [])
             if len(shown) < EXAMPLES:
@@ -234,6 +239,8 @@ def _total(
         parts=[
             Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i], s.attempt) for i, s in enumerate(summaries)
         ],
+        finish_reasons=dict(finish_reasons),
+        empty=sum(s.empty for s in summaries),
     )
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output.chunk import ANSWERS
 from batchrun.storage import Folder, NotFound
+from batchrun.telemetry.counters import empty_answers, value_counts
 
 ANSWER_FIELDS = [field for field in ANSWERS if field.name != "row"]
 
@@ -44,8 +45,9 @@ class Replacement:
 class Summary:
     """What a part says about itself in its footer (key-value metadata "batchrun", JSON).
 
-    `errors` counts failed rows by code, `examples` gives the first of each; `retries` tells how the part came to be
-    other than the run made it.
+    `errors` counts failed rows by code, `examples` gives the first of each; `finish_reasons` counts all rows, `empty`
+    those with an answer of no text (both unknown to parts of before version 0.3); `retries` tells how the part came to
+    be other than the run made it.
     """
 
     attempt: str
@@ -59,6 +61,8 @@ class Summary:
     output_tokens: int
     errors: dict[str, int]
     examples: dict[str, str] = field(default_factory=dict)
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    empty: int = 0
     retries: list[Replacement] = field(default_factory=list)
 
     @property
@@ -91,7 +95,7 @@ def summarize(
     ok = pc.sum(pc.equal(answers["status"], "ok"), min_count=0).as_py()
     failed = answers.filter(pc.equal(answers["status"], "failed"))
     codes = error_codes(failed["error"])
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(codes).to_pylist()}
+    counts = value_counts(codes)
     return Summary(
         attempt=attempt,
         plan_hash=plan_hash,
@@ -104,6 +108,8 @@ def summarize(
         output_tokens=pc.sum(answers["output_tokens"], min_count=0).as_py(),
         errors=counts,
         examples={code: _example(failed, pc.index(codes, code).as_py()) for code in counts},
+        finish_reasons=value_counts(answers["finish_reason"]),
+        empty=empty_answers(answers),
         retries=[*retries],
     )
 
@@ -171,7 +177,7 @@ def read_summary(metadata: pq.FileMetaData, folder: Folder, key: str) -> Summary
     try:
         values = json.loads(metadata.metadata[b"batchrun"])
         values["retries"] = [Replacement(**entry) for entry in values["retries"]]
-        summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
+        summary = Summary(**{f.name: values[f.name] for f in fields(Summary) if f.name in values})
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(folder, key, "not a whole part of batchrun's") from error
     if metadata.num_rows != summary.rows or summary.ok + summary.failed != summary.rows:

@@ -11,15 +11,16 @@ import pyarrow.parquet as pq
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import ExitCode
 from batchrun.storage import Folder
+from batchrun.telemetry.counters import Counters
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A complete output. `requests` is what this run sent to its engines; 0 when nothing was left to do.
+    """A complete output: what all its rows came to, whichever run generated them, and what this run did for it.
 
-    `errors` counts failed rows by code, and `examples` shows a few of each. `prompt_tokens` and `output_tokens` are of
-    all rows in the output, whichever run generated them; `seconds` is this run's wall time, `engines` one set of
-    counters per engine process that it used.
+    `errors` counts failed rows by code, and `examples` shows a few of each; `finish_reasons` counts all rows ("length"
+    was cut at `max_new_tokens`), `empty` those with an answer of no text. This run's own are `counts`, `seconds` of
+    wall time, and `engines`, one set of counters per engine process that it used.
     """
 
     output: str
@@ -32,11 +33,22 @@ class RunResult:
     errors: dict[str, int]
     examples: dict[str, list[str]]
     seconds: float
-    requests: int
-    reused: int
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    empty: int = 0
+    counts: Counters = field(default_factory=Counters)
     engines: list[EngineStats] = field(default_factory=list)
     part_keys: list[str] = field(default_factory=list, repr=False)
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def requests(self) -> int:
+        """Rows that this run sent to its engines; 0 when nothing was left to do."""
+        return self.counts.requests
+
+    @property
+    def reused(self) -> int:
+        """Rows that earlier attempts had staged for this run."""
+        return self.counts.reused
 
     @property
     def exit_code(self) -> ExitCode:
@@ -50,7 +62,8 @@ class RunResult:
         """Plain values for a pipeline; no storage options."""
         values = asdict(self)
         del values["storage_options"], values["part_keys"]
-        return {"status": "complete", "exit_code": int(self.exit_code), **values}
+        state = {"status": "complete", "exit_code": int(self.exit_code)}
+        return {**state, **values, "requests": self.requests, "reused": self.reused}
 
     def to_dask(self) -> Any:
         """The output as a `dask.dataframe.DataFrame`, one partition per part, in the plan's order.
