@@ -96,7 +96,7 @@ class SecondsEngine(EchoEngine):
 
 
 class EndingEngine(EchoEngine):
-    """Fails for good after 25 rows, as a model would that cannot do what the job asks."""
+    """Each fails for good after 25 rows, as a model would that cannot do what the job asks."""
 
     def answer(self, request: Request) -> Completion:
         if self.stats.completions == 25:
