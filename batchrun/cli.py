@@ -282,7 +282,7 @@ def _work_off(
 
         result = None
         try:
-            with live.show(_Console(stderr=True), log_format, job.cluster.price_per_gpu_hour) as watch:
+            with live.show(_Console(stderr=True), log_format, job) as watch:
                 result = work(
                     job,
                     stop=signals.stop,

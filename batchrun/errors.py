@@ -10,6 +10,10 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchrun.counters import Counters
 
 
 class ExitCode(IntEnum):
@@ -26,6 +30,8 @@ class BatchrunError(Exception):
     """Base of all errors meant for a person. Survives pickling, so it crosses process borders unchanged."""
 
     exit_code = ExitCode.FAILED
+    counters: Counters | None = None
+    """What the attempt had counted that this ended."""
 
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
         super().__init__(what, where, fix)

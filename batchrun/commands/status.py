@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from batchrun.output import chunk, identity, lease, manifest, state
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.output import open_output
-from batchrun.report.summary import error_lines, size
+from batchrun.report.summary import error_lines, number, size
 from batchrun.storage import Folder, NotFound
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import duration
@@ -25,8 +25,8 @@ from batchrun.telemetry.record import RunRecord
 READERS = 16  # partitions whose chunks are read at a time
 SHOWN_RUNS = 5
 SHOWN_OF_RUN = (
-    "run", "started", "outcome", "message", "seconds", "rows", "failed", "reused", "prompt_tokens",
-    "output_tokens", "errors", "workers", "worker_seconds", "cost", "engine", "device", "engine_logs",
+    "run", "started", "outcome", "message", "seconds", "workers", "worker_seconds", "worker_time", "cost", "engine",
+    "device", "engine_logs",
 )  # fmt: skip
 
 
@@ -59,7 +59,9 @@ class Status:
     runs: list[RunRecord]
 
     def to_json(self) -> dict[str, Any]:
-        runs = [{name: getattr(run, name) for name in SHOWN_OF_RUN} for run in self.runs]
+        runs = [
+            {**{name: getattr(run, name) for name in SHOWN_OF_RUN}, **asdict(run.counts)} for run in self.runs
+        ]
         return {**self.__dict__, "runs": runs}
 
     def lines(self) -> list[str]:
@@ -89,11 +91,11 @@ class Status:
 
 
 def _run_lines(run: RunRecord) -> Iterator[str]:
-    rate = (run.prompt_tokens + run.output_tokens) / run.seconds if run.seconds else 0.0
-    money = "" if run.cost is None else f", money {run.cost:,.2f}"
+    rate = run.counts.tokens / run.seconds if run.seconds else 0.0
+    cost = "" if run.cost is None else f", cost {run.cost:,.2f}"
     yield (
-        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {run.rows:,} rows generated, "
-        f"{rate:,.0f} tokens/s, {run.workers:,} workers{money}"
+        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {run.counts.rows:,} rows generated, "
+        f"{number(rate)} tokens/s, {run.workers:,} workers{cost}"
     )
     if run.engine_logs:
         more = f" to {run.engine_logs[-1].rpartition('/')[2]}" if len(run.engine_logs) > 1 else ""
@@ -112,7 +114,7 @@ def status(job: Job) -> Status:
     written = manifest.read(folder)
     holder = lease.read(folder)
     runs = record.settle(record.read_all(folder), holder)
-    errors = written.errors if written else record.errors(runs)
+    errors = written.errors if written else record.total(runs).errors
     return Status(
         output=folder.name,
         complete=written is not None and written.describes(found),

@@ -8,9 +8,8 @@ import queue
 import threading
 import time
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +17,20 @@ from distributed import Client, Future
 
 from batchrun import signals
 from batchrun.cluster import dashboard
+from batchrun.counters import Counters
 from batchrun.driver import heartbeats
 from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import Judge, Trial, reason_of
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.stalls import Stalls
 from batchrun.engine.protocol import EngineStats
-from batchrun.errors import CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
+from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
 from batchrun.telemetry.milestones import Milestones
-from batchrun.telemetry.progress import Progress, Watch
+from batchrun.telemetry.progress import Progress, Watch, silent
 from batchrun.telemetry.record import SlowPartition
-from batchrun.worker.generation import Tally
+from batchrun.worker.generation import AttemptCounters
 from batchrun.worker.task import (
     BatchrunPlugin,
     Task,
@@ -50,6 +50,7 @@ POLL = 1.0  # seconds between two looks at the workers' counters
 TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
 REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
 RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
+RECEIPT_AT_END = 5.0  # the same once the run is to end
 DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
 SLOWEST = 10  # partitions that are named in the run's record
 # Errors of a partition that end the run; others lose the attempt.
@@ -84,6 +85,7 @@ class Dispatch:
             retry=retry,
         )
         self.stop, self.watch, self.milestones = stop, watch, milestones
+        self.guard: Watch = silent  # raises once the run is to end
         self.todo = deque(work)
         self.rows_committed = self.plan.rows - sum(work.values())
         self.flying: dict[Future, list[int]] = {}
@@ -97,14 +99,15 @@ class Dispatch:
         self.workers: dict[str, Any] = {}
         self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
         self.staged: dict[int, int] = {}  # rows, by partitions whose tasks were told to stop
-        self.total = Tally(self.order.run, -1)  # of finished attempts
+        self.total = Counters()  # of finished attempts
         self.engines: dict[tuple[str, int], EngineStats] = {}
         # Of engines that earlier runs have left; known from the first look, which is before the first task.
         self.before: dict[tuple[str, int], EngineStats] | None = None
         self.slowest: list[SlowPartition] = []
         self.dashboard: str | None = None
         self.started = time.monotonic()
-        self.seconds = self.worker_seconds = 0.0  # of the run and of all workers, as last shown
+        self.seconds = 0.0  # since the start, as last shown
+        self.worker_time: dict[str, float] = defaultdict(float)  # seconds of all workers, by what they did
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
@@ -114,7 +117,7 @@ class Dispatch:
                 try:
                     self._work_off(client)
                 except BaseException:
-                    self._drain(client)
+                    self._wind_up(client)
                     raise
         except (Interrupted, KeyboardInterrupt, OSError, TimeoutError) as interrupt:
             # What storage does wrong is a StorageError; an OSError that comes through is a connection of Dask's.
@@ -197,7 +200,8 @@ class Dispatch:
     def _take_trial(self, future: Future, trial: Trial) -> None:
         try:
             outcome = future.result(timeout=RECEIPT)
-        except (Refused, StorageError):
+        except (Refused, StorageError) as error:
+            self._count_lost(error)
             raise
         except Exception as error:
             self.judge.lost_alone(trial, error, self.workers)
@@ -238,7 +242,8 @@ class Dispatch:
         if future.status == "finished":
             try:
                 receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
-            except ENDING:
+            except ENDING as final:
+                self._count_lost(final)
                 raise
             except Exception as lost:
                 # Its worker left with the receipts, and Dask may have begun the task anew. The parts may well be there.
@@ -252,16 +257,17 @@ class Dispatch:
             return
         error = future.exception() if future.status == "error" else None
         if isinstance(error, ENDING):
+            self._count_lost(error)
             raise error
         self._lose(members, error)
 
     def _book(self, index: int, receipt: TaskReceipt) -> None:
-        self.total.absorb(receipt.tally)
+        self.total += receipt.counters
         self._see_slow(receipt)
         self._see_engine(receipt.worker, receipt.engine)
         if receipt.part is None:
-            self.staged[index] = receipt.tally.reused + receipt.tally.rows
-            if receipt.tally.rows:
+            self.staged[index] = receipt.counters.reused + receipt.counters.rows
+            if receipt.counters.rows:
                 self.judge.progress(index)
             return
         self.staged.pop(index, None)
@@ -293,77 +299,71 @@ class Dispatch:
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, breaks the circuit and ends who hangs."""
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-        beats = self._show(workers)
+        now, beats = self._show(workers)
+        self.guard(now)
         self._check_faults(beats.total)
-        for address, tally, signs in beats.signs:
-            self._end_if_stalled(client, address, tally, signs)
+        for address, attempt, signs in beats.signs:
+            self._end_if_stalled(client, address, attempt, signs)
         self.stalls.forget(self._members())
         return workers
 
-    def _show(self, workers: dict[str, Any]) -> Heartbeats:
+    def _show(self, workers: dict[str, Any]) -> tuple[Progress, Heartbeats]:
         """Gives the watch the run's counters, those of tasks in flight included."""
         flying = self._members()
-        beats = heartbeats.read(workers, self.total, flying)
+        beats = heartbeats.read(workers, self.order.run, self.total, flying)
         if self.before is None:
             self.before = {(address, stats.pid): stats for address, stats in beats.engines}
         for address, stats in beats.engines:
             self._see_engine(address, stats)
-        live = beats.total
         before, self.seconds = self.seconds, time.monotonic() - self.started
-        self.worker_seconds += len(workers) * (self.seconds - before)
-        self.watch(
-            Progress(
-                seconds=self.seconds,
-                partitions=self.layout.partitions,
-                partitions_done=self.layout.partitions
-                - len(self.todo)
-                - len(flying | {*self.judge.suspects}),
-                partitions_flying=len(flying),
-                rows=self.plan.rows,
-                rows_done=min(self.rows_committed + beats.covered, self.plan.rows),
-                rows_failed=live.failed,
-                new_rows=live.rows,
-                reused=live.reused,
-                requests=live.requests,
-                pulled=live.pulled,
-                sent_tokens=live.sent_tokens,
-                prompt_tokens=live.prompt_tokens,
-                output_tokens=live.output_tokens,
-                workers=len(workers),
-                worker_seconds=self.worker_seconds,
-                commits=live.commits,
-                commit_seconds=live.commit_seconds,
-                errors=live.errors,
-                examples=live.examples,
-                crew=beats.crew,
-                engines=list(self.engines.values()),
-                slowest=self.slowest,
-                dashboard=self.dashboard,
-            )
+        for worker in beats.crew:
+            self.worker_time[worker.doing] += self.seconds - before
+        now = Progress(
+            seconds=self.seconds,
+            partitions=self.layout.partitions,
+            partitions_done=self.layout.partitions - len(self.todo) - len(flying | {*self.judge.suspects}),
+            partitions_flying=len(flying),
+            rows=self.plan.rows,
+            rows_done=min(self.rows_committed + beats.covered, self.plan.rows),
+            counts=beats.total,
+            workers=len(workers),
+            worker_time=dict(self.worker_time),
+            crew=beats.crew,
+            engines=list(self.engines.values()),
+            slowest=self.slowest,
+            dashboard=self.dashboard,
         )
-        return beats
+        self.watch(now)
+        return now, beats
 
     def _members(self) -> set[int]:
         return {index for members in self.flying.values() for index in members}
 
-    def _end_if_stalled(self, client: Client, worker: str, tally: Tally, signs: Hashable) -> None:
+    def _end_if_stalled(self, client: Client, worker: str, attempt: AttemptCounters, signs: Hashable) -> None:
         """Ends a worker that hangs alive; its attempts are then judged like any lost ones."""
-        if self.stalls.stalled(tally.partition, (worker, signs), time.monotonic()):
+        if self.stalls.stalled(attempt.partition, (worker, signs), time.monotonic()):
             limit = self.job.limits.stall_seconds
             log.warning(
-                "partition %d: no sign of progress for %g s; its worker is restarted", tally.partition, limit
+                "partition %d: no sign of progress for %g s; its worker is restarted",
+                attempt.partition,
+                limit,
             )
             client.run(end_at_once, workers=[worker], wait=False, on_error="ignore")
 
-    def _check_faults(self, tally: Tally) -> None:
+    def _check_faults(self, counts: Counters) -> None:
         limits = self.job.limits
-        if tally.rows >= limits.error_sample and tally.failed > limits.max_error_rate * tally.rows:
-            examples = "; ".join(tally.examples)
+        if counts.rows >= limits.error_sample and counts.failed > limits.max_error_rate * counts.rows:
+            examples = "; ".join(counts.examples)
             raise TooManyFaults(
-                f"{tally.failed:,} of the first {tally.rows:,} rows failed, e.g. {examples}",
+                f"{counts.failed:,} of the first {counts.rows:,} rows failed, e.g. {examples}",
                 self.folder.url,
                 "mend the prompt or the model, or raise limits.max_error_rate",
             )
+
+    def _wind_up(self, client: Client) -> None:
+        """The end of a run that is not complete: what it has come to by then is shown once more, and so recorded."""
+        self._drain(client)
+        self._show(self.workers)
 
     def _drain(self, client: Client) -> None:
         """Lets the tasks in flight stage what they hold, for as long as that should take."""
@@ -377,23 +377,29 @@ class Dispatch:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
                 continue
-            if (members := self.flying.pop(future, None)) is not None and future.status == "finished":
-                self._book_drained(future, members)
+            self._count_late(future)
         client.cancel(list(self.flying))
 
-    def _book_drained(self, future: Future, members: list[int]) -> None:
-        """Counts what a task saved after the stop; whoever cannot say any more has saved it all the same."""
-        with suppress(Exception):
-            receipts = future.result(timeout=POLL)
-            for index, receipt in zip(
-                members, receipts if isinstance(receipts, list) else [receipts], strict=False
-            ):
-                if isinstance(receipt, TaskReceipt):
-                    self._book(index, receipt)
+    def _count_late(self, future: Future) -> None:
+        """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
+        members = self.flying.pop(future, [])
+        self.trials.pop(future, None)
+        try:
+            outcome = future.result(timeout=RECEIPT_AT_END)
+        except Exception as error:
+            self._count_lost(error)
+            return
+        receipts = outcome if isinstance(outcome, list) else [outcome]
+        for index, receipt in zip(members, receipts, strict=False):
+            if isinstance(receipt, TaskReceipt):
+                self._book(index, receipt)
+
+    def _count_lost(self, error: Exception) -> None:
+        """Takes in what an attempt had counted that is not tried again in this run."""
+        if isinstance(error, BatchrunError) and error.counters is not None:
+            self.total += error.counters
 
     def _safe(self) -> str:
-        if self.order.retry is not None:
-            return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
         if self.order.retry is not None:
             return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
         staged = sum(self.staged.values())
@@ -404,9 +410,8 @@ class Dispatch:
         )
 
     def _see_slow(self, receipt: TaskReceipt) -> None:
-        tally = receipt.tally
-        tokens = tally.prompt_tokens + tally.output_tokens
-        slow = SlowPartition(tally.partition, receipt.seconds, tally.rows, tokens, receipt.worker)
+        mine = receipt.counters
+        slow = SlowPartition(mine.partition, receipt.seconds, mine.rows, mine.tokens, receipt.worker)
         self.slowest = sorted([*self.slowest, slow], key=lambda s: -s.seconds)[:SLOWEST]
 
     def _see_engine(self, worker: str, stats: EngineStats | None) -> None:
@@ -417,7 +422,8 @@ class Dispatch:
             stats = stats.since(self.before[key])
             if not stats.requests:  # perhaps another model's
                 return
-        if key not in self.engines or self.engines[key].requests <= stats.requests:
+        # A heartbeat may be older than the receipt that came before it.
+        if key not in self.engines or not stats.is_before(self.engines[key]):
             self.engines[key] = stats
 
 

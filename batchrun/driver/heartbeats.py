@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
-from copy import copy
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
 from batchrun.telemetry.gpu import Gpu
 from batchrun.telemetry.progress import WorkerView
-from batchrun.worker.generation import Tally
+from batchrun.worker.generation import AttemptCounters
 
 
 @dataclass
@@ -20,16 +20,16 @@ class Heartbeats:
     `signs` names for each of them its worker, its counters, and what changes as long as anything there goes on.
     """
 
-    total: Tally
+    total: Counters
     covered: int = 0
     crew: list[WorkerView] = field(default_factory=list)
     engines: list[tuple[str, EngineStats]] = field(default_factory=list)
-    signs: list[tuple[str, Tally, Hashable]] = field(default_factory=list)
+    signs: list[tuple[str, AttemptCounters, Hashable]] = field(default_factory=list)
 
 
-def read(workers: Mapping[str, Any], finished: Tally, flying: Collection[int]) -> Heartbeats:
+def read(workers: Mapping[str, Any], run: str, finished: Counters, flying: Collection[int]) -> Heartbeats:
     """Reads the scheduler's view of its workers, by address, for the run and the partitions in flight."""
-    beats = Heartbeats(copy(finished))
+    beats = Heartbeats(finished)
     for address, worker in workers.items():
         snapshot = worker["metrics"].get("batchrun") or {
             "tasks": [],
@@ -39,14 +39,14 @@ def read(workers: Mapping[str, Any], finished: Tally, flying: Collection[int]) -
         }
         engines = [EngineStats(**values) for values in snapshot["engines"]]
         beats.engines += [(address, stats) for stats in engines]
-        tallies = [Tally(**values) for values in snapshot["tasks"]]
-        mine = [tally for tally in tallies if tally.run == finished.run and tally.partition in flying]
+        attempts = [AttemptCounters(**values) for values in snapshot["tasks"]]
+        mine = [one for one in attempts if one.run == run and one.partition in flying]
         # An engine at work on another attempt's rows is a sign of life, and so is one that loads.
         alive = (snapshot["loading"], *map(_signs, engines))
-        for tally in mine:
-            beats.covered += tally.reused + tally.rows
-            beats.total.absorb(tally)
-            beats.signs.append((address, tally, (tally.signs, tally.requests, alive)))
+        for one in mine:
+            beats.covered += one.reused + one.rows
+            beats.total += one
+            beats.signs.append((address, one, (one.signs, one.requests, alive)))
         beats.crew.append(
             WorkerView(
                 address=address,
@@ -54,11 +54,22 @@ def read(workers: Mapping[str, Any], finished: Tally, flying: Collection[int]) -
                 tasks=len(mine),
                 slots=worker["nthreads"],
                 memory=worker["metrics"].get("memory", 0),
+                doing=_doing(mine, engines),
                 engine=next((stats for stats in engines if stats.pid), None),
                 gpu=Gpu(**snapshot["gpu"]) if snapshot["gpu"] else None,
             )
         )
     return beats
+
+
+def _doing(attempts: Sequence[AttemptCounters], engines: Sequence[EngineStats]) -> str:
+    """What a worker does, see `WorkerView`; of what two attempts do the one that uses the GPU."""
+    if not engines:
+        return "starting"
+    doing = {one.doing for one in attempts}
+    if "generating" in doing:
+        return next((stats.stage for stats in engines if not stats.pid), "generating")
+    return "sealing" if "sealing" in doing else "idle"
 
 
 def _signs(stats: EngineStats) -> Hashable:

@@ -10,7 +10,7 @@ from batchrun.job.durations import parse_deadline
 
 if TYPE_CHECKING:
     from batchrun.job.job import Job
-    from batchrun.telemetry.progress import Progress, Watch
+    from batchrun.telemetry.progress import Progress
 
 
 class Limits:
@@ -18,15 +18,14 @@ class Limits:
 
     Args:
         earlier: worker seconds of all earlier runs of this output, which `limits.max_cost` counts too.
-        watch: gets every progress on.
         count_rows: whether `limits.max_rows` holds; of a retry all rows are done already.
     """
 
-    def __init__(self, job: Job, earlier: float, watch: Watch, count_rows: bool = True) -> None:
+    def __init__(self, job: Job, earlier: float, count_rows: bool = True) -> None:
         settings = job.limits
         self.max_cost, self.max_rows = settings.max_cost, settings.max_rows if count_rows else None
         self.price = job.cluster.price_per_gpu_hour or 0.0
-        self.earlier, self.watch = earlier, watch
+        self.earlier = earlier
         self.worker_seconds = earlier
         now = datetime.now().astimezone()
         self.deadline = None if settings.deadline is None else parse_deadline(settings.deadline, now)
@@ -34,7 +33,6 @@ class Limits:
     def see(self, now: Progress) -> None:
         """A watch: raises Interrupted, naming the limit and how to go on, once one is reached."""
         self.worker_seconds = self.earlier + now.worker_seconds
-        self.watch(now)
         if now.partitions_done < now.partitions:
             self.check(now.rows_done)
 

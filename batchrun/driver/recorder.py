@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
+from batchrun.counters import SUMS
 from batchrun.driver.prepare import Prepared
 from batchrun.errors import BatchrunError, ExitCode, LeaseHeld, StorageError, one_line
 from batchrun.storage.folder import PROBE_PATIENCE
@@ -90,28 +91,21 @@ class Recorder:
         self._thread.start()
 
     def see(self, now: Progress) -> None:
-        """Takes in what the run has come to. The most is kept where a count falls: a lost attempt's rows."""
+        """Takes in what the run has come to."""
         last = self.record
         loaded = [engine for engine in now.engines if engine.pid]
         engine = loaded[-1] if loaded else None
         self.milestones.see_engines(loaded)
         self._timeline.add(_sample(now))
-        if now.new_rows and not last.rows:
+        if now.counts.rows and not last.counts.rows:
             # Plots take a second to import, which this process has while the rows are generated.
             threading.Thread(target=_import_report, daemon=True).start()
         self.record = replace(
             last,
             seconds=now.seconds,
-            rows=now.new_rows,
-            failed=now.rows_failed,
-            reused=now.reused,
-            requests=now.requests,
-            prompt_tokens=now.prompt_tokens,
-            output_tokens=now.output_tokens,
-            errors=dict(now.errors),
-            examples=list(now.examples),
+            counts=now.counts,
             workers=max(last.workers, now.workers),
-            worker_seconds=now.worker_seconds,
+            worker_time=dict(now.worker_time),
             engine=engine.engine if engine else "",
             attention=engine.attention if engine else "",
             device=engine.device if engine else "",
@@ -178,10 +172,7 @@ def _sample(now: Progress) -> dict[str, float | None]:
     return {
         "seconds": now.seconds,
         "rows_done": now.rows_done,
-        "rows": now.new_rows,
-        "failed": now.rows_failed,
-        "prompt_tokens": now.prompt_tokens,
-        "output_tokens": now.output_tokens,
+        **{name: getattr(now.counts, name) for name in SUMS},
         "real_tokens": now.real_tokens,
         "computed_tokens": now.computed_tokens,
         "batches": now.batches,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.notify import notifying
 from batchrun.driver.prepare import prepare_again
 from batchrun.driver.run import finish, result, try_store
 from batchrun.driver.workers import Workers
@@ -16,6 +17,7 @@ from batchrun.job.job import Job
 from batchrun.output import manifest
 from batchrun.output import retry as retries
 from batchrun.output.lease import Lease
+from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult
 from batchrun.storage import deadline
 from batchrun.telemetry.milestones import Milestones
@@ -35,6 +37,7 @@ def retry(
     stop: threading.Event | None = None,
     watch: Watch = silent,
     milestones: Milestones | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Runs the failed rows of a complete output again; each part that has some is replaced by one overwrite.
 
@@ -51,7 +54,7 @@ def retry(
         job: a Job, or the path of a job file.
         errors: error codes, such as PROMPT_TOO_LONG; rows with any error by default.
         allow: settings (or sections of them) that may differ, such as prompt.template or model.
-        client, force, stop, watch, milestones: as for `run`.
+        client, force, stop, watch, milestones, progress: as for `run`.
 
     Raises:
         OutputError: the output is not complete.
@@ -65,7 +68,23 @@ def retry(
     for code in errors:
         if code not in known:
             raise JobError(f"no error code {code!r}{nearest(code, known)}", "--error")
-    prepared = prepare_again(job if isinstance(job, Job) else Job.load(job))
+    job = job if isinstance(job, Job) else Job.load(job)
+    stop = stop or threading.Event()
+    with bar(progress, job.title, watch) as shown, deadline.until(stop.is_set):
+        return notifying(job, lambda: _retry(job, errors, allow, client, force, stop, shown, milestones))
+
+
+def _retry(
+    job: Job,
+    errors: Sequence[str],
+    allow: Sequence[str],
+    client: Client | None,
+    force: bool,
+    stop: threading.Event,
+    watch: Watch,
+    milestones: Milestones,
+) -> RunResult:
+    prepared = prepare_again(job)
     folder, layout = prepared.folder, prepared.layout
     written = manifest.read(folder)
     if written is None:
@@ -73,12 +92,7 @@ def retry(
     _ = prepared.texts
     milestones.reach("planned")
     try_store(folder)
-    stop = stop or threading.Event()
-    with (
-        deadline.until(stop.is_set),
-        Workers(prepared, client, milestones) as workers,
-        Lease(folder, force=force) as lease,
-    ):
+    with Workers(prepared, client, milestones) as workers, Lease(folder, force=force) as lease:
         found, _ = manifest.summaries(folder, layout)
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 from distributed import Client
 
+from batchrun.counters import Counters
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
 from batchrun.driver.limits import Limits
+from batchrun.driver.notify import notifying
 from batchrun.driver.prepare import Prepared, look, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.workers import Workers
@@ -22,6 +24,7 @@ from batchrun.job.job import Job
 from batchrun.output import failed, identity, lease, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
+from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder, deadline
 from batchrun.storage.folder import first_contact
@@ -40,6 +43,7 @@ def run(
     stop: threading.Event | None = None,
     watch: Watch = silent,
     milestones: Milestones | None = None,
+    progress: bool = True,
 ) -> RunResult:
     """Starts a job, or goes on where an earlier run of it ended, until its output is complete.
 
@@ -50,6 +54,7 @@ def run(
         stop: set it (from a signal handler, say) to let tasks stage what they hold and end the run.
         watch: called about once a second with the run's progress.
         milestones: where to note what was reached when; from this call on by default.
+        progress: show a progress bar where this is a notebook.
 
     Raises:
         Refused: before anything was generated: a bad job, input, model or destination, or changed ones.
@@ -60,13 +65,21 @@ def run(
     """
     milestones = milestones or Milestones()
     milestones.reach("imported")
-    prepared = look(job if isinstance(job, Job) else Job.load(job))
+    job = job if isinstance(job, Job) else Job.load(job)
+    stop = stop or threading.Event()
+    with bar(progress, job.title, watch) as shown, deadline.until(stop.is_set):
+        return notifying(job, lambda: _run(job, client, force, stop, shown, milestones))
+
+
+def _run(
+    job: Job, client: Client | None, force: bool, stop: threading.Event, watch: Watch, milestones: Milestones
+) -> RunResult:
+    prepared = look(job)
     with first_contact():
         done = _finished(prepared)
     if done is not None:
         return result(prepared, done, milestones)
-    stop = stop or threading.Event()
-    with deadline.until(stop.is_set), Workers(prepared, client, milestones) as workers:
+    with Workers(prepared, client, milestones) as workers:
         if force or not record.is_alive(lease.read(prepared.folder)):
             workers.begin()
         try_prompt(prepared)
@@ -90,17 +103,17 @@ def try_store(folder: Folder) -> None:
 def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, workers: Workers) -> Manifest:
     """Works off what the dispatch has to do, and writes what stands beside the parts, the manifest last."""
 
-    def see(now: Progress) -> None:
+    def guard(now: Progress) -> None:
         lease.check()
         limits.see(now)
 
     with ExitStack() as stack:
         if dispatch.todo:
             run = dispatch.order.run
-            watch = stack.enter_context(observed(prepared, run, dispatch.watch, dispatch.milestones))
-            limits = Limits(prepared.job, _spent(prepared), watch, count_rows=dispatch.order.retry is None)
+            dispatch.watch = stack.enter_context(observed(prepared, run, dispatch.watch, dispatch.milestones))
+            limits = Limits(prepared.job, _spent(prepared), count_rows=dispatch.order.retry is None)
             limits.check(dispatch.rows_committed)
-            dispatch.watch = see
+            dispatch.guard = guard
             try:
                 dispatch.execute(workers.client)
             finally:
@@ -188,9 +201,9 @@ def result(
         examples=done.examples,
         seconds=time.time() - milestones.started,
         milestones=milestones.seconds,
-        requests=dispatch.total.requests if dispatch else 0,
-        reused=dispatch.total.reused if dispatch else 0,
+        finish_reasons=done.finish_reasons,
         empty=done.empty,
+        counts=dispatch.total if dispatch else Counters(),
         engines=list(dispatch.engines.values()) if dispatch else [],
         part_keys=[part.key for part in done.parts],
         storage_options=prepared.job.output.storage_options,

@@ -111,9 +111,9 @@ class EngineStats:
 
     `computed_tokens` counts token positions that the model was run on, padding included; `prompt_tokens` and
     `output_tokens` the real ones among them. `steps` grows while the model works, also inside of a long batch.
-    `busy_seconds` is time spent in the model. `notes` are the lines for a person: which attention, why not paged, a
-    batch that was halved. `times` are moments, in seconds since the epoch: "engine started", "engine imported",
-    "engine ready", "first row" and "last row".
+    `busy_seconds` is time spent in the model. `stage` is "loading" or "compiling" until it is loaded. `notes` are the
+    lines for a person: which attention, why not paged, a batch that was halved. `times` are moments, in seconds since
+    the epoch: "engine started", "engine imported", "engine ready", "first row" and "last row".
     """
 
     engine: str = ""
@@ -130,6 +130,7 @@ class EngineStats:
     busy_seconds: float = 0.0
     load_seconds: float = 0.0
     pid: int = 0
+    stage: str = "loading"
     gauges: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
@@ -137,6 +138,10 @@ class EngineStats:
     def since(self, earlier: EngineStats) -> EngineStats:
         """What the same engine has counted since then."""
         return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in SUMS})
+
+    def is_before(self, other: EngineStats) -> bool:
+        """Whether this is an earlier look at the same engine: no counter ever falls."""
+        return any(getattr(self, name) < getattr(other, name) for name in SUMS)
 
     @property
     def padding_efficiency(self) -> float:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
+from batchrun.engine import stage
 from batchrun.engine.choose import load_engine
 from batchrun.engine.last_words import error_line, lines_of
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, EngineStats, Request
@@ -63,6 +64,8 @@ class Server:
 
     def _run(self, spec: EngineSpec) -> None:
         started = time.time()
+        # While the engine loads, the sender has nothing to say, so the connection is this thread's alone.
+        stage.listen(lambda name: self.connection.send(CompletionPack.pack([], EngineStats(stage=name))))
         # Collections during all the imports and tracing find nothing and take a fifth of the time.
         gc.disable()
         self.engine = load_engine(spec)

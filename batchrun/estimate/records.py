@@ -75,7 +75,7 @@ def _from_runs(prepared: Prepared) -> Throughput | None:
         stretches, began = _stretches(run)
         if stretches:
             seen += stretches
-            rows, start = rows + run.rows, began
+            rows, start = rows + run.counts.rows, began
     if not seen:
         return None
     return Throughput(f"earlier runs into this output, {rows:,} rows", "", "", seen, True, start)

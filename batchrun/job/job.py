@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self, get_args
 
 import yaml
@@ -19,6 +19,7 @@ from batchrun.job.settings import (
     InputSettings,
     LimitSettings,
     ModelSettings,
+    NotifySettings,
     OutputSettings,
     PromptSettings,
     Settings,
@@ -51,6 +52,18 @@ class Job(Settings):
     output: OutputSettings = Field(description="where the answers go, and how they are cut and staged")
     cluster: ClusterSettings = Field(ClusterSettings(), description="what it runs on")
     limits: LimitSettings = Field(LimitSettings(), description="when a run stops by itself")
+    notify: NotifySettings | None = Field(None, description="who is told that a run has ended")
+
+    _file: Path | None = PrivateAttr(None)
+
+    @property
+    def title(self) -> str:
+        """What a person calls it: the job file's name, or its folder's where it is just job.yaml, or the output's."""
+        if self._file is None:
+            return PurePath(self.output.path).name or self.output.path
+        return (
+            self._file.parent.name if self._file.stem == "job" and self._file.parent.name else self._file.stem
+        )
 
     # The job file's own values, before ${NAME} was filled in; None for a job that was built in Python.
     _written: dict[str, Any] | None = PrivateAttr(None)
@@ -90,6 +103,7 @@ class Job(Settings):
                 f"cannot read the job file ({error})", str(path), "give the path of a YAML file"
             ) from None
         job = cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
+        job._file = path.resolve()
         for url in (*job.input.paths, job.output.path, job.model.name, job.model.tokenizer or ""):
             refuse_unknown(url, JobError)
         return job
@@ -164,14 +178,17 @@ class Job(Settings):
         """
         if values is None:
             values = {
-                name: section.model_dump(mode="json", exclude={"storage_options"}) for name, section in self
+                name: section.model_dump(mode="json", exclude={"storage_options"})
+                for name, section in self
+                if name != "notify"
             }
         written: dict[str, Any] = as_written(values, self._written)
         return written
 
     def secrets(self) -> list[str]:
         """Every text in the job that must not be shown anywhere, see `batchrun.job.written.secrets`."""
-        return secrets(self.model_dump(), self._written, self._environment)
+        found: list[str] = secrets(self.model_dump(), self._written, self._environment)
+        return found if self.notify is None else [*found, self.notify.url]
 
 
 class _Loader(yaml.SafeLoader):
@@ -293,7 +310,7 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     shown = (
         ""
-        if "storage_options" in name or isinstance(error["input"], dict | BaseModel)
+        if "storage_options" in name or name == "notify.url" or isinstance(error["input"], dict | BaseModel)
         else f" (got {error['input']!r})"
     )
     return f"{name or 'job'}: {message}{shown}"

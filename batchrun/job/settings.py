@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -101,6 +102,12 @@ class ModelSettings(Settings):
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="fsspec's options for the model; never written anywhere"
     )
+
+    @property
+    def title(self) -> str:
+        """What a person calls it: a hub id as it is, of a path its last part."""
+        hub_id = self.name.count("/") == 1 and self.name[0] not in "/."
+        return self.name if hub_id else PurePath(self.name).name
 
 
 class GenerationSettings(Settings):
@@ -265,6 +272,30 @@ class ClusterSettings(Settings):
         if self.tls is not None and not (self.address or "").startswith("tls://"):
             raise ValueError("tls is for an address that starts with tls://")
         return self
+
+
+class NotifySettings(Settings):
+    """Who is told that a run has ended."""
+
+    url: str = Field(
+        repr=False,
+        description="a webhook: gets one POST of JSON when a run ends, however it ends; never shown",
+    )
+    format: Literal["json", "slack"] | None = Field(
+        None,
+        description="json, or slack for a message that Slack shows; slack for hooks.slack.com by default",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _over_http(cls, url: str) -> str:
+        if not url.startswith(("https://", "http://")):
+            raise ValueError("give an https:// or http:// address")
+        return url
+
+    @property
+    def for_slack(self) -> bool:
+        return self.format == "slack" or (self.format is None and "://hooks.slack.com/" in self.url)
 
 
 class LimitSettings(Settings):

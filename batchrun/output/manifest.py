@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -84,7 +84,7 @@ class Manifest:
     """Totals of the whole output and its parts in the plans' order.
 
     `errors` counts failed rows by code, `examples` shows a few of each; `failed_folder` holds them as a dataset.
-    `empty` counts answers without any text.
+    `finish_reasons` and `empty` are as in a part's `Summary`.
     """
 
     plan_hash: str
@@ -100,6 +100,7 @@ class Manifest:
     plans: list[Planned]
     retries: list[Retried]
     parts: list[Part]
+    finish_reasons: dict[str, int] = field(default_factory=dict)
     empty: int = 0
 
     def describes(self, found: state.State) -> bool:
@@ -221,9 +222,11 @@ def _total(
     failed_folder: str | None,
 ) -> Manifest:
     errors: Counter[str] = Counter()
+    finish_reasons: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     for i, summary in enumerate(summaries):
         errors.update(summary.errors)
+        finish_reasons.update(summary.finish_reasons)
         for code, example in summary.examples.items():
             shown = examples.setdefault(code, [])
             if len(shown) < EXAMPLES:
@@ -246,6 +249,7 @@ def _total(
             Part(layout.part(i), s.rows, s.ok, s.failed, sizes[i], s.attempt, s.digest)
             for i, s in enumerate(summaries)
         ],
+        finish_reasons=dict(finish_reasons),
         empty=sum(s.empty for s in summaries),
     )
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchrun.counters import empty_answers, value_counts
 from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output import digest
 from batchrun.output.chunk import ANSWERS
@@ -47,9 +48,10 @@ class Replacement:
 class Summary:
     """What a part says about itself in its footer (key-value metadata "batchrun", JSON).
 
-    `errors` counts failed rows by code, `examples` gives the first of each; `retries` tells how the part came to be
-    other than the run made it, `empty` counts answers without any text. `digest` is of all the part's bytes, see
-    `batchrun.output.digest`; empty in parts of versions that had none.
+    `errors` counts failed rows by code, `examples` gives the first of each; `finish_reasons` counts all rows, `empty`
+    those with an answer of no text (both unknown to parts of before version 0.3); `retries` tells how the part came to
+    be other than the run made it. `digest` is of all the part's bytes, see `batchrun.output.digest`; empty in parts of
+    versions that had none.
     """
 
     attempt: str
@@ -63,9 +65,10 @@ class Summary:
     output_tokens: int
     errors: dict[str, int]
     examples: dict[str, str] = field(default_factory=dict)
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    empty: int = 0
     retries: list[Replacement] = field(default_factory=list)
     digest: str = ""
-    empty: int = 0
 
     @property
     def generation(self) -> int:
@@ -99,7 +102,7 @@ def summarize(
     ok = pc.sum(pc.equal(answers["status"], "ok"), min_count=0).as_py()
     failed = answers.filter(pc.equal(answers["status"], "failed"))
     codes = error_codes(failed["error"])
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(codes).to_pylist()}
+    counts = value_counts(codes)
     return Summary(
         attempt=attempt,
         plan_hash=plan_hash,
@@ -112,8 +115,9 @@ def summarize(
         output_tokens=pc.sum(answers["output_tokens"], min_count=0).as_py(),
         errors=counts,
         examples={code: _example(failed, pc.index(codes, code).as_py(), name_of) for code in counts},
+        finish_reasons=value_counts(answers["finish_reason"]),
+        empty=empty_answers(answers),
         retries=[*retries],
-        empty=pc.sum(pc.equal(answers["answer"], ""), min_count=0).as_py(),
     )
 
 
@@ -184,10 +188,7 @@ def read_summary(metadata: pq.FileMetaData, folder: Folder, key: str) -> Summary
     try:
         values = json.loads(metadata.metadata[b"batchrun"])
         values["retries"] = [Replacement(**entry) for entry in values["retries"]]
-        values.setdefault("digest", "")
-        # Not counted by batchrun 0.2 and before.
-        values.setdefault("empty", 0)
-        summary = Summary(**{field.name: values[field.name] for field in fields(Summary)})
+        summary = Summary(**{f.name: values[f.name] for f in fields(Summary) if f.name in values})
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(folder, key, "not a whole part of batchrun's") from error
     if metadata.num_rows != summary.rows or summary.ok + summary.failed != summary.rows:

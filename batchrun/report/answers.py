@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ READ_PARTS = 4  # of these, parts that rows to read are taken from
 ROWS_PER_PART = 3
 TEXT = 2000  # characters of a prompt or an answer that are kept
 EXAMPLES = 3  # failed rows shown for each error code
+CODES = 5  # error codes of which rows are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class ReadRow:
 class Look:
     """What the sampled parts hold: `parts` of them out of `of`; lengths in tokens, (answered rows,) each.
 
-    `failures` maps an error code to a few lines "part, row: message".
+    `failures` are a few rows of each error code.
     """
 
     parts: int
@@ -52,26 +53,28 @@ class Look:
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     rows: list[ReadRow] = field(default_factory=list)
-    failures: dict[str, list[str]] = field(default_factory=dict)
+    failures: list[ReadRow] = field(default_factory=list)
 
 
 def look(folder: Folder, job: Job, keys: Sequence[str], sizes: Sequence[int]) -> Look:
-    """Reads a sample of the parts `keys` (`sizes` in bytes): the columns of lengths and errors, and first rows."""
+    """Reads a sample of the parts `keys` (`sizes` in bytes): lengths, errors, first rows and failed ones."""
     chosen = _spread(len(keys), SAMPLED_PARTS)
     column = job.output.column
     lengths = [column("prompt_tokens"), column("output_tokens")]
-    failures: dict[str, list[str]] = {}
+    failed: dict[str, list[tuple[int, int]]] = {}
     prompt_tokens, output_tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     with ThreadPoolExecutor(READERS) as pool:
         files = list(pool.map(lambda i: _open(folder, keys[i], sizes[i]), chosen))
         tables = list(pool.map(lambda file: file.read([*lengths, column("error")]), files))
-    for i, table in zip(chosen, tables, strict=True):
+    for j, table in enumerate(tables):
         answered = table.filter(table[column("error")].is_null())
         prompt_tokens.append(answered[lengths[0]].to_numpy().astype(np.int64))
         output_tokens.append(answered[lengths[1]].to_numpy().astype(np.int64))
-        _collect_failures(failures, keys[i], table[column("error")])
+        _collect_failed(failed, j, table[column("error")])
     reader = _RowReader(job)
-    rows = [row for j in _spread(len(chosen), READ_PARTS) for row in reader.read(keys[chosen[j]], files[j])]
+    rows = [row for j in _spread(len(chosen), READ_PARTS) for row in reader.first(keys[chosen[j]], files[j])]
+    places = [place for code in sorted(failed)[:CODES] for place in failed[code]]
+    failures = [reader.one(keys[chosen[j]], files[j], row) for j, row in places]
     return Look(
         len(chosen), len(keys), np.concatenate(prompt_tokens), np.concatenate(output_tokens), rows, failures
     )
@@ -82,36 +85,55 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
-def _collect_failures(failures: dict[str, list[str]], key: str, errors: pa.ChunkedArray) -> None:
+def _collect_failed(failed: dict[str, list[tuple[int, int]]], part: int, errors: pa.ChunkedArray) -> None:
+    """Adds (part, row) of failed rows by code, a few of each."""
     for row in np.flatnonzero(errors.is_valid().to_numpy()).tolist():
-        error = errors[row].as_py()
-        lines = failures.setdefault(error.partition(":")[0], [])
-        if len(lines) < EXAMPLES:
-            lines.append(f"{key}, row {row}: {_cut(error)}")
+        places = failed.setdefault(errors[row].as_py().partition(":")[0], [])
+        if len(places) < EXAMPLES:
+            places.append((part, row))
 
 
 class _RowReader:
-    """The first rows of a part, each with its prompt as the job's templates make it."""
+    """Rows of a part, each with its prompt as the job's templates make it."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.templates = [template.source for template in row_templates(job.prompt)]
         self.wanted = prompt_columns(job.prompt)
+        self.own = {name: job.output.column(name) for name in ("answer", "finish_reason", "error")}
 
-    def read(self, key: str, file: pq.ParquetFile) -> Iterator[ReadRow]:
-        own = {name: self.job.output.column(name) for name in ("answer", "finish_reason", "error")}
+    def first(self, key: str, file: pq.ParquetFile) -> list[ReadRow]:
+        whole, columns = self._columns(file)
+        for batch in file.iter_batches(ROWS_PER_PART, columns=[*columns, *self.own.values()]):
+            return [self._row(key, i, batch.slice(i, 1), whole, columns) for i in range(batch.num_rows)]
+        return []
+
+    def one(self, key: str, file: pq.ParquetFile, row: int) -> ReadRow:
+        whole, columns = self._columns(file)
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row < first + rows:
+                break
+            first += rows
+        table = file.read_row_group(group, [*columns, *self.own.values()]).slice(row - first, 1)
+        return self._row(key, row, table.combine_chunks().to_batches()[0], whole, columns)
+
+    def _columns(self, file: pq.ParquetFile) -> tuple[bool, list[str]]:
+        """Whether the prompt's columns are all there, and the columns to show a row by."""
         there = file.schema_arrow.names
         # Where the prompt's columns were not carried, the row is shown by those that were.
         whole = all(name in there for name in self.wanted)
         answers = {self.job.output.column(name) for name in OUTPUT_COLUMNS}
-        columns = self.wanted if whole else [name for name in there if name not in answers]
-        for batch in file.iter_batches(ROWS_PER_PART, columns=[*columns, *own.values()]):
-            for i in range(batch.num_rows):
-                values = _values(batch.slice(i, 1))
-                prompt = self._prompt(values) if whole else _listed(values, columns)
-                texts = {name: _cut(str(values[column] or "")) for name, column in own.items()}
-                yield ReadRow(key, i, prompt, **texts)
-            return
+        return whole, self.wanted if whole else [name for name in there if name not in answers]
+
+    def _row(
+        self, key: str, row: int, record: pa.RecordBatch, whole: bool, columns: Sequence[str]
+    ) -> ReadRow:
+        values = _values(record)
+        prompt = self._prompt(values) if whole else _listed(values, columns)
+        texts = {name: _cut(str(values[column] or "")) for name, column in self.own.items()}
+        return ReadRow(key, row, prompt, **texts)
 
     def _prompt(self, values: dict[str, Any]) -> list[tuple[str, str]]:
         settings = self.job.prompt

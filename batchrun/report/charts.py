@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 # Drawn in these colours, which stand for the page's own: an SVG inside the page knows its CSS variables.
@@ -52,8 +52,13 @@ STYLE: dict[Any, Any] = {
 Values = Sequence[float | None]
 
 
-def over_time(seconds: Values, lines: Mapping[str, Values], share: bool = False) -> str:
-    """Up to two lines, by name, over the run's time; shares are drawn between 0 and 100%."""
+def over_time(
+    seconds: Values, lines: Mapping[str, Values], share: bool = False, starts: Sequence[float] = ()
+) -> str:
+    """Up to two lines, by name, over the time of all runs; shares are drawn between 0 and 100%.
+
+    A NaN among the values interrupts its line, None does not. `starts` of further runs are marked, in seconds.
+    """
 
     def draw(axes: Axes) -> None:
         unit, per = _time_unit(seconds)
@@ -66,7 +71,9 @@ def over_time(seconds: Values, lines: Mapping[str, Values], share: bool = False)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         else:
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.yaxis.set_major_formatter(_short)
+        for start in starts:
+            axes.axvline(start / per, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
         axes.set_xlim(0, max(at[-1], 1e-9))
         axes.set_xlabel(unit)
         axes.grid(axis="y")
@@ -87,8 +94,8 @@ def histogram(values: NDArray[np.int64], unit: str) -> str:
             axes.annotate(
                 f"longest {values.max():,}", (1, 1), xycoords="axes fraction", ha="right", va="bottom"
             )
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(_short)
+        axes.yaxis.set_major_formatter(_short)
         axes.locator_params(integer=True)
         axes.set_xlabel(unit)
         axes.set_ylabel("rows")
@@ -110,6 +117,14 @@ def rates(seconds: Values, sums: Values, per: Values | None = None) -> list[floa
     grown = values - np.interp(before, [0.0, *at], [0.0, *values])
     passed = units - np.interp(before, [0.0, *at], [0.0, *units])
     return [max(0.0, g) / p if p > 0 else None for g, p in zip(grown.tolist(), passed.tolist(), strict=True)]
+
+
+def _short(value: float, _: float = 0) -> str:
+    """A tick's label: 0.2, 150, 4k, 1.5M."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.4g}{unit}"
+    return f"{value:.3g}"
 
 
 def _time_unit(seconds: Values) -> tuple[str, float]:

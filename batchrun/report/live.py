@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -13,94 +14,130 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batchrun.report.summary import size
+from batchrun.job.job import Job
+from batchrun.report.summary import money, number, size
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
-from batchrun.telemetry.progress import Progress, Rates, Watch, duration, line, log_lines
+from batchrun.telemetry.progress import Progress, Rates, Watch, WorkerView, duration, line, log_lines
 
 SHOWN_WORKERS = 8
+UNKNOWN = "–"
 
 
 @contextmanager
-def show(
-    console: Console, log_format: str = "text", price_per_gpu_hour: float | None = None
-) -> Iterator[Watch]:
+def show(console: Console, log_format: str, job: Job) -> Iterator[Watch]:
     """Yields a watch for the run: a live view where `console` is a terminal, else a line every quarter minute."""
     if log_format == "json":
         yield log_lines(logs.progress_event)
     elif not console.is_terminal:
         yield log_lines(lambda now, rates: print(line(now, rates), file=sys.stderr, flush=True))
     else:
-        rates = Rates()
+        view = View(job)
         # Redrawn when there is something new, once a second: a thread that redraws on its own costs more.
-        with Live(Text("starting"), console=console, auto_refresh=False, transient=True) as live:
-
-            def redraw(now: Progress) -> None:
-                rates.add(now)
-                live.update(view(now, rates, price_per_gpu_hour), refresh=True)
-
-            yield redraw
+        with Live(view.render(None), console=console, auto_refresh=False, transient=True) as live:
+            live.refresh()
+            yield lambda now: live.update(view.render(now), refresh=True)
 
 
-def view(now: Progress, rates: Rates, price_per_gpu_hour: float | None) -> RenderableType:
-    """All that a person wants to know of a run at one moment; each line wraps by itself in a narrow window."""
-    remaining = rates.remaining()
-    share = now.rows_done / now.rows if now.rows else 1.0
-    left = "" if remaining is None else f", {duration(remaining)} left"
-    head = Text(f"{share:.0%} after {duration(now.seconds)}{left}", style="bold")
-    bar = Table.grid()  # a bar alone ends no line
-    bar.add_row(ProgressBar(total=1.0, completed=share, width=60))
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in chain(_facts(now, rates, price_per_gpu_hour, remaining), _workers(now, rates)):
-        facts.add_row(name, Text(printable(value), style="red" if name == "errors" else ""))
-    return Group(head, bar, facts)
+class View:
+    """All that a person wants to know of a run at one moment.
 
+    Every fact has its line from the first moment on, and a line that is too long is cut: nothing on the screen moves.
+    """
 
-def _facts(
-    now: Progress, rates: Rates, price: float | None, remaining: float | None
-) -> Iterator[tuple[str, str]]:
-    before = f", {now.reused:,} from before" if now.reused else ""
-    yield "rows", f"{now.rows_done:,} of {now.rows:,}, {rates.per_second('new_rows'):,.0f}/s{before}"
-    yield "parts", f"{now.partitions_done:,} of {now.partitions:,}, {now.partitions_flying:,} at work"
-    tokens = f"{rates.per_second('prompt_tokens'):,.0f}/s in, {rates.per_second('output_tokens'):,.0f}/s out"
-    yield "tokens", tokens
-    fill = rates.ratio("real_tokens", "computed_tokens")
-    batches = [] if fill is None else [f"padding efficiency {fill:.3f}"]
-    if now.pool_fill is not None:
-        batches.append(f"pool {now.pool_fill:.0%} full")
-    if batches:
-        yield "batches", ", ".join([*batches, f"{now.waiting:,} rows in engines"])
-    if now.rows_failed:
-        kinds = ", ".join(f"{code} {count:,}" for code, count in sorted(now.errors.items()))
-        yield "errors", f"{now.rows_failed:,} rows: {kinds}"
-    if price is not None:
-        spent = price * now.worker_seconds / 3600
-        in_all = (
-            ""
-            if remaining is None
-            else f", about {spent + price * now.workers * remaining / 3600:,.2f} in all"
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.rates = Rates()
+        self._workers = 1  # lines for them, as many as there ever were
+
+    def render(self, now: Progress | None) -> RenderableType:
+        """The view of the run now; None stands for the time before its first look."""
+        if now is not None:
+            self.rates.add(now)
+        share = 0.0 if now is None else now.rows_done / now.rows if now.rows else 1.0
+        head = Text.assemble(
+            (self.job.title, "bold"), f" · {self.job.model.title}", no_wrap=True, overflow="ellipsis"
         )
-        yield "money", f"{spent:,.2f} so far{in_all}"
-    if now.dashboard:
-        yield "Dask", now.dashboard
-    if not now.workers:
-        yield "workers", "waiting for a worker"
+        bar = Table.grid(expand=True, padding=(0, 1))
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True, justify="right")
+        bar.add_row(ProgressBar(total=1.0, completed=share), f"{share:.0%}")
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True, min_width=9)
+        facts.add_column(no_wrap=True, overflow="ellipsis")
+        for name, value in chain(self._facts(now), self._crew(now)):
+            failing = name == "failed" and now is not None and now.counts.failed
+            facts.add_row(
+                name,
+                Text(printable(value), style="red" if failing else "", no_wrap=True, overflow="ellipsis"),
+            )
+        return Group(head, bar, facts)
 
+    def _facts(self, now: Progress | None) -> Iterator[tuple[str, str]]:
+        price = self.job.cluster.price_per_gpu_hour
+        if now is None:
+            yield "time", "starting: reads the input, checks the model, starts workers"
+            for name in ("rows", "tokens", "batches", "failed", *(["cost"] if price is not None else [])):
+                yield name, UNKNOWN
+            return
+        counts, rates = now.counts, self.rates
+        remaining = rates.remaining()
+        left = "" if remaining is None else f", about {duration(remaining)} left"
+        yield "time", f"{duration(now.seconds)}{left}"
+        before = f", {counts.reused:,} from before" if counts.reused else ""
+        parts = f"{now.partitions_done:,} of {now.partitions:,} parts"
+        rows = f"{now.rows_done:,} of {now.rows:,}, {number(rates.per_second('rows'))}/s{before}; {parts}"
+        yield "rows", rows
+        speed_in, speed_out = (number(rates.per_second(f"{which}_tokens")) for which in ("prompt", "output"))
+        sums = f"{counts.prompt_tokens:,} in, {counts.output_tokens:,} out so far"
+        yield "tokens", f"{speed_in}/s in, {speed_out}/s out; {sums}"
+        yield "batches", _batches(now)
+        kinds = ", ".join(f"{code} {count:,}" for code, count in sorted(counts.errors.items()))
+        yield "failed", f"{counts.failed:,} rows: {kinds}" if counts.failed else "none"
+        if price is not None:
+            spent, whole = rates.cost(price)
+            yield "cost", f"{money(spent)} so far{'' if whole is None else f', about {money(whole)} in all'}"
+        if now.dashboard:
+            yield "Dask", now.dashboard
 
-def _workers(now: Progress, rates: Rates) -> Iterator[tuple[str, str]]:
-    for worker in now.crew[:SHOWN_WORKERS]:
-        facts = [f"{worker.tasks} of {worker.slots} tasks"]
-        if worker.engine is None:
-            facts.append("no engine yet")
-        else:
+    def _crew(self, now: Progress | None) -> Iterator[tuple[str, str]]:
+        crew = [] if now is None else now.crew
+        lines = [(f"worker {i}", self._worker(view)) for i, view in enumerate(crew[:SHOWN_WORKERS], 1)]
+        if not crew:
+            lines.append(("workers", "starting" if now is None else "waiting for a worker"))
+        if len(crew) > SHOWN_WORKERS:
+            lines.append(("", f"and {len(crew) - SHOWN_WORKERS:,} more: {_doing(crew[SHOWN_WORKERS:])}"))
+        self._workers = max(self._workers, len(lines))
+        yield from lines
+        yield from [("", "")] * (self._workers - len(lines))
+
+    def _worker(self, worker: WorkerView) -> str:
+        facts = [DOING[worker.doing]]
+        if worker.engine is not None and worker.doing == "generating":
             held = worker.engine.requests - worker.engine.completions
-            facts += [f"{rates.of_worker(worker.address):,.0f} tokens/s", f"{held:,} rows in hand"]
+            facts += [f"{number(self.rates.of_worker(worker.address))} tokens/s", f"{held:,} rows in hand"]
         facts.append(size(worker.memory))
         if worker.gpu:
             busy = "" if worker.gpu.use is None else f"{worker.gpu.use:.0%} busy, "
             facts.append(f"GPU {busy}{worker.gpu.memory_used / worker.gpu.memory_total:.0%} full")
-        yield worker.address.partition("://")[2], ", ".join(facts)
-    if len(now.crew) > SHOWN_WORKERS:
-        yield "", f"and {len(now.crew) - SHOWN_WORKERS:,} more"
+        facts.append(worker.address.partition("://")[2])
+        return ", ".join(facts)
+
+
+DOING = {"loading": "loading the model", "compiling": "compiling the model"} | {
+    name: name for name in ("starting", "generating", "sealing", "idle")
+}
+"""What a worker does (see `WorkerView`), to a person."""
+
+
+def _batches(now: Progress) -> str:
+    fill = now.padding_efficiency
+    facts = [] if fill is None else [f"padding efficiency {fill:.3f}"]
+    if now.pool_fill is not None:
+        facts.append(f"key/value pages {now.pool_fill:.0%} full")
+    return ", ".join([*facts, f"{now.waiting:,} rows in engines"]) if facts else UNKNOWN
+
+
+def _doing(crew: Sequence[WorkerView]) -> str:
+    counts = Counter(view.doing for view in crew)
+    return ", ".join(f"{count:,} {doing}" for doing, count in counts.most_common())

@@ -9,15 +9,16 @@ from functools import cached_property
 import jinja2
 import yaml
 
+from batchrun.counters import Counters
 from batchrun.dataset.plan import Plan
 from batchrun.job.job import Job
 from batchrun.output import lease, manifest, state
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.output.output import open_output
-from batchrun.report import answers, charts
+from batchrun.report import answers, bill, plots
 from batchrun.report.answers import Look
-from batchrun.report.summary import size
+from batchrun.report.summary import money, number, size
 from batchrun.storage import Folder
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import duration
@@ -59,23 +60,27 @@ class Facts:
     def rows_committed(self) -> int:
         return sum(p.rows for p in self.plan.partitions if self.found.part_bytes[p.index])
 
+    @cached_property
+    def counts(self) -> Counters:
+        """What all runs came to: of rows that were generated twice, both."""
+        return record.total(self.runs)
+
     @property
     def errors(self) -> dict[str, int]:
         """Failed rows by code: of the whole output once it is complete, until then as the runs counted them."""
-        return record.errors(self.runs) if self.written is None else self.written.errors
+        return self.counts.errors if self.written is None else self.written.errors
 
     @property
     def tokens(self) -> tuple[int, int]:
         """Prompt and output tokens, likewise."""
-        if self.written is not None:
-            return self.written.prompt_tokens, self.written.output_tokens
-        return sum(run.prompt_tokens for run in self.runs), sum(run.output_tokens for run in self.runs)
+        whole = self.counts if self.written is None else self.written
+        return whole.prompt_tokens, whole.output_tokens
 
     @property
-    def cost(self) -> float | None:
-        """Of all runs, None where none of them had a price."""
-        costs = [run.cost for run in self.runs if run.cost is not None]
-        return sum(costs) if costs else None
+    def endings(self) -> tuple[dict[str, int], int]:
+        """Rows by finish reason, and those with an empty answer, likewise."""
+        whole = self.counts if self.written is None else self.written
+        return whole.finish_reasons, whole.empty
 
 
 def write(job: Job, redact: Redactor) -> None:
@@ -87,18 +92,54 @@ def write(job: Job, redact: Redactor) -> None:
 def render(facts: Facts) -> str:
     """The page. Everything that comes from data or from a job is text in it, never markup."""
     last = facts.runs[-1] if facts.runs else None
+    reasons, empty = facts.endings
     return _TEMPLATE.render(
         facts=facts,
         last=last,
         outcome=_outcome(facts),
+        ran_on=list(_ran_on(facts.job, facts.runs)),
         cards=list(_cards(facts)),
-        plots=list(_plots(facts.look, last)),
+        bill=list(bill.lines(facts.runs)),
+        plots=list(plots.plots(facts.look, facts.runs)),
+        endings=list(_endings(reasons, empty)),
         errors=sorted(facts.errors.items(), key=lambda item: -item[1]),
         settings=yaml.safe_dump(
             last.job if last else facts.pinned.settings, sort_keys=False, allow_unicode=True
         ),
         runs=facts.runs[-SHOWN_RUNS:],
     )
+
+
+def _ran_on(job: Job, runs: list[RunRecord]) -> Iterator[tuple[str, str]]:
+    """Model, engine, machine and price, of the last run that had them."""
+    yield "model", job.model.title
+    loaded = [run for run in runs if run.engine]
+    if loaded:
+        run = loaded[-1]
+        how = ", ".join(word for word in (run.attention and f"{run.attention} attention", run.dtype) if word)
+        yield "engine", f"{run.engine}{f' ({how})' if how else ''}"
+        count = "1 worker" if run.workers == 1 else f"{run.workers:,} workers"
+        cores = f"{run.machine['cores']} CPU cores" if run.machine.get("cores") else "a CPU"
+        yield "machine", f"{count} on {cores if run.device in ('', 'cpu') else run.device}"
+    prices = [run.price_per_gpu_hour for run in runs if run.price_per_gpu_hour is not None]
+    if prices:
+        yield "price", f"{prices[-1]:,.2f} per worker and hour"
+
+
+def _endings(reasons: dict[str, int], empty: int) -> Iterator[tuple[str, int, float]]:
+    """How answers ended: what to call it, rows, their share."""
+    rows = sum(reasons.values())
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        yield REASONS.get(reason, reason), count, count / rows
+    if empty:
+        yield "empty answer, whichever way it ended", empty, empty / rows
+
+
+REASONS = {
+    "stop": "stop: ended by itself",
+    "length": "length: cut at generation.max_new_tokens",
+    "error": "error: no answer",
+}
 
 
 def _outcome(facts: Facts) -> str:
@@ -111,77 +152,34 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str, str]]:
     """Title, figure, and what stands under it in small."""
     failed = sum(facts.errors.values())
     prompt, output = facts.tokens
-    seconds = sum(run.seconds for run in facts.runs)
-    share = facts.rows_committed / facts.plan.rows if facts.plan.rows else 1.0
-    yield "rows committed", f"{facts.rows_committed:,}", f"{share:.0%} of {facts.plan.rows:,}"
-    yield "failed rows", f"{failed:,}", f"{failed / max(1, facts.rows_committed):.2%}" if failed else "none"
-    yield "prompt tokens", _short(prompt), f"{prompt / max(1, facts.rows_committed):,.0f} per row"
-    yield "output tokens", _short(output), f"{output / max(1, facts.rows_committed):,.0f} per row"
+    rows = facts.rows_committed
+    share = rows / facts.plan.rows if facts.plan.rows else 1.0
+    yield "rows committed", f"{rows:,}", f"{share:.0%} of {facts.plan.rows:,}"
+    yield "failed rows", f"{failed:,}", f"{failed / max(1, rows):.2%}" if failed else "none"
+    yield "prompt tokens", f"{prompt:,}", f"{prompt / max(1, rows):,.0f} per row"
+    yield "output tokens", f"{output:,}", f"{output / max(1, rows):,.0f} per row"
     if not facts.runs:
         return
+    seconds = sum(run.seconds for run in facts.runs)
     runs = "1 run" if len(facts.runs) == 1 else f"{len(facts.runs)} runs"
     yield "time", duration(seconds), runs
-    generated = sum(run.prompt_tokens + run.output_tokens for run in facts.runs)
-    written = sum(run.output_tokens for run in facts.runs)
-    yield (
-        "tokens per second",
-        _short(generated / max(seconds, 1e-9)),
-        f"{_short(written / max(seconds, 1e-9))} of them output",
-    )
-    worker_seconds = sum(run.worker_seconds for run in facts.runs)
-    yield "worker time", duration(worker_seconds), f"at most {max(run.workers for run in facts.runs)} at once"
+    written = facts.counts.output_tokens
+    rate = number(facts.counts.tokens / max(seconds, 1e-9))
+    yield "tokens per second", rate, f"{number(written / max(seconds, 1e-9))} of them output"
     computed = sum(run.computed_tokens for run in facts.runs)
     if computed:
         real = sum(run.real_tokens for run in facts.runs)
-        yield "padding efficiency", f"{real / computed:.1%}", "computed tokens that were no padding"
-    cost = facts.cost
-    if cost is not None:
-        price = [run.price_per_gpu_hour for run in facts.runs if run.price_per_gpu_hour is not None][-1]
-        yield "money", f"{cost:,.2f}", f"at {price:,.2f} per GPU and hour"
-        if generated:
-            yield (
-                "per million tokens",
-                f"{cost / generated * 1e6:,.3f}",
-                f"{cost / max(1, written) * 1e6:,.3f} per million output",
-            )
+        yield "padding efficiency", f"{real / computed:.1%}", "of computed tokens are no padding"
+    costs = [run.cost for run in facts.runs if run.cost is not None]
+    if costs:
+        yield "cost", money(sum(costs)), "all runs"
 
 
-def _plots(look: Look, run: RunRecord | None) -> Iterator[tuple[str, str]]:
-    """Title and SVG, as far as there is anything to draw."""
-    if run and len(run.samples.get("seconds", [])) > 2:
-        samples = run.samples
-        seconds = samples["seconds"]
-
-        def per_second(name: str) -> list[float | None]:
-            return charts.rates(seconds, samples[name])
-
-        tokens = {"prompt tokens": per_second("prompt_tokens"), "output tokens": per_second("output_tokens")}
-        yield "Tokens per second", charts.over_time(seconds, tokens)
-        yield "Rows per second", charts.over_time(seconds, {"rows": per_second("rows")})
-        fill = {"not padding": charts.rates(seconds, samples["real_tokens"], samples["computed_tokens"])}
-        if _any(samples["pool_fill"]):
-            fill["key/value pages in use"] = samples["pool_fill"]
-        yield "Batch fill", charts.over_time(seconds, fill, share=True)
-        yield "Rows held by engines", charts.over_time(seconds, {"waiting or generating": samples["waiting"]})
-        if _any(samples["gpu_use"]) or _any(samples["gpu_memory"]):
-            gpu = {"busy": samples["gpu_use"], "memory": samples["gpu_memory"]}
-            yield "GPU, mean of all", charts.over_time(seconds, gpu, share=True)
-        if len(set(samples["workers"])) > 1:
-            yield "Workers", charts.over_time(seconds, {"workers": samples["workers"]})
-    if len(look.prompt_tokens):
-        yield "Prompt lengths", charts.histogram(look.prompt_tokens, "tokens in a prompt")
-        yield "Answer lengths", charts.histogram(look.output_tokens, "tokens in an answer")
-
-
-def _any(values: list[float | None]) -> bool:
-    return any(value is not None for value in values)
-
-
-def _short(number: float) -> str:
+def _short(value: float) -> str:
     for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= factor:
-            return f"{number / (1e3 if unit == 'k' else factor):.4g} {unit}"
-    return f"{number:,.0f}"
+        if value >= factor:
+            return f"{value / (1e3 if unit == 'k' else factor):.4g} {unit}"
+    return number(value)
 
 
 _ENVIRONMENT = jinja2.Environment(
@@ -191,5 +189,5 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_ENVIRONMENT.filters |= {"duration": duration, "size": size, "short": _short}
+_ENVIRONMENT.filters |= {"duration": duration, "size": size, "short": _short, "money": money}
 _TEMPLATE = _ENVIRONMENT.get_template("page.html.jinja")

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun.counters import Counters
 from batchrun.dataset.hive import keys_of, scalar_of
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import ExitCode
@@ -16,11 +17,11 @@ from batchrun.storage import Folder
 
 @dataclass(frozen=True)
 class RunResult:
-    """A complete output. `requests` is what this run sent to its engines; 0 when nothing was left to do.
+    """A complete output: what all its rows came to, whichever run generated them, and what this run did for it.
 
-    `errors` counts failed rows by code, and `examples` shows a few of each; `empty` answers have no text.
-    `prompt_tokens` and `output_tokens` are of all rows in the output, whichever run generated them; `seconds` is this
-    run's wall time, `milestones` tells when it came how far (see `Milestones`), `engines` is one set of counters per
+    `errors` counts failed rows by code, and `examples` shows a few of each; `finish_reasons` counts all rows ("length"
+    was cut at `max_new_tokens`), `empty` those with an answer of no text. This run's own are `counts`, `seconds` of
+    wall time, `milestones` that tell when it came how far (see `Milestones`), and `engines`, one set of counters per
     engine process that it used.
     """
 
@@ -34,13 +35,23 @@ class RunResult:
     errors: dict[str, int]
     examples: dict[str, list[str]]
     seconds: float
-    requests: int
-    reused: int
+    finish_reasons: dict[str, int] = field(default_factory=dict)
     empty: int = 0
+    counts: Counters = field(default_factory=Counters)
     milestones: dict[str, float] = field(default_factory=dict)
     engines: list[EngineStats] = field(default_factory=list)
     part_keys: list[str] = field(default_factory=list, repr=False)
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def requests(self) -> int:
+        """Rows that this run sent to its engines; 0 when nothing was left to do."""
+        return self.counts.requests
+
+    @property
+    def reused(self) -> int:
+        """Rows that earlier attempts had staged for this run."""
+        return self.counts.reused
 
     @property
     def exit_code(self) -> ExitCode:
@@ -54,7 +65,8 @@ class RunResult:
         """Plain values for a pipeline; no storage options."""
         values = asdict(self)
         del values["storage_options"], values["part_keys"]
-        return {"status": "complete", "exit_code": int(self.exit_code), **values}
+        state = {"status": "complete", "exit_code": int(self.exit_code)}
+        return {**state, **values, "requests": self.requests, "reused": self.reused}
 
     def to_dask(self) -> Any:
         """The output as a `dask.dataframe.DataFrame`, one partition per part, in the plan's order.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHOWN_ROWS = 5
-CELL = 160  # characters of a value that are shown
+CELL = 600  # characters of a value that are shown: enough to judge an answer
+NOTABLE = 0.02  # share of answers that are cut or empty above which that is likely a mistake
 
 
 def size(count: float) -> str:
@@ -45,23 +46,33 @@ def _cell(value: Any) -> str:
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
 
 
+def number(value: float) -> str:
+    """A figure as a person reads it: three digits below a hundred, whole ones above."""
+    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.3g}"
+
+
+def money(value: float) -> str:
+    """An amount to the cent, below one to a hundredth of it."""
+    return f"{value:,.2f}" if value >= 1 or not value else f"{value:.4f}"
+
+
 def run_lines(result: RunResult) -> list[str]:
     """The end of a run: complete or with failures, how fast, on what, and where the answers lie."""
-    lines = [f"{result.ok:,} of {result.rows:,} rows answered in {result.parts} parts: {result.output}/data"]
+    lines = [
+        f"{result.ok:,} of {result.rows:,} rows answered in {result.parts:,} parts: {result.output}/data"
+    ]
     if result.failed:
         lines.append(f"{result.failed:,} rows failed; the error column says why, row by row")
         lines += error_lines(result.errors, result.examples)
-    if 2 * result.empty > result.ok:
-        lines.append(
-            f"warning: {result.empty:,} of {result.ok:,} answers are empty; check the prompt and the model's tokenizer"
-        )
-    if not result.requests and not result.reused:
+    lines += _answer_lines(result)
+    counts = result.counts
+    if not counts.rows and not counts.reused:
         lines.append("nothing was left to do")
         return lines
-    tokens = sum(stats.output_tokens for stats in result.engines)
+    before = f", {counts.reused:,} taken from an earlier run" if counts.reused else ""
     lines.append(
-        f"{duration(result.seconds)}, {result.requests:,} rows generated, {result.reused:,} taken from an earlier run, "
-        f"{tokens / max(result.seconds, 1e-9):,.0f} tokens/s out"
+        f"{duration(result.seconds)}: {counts.rows:,} rows generated{before}; {counts.prompt_tokens:,} tokens in, "
+        f"{counts.output_tokens:,} out, {number(counts.output_tokens / max(result.seconds, 1e-9))} tokens/s out"
     )
     lines += [engine_line(stats) for stats in result.engines]
     lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
@@ -75,6 +86,22 @@ def milestones_line(milestones: Mapping[str, float]) -> str:
     return "after s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in milestones.items())
 
 
+def _answer_lines(result: RunResult) -> Iterator[str]:
+    """How the answers ended, with a warning where many of them are of little use."""
+    if not result.ok or not result.finish_reasons:
+        return
+    cut, empty = result.finish_reasons.get("length", 0), result.empty
+    shares = [f"{count:,} ({count / result.ok:.1%}) {what}" for count, what in ((cut, CUT), (empty, "empty"))]
+    yield f"answers: {result.output_tokens / result.rows:,.0f} tokens on average, {', '.join(shares)}"
+    if cut > NOTABLE * result.ok:
+        yield f"warning: {cut / result.ok:.1%} of the answers are {CUT}; raise it if they end in mid-sentence"
+    if empty > NOTABLE * result.ok:
+        yield f"warning: {empty / result.ok:.1%} of the answers are empty; read some, and try another prompt"
+
+
+CUT = "cut at generation.max_new_tokens"
+
+
 def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
     """Failed rows by code, the most frequent first, each with an example."""
     return [
@@ -84,14 +111,12 @@ def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]
 
 
 def engine_line(stats: EngineStats) -> str:
-    """An engine's counters: what it ran on, tokens, speed and padding efficiency."""
-    busy, tokens = stats.busy_seconds, stats.prompt_tokens + stats.output_tokens
-    rate = f"busy {duration(busy)} at {tokens / busy:,.0f} tokens/s, " if busy else ""
-    gauges = "".join(
-        f", {name.replace('_', ' ')} {value:.3g}" for name, value in sorted(stats.gauges.items())
-    )
-    return (
-        f"engine {stats.engine} ({stats.attention}, {stats.dtype} on {stats.device}): "
-        f"{stats.prompt_tokens:,} tokens in, {stats.output_tokens:,} out, {rate}"
-        f"padding efficiency {stats.padding_efficiency:.3f}{gauges}"
-    )
+    """What an engine ran on and how well it was used; tokens are the run's to tell, who counts finished rows."""
+    busy = stats.busy_seconds
+    rate = (stats.prompt_tokens + stats.output_tokens) / busy if busy else 0.0
+    facts = [f"busy {duration(busy)} at {number(rate)} tokens/s"] if busy else []
+    if stats.computed_tokens:
+        facts.append(f"padding efficiency {stats.padding_efficiency:.3f}")
+    facts += [f"{name.replace('_', ' ')} {number(value)}" for name, value in sorted(stats.gauges.items())]
+    on = ", ".join(word for word in (stats.attention, stats.dtype) if word)
+    return f"engine {stats.engine} ({f'{on} on ' if on else ''}{stats.device or 'cpu'}): {', '.join(facts)}"

@@ -66,14 +66,14 @@ def progress_event(now: Progress, rates: Rates) -> None:
         "seconds": round(now.seconds, 1),
         "rows": now.rows,
         "rows_done": now.rows_done,
-        "rows_failed": now.rows_failed,
+        "rows_failed": now.counts.failed,
         "partitions": now.partitions,
         "partitions_done": now.partitions_done,
-        "rows_per_second": round(rates.per_second("new_rows"), 2),
+        "rows_per_second": round(rates.per_second("rows"), 2),
         "prompt_tokens_per_second": round(rates.per_second("prompt_tokens"), 1),
         "output_tokens_per_second": round(rates.per_second("output_tokens"), 1),
         "seconds_left": None if remaining is None else round(remaining, 1),
         "workers": now.workers,
-        "errors": dict(now.errors),
+        "errors": dict(now.counts.errors),
     }
     log.info("%s of %s rows", now.rows_done, now.rows, extra={"fields": values})

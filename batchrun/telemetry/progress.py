@@ -7,9 +7,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
 from batchrun.telemetry.gpu import Gpu
 from batchrun.telemetry.record import SlowPartition
+from batchrun.telemetry.remaining import Remaining
 
 RATE_WINDOW = 30.0  # seconds over which the shown rates are taken
 LOG_EVERY = 15.0  # seconds between two lines where there is no terminal
@@ -17,13 +19,17 @@ LOG_EVERY = 15.0  # seconds between two lines where there is no terminal
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One worker by its last heartbeat: tasks in hand, memory (bytes) of its process, its engine and its GPU."""
+    """One worker by its last heartbeat: tasks in hand, memory (bytes) of its process, its engine and its GPU.
+
+    `doing` is "starting", "loading", "compiling", "generating", "sealing" or "idle".
+    """
 
     address: str
     host: str
     tasks: int
     slots: int
     memory: int
+    doing: str
     engine: EngineStats | None = None
     gpu: Gpu | None = None
 
@@ -32,9 +38,8 @@ class WorkerView:
 class Progress:
     """A run at one moment. `rows_done` counts what is covered, of earlier runs too; the rest is this run's alone.
 
-    Of the `pulled` rows, which were read and made prompts of, `requests` went to the engines, `sent_tokens` tokens in
-    all; `engines` holds the counters of every engine process that the run has used, `crew` the workers there are now,
-    and `worker_seconds` adds up for how long there were how many.
+    `engines` holds the counters of every engine process that the run has used, `crew` the workers there are now, and
+    `worker_time` adds up their seconds, by what they did.
     """
 
     seconds: float
@@ -43,24 +48,18 @@ class Progress:
     partitions_flying: int
     rows: int
     rows_done: int
-    rows_failed: int
-    new_rows: int
-    reused: int
-    requests: int
-    pulled: int
-    sent_tokens: int
-    prompt_tokens: int
-    output_tokens: int
+    counts: Counters
     workers: int
-    worker_seconds: float = 0.0
-    commits: int = 0
-    commit_seconds: float = 0.0
-    errors: Mapping[str, int] = field(default_factory=dict)
-    examples: Sequence[str] = ()
+    worker_time: Mapping[str, float] = field(default_factory=dict)
     crew: Sequence[WorkerView] = ()
     engines: Sequence[EngineStats] = ()
     slowest: Sequence[SlowPartition] = ()
     dashboard: str | None = None
+
+    @property
+    def worker_seconds(self) -> float:
+        """For how long there were how many workers, added up."""
+        return sum(self.worker_time.values())
 
     @property
     def computed_tokens(self) -> int:
@@ -71,6 +70,11 @@ class Progress:
     def real_tokens(self) -> int:
         """Those among them that are a prompt's or an answer's."""
         return sum(engine.prompt_tokens + engine.output_tokens for engine in self.engines)
+
+    @property
+    def padding_efficiency(self) -> float | None:
+        """Real tokens / computed tokens, None before anything was computed."""
+        return self.real_tokens / self.computed_tokens if self.computed_tokens else None
 
     @property
     def batches(self) -> int:
@@ -113,44 +117,25 @@ class Rates:
 
     def __init__(self) -> None:
         self._recent: deque[Progress] = deque()
-        self._trend: deque[tuple[float, int]] = deque()  # seconds, tokens
+        self._remaining = Remaining()
 
     def add(self, now: Progress) -> None:
-        tokens = _tokens(now)
-        if not tokens:
+        if not now.counts.tokens:
             self._recent.clear()  # loading an engine says nothing of its speed
         self._recent.append(now)
         while len(self._recent) > 2 and now.seconds - self._recent[1].seconds > RATE_WINDOW:
             self._recent.popleft()
-        if not self._trend:
-            self._trend.append((now.seconds, tokens))
-        elif tokens:
-            if len(self._trend) == 1 and not self._trend[0][1]:
-                self._trend[0] = (self._began(now), 0)
-            self._trend.append((now.seconds, tokens))
-        while len(self._trend) > 2 and now.seconds - self._trend[1][0] > max(
-            2 * RATE_WINDOW, now.seconds / 4
-        ):
-            self._trend.popleft()
-
-    def _began(self, now: Progress) -> float:
-        """When the first tokens were begun, as they are first seen: they come with whole batches, long after."""
-        first = self._trend[0][0]
-        busy = max((engine.busy_seconds for engine in now.engines), default=0.0)
-        load = max((engine.load_seconds for engine in now.engines), default=0.0)
-        return min(max(first, now.seconds - busy if busy else first + load), now.seconds)
+        self._remaining.add(now)
 
     def per_second(self, name: str) -> float:
-        """How fast the counter `name` of Progress grows."""
+        """How fast the counter `name` of a run grows."""
         first, last = self._recent[0], self._recent[-1]
         elapsed = last.seconds - first.seconds
-        return max(0.0, getattr(last, name) - getattr(first, name)) / elapsed if elapsed > 0 else 0.0
-
-    def ratio(self, part: str, whole: str) -> float | None:
-        """Growth of one counter / growth of another, None where the latter stands still."""
-        first, last = self._recent[0], self._recent[-1]
-        grown = getattr(last, whole) - getattr(first, whole)
-        return (getattr(last, part) - getattr(first, part)) / grown if grown > 0 else None
+        return (
+            max(0.0, getattr(last.counts, name) - getattr(first.counts, name)) / elapsed
+            if elapsed > 0
+            else 0.0
+        )
 
     def of_worker(self, address: str) -> float:
         """Tokens per second, in and out, of one worker's engine; 0 while it is new."""
@@ -166,25 +151,16 @@ class Rates:
         return max(0.0, tokens - before) / (now - began)
 
     def remaining(self) -> float | None:
-        """Seconds left, None before the first row is through.
+        """Seconds left, None before the first row is through; see `Remaining`."""
+        return self._remaining.seconds()
 
-        An engine takes the longest rows of its window first, so rows per second rise within each window and tell
-        nothing; tokens per second stay put. What is left in tokens follows from the mean prompt of all rows pulled,
-        which came in the data's own order, and the mean answer so far. The rate is taken over the last quarter of
-        the run, at least a minute.
-        """
-        now = self._recent[-1]
-        (began, before), (seconds, tokens) = self._trend[0], self._trend[-1]
-        if tokens <= before or not now.new_rows:
-            return None
-        speed = (tokens - before) / max(seconds - began, 1e-3)
-        per_row = now.sent_tokens / max(1, now.pulled) + now.output_tokens / now.new_rows
-        whole = per_row * (now.rows - now.rows_done + now.new_rows)
-        return max(0.0, whole - tokens) / speed if now.rows_done < now.rows else 0.0
-
-
-def _tokens(progress: Progress) -> int:
-    return progress.prompt_tokens + progress.output_tokens
+    def cost(self, price_per_gpu_hour: float) -> tuple[float, float | None]:
+        """Money so far, and what the run will have cost in all, None as long as nobody knows."""
+        now, remaining = self._recent[-1], self.remaining()
+        spent = price_per_gpu_hour * now.worker_seconds / 3600
+        if remaining is None:
+            return spent, None
+        return spent, spent + price_per_gpu_hour * now.workers * remaining / 3600
 
 
 def log_lines(show: Callable[[Progress, Rates], None]) -> Watch:
@@ -209,12 +185,12 @@ def line(now: Progress, rates: Rates) -> str:
         f"{share:4.0%}",
         f"{now.rows_done:,}/{now.rows:,} rows",
         f"{now.partitions_done}/{now.partitions} parts",
-        f"{rates.per_second('new_rows'):,.0f} rows/s",
+        f"{rates.per_second('rows'):,.0f} rows/s",
         f"{rates.per_second('prompt_tokens'):,.0f} tokens/s in",
         f"{rates.per_second('output_tokens'):,.0f} out",
     ]
-    if now.rows_failed:
-        parts.append(f"{now.rows_failed:,} failed")
+    if now.counts.failed:
+        parts.append(f"{now.counts.failed:,} failed")
     if (remaining := rates.remaining()) is not None:
         parts.append(f"{duration(remaining)} left")
     if not now.workers:

@@ -19,10 +19,10 @@ from prometheus_client.registry import Collector
 from batchrun.errors import ClusterError
 from batchrun.telemetry.progress import Progress, Rates, Watch, WorkerView
 
-# Of the whole run, sums since its start: the metric, the attribute of Progress, what it is.
+# Of the whole run, sums since its start: the metric, the counter, what it is.
 COUNTERS = [
-    ("batchrun_rows_generated", "new_rows", "Rows this run has generated, failed ones included."),
-    ("batchrun_rows_reused", "reused", "Rows that an earlier run had staged."),
+    ("batchrun_rows_generated", "rows", "Rows this run has generated, failed ones included."),
+    ("batchrun_rows_reused", "reused", "Rows that earlier attempts had staged."),
     ("batchrun_requests", "requests", "Rows sent to engines."),
     ("batchrun_prompt_tokens", "prompt_tokens", "Prompt tokens of generated rows."),
     ("batchrun_output_tokens", "output_tokens", "Tokens generated."),
@@ -106,12 +106,12 @@ class Exporter(Collector):
         yield GaugeMetricFamily("batchrun_rows_planned", "Rows in the plan.", now.rows)
         yield GaugeMetricFamily("batchrun_rows_covered", "Rows in parts, staged or finished.", now.rows_done)
         for name, field, text in COUNTERS:
-            yield CounterMetricFamily(name, text, self._rising(name, getattr(now, field)))
+            yield CounterMetricFamily(name, text, self._rising(name, getattr(now.counts, field)))
         failed = CounterMetricFamily(
             "batchrun_rows_failed", "Rows without an answer, by error code.", labels=["code"]
         )
-        for code in sorted({*now.errors, *self._codes()}):
-            failed.add_metric([code], self._rising(f"failed {code}", now.errors.get(code, 0)))
+        for code in sorted({*now.counts.errors, *self._codes()}):
+            failed.add_metric([code], self._rising(f"failed {code}", now.counts.errors.get(code, 0)))
         yield failed
         partitions = GaugeMetricFamily("batchrun_partitions", "Partitions by state.", labels=["state"])
         waiting = now.partitions - now.partitions_done - now.partitions_flying
@@ -125,8 +125,8 @@ class Exporter(Collector):
         yield SummaryMetricFamily(
             "batchrun_commit_seconds",
             "Time to build and put a part.",
-            count_value=now.commits,
-            sum_value=now.commit_seconds,
+            count_value=now.counts.commits,
+            sum_value=now.counts.commit_seconds,
         )
         yield GaugeMetricFamily("batchrun_workers", "Workers there are.", now.workers)
         remaining = self._rates.remaining()

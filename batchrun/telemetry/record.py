@@ -8,13 +8,13 @@ import platform
 import socket
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+from batchrun.counters import Counters
 from batchrun.output import document, lease
 from batchrun.output.document import Damaged
 from batchrun.output.layout import JOB_FOLDER
@@ -44,13 +44,12 @@ class SlowPartition:
 class RunRecord:
     """One run as its driver saw it, last written at `seconds` after `started` (UTC, ISO 8601).
 
-    `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed. `rows`, tokens
-    and `errors` (rows by code) are of what this run itself generated, `reused` rows were staged before it. `workers`
-    is the most there were at once, `worker_seconds` their time added up: with one GPU each, GPU seconds.
-    `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model;
-    `real_tokens` of the `computed_tokens` were no padding. `engine_logs` are the keys of what engines printed that
-    ended by themselves. `milestones` says how many seconds after the command it reached what (see `Milestones`).
-    `samples` is the run over time, a list per quantity (see `Timeline`), all equally long.
+    `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed. `counts` are of
+    what this run itself generated. `workers` is the most there were at once, `worker_time` their seconds added up by
+    what they did: with one GPU each, GPU seconds. `load_seconds` is the longest load of an engine, `busy_seconds` the
+    time of all of them in the model; `real_tokens` of the `computed_tokens` were no padding. `engine_logs` are the keys
+    of what engines printed that ended by themselves. `milestones` says how many seconds after the command it reached
+    what (see `Milestones`). `samples` is the run over time, a list per quantity (see `Timeline`), all equally long.
     """
 
     run: str
@@ -60,16 +59,9 @@ class RunRecord:
     message: str = ""
     plan_rows: int = 0
     partitions: int = 0
-    rows: int = 0
-    failed: int = 0
-    reused: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
+    counts: Counters = field(default_factory=Counters)
     workers: int = 0
-    worker_seconds: float = 0.0
+    worker_time: dict[str, float] = field(default_factory=dict)
     price_per_gpu_hour: float | None = None
     engine: str = ""
     attention: str = ""
@@ -96,6 +88,10 @@ class RunRecord:
     def key(self) -> str:
         """`_job/runs/20260131T020000Z-1f0c9a3e.json`: sorted by name is sorted by time."""
         return f"{RUNS}{self.started.replace('-', '').replace(':', '')}-{self.run[:8]}.json"
+
+    @property
+    def worker_seconds(self) -> float:
+        return sum(self.worker_time.values())
 
     @property
     def cost(self) -> float | None:
@@ -139,12 +135,9 @@ def is_alive(holder: lease.Holder | None) -> bool:
     return holder is not None and not holder.is_dead() and time.time() - holder.heartbeat < lease.EXPIRY
 
 
-def errors(runs: Iterable[RunRecord]) -> dict[str, int]:
-    """Failed rows by code over all runs; rows that were lost with a killed worker count in each run."""
-    total: Counter[str] = Counter()
-    for run in runs:
-        total.update(run.errors)
-    return dict(total)
+def total(runs: Iterable[RunRecord]) -> Counters:
+    """The counters of all runs; rows that were lost with a killed worker count in each run that generated them."""
+    return sum((run.counts for run in runs), Counters())
 
 
 def now() -> str:
@@ -175,7 +168,10 @@ def machine() -> dict[str, Any]:
 def _read(folder: Folder, key: str) -> RunRecord | None:
     try:
         values = document.decode(folder.read(key))
+        if "counts" not in values:
+            _modernize(values)
         known = {f.name: values[f.name] for f in fields(RunRecord) if f.name in values}
+        known["counts"] = _counters(values["counts"])
         known["slowest"] = [SlowPartition(**entry) for entry in known.get("slowest", [])]
         return RunRecord(**known)
     except NotFound:
@@ -183,6 +179,21 @@ def _read(folder: Folder, key: str) -> RunRecord | None:
     except (Damaged, TypeError) as error:
         log.warning("%s is left aside: %s", folder.where(key), error)
         return None
+
+
+def _counters(values: dict[str, Any]) -> Counters:
+    known = {f.name: values[f.name] for f in fields(Counters) if f.name in values}
+    return Counters(**{**known, "examples": tuple(known.get("examples", ()))})
+
+
+def _modernize(values: dict[str, Any]) -> None:
+    """A record up to version 0.2, which held its counters beside everything else, and only the sum of workers' time."""
+    values["counts"] = {f.name: values[f.name] for f in fields(Counters) if f.name in values}
+    whole = values.get("worker_seconds", 0.0)
+    loading = min(whole, values.get("load_seconds", 0.0) * values.get("workers", 0))
+    generating = min(whole - loading, values.get("busy_seconds", 0.0))
+    idle = whole - loading - generating
+    values["worker_time"] = {"loading": loading, "generating": generating, "idle": idle}
 
 
 class Timeline:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from batchrun.counters import Counters
 from batchrun.dataset.reader import Batch
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import NO_TOKENS, Completion, Request
@@ -22,7 +22,6 @@ from batchrun.worker.answers import answered, failed
 
 ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
 SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come
-EXAMPLES = 5
 REPEATED = (
     64  # tokens: an answer of at least so many, all the same one and cut by length, comes of a broken model
 )
@@ -30,59 +29,17 @@ REPEATED = (
 Read = Callable[[Sequence[str]], Iterator[Batch]]
 
 
-@dataclass
-class Tally:
-    """An attempt's counters; the worker's heartbeat reads them while the task adds to them.
+@dataclass(kw_only=True)
+class AttemptCounters(Counters):
+    """An attempt's own; the worker's heartbeat reads them while the task adds to them.
 
-    `reused` rows had been staged by earlier attempts; `rows` are new, `failed` of them without an answer; `requests`
-    of the `pulled` ones, which were read, went to the engine, `sent_tokens` tokens of prompts in all. Tokens are those
-    of the new rows, `errors` failed rows by code. `commit_seconds` is what building and putting the part took. `signs`
-    grows with whatever the attempt does.
+    `doing` is "reading", "generating" or "sealing"; `signs` grows with whatever the attempt does.
     """
 
     run: str
     partition: int
-    reused: int = 0
-    rows: int = 0
-    failed: int = 0
-    requests: int = 0
-    pulled: int = 0
-    sent_tokens: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    commits: int = 0
-    commit_seconds: float = 0.0
+    doing: str = "reading"
     signs: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
-    examples: tuple[str, ...] = ()
-
-    def absorb(self, other: Tally) -> None:
-        """Adds another attempt's counters."""
-        for name in SUMMED:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.errors = dict(Counter(self.errors) + Counter(other.errors))
-        self.examples = (self.examples + other.examples)[:EXAMPLES]
-
-    def add(self, answers: pa.Table, name_of: Callable[[int], str]) -> None:
-        """Counts new rows, schema ANSWERS; `name_of` gives the partition's rows names for people."""
-        errors = answers["error"].drop_null()
-        self.rows += answers.num_rows
-        self.failed += len(errors)
-        self.prompt_tokens += int(np.sum(answers["prompt_tokens"].to_numpy()))
-        self.output_tokens += int(np.sum(answers["output_tokens"].to_numpy()))
-        if len(errors):
-            # A new dict each time: the heartbeat reads the old one meanwhile.
-            codes = Counter(error.partition(":")[0] for error in errors.to_pylist())
-            self.errors = dict(Counter(self.errors) + codes)
-        if len(self.examples) < EXAMPLES and len(errors):
-            some = answers.filter(answers["error"].is_valid()).slice(0, EXAMPLES - len(self.examples))
-            self.examples += tuple(
-                f"{name_of(row)}: {error}"
-                for row, error in zip(some["row"].to_pylist(), some["error"].to_pylist(), strict=True)
-            )
-
-
-SUMMED = [f.name for f in fields(Tally) if f.name not in ("run", "partition", "errors", "examples")]
 
 
 class Generation:
@@ -98,11 +55,11 @@ class Generation:
         attempt: Attempt,
         texts: Texts,
         max_new_tokens: int,
-        tally: Tally,
+        counters: AttemptCounters,
         rows: NDArray[np.bool_],
     ) -> None:
         self.begun: dict[int, Begun] = {}
-        self._read, self._attempt, self._texts, self._tally = read, attempt, texts, tally
+        self._read, self._attempt, self._texts, self._counters = read, attempt, texts, counters
         self._max_new_tokens = max_new_tokens
         self._rows = rows
         self._lengths = np.zeros(len(rows), np.int32)
@@ -116,6 +73,7 @@ class Generation:
 
     def run(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         """Raises what reading, the engine and storage raise; what was finished before is in the attempt."""
+        self._counters.doing = "generating"
         self._once(engine, still_wanted)
         if self._doubtful and still_wanted():
             self._second = True
@@ -144,7 +102,7 @@ class Generation:
     def _requests(self) -> Iterator[Request]:
         builder = self._texts.builder
         for batch in self._read(builder.columns):
-            self._tally.signs += 1
+            self._counters.signs += 1
             wanted = np.flatnonzero(self._rows[batch.first : batch.first + batch.records.num_rows])
             if not len(wanted):
                 continue
@@ -156,13 +114,13 @@ class Generation:
             records = batch.records if whole else batch.records.take(pa.array(wanted))
             seeds = batch.row_ids[wanted].view(np.int64).tolist()
             for row, seed, prompt in zip(rows, seeds, builder.build(records), strict=True):
-                self._tally.pulled += 1
+                self._counters.pulled += 1
                 if isinstance(prompt, RowFault):
                     self._faults[row] = prompt
                     continue
                 self._lengths[row] = len(prompt)
-                self._tally.requests += 1
-                self._tally.sent_tokens += len(prompt)
+                self._counters.requests += 1
+                self._counters.sent_tokens += len(prompt)
                 generated = self._begun_before(row, len(prompt))
                 yield Request(row, prompt, self._max_new_tokens, seed, generated)
 
@@ -198,8 +156,8 @@ class Generation:
         self._settled = time.monotonic()
 
     def _add(self, answers: pa.Table) -> None:
-        self._tally.signs += 1
-        self._tally.add(answers, self._attempt.name_of)
+        self._counters.signs += 1
+        self._counters.count(answers, self._attempt.name_of)
         self._attempt.add(answers)
 
 

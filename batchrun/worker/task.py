@@ -52,7 +52,7 @@ from batchrun.storage import Folder, deadline
 from batchrun.telemetry.gpu import gpu_now
 from batchrun.worker.answers import failed
 from batchrun.worker.engine_health import EngineHealth
-from batchrun.worker.generation import Generation, Tally
+from batchrun.worker.generation import AttemptCounters, Generation
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class TaskReceipt:
 
     worker: str
     part: Receipt | None
-    tally: Tally
+    counters: AttemptCounters
     engine: EngineStats | None
     seconds: float
 
@@ -123,7 +123,7 @@ _lock = threading.Lock()
 _texts: dict[str, Texts] = {}
 _engines: dict[str, EngineProcess] = {}
 _health: dict[str, EngineHealth] = {}  # of the engines, by the same keys
-_running: dict[int, Tally] = {}
+_running: dict[int, AttemptCounters] = {}
 _stopped_runs: set[str] = set()
 _opening = threading.Event()
 _leaving = threading.Event()
@@ -163,30 +163,31 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     begun: Mapping[int, Begun] = {}
 
     def receipt(part: Receipt | None) -> TaskReceipt:
-        return TaskReceipt(get_worker().address, part, tally, stats, time.monotonic() - started)
+        return TaskReceipt(get_worker().address, part, counters, stats, time.monotonic() - started)
 
-    with _counted(order, task) as tally:
+    with _counted(order, task) as counters:
         attempt = order.attempt(task.partition)
         attempt.name_of = order.names(task)
         if part := attempt.open():
             return receipt(part)
-        tally.reused = attempt.restored
+        counters.reused = attempt.restored
         missing = _missing(attempt, task)
         condemned = {row: RowFault(FaultCode.WORKER_CRASH, why) for row, why in task.condemned.items()}
         if left := {row: fault for row, fault in condemned.items() if missing[row]}:
             missing[[*left]] = False
             answers = failed(left)
-            tally.add(answers, attempt.name_of)
+            counters.count(answers, attempt.name_of)
             attempt.add(answers)
         if missing.any():
-            stats, begun = _generate(order, task, attempt, tally, missing)
+            stats, begun = _generate(order, task, attempt, counters, missing)
         if not attempt.covered:
             attempt.flush()
             attempt.keep(begun)
             return receipt(None)
         sealing = time.monotonic()
-        part = _seal(order, task, attempt, tally)
-        tally.commits, tally.commit_seconds = 1, time.monotonic() - sealing
+        counters.doing = "sealing"
+        part = _seal(order, task, attempt, counters)
+        counters.commits, counters.commit_seconds = 1, time.monotonic() - sealing
         if output.failed is not None and (part.summary.failed or order.retry is not None):
             update_failed(attempt.folder, order.layout, task.partition.index, output, order.places(task))
         return receipt(part)
@@ -209,23 +210,26 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
 
 
 @contextmanager
-def _counted(order: WorkOrder, task: Task) -> Iterator[Tally]:
+def _counted(order: WorkOrder, task: Task) -> Iterator[AttemptCounters]:
     """The task's counters, which the heartbeat carries for as long as this is open."""
-    tally = Tally(order.run, task.partition.index)
-    _running[id(tally)] = tally
+    counters = AttemptCounters(run=order.run, partition=task.partition.index)
+    _running[id(counters)] = counters
     try:
         with deadline.until(lambda: order.run in _stopped_runs or _leaving.is_set()):
-            yield tally
+            yield counters
+    except BatchrunError as error:
+        error.counters = counters
+        raise
     finally:
-        del _running[id(tally)]
+        del _running[id(counters)]
 
 
 def _generate(
-    order: WorkOrder, task: Task, attempt: Attempt, tally: Tally, missing: NDArray[np.bool_]
+    order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCounters, missing: NDArray[np.bool_]
 ) -> tuple[EngineStats, Mapping[int, Begun]]:
     """Generates the missing rows, as far as they are wanted; the engine's counters and the rows that were begun."""
     with _engine_for(order) as (engine, health):
-        return _generate_with(engine, health, order, task, attempt, tally, missing)
+        return _generate_with(engine, health, order, task, attempt, counters, missing)
 
 
 def _generate_with(
@@ -234,7 +238,7 @@ def _generate_with(
     order: WorkOrder,
     task: Task,
     attempt: Attempt,
-    tally: Tally,
+    counters: AttemptCounters,
     missing: NDArray[np.bool_],
 ) -> tuple[EngineStats, Mapping[int, Begun]]:
     wanted = _wanted_check(order.run)
@@ -246,7 +250,7 @@ def _generate_with(
         """Whether the engine finished any of the rows; those that it did are in the attempt."""
         texts, tokens = _texts_for(order), order.job.generation.max_new_tokens
         generation = Generation(
-            lambda columns: order.read(task, columns), attempt, texts, tokens, tally, rows
+            lambda columns: order.read(task, columns), attempt, texts, tokens, counters, rows
         )
         try:
             generation.run(engine, wanted)
@@ -286,7 +290,7 @@ def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
     return missing
 
 
-def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Receipt:
+def _seal(order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCounters) -> Receipt:
     if isinstance(attempt, ReplacingAttempt):
         return attempt.seal(attempt.carried.to_batches(), attempt.carried.schema)
     columns = carried_columns(order.job.input, order.schema, order.job.output.partition_by)
@@ -295,7 +299,7 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, tally: Tally) -> Recei
 
     def carry(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
         for batch in order.read(task, columns):
-            tally.signs += 1
+            counters.signs += 1
             rows = range(batch.first, batch.first + batch.records.num_rows)
             if batch.fault is not None and (known is None or not all(row in known for row in rows)):
                 raise CorruptInput(batch.fault.message)
@@ -422,7 +426,7 @@ def snapshot(dask_worker: Worker) -> dict[str, Any]:
     gpu = gpu_now()
     own = time.process_time() if _opening.is_set() else 0.0
     return {
-        "tasks": [asdict(tally) for tally in list(_running.values())],
+        "tasks": [asdict(counters) for counters in list(_running.values())],
         "engines": [asdict(engine.stats()) for engine in engines],
         "loading": own + sum(engine.loading_seconds() for engine in engines),
         "gpu": asdict(gpu) if gpu else None,

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import batchrun as library
+from batchrun.counters import Counters
 from batchrun.driver.limits import Limits
 from batchrun.driver.prepare import prepare
 from batchrun.driver.recorder import Recorder
@@ -16,7 +17,7 @@ from batchrun.job.durations import parse_deadline, parse_duration
 from batchrun.job.job import Job
 from batchrun.telemetry import record
 from batchrun.telemetry.milestones import Milestones
-from batchrun.telemetry.progress import Progress, silent
+from batchrun.telemetry.progress import Progress
 from jobs import batchrun, check_complete, load, write_job
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
@@ -57,16 +58,9 @@ def progress(seconds: float, workers: int, rows: int = 0, left: int = 1) -> Prog
         partitions_flying=left,
         rows=100,
         rows_done=rows,
-        rows_failed=0,
-        new_rows=rows,
-        reused=0,
-        requests=rows,
-        pulled=rows,
-        sent_tokens=10 * rows,
-        prompt_tokens=10 * rows,
-        output_tokens=5 * rows,
+        counts=Counters(rows=rows, requests=rows, prompt_tokens=10 * rows, output_tokens=5 * rows),
         workers=workers,
-        worker_seconds=seconds * workers,
+        worker_time={"generating": seconds * workers},
     )
 
 
@@ -82,14 +76,14 @@ def test_a_runs_record_keeps_its_workers_time_apart_from_other_runs(tmp_path, ti
         recorder.end("interrupted")
     first, second = sorted(record.read_all(prepared.folder), key=lambda one: one.run)
     assert first.worker_seconds == 60.0
-    assert (first.rows, first.prompt_tokens, first.output_tokens) == (20, 200, 100)
+    assert (first.counts.rows, first.counts.prompt_tokens, first.counts.output_tokens) == (20, 200, 100)
     assert second.worker_seconds == 3.0
 
 
 def test_money_is_counted_over_hours_of_workers_of_all_runs(tmp_path, tiny_llama):
     path = write_job(tmp_path, tiny_llama)
     job = load(path, "limits.max_cost=5", "cluster.price_per_gpu_hour=2.5")
-    limits = Limits(job, 3600.0, silent)
+    limits = Limits(job, 3600.0)
     limits.see(progress(1799.0, 2))
     with pytest.raises(Interrupted, match=r"limits.max_cost \(2.00 worker hours cost 5.00"):
         limits.see(progress(1800.0, 2))

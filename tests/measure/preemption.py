@@ -21,7 +21,7 @@ from batchrun.engine.process import EngineProcess
 from batchrun.job.job import Job
 from batchrun.output.attempt import Attempt
 from batchrun.storage import Folder
-from batchrun.worker.generation import Generation, Tally
+from batchrun.worker.generation import AttemptCounters, Generation
 
 
 def run(prepared: Prepared, rows: int, preemptions: int, steps: int, keep: bool) -> tuple[int, int]:
@@ -47,7 +47,7 @@ def run(prepared: Prepared, rows: int, preemptions: int, steps: int, keep: bool)
             missing[attempt.missing] = True
             generation = Generation(
                 lambda columns: read_rows(job, plan.schema, partition, files, columns),
-                attempt, prepared.texts, job.generation.max_new_tokens, Tally("", 0), missing,
+                attempt, prepared.texts, job.generation.max_new_tokens, AttemptCounters(run="", partition=0), missing,
             )  # fmt: skip
             generation.run(engine, wanted)
             attempt.flush()

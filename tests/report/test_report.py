@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,17 +18,18 @@ from parts import faulty_folder
 
 import batchrun as library
 from batchrun.commands.status import status
+from batchrun.counters import Counters
 from batchrun.driver import recorder as observe
 from batchrun.driver.prepare import prepare
 from batchrun.errors import StorageError
 from batchrun.output import document
-from batchrun.report import charts
+from batchrun.report import bill, charts, plots
+from batchrun.report.answers import Look
 from batchrun.report.page import Facts, render
-from batchrun.report.summary import run_lines
 from batchrun.storage import Folder
 from batchrun.telemetry import record
 from batchrun.telemetry.milestones import Milestones
-from batchrun.telemetry.progress import Progress, Rates, silent
+from batchrun.telemetry.progress import silent
 from batchrun.telemetry.record import REPORT, RunRecord, SlowPartition, Timeline
 from batchrun.telemetry.redact import Redactor
 from jobs import ROWS_OF_JOB as ROWS
@@ -81,10 +81,18 @@ def finished(tmp_path_factory, tiny_llama, cluster) -> Path:
 def test_a_run_leaves_its_record_with_what_it_generated_and_on_what(finished):
     (run,) = record.read_all(Folder(str(finished / "out")))
     manifest = json.loads((finished / "out/_job/manifest.json").read_text())
-    assert (run.outcome, run.rows, run.failed, run.plan_rows) == ("complete", ROWS, ROWS // 5, ROWS)
-    assert (run.prompt_tokens, run.output_tokens) == (manifest["prompt_tokens"], manifest["output_tokens"])
-    assert run.errors == manifest["errors"] == {"TEMPLATE_ERROR": ROWS // 5}
-    assert (run.engine, run.workers, run.requests) == ("echo", 1, ROWS - ROWS // 5)
+    assert (run.outcome, run.counts.rows, run.counts.failed, run.plan_rows) == (
+        "complete",
+        ROWS,
+        ROWS // 5,
+        ROWS,
+    )
+    assert (run.counts.prompt_tokens, run.counts.output_tokens) == (
+        manifest["prompt_tokens"],
+        manifest["output_tokens"],
+    )
+    assert run.counts.errors == manifest["errors"] == {"TEMPLATE_ERROR": ROWS // 5}
+    assert (run.engine, run.workers, run.counts.requests) == ("echo", 1, ROWS - ROWS // 5)
     assert run.versions["torch"]
     assert 0 < run.worker_seconds <= run.seconds + 0.1  # of two clocks
     assert run.cost == pytest.approx(3.0 * run.worker_seconds / 3600)
@@ -106,6 +114,12 @@ def test_the_page_of_a_run_shows_totals_errors_plots_and_rows_and_fetches_nothin
         "complete with failed rows",
         "TEMPLATE_ERROR",
         "per million tokens",
+        "per 1,000 rows",
+        "loading",
+        "idle",
+        "length: cut at generation.max_new_tokens",
+        "3.00 per worker and hour",
+        "Failed rows",
         "row 1 x",
         "echo",
         "Slowest",
@@ -161,7 +175,9 @@ def test_a_killed_run_is_called_killed_and_its_staged_rows_are_counted(tmp_path,
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     record.write(
-        folder, RunRecord("a" * 32, record.now(), "running", 3.0, errors={"NULL_PROMPT": 2}), Redactor()
+        folder,
+        RunRecord("a" * 32, record.now(), "running", 3.0, counts=Counters(errors={"NULL_PROMPT": 2})),
+        Redactor(),
     )
     found = status(load(job))
     assert {run.outcome for run in found.runs} == {"killed"}
@@ -190,7 +206,8 @@ def test_no_secret_of_a_storage_option_is_in_a_record(tmp_path):
     folder, redact = Folder(str(tmp_path)), Redactor()
     redact.add(["planted-s3cret"])
     run = RunRecord(
-        "a" * 32, record.now(), "failed", 1.0, message="denied for planted-s3cret", examples=["x planted-s3cret"],
+        "a" * 32, record.now(), "failed", 1.0, message="denied for planted-s3cret",
+        counts=Counters(examples=("x planted-s3cret",)),
         job={"input": {"path": "s3://me:planted@host/x", "note": "planted-s3cret"}},
         slowest=[SlowPartition(0, 1.0, 1, 1, "tcp://planted-s3cret:1")],
     )  # fmt: skip
@@ -220,40 +237,6 @@ def test_shown_rates_are_never_negative_and_never_above_the_fastest_step(steps):
     assert all(
         0 <= rate <= fastest * 1.001 + 1e-9 for rate in charts.rates(seconds, sums) if rate is not None
     )
-
-
-def progress(seconds: float, done: int, tokens: int, rows: int, **more) -> Progress:
-    zeros = dict.fromkeys(Progress.__dataclass_fields__, 0)
-    for name in ("errors", "examples", "crew", "engines", "slowest", "dashboard"):
-        del zeros[name]
-    values = {
-        "seconds": seconds, "rows": rows, "rows_done": done, "new_rows": done, "prompt_tokens": tokens, "workers": 1
-    }  # fmt: skip
-    return Progress(**{**zeros, **values, **more})
-
-
-def test_the_time_left_holds_still_although_the_longest_rows_go_first():
-    """Windows of 1,000 rows with prompts of 1 to 1,000 tokens, longest first, at 1,000 tokens a second."""
-    lengths = [length for _ in range(10) for length in range(1000, 0, -1)]
-    ends = np.cumsum(lengths) / 1000
-    rates, wrong = Rates(), []
-    for second in range(1, int(ends[-1])):
-        done = int(np.searchsorted(ends, second, side="right"))
-        sent = min(len(lengths), 2000 + done)
-        rates.add(
-            progress(
-                second,
-                done,
-                sum(lengths[:done]),
-                len(lengths),
-                pulled=sent,
-                sent_tokens=round(sent * 500.5),
-            )
-        )
-        remaining = rates.remaining()
-        if remaining is not None and second > 60:
-            wrong.append(abs(remaining - (ends[-1] - second)) / ends[-1])
-    assert max(wrong) < 0.05, "of the whole run's time"
 
 
 def test_an_output_without_rows_has_a_page_too(tmp_path, tiny_llama, cluster):
@@ -287,10 +270,79 @@ def test_a_run_that_a_store_ended_says_so_unless_its_own_store_is_gone(
         assert (last.outcome, last.message) == ("interrupted", "the input cannot be read (busy)")
 
 
-def test_a_summary_warns_when_more_than_half_of_the_answers_are_empty(tmp_path, tiny_llama, cluster):
-    job = write_job(tmp_path, tiny_llama, rows=8, generation={"stop": ["r"]})
-    result = library.run(load(job), client=cluster)
-    assert result.empty == result.ok == 8
-    (warning,) = [line for line in run_lines(result) if "empty" in line]
-    assert warning.startswith("warning: 8 of 8 answers are empty")
-    assert not [line for line in run_lines(replace(result, empty=4)) if "empty" in line]
+def test_the_page_is_called_by_its_job_and_says_at_the_top_what_ran(finished):
+    html = (finished / "out" / REPORT).read_text()
+    top = Page(html[: html.index('class="cards"')]).text
+    assert f"<h1>{finished.name}</h1>" in html
+    assert html.index(f"<title>{finished.name}: complete with failed rows</title>")
+    for expected in (
+        "model",
+        "llama",
+        "engine",
+        "echo",
+        "machine",
+        "1 worker",
+        "price",
+        str(finished / "out"),
+    ):
+        assert expected in top, expected
+
+
+def test_failed_rows_are_shown_with_their_prompts(finished):
+    html = (finished / "out" / REPORT).read_text()
+    failures = html[html.index("Failed rows") : html.index("Rows to read")]
+    assert failures.count("<header>") == 3, "a few of them"
+    assert "row 4" in failures
+    assert "row 4 x" in Page(failures).text or "has no attribute" in Page(failures).text
+
+
+def test_the_bill_adds_up_to_what_the_workers_cost(finished):
+    (run,) = record.read_all(Folder(str(finished / "out")))
+    *parts, whole = bill.lines([run])
+    assert [line.name for line in parts] == ["loading", "generating", "idle"]
+    assert sum(line.seconds for line in parts) == pytest.approx(run.worker_seconds)
+    assert sum(line.cost for line in parts) == pytest.approx(run.cost)
+    assert whole.per_thousand_rows == pytest.approx(run.cost / ROWS * 1000)
+    assert whole.per_million_tokens == pytest.approx(run.cost / run.counts.tokens * 1e6)
+
+
+def sampled(started: str, seconds: list[float], rows: list[int]) -> RunRecord:
+    zeros = [0] * len(seconds)
+    samples = dict.fromkeys(
+        ("prompt_tokens", "output_tokens", "real_tokens", "computed_tokens", "waiting", "pool_fill", "gpu_use",
+         "gpu_memory"), zeros,
+    )  # fmt: skip
+    samples |= {"seconds": seconds, "rows": rows, "workers": [1] * len(seconds)}
+    return RunRecord("a" * 32, started, "complete", seconds[-1], samples=samples)
+
+
+def test_plots_go_over_the_time_of_all_runs_with_a_gap_between_them(monkeypatch):
+    drawn = {}
+
+    def over_time(seconds, lines, share=False, starts=()):
+        drawn.update({name: (list(seconds), list(values), list(starts)) for name, values in lines.items()})
+        return ""
+
+    monkeypatch.setattr(charts, "over_time", over_time)
+    first = sampled("2026-01-01T00:00:00Z", [10.0, 20.0, 30.0], [10, 20, 30])
+    second = sampled("2026-01-02T00:00:00Z", [10.0, 20.0, 40.0], [0, 5, 10])
+    nothing = np.empty(0, np.int64)
+    assert [*plots.plots(Look(0, 0, nothing, nothing), [first, second])]
+    seconds, values, starts = drawn["rows"]
+    assert np.allclose(seconds, [10, 20, 30, np.nan, 40, 50, 70], equal_nan=True)
+    assert np.isnan(values[3])
+    assert starts == [30.0]
+
+
+def test_labels_of_axes_are_plain_numbers():
+    assert [charts._short(value) for value in (0, 0.2, 0.25, 15, 1500, 2e6)] == [
+        "0",
+        "0.2",
+        "0.25",
+        "15",
+        "1.5k",
+        "2M",
+    ]
+    svg = charts.over_time([0.0, 50.0, 100.0], {"rows": [0.0, 0.1, 0.2]})
+    assert "0.2<" in svg.replace("\n", "")
+    assert "m<" not in svg

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
-from batchrun.errors import FaultCode, RowFault
+from batchrun.errors import FaultCode, ModelError, RowFault
 
 LOG = "BATCHRUN_TEST_LOG"  # a folder: one file per engine process, a line per request: time, row seed
 DELAY = "BATCHRUN_TEST_DELAY"  # seconds per row
@@ -93,3 +93,12 @@ class SecondsEngine(EchoEngine):
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
         self.delay = max(self.delay, 0.2)
+
+
+class EndingEngine(EchoEngine):
+    """Each fails for good after 25 rows, as a model would that cannot do what the job asks."""
+
+    def answer(self, request: Request) -> Completion:
+        if self.stats.completions == 25:
+            raise ModelError("cannot do that", "here", "take another one")
+        return super().answer(request)

@@ -18,7 +18,7 @@ from batchrun.errors import EngineDied, StorageError
 from batchrun.output.attempt import Attempt
 from batchrun.storage import folder
 from batchrun.worker import generation
-from batchrun.worker.generation import Generation, Tally
+from batchrun.worker.generation import AttemptCounters, Generation
 
 ROWS = 6
 
@@ -37,7 +37,7 @@ class Engine:
             yield Completion(request.id, request.token_ids, "stop")
 
 
-def generate(one: Attempt, engine: Any) -> Tally:
+def generate(one: Attempt, engine: Any) -> AttemptCounters:
     """The worker's own loop over a partition of ROWS rows."""
     ids = np.arange(3, dtype=np.int32)
     records = pa.RecordBatch.from_pydict({"text": ["x"] * ROWS})
@@ -45,14 +45,14 @@ def generate(one: Attempt, engine: Any) -> Tally:
         builder=SimpleNamespace(columns=["text"], build=lambda batch: [ids] * batch.num_rows),
         detokenizer=SimpleNamespace(decode=lambda found: ["abc"] * len(found)),
     )
-    tally = Tally("run", 0)
+    counters = AttemptCounters(run="run", partition=0)
 
     def read(columns: Sequence[str]) -> Iterator[Batch]:
         rows = np.arange(ROWS)
         yield Batch(0, records, rows.astype(np.uint64), "here", 0, rows)
 
-    Generation(read, one, texts, 4, tally, np.ones(ROWS, bool)).run(engine, lambda: True)
-    return tally
+    Generation(read, one, texts, 4, counters, np.ones(ROWS, bool)).run(engine, lambda: True)
+    return counters
 
 
 @pytest.fixture

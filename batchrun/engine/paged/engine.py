@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
+from batchrun.engine import stage
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged.architecture import Unsupported, check_positions, unsupported
@@ -66,6 +67,8 @@ class PagedEngine:
         )
 
         def warm_up() -> None:
+            if budget.compile:
+                stage.enter("compiling")
             self._runner.warm_up(budget.prefill_tokens)
 
         pages = affordable_pages(cache, budget, spec.max_context, device, warm_up)
@@ -73,6 +76,7 @@ class PagedEngine:
         lengths = OutputLengths(certain=not self._stops and not self._strings)
         pool = Pool(pages, page_size)
         self._scheduler = Scheduler(pool, budget.max_rows, budget.prefill_tokens, spec.max_context, lengths)
+        self._never_run = 0
         self.stats = EngineStats(
             engine="paged",
             attention=cache.provider.name,
@@ -236,6 +240,7 @@ class PagedEngine:
         self, request: Request, output: list[int], reason: str, fault: RowFault | None
     ) -> Completion:
         self.stats.completions += 1
+        self._never_run += bool(output)
         self._count_output(request, output)
         return Completion(request.id, np.array(output, np.int32), reason, fault)
 
@@ -244,7 +249,9 @@ class PagedEngine:
 
     def _count(self) -> None:
         scheduler, runner, stats = self._scheduler, self._runner, self.stats
-        stats.computed_tokens, stats.batches = runner.computed_tokens, runner.launches
+        # An answer's last token is sampled and never run; counted on both sides, work without padding is exactly 1.
+        stats.computed_tokens = runner.computed_tokens + self._never_run
+        stats.batches = runner.launches
         stats.steps = runner.launches
         stats.prompt_tokens = scheduler.prompt_tokens - scheduler.shared_tokens
         stats.gauges |= {

@@ -1,0 +1,94 @@
+"""What is counted of rows, declared once: attempts count, everything else adds up, keeps and shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+EXAMPLES = 5  # failed rows that are named
+
+
+@dataclass
+class Counters:
+    """Sums over generated rows; two of them add up with `+`.
+
+    `rows` were generated, `failed` of them without an answer, `empty` with an answer of no text; tokens, and the rows
+    by finish reason and error code, are theirs. `reused` rows had been staged by earlier attempts. Of the `pulled`
+    rows, which were read and made prompts of, `requests` went to engines, `sent_tokens` tokens of prompts in all.
+    `commits` parts were built and put in `commit_seconds`. `examples` names a few failed rows.
+    """
+
+    rows: int = 0
+    failed: int = 0
+    empty: int = 0
+    reused: int = 0
+    pulled: int = 0
+    requests: int = 0
+    sent_tokens: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    commits: int = 0
+    commit_seconds: float = 0.0
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and answers."""
+        return self.prompt_tokens + self.output_tokens
+
+    def __add__(self, other: Counters) -> Counters:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
+        return Counters(
+            **sums,
+            finish_reasons=added(self.finish_reasons, other.finish_reasons),
+            errors=added(self.errors, other.errors),
+            examples=(*self.examples, *other.examples)[:EXAMPLES],
+        )
+
+    def count(self, answers: pa.Table, name_of: Callable[[int], str]) -> None:
+        """Takes in new rows of a partition, schema ANSWERS; `name_of` gives them names for people.
+
+        Dicts are replaced, never changed: a heartbeat reads the old ones meanwhile.
+        """
+        failed = answers.filter(answers["error"].is_valid())
+        self.rows += answers.num_rows
+        self.failed += failed.num_rows
+        self.empty += empty_answers(answers)
+        self.prompt_tokens += pc.sum(answers["prompt_tokens"], min_count=0).as_py()
+        self.output_tokens += pc.sum(answers["output_tokens"], min_count=0).as_py()
+        self.finish_reasons = added(self.finish_reasons, value_counts(answers["finish_reason"]))
+        if failed.num_rows:
+            codes = Counter(error.partition(":")[0] for error in failed["error"].to_pylist())
+            self.errors = added(self.errors, codes)
+        some = failed.slice(0, EXAMPLES - len(self.examples))
+        self.examples += tuple(
+            f"{name_of(row)}: {error}"
+            for row, error in zip(some["row"].to_pylist(), some["error"].to_pylist(), strict=True)
+        )
+
+
+SUMS = tuple(f.name for f in fields(Counters) if f.type in ("int", "float"))
+"""The plain numbers among the counters."""
+
+
+def added(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Counts by name, summed."""
+    return dict(Counter(one) + Counter(other))
+
+
+def value_counts(values: pa.ChunkedArray) -> dict[str, int]:
+    """How often each value occurs."""
+    return {item["values"]: item["counts"] for item in pc.value_counts(values).to_pylist()}
+
+
+def empty_answers(answers: pa.Table) -> int:
+    """Rows with an answer, and nothing but white space in it."""
+    answered = answers.filter(pc.equal(answers["status"], "ok"))["answer"]
+    empty: int = pc.sum(pc.equal(pc.utf8_trim_whitespace(answered), ""), min_count=0).as_py()
+    return empty
