@@ -294,8 +294,8 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCount
     if isinstance(attempt, ReplacingAttempt):
         return attempt.seal(attempt.carried.to_batches(), attempt.carried.schema)
     columns = carried_columns(order.job.input, order.schema, order.job.output.partition_by)
-    carried = pa.schema([order.schema.field(name) for name in columns], metadata=order.schema.metadata)
-    schema = carried_schema(carried, order.job)
+    fields = pa.schema([order.schema.field(name) for name in columns], metadata=order.schema.metadata)
+    schema = carried_schema(fields, order.job)
 
     def carry(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
         for batch in order.read(task, columns):

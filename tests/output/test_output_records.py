@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import JOB_HASH, answers, attempt, carried, commit, faulty_folder, layout, store_of
+from parts import JOB_HASH, answers, attempt, carried, commit, faulty_folder, layout, other_holder, store_of
 from parts import settings as output_settings
 
 from batchrun.errors import BatchrunError, ChangedError, Incomplete, LeaseHeld, OutputError
@@ -351,20 +351,6 @@ def test_cleaning_everything_leaves_what_is_not_ours(place: Folder) -> None:
 
 
 # Lease
-
-
-def other_holder(**kw: object) -> Holder:
-    now = time.time()
-    values = {
-        "driver": "d",
-        "host": "far",
-        "pid": 1,
-        "machine": "m",
-        "started": "1",
-        "since": now,
-        "heartbeat": now,
-    }
-    return Holder(**{**values, **kw})  # type: ignore[arg-type]
 
 
 def put_holder(place: Folder, holder: Holder) -> None:

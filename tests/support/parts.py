@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from batchrun.job.settings import OutputSettings
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
 from batchrun.output.layout import Layout
+from batchrun.output.lease import Holder
 from batchrun.storage import Folder
 
 PLAN_HASH = "abcdef0123456789" * 4
@@ -89,3 +91,17 @@ def commit(folder: Folder, plan: Layout, partition: int, rows: int, who: str = "
         one.add(answers(partition, missing[start : start + 2], who))
         one.maybe_flush()
     return one.seal(carried(partition, rows), SCHEMA)
+
+
+def other_holder(**kw: object) -> Holder:
+    now = time.time()
+    values = {
+        "driver": "d",
+        "host": "far",
+        "pid": 1,
+        "machine": "m",
+        "started": "1",
+        "since": now,
+        "heartbeat": now,
+    }
+    return Holder(**{**values, **kw})  # type: ignore[arg-type]

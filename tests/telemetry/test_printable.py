@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from test_report import progress
 
+from batchrun.counters import Counters
 from batchrun.report import live, summary
 from batchrun.telemetry.printable import printable
-from batchrun.telemetry.progress import Rates
-from jobs import batchrun, write_job
+from batchrun.telemetry.progress import Progress
+from jobs import batchrun, load, write_job
 
 HOSTILE = {
     "clipboard": "\x1b]52;c;ZXZpbA==\x07",
@@ -70,12 +70,12 @@ def test_letters_numbers_and_signs_of_every_script_stay(text: str) -> None:
         assert printable(text) == text
 
 
-def test_the_live_view_shows_errors_letter_by_letter() -> None:
-    now = progress(1.0, 0, 0, 1, errors={HOSTILE["clipboard"]: 1}, rows_failed=1)
+def test_the_live_view_shows_errors_letter_by_letter(tmp_path: Path, tiny_llama: Path) -> None:
+    counts = Counters(rows=1, failed=1, errors={HOSTILE["clipboard"]: 1})
+    now = Progress(1.0, 1, 0, 1, rows=1, rows_done=1, counts=counts, workers=1)
     shown = io.StringIO()
-    rates = Rates()
-    rates.add(now)
-    Console(file=shown, force_terminal=True, width=200).print(live.view(now, rates, None))
+    view = live.View(load(write_job(tmp_path, tiny_llama)))
+    Console(file=shown, force_terminal=True, width=200).print(view.render(now))
     assert "\x1b]52" not in shown.getvalue()
     assert "\\x1b]52" in shown.getvalue()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_output_records import other_holder
+from parts import other_holder
 
 import batchrun as library
 from batchrun.commands.clean import clean

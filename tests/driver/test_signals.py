@@ -24,7 +24,7 @@ from batchrun.errors import StorageError
 from batchrun.job.settings import ClusterSettings
 from batchrun.storage import Folder, deadline
 from batchrun.storage import folder as folders
-from jobs import TESTS, environment, start, write_job
+from jobs import SUPPORT, environment, start, write_job
 
 # The promise is 5 s; a machine that runs tests is busy with others.
 SOON = 10.0
@@ -177,7 +177,7 @@ def test_a_script_runs_a_job_without_a_guard_for_its_main(how, tmp_path, tiny_ll
             capture_output=True,
             text=True,
             env=environment(),
-            cwd=TESTS,
+            cwd=SUPPORT,
             timeout=120,
         )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "60\n", ""), ran.stderr

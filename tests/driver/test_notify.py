@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import batchrun as library
+from batchrun.driver import notify
 from batchrun.errors import ChangedError, Interrupted, JobError
 from batchrun.job.job import Job
-from batchrun.telemetry import notify
 from jobs import batchrun, load, write_job
 
 
