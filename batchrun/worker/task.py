@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from batchrun.dataset.names import RowNames
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.reader import Batch
-from batchrun.dataset.rows import Places, carried_schema, places_of, read_rows
+from batchrun.dataset.rows import Places, carried, carried_schema, places_of, read_rows
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec, EngineStats
