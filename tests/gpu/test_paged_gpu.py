@@ -188,7 +188,10 @@ def test_sampled_tokens_are_the_same_in_another_batch() -> None:
 
 def test_rows_that_come_again_by_the_hundred_take_no_memory_for_their_copied_pages() -> None:
     engine = PagedEngine(
-        EngineSpec("paged", "qwen3", "qwen3", device=DEVICE, options={"max_rows": 1024}), _model("qwen3")
+        EngineSpec(
+            "paged", "qwen3", "qwen3", device=DEVICE, options={"max_rows": 1024, "cache_tokens": 600_000}
+        ),
+        _model("qwen3"),
     )
     first = {c.id: c.token_ids.tolist() for c in engine.generate(iter(_requests(1000, 0)))}
     held = torch.cuda.memory_reserved()

@@ -26,6 +26,8 @@ def _prompts(rows: int) -> list[np.ndarray]:
 
 def _engine(shape: dict[str, object], stops: tuple[int, ...] = (), **changes: object) -> PagedEngine:
     sampling = Sampling(**{name: changes.pop(name) for name in list(changes) if hasattr(Sampling, name)})  # type: ignore[arg-type]
+    # Room for the other files' engines, which run beside this one.
+    changes = {"memory_fraction": 0.6} | changes
     spec = EngineSpec(
         "paged", "", "", dtype="bfloat16", device="cuda", max_context=real_rows.MAX_CONTEXT, sampling=sampling,
         stop_token_ids=stops, options=changes,
@@ -33,8 +35,9 @@ def _engine(shape: dict[str, object], stops: tuple[int, ...] = (), **changes: ob
     return PagedEngine(spec, real_rows.model(shape))
 
 
-def _turn(engine: PagedEngine, rows: int, shift: int = 0) -> Answers:
-    """Every row's tokens; each comes back once, and afterwards no page is held. `shift` makes other prompts."""
+def _turn(engine: PagedEngine, rows: int, shift: int = 0, at_once: int = 0) -> Answers:
+    """Every row's tokens; each comes back once, and afterwards no page is held. `shift` makes other prompts; `at_once`
+    rows at least were active together."""
     started, got, reasons = time.perf_counter(), {}, collections.Counter[str]()
     vocabulary = engine._runner._model.config.vocab_size
     requests = (Request(i, (p + shift) % vocabulary, NEW, i) for i, p in enumerate(_prompts(rows)))
@@ -49,6 +52,7 @@ def _turn(engine: PagedEngine, rows: int, shift: int = 0) -> Answers:
     assert len(got) == rows
     seconds = time.perf_counter() - started
     gauges = {name: engine.stats.gauges[name] for name in ("evictions", "shared_prompt_tokens")}
+    assert most >= at_once
     print(f"{rows} rows, {seconds:.1f} s, {dict(reasons)}, at most {most} at once, {gauges}", flush=True)
     return got
 
@@ -60,7 +64,7 @@ def _equal(first: Answers, second: Answers) -> float:
 def test_every_row_comes_back_whole_and_the_same_twice() -> None:
     engine = _engine(real_rows.LARGE)
     print(torch.cuda.get_device_name(), engine.stats.attention, engine.stats.gauges)
-    turns = [_turn(engine, 20_000, shift) for shift in (0, 1, 0)]
+    turns = [_turn(engine, 20_000, shift, at_once=1000) for shift in (0, 1, 0)]
     assert all(len(tokens) == NEW for turn in turns for tokens in turn.values())
     assert _equal(turns[0], turns[2]) >= 0.999
     assert engine.stats.gauges["shared_prompt_tokens"] > 0
@@ -72,7 +76,7 @@ def test_a_pool_too_small_for_the_rows_at_once_preempts_and_loses_none() -> None
     got = _turn(engine, 4_000)
     assert engine.stats.gauges["evictions"] > 0
     large = _engine(real_rows.LARGE, stops=(3,))
-    assert _equal(got, _turn(large, 4_000)) > 0.9
+    assert _equal(got, _turn(large, 4_000)) > 0.8
 
 
 @pytest.mark.parametrize(
@@ -85,8 +89,9 @@ def test_a_pool_too_small_for_the_rows_at_once_preempts_and_loses_none() -> None
     ids=["top-p", "top-k and min-p", "repetition penalty"],
 )
 def test_sampled_rows_come_back_whole_and_the_same_twice(sampling: dict[str, object]) -> None:
-    engine = _engine(real_rows.SMALL, stops=(3, 5), **sampling)
-    first = _turn(engine, 4_000)
+    engine = _engine(real_rows.SMALL, stops=(3, 5), cache_tokens=1_000_000, **sampling)
+    # Below this many rows a step that was captured for more would never be used.
+    first = _turn(engine, 4_000, at_once=1921)
     assert all(0 < len(tokens) <= NEW for tokens in first.values())
     assert all(len(tokens) == NEW or tokens[-1] in (3, 5) for tokens in first.values())
     _turn(engine, 4_000, shift=1)

@@ -51,6 +51,9 @@ def affordable_pages(
     On a CPU as many as `max_rows` of the longest rows can need, in at most a quarter of the machine's memory.
     """
     if device.type == "cuda":
+        # What came before, the weights' loading or another engine of this process, is no measure of this one's work.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
         warm_up()
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
