@@ -13,6 +13,7 @@ import torch
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.graphs import DecodeGraphs
+from batchrun.engine.paged.runner import _round_tokens
 from batchrun.engine.protocol import EngineSpec, Request
 
 
@@ -95,3 +96,11 @@ def test_running_out_of_memory_in_a_capture_leaves_no_graph_and_loses_no_row(
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
     assert _answers(engine, seed=1) == expected
     assert any("out of memory" in note for note in engine.stats.notes)
+
+
+def test_packs_have_few_different_numbers_of_tokens() -> None:
+    """A number that products have not met before costs the host time in every pack of a run over new rows."""
+    numbers = {tokens: _round_tokens(tokens) for tokens in range(1, 16385)}
+    assert all(tokens <= made < tokens * 1.04 + 8 for tokens, made in numbers.items())
+    assert len({made for tokens, made in numbers.items() if tokens > 8192}) == 32
+    assert numbers[16384] == 16384

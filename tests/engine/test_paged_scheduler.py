@@ -275,3 +275,21 @@ def test_rows_of_the_oldest_stream_go_first_and_in_a_stream_the_longest() -> Non
     for number, (stream, prompt) in enumerate(rows):
         queue.push(Row.of(replace(_request(number, prompt, 1), stream=stream)))
     assert [queue.pop().request.id for _ in rows] == [3, 4, 1, 2, 0]
+
+
+def test_a_pack_is_filled_past_rows_that_wait_to_copy_what_it_computes() -> None:
+    """Rows with a beginning in common are together in the queue; the first one would end each pack otherwise."""
+    scheduler = Scheduler(Pool(200, 32), 64, 1000, 512, OutputLengths(certain=True))
+    alike = [5] * 20
+    for number in range(3):
+        scheduler.add(_request(number, [*alike, 7 + number, 8], 4))
+    for number in range(3, 8):
+        scheduler.add(_request(number, [100 + number] * 20, 4))
+    pack = scheduler.next_pack()
+    assert [segment.row.request.id for segment in pack] == [0, 3, 4, 5, 6, 7]
+    scheduler.launched_pack()
+    pack = scheduler.next_pack()
+    assert [segment.row.request.id for segment in pack] == [1, 2]
+    assert all(segment.copied == len(alike) for segment in pack)
+    scheduler.launched_pack()
+    assert not len(scheduler.queue)
