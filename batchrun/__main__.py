@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gc
+import atexit
 import os
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 from batchrun import signals
 from batchrun.model import light
@@ -25,24 +26,22 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = signals.exit_code()
-    # The interpreter's last collections walk through all modules, for most of a second, and free nothing of use.
-    gc.freeze()
-    if signals.stop.is_set() or not _flushed():
-        # What hangs in an exit handler, or has nowhere to write to, must not change the code.
+    end(code)
+
+
+def end(code: int | str | None) -> NoReturn:
+    """Ends the process as `sys.exit` does, but not through the interpreter's last collections, which take most of a
+    second, and in which a thread that is still reading in C++ would abort the process and change its code."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    if not signals.stop.is_set():
+        # What hangs in one of them must not keep a process that was told to stop.
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
-            sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-    sys.exit(code)
-
-
-def _flushed() -> bool:
-    """Whether all that was printed could be written; Python would end with 120 otherwise."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        return False
-    return True
+            stream.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":

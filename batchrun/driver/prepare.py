@@ -113,7 +113,8 @@ def look(job: Job) -> Prepared:
     refuse_overlap(job)
     with first_contact():
         stored = plans.read(open_folder(job)) if job.input.since else []
-    made = _as_pinned(job, _plan(job, stored))
+        pinned = identity.read(open_folder(job))
+    made = _as_pinned(job, _plan(job, stored), pinned)
     refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
     prepared = _prepare(job, [*stored, *made], len(stored))
     if not prepared.plan.rows:
@@ -169,9 +170,8 @@ def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
     return [] if new is None else [new]
 
 
-def _as_pinned(job: Job, made: list[Plan]) -> list[Plan]:
+def _as_pinned(job: Job, made: list[Plan], pinned: Identity | None) -> list[Plan]:
     """The plan without footers where that is the one the output pinned: a version that knew none began it."""
-    pinned = identity.read(open_folder(job))
     if pinned is None or job.input.since or pinned.plan_hash == made[0].hash:
         return made
     earlier = made[0].without_footers()

@@ -133,8 +133,9 @@ class Recorder:
             milestones=self.milestones.seconds,
         )
         try:
-            logs = engine_log.keys(self.prepared.folder, self.record.run)
-            self.record = replace(self.record, engine_logs=logs)
+            if patience is None:
+                logs = engine_log.keys(self.prepared.folder, self.record.run)
+                self.record = replace(self.record, engine_logs=logs)
             self._write(patience)
             _import_report().write(self.prepared.job, self.redact)
             self.milestones.reach("report")

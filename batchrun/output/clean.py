@@ -29,6 +29,7 @@ PROBES = f"{JOB_FOLDER}probe-"  # of drivers that died while they tried the stor
 
 _RECORD = re.compile(
     rf"{JOB}|{MANIFEST}|{LEASE}|{JOB_FOLDER}report\.html|{JOB_FOLDER}runs/\d{{8}}T\d{{6}}Z-[^/]+\.json"
+    rf"|{JOB_FOLDER}runs/[0-9a-f]{{8}}-engine-\d+\.log"
     rf"|{PLANS}\d{{5,}}\.parquet|{RETRIES}\d{{5,}}\.json"
 )
 

@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 from batchrun import signals
@@ -86,7 +87,8 @@ class _Request(Generic[T]):
         self._call = call
         self._value: T | None = None
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="batchrun-request", daemon=True).start()
+        run = partial(copy_context().run, self._run)
+        threading.Thread(target=run, name="batchrun-request", daemon=True).start()
 
     def _run(self) -> None:
         try:

@@ -199,7 +199,9 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
         attempt = order.attempt(task.partition)
         if attempt.open():
             return []
-        with _engine_for(order) as (engine, health):
+        spec = _texts_for(order).engine
+        health = _health_for(order, spec)
+        with _engine_for(spec) as engine:
             health.check()
             try:
                 engine.load()
@@ -228,8 +230,9 @@ def _generate(
     order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCounters, missing: NDArray[np.bool_]
 ) -> tuple[EngineStats, Mapping[int, Begun]]:
     """Generates the missing rows, as far as they are wanted; the engine's counters and the rows that were begun."""
-    with _engine_for(order) as (engine, health):
-        return _generate_with(engine, health, order, task, attempt, counters, missing)
+    spec = _texts_for(order).engine
+    with _engine_for(spec) as engine:
+        return _generate_with(engine, _health_for(order, spec), order, task, attempt, counters, missing)
 
 
 def _generate_with(
@@ -343,22 +346,25 @@ def _texts_for(order: WorkOrder) -> Texts:
 
 
 @contextmanager
-def _engine_for(order: WorkOrder) -> Iterator[tuple[EngineProcess, EngineHealth]]:
-    """The worker's engine process for the job, kept while this is open, and its health in this run.
+def _engine_for(spec: EngineSpec) -> Iterator[EngineProcess]:
+    """The worker's engine process for this specification, kept while this is open.
 
     Idle ones of other jobs make room for it.
     """
-    spec = _texts_for(order).engine
-    key = repr(asdict(spec))
     with ExitStack() as held:
         with _lock:
-            engine = _engine(key, spec)
-            if key not in _health or _health[key].run != order.run:
-                folder = Folder(order.job.output.path, order.job.output.storage_options)
-                _health[key] = EngineHealth(order.run, folder, order.job.secrets())
-            health = _health[key]
-            held.enter_context(engine.in_use())
-        yield engine, health
+            engine = held.enter_context(_engine(repr(asdict(spec)), spec).in_use())
+        yield engine
+
+
+def _health_for(order: WorkOrder, spec: EngineSpec) -> EngineHealth:
+    """That of the engine in this run."""
+    key = repr(asdict(spec))
+    with _lock:
+        if key not in _health or _health[key].run != order.run:
+            folder = Folder(order.job.output.path, order.job.output.storage_options)
+            _health[key] = EngineHealth(order.run, folder, order.job.secrets())
+        return _health[key]
 
 
 def _engine(key: str, spec: EngineSpec) -> EngineProcess:

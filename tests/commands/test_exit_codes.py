@@ -95,9 +95,11 @@ def test_a_missing_library_is_told_with_its_name_before_anything_heavy_is_import
         "known = u.find_spec\n"
         "u.find_spec = lambda name, *more: None if name == 's3fs' else known(name, *more)\n"
         f"sys.argv = ['batchrun', 'run', {str(job)!r}]\n"
+        "import atexit\n"
+        "heavy = {'torch', 'distributed', 'transformers', 'pyarrow'}\n"
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\n"
         "from batchrun.__main__ import main\n"
-        "try: main()\n"
-        "finally: print(sorted({'torch', 'distributed', 'transformers', 'pyarrow'} & set(sys.modules)))\n"
+        "main()\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
     assert (ran.returncode, ran.stdout) == (ExitCode.REFUSED, "[]\n")

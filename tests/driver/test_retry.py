@@ -166,7 +166,6 @@ def test_too_many_failures_stop_a_retry_and_the_rate_may_be_set_for_once(job, tm
     assert f"BAD_LOGITS {len(long_rows())}, e.g. in.parquet:" in out
     code, out, _ = batchrun("status", str(job))
     assert f"BAD_LOGITS {len(long_rows())}, e.g. in.parquet:" in out
-    assert "row " in out
 
 
 @pytest.mark.timeout(280)

@@ -146,12 +146,14 @@ def test_a_store_is_not_waited_for_once_the_run_was_told_to_stop(monkeypatch):
 def test_a_worker_that_is_killed_while_it_starts_is_replaced(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     here, killed = psutil.Process(), []
+    # Another test's cluster may be up in this process.
+    others = {child.pid for child in here.children()}
 
     def kill_two() -> None:
         while len(killed) < 2:
             with suppress(psutil.NoSuchProcess):
                 for child in here.children():
-                    if child.pid not in killed and "spawn_main" in " ".join(child.cmdline()):
+                    if child.pid not in {*killed, *others} and "spawn_main" in " ".join(child.cmdline()):
                         child.kill()
                         killed.append(child.pid)
             time.sleep(0.02)
@@ -160,7 +162,8 @@ def test_a_worker_that_is_killed_while_it_starts_is_replaced(monkeypatch):
     killer.start()
     with connect(ClusterSettings(workers=1)) as client:
         client.wait_for_workers(1, timeout=60)
-        killer.join()
+        killer.join(60)
+        assert len(killed) == 2
         assert client.submit(os.getpid).result() not in killed
 
 

@@ -173,7 +173,8 @@ def test_a_prompt_asked_twice_is_computed_once_but_for_its_last_token(
     before = engine.stats.computed_tokens
     _check_greedy(models["llama"], first, _run(engine, first))
     decoded = 2 * (first[0].max_new_tokens - 1)  # the smallest decode step is made for two rows
-    assert engine.stats.computed_tokens - before <= 8 + decoded
+    # An answer's last token counts as computed too, though it is never run.
+    assert engine.stats.computed_tokens - before <= 8 + decoded + 1
 
 
 def test_padding_is_next_to_nothing(folders: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 
 from hypothesis.stateful import RuleBasedStateMachine
 
@@ -41,6 +42,7 @@ class Actor:
         self._stopped.acquire()
 
     def _run(self) -> None:
+        _me.set(self)
         try:
             self.work(self)
         except Crash:
@@ -82,6 +84,10 @@ class OneThread(contextlib.nullcontext):
         return self
 
     map = staticmethod(map)
+
+
+# Whoever asks, in threads that a request has for itself too.
+_me: ContextVar[Actor] = ContextVar("actor")
 
 
 class Interleaving(RuleBasedStateMachine):
@@ -127,5 +133,4 @@ class Interleaving(RuleBasedStateMachine):
         return self.me().ask(operation, key)
 
     def me(self) -> Actor:
-        current = threading.current_thread()
-        return next(a for a in self.actors if a.thread is current)
+        return _me.get()

@@ -190,7 +190,7 @@ def test_counters_add_up_however_rows_are_cut(rows, cut):
     def counted(*tables):
         counts = Counters()
         for one in tables:
-            counts.count(table(one), 0)
+            counts.count(table(one), lambda row: f"row {row}")
         return counts
 
     whole = counted(rows)
