@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,19 @@ def test_paths_and_links_in_the_docs_exist() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
         for path in re.findall(r"`((?:tests|jobs|docker|batchrun)/[\w./-]+\w)`", text):
             assert (ROOT / path).exists() or "answers" in path, f"{page.name}: {path}"
+
+
+def test_nothing_tells_anybody_to_install_the_package_of_another_owner() -> None:
+    # The index has a `batchrun` that is not this one.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "batchrun-llm"
+    own = re.compile(r"pip install (-\S+ )*'?batchrun|\bbatchrun\[\w+[,\]]")
+    folders = ("batchrun", "docker", "jobs", "tests")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    texts = [file for file in files if file.suffix in {".py", ".md", ".toml", ".yaml", ".sh", ".Dockerfile"}]
+    assert len(texts) > 100
+    found = [str(file) for file in texts if file != Path(__file__) and own.search(file.read_text())]
+    assert not found
 
 
 def test_a_change_of_a_known_kind_touches_at_most_six_files_which_exist() -> None:
