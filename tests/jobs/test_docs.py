@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
@@ -31,6 +32,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "jobs/README.md",
     ROOT / "jobs/ERRORS.md",
+    ROOT / "jobs/PERFORMANCE.md",
     ROOT / "docker/README.md",
     ROOT / "batchrun/output/README.md",
     ROOT / "batchrun/engine/README.md",
@@ -126,6 +128,25 @@ def test_nothing_tells_anybody_to_install_the_package_of_another_owner() -> None
     assert len(texts) > 100
     found = [str(file) for file in texts if file != Path(__file__) and own.search(file.read_text())]
     assert not found
+
+
+def test_the_readme_is_read_in_minutes_and_shows_what_a_run_looks_like() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) < 900
+    assert len(re.findall(r"^!\[.+\]\((jobs/images/\S+)\)$", text, re.MULTILINE)) == 2
+    torch = re.search(r"install '(torch\S+)' --index-url \S+/cpu", text)
+    assert torch
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert torch[1] in project["dependencies"]
+    assert f"'{torch[1]}' --index-url" in (ROOT / "jobs/README.md").read_text()
+
+
+def test_the_rows_that_the_readme_shows_are_the_quickstarts() -> None:
+    rows = re.findall(r"^\| (.+) \| `(\{.+\})` \| ok \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    orders = pq.read_table(ROOT / "jobs/quickstart/orders.parquet", columns=["text", "expected"]).to_pylist()
+    known = {order["text"]: order["expected"] for order in orders}
+    assert len(rows) == 5
+    assert all(known[text] == answer for text, answer in rows)
 
 
 def test_a_change_of_a_known_kind_touches_at_most_six_files_which_exist() -> None:
