@@ -16,6 +16,11 @@ from batchrun.version import __version__
 
 log = logging.getLogger(__name__)
 
+SAME_WHEEL = (
+    f"install the same wheel of batchrun {__version__} on every machine "
+    "(`pip wheel . --no-deps` in its checkout makes one)"
+)
+
 
 @dataclass(frozen=True)
 class WorkerFacts:
@@ -51,11 +56,10 @@ def find_problem(facts: dict[str, Any], slots: int) -> tuple[str, str, str] | No
     owners: dict[str, str] = {}
     for address, fact in facts.items():
         if not isinstance(fact, WorkerFacts):
-            install = f"install batchrun {__version__} beside it"
-            return f"the worker cannot load batchrun ({first_line(fact)})", address, install
+            return f"the worker cannot load batchrun ({first_line(fact)})", address, SAME_WHEEL
         if fact.version != __version__:
             what = f"the worker has batchrun {fact.version}, the driver {__version__}"
-            return what, address, "install the same on both"
+            return what, address, SAME_WHEEL
         if fact.threads != slots:
             what = f"the worker takes {fact.threads} partitions at once, cluster.slots says {slots}"
             return what, address, f"start it with --nthreads {slots}, or set cluster.slots: {fact.threads}"

@@ -38,10 +38,15 @@ def worker_environment() -> dict[str, str]:
     }
 
 
-def optional(module: str, extra: str) -> Any:
-    """The module, or a ClusterError that says which extra of batchrun has it."""
+def optional(module: str, section: str) -> Any:
+    """The module that the job's `cluster.<section>` needs.
+
+    Raises:
+        ClusterError: its package is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:
-        what = f"the package {module.partition('.')[0].replace('_', '-')} is not installed"
-        raise ClusterError(what, f"cluster.{extra}", f"pip install 'batchrun[{extra}]'") from None
+        package = module.partition(".")[0].replace("_", "-")
+        what = f"the package {package} is not installed"
+        raise ClusterError(what, f"cluster.{section}", f"pip install {package}") from None

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 import batchrun as library
 from batchrun.cluster import connect
 from batchrun.cluster.check import WorkerFacts, check_workers, find_problem
-from batchrun.cluster.config import DASK_CONFIG, worker_environment
+from batchrun.cluster.config import DASK_CONFIG, optional, worker_environment
 from batchrun.cluster.kubernetes import kubernetes_spec
 from batchrun.cluster.slurm import slurm_options
 from batchrun.errors import ClusterError, ExitCode
@@ -98,7 +98,7 @@ def test_workers_that_cannot_do_the_job_are_named_with_the_fix_before_anything_i
         wide.wait()
         one.worker("127.0.0.1", PYTHONPATH=str(old))
         one.wait_for(1)
-        with pytest.raises(ClusterError, match=r"cannot load batchrun.*install batchrun"):
+        with pytest.raises(ClusterError, match=r"cannot load batchrun.*install the same wheel"):
             library.run(load(job, f"cluster.address={one.address}"))
     assert not (tmp_path / "out" / "data").exists()
 
@@ -245,6 +245,23 @@ def test_an_unknown_kubernetes_key_and_a_missing_image_are_refused() -> None:
         kubernetes_spec(settings(kubernetes={"image": "x", "gpus": 1}))
     with pytest.raises(ClusterError, match="no image"):
         kubernetes_spec(settings(kubernetes={}))
+
+
+@pytest.mark.parametrize(
+    ("module", "section", "package"),
+    [
+        ("dask_jobqueue", "slurm", "dask-jobqueue"),
+        ("dask_kubernetes.operator", "kubernetes", "dask-kubernetes"),
+    ],
+)
+def test_a_clusters_missing_library_is_the_one_to_install(
+    module: str, section: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ClusterError) as caught:
+        optional(module, section)
+    assert (caught.value.where, caught.value.fix) == (f"cluster.{section}", f"pip install {package}")
+    assert package in caught.value.what
 
 
 def test_without_a_kubernetes_cluster_the_error_is_one_line(tmp_path: Path, tiny_llama: Path) -> None:

@@ -8,9 +8,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
@@ -30,6 +32,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "jobs/README.md",
     ROOT / "jobs/ERRORS.md",
+    ROOT / "jobs/PERFORMANCE.md",
     ROOT / "docker/README.md",
     ROOT / "batchrun/output/README.md",
     ROOT / "batchrun/engine/README.md",
@@ -112,6 +115,38 @@ def test_paths_and_links_in_the_docs_exist() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
         for path in re.findall(r"`((?:tests|jobs|docker|batchrun)/[\w./-]+\w)`", text):
             assert (ROOT / path).exists() or "answers" in path, f"{page.name}: {path}"
+
+
+def test_nothing_tells_anybody_to_install_the_package_of_another_owner() -> None:
+    # The index has a `batchrun` that is not this one.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "batchrun-llm"
+    own = re.compile(r"pip install (-\S+ )*'?batchrun|\bbatchrun\[\w+[,\]]")
+    folders = ("batchrun", "docker", "jobs", "tests")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    texts = [file for file in files if file.suffix in {".py", ".md", ".toml", ".yaml", ".sh", ".Dockerfile"}]
+    assert len(texts) > 100
+    found = [str(file) for file in texts if file != Path(__file__) and own.search(file.read_text())]
+    assert not found
+
+
+def test_the_readme_is_read_in_minutes_and_shows_what_a_run_looks_like() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) < 900
+    assert len(re.findall(r"^!\[.+\]\((jobs/images/\S+)\)$", text, re.MULTILINE)) == 2
+    torch = re.search(r"install '(torch\S+)' --index-url \S+/cpu", text)
+    assert torch
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert torch[1] in project["dependencies"]
+    assert f"'{torch[1]}' --index-url" in (ROOT / "jobs/README.md").read_text()
+
+
+def test_the_rows_that_the_readme_shows_are_the_quickstarts() -> None:
+    rows = re.findall(r"^\| (.+) \| `(\{.+\})` \| ok \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    orders = pq.read_table(ROOT / "jobs/quickstart/orders.parquet", columns=["text", "expected"]).to_pylist()
+    known = {order["text"]: order["expected"] for order in orders}
+    assert len(rows) == 5
+    assert all(known[text] == answer for text, answer in rows)
 
 
 def test_a_change_of_a_known_kind_touches_at_most_six_files_which_exist() -> None:
