@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from batchrun.report.result import RunResult
-    from batchrun.telemetry.progress import Progress, Watch
+    from batchrun.telemetry.progress import Progress, ProgressCallback
 
 app = typer.Typer(
     name="batchrun",
@@ -146,7 +146,7 @@ def retry(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run the failed rows of a complete output again, once their cause is mended."""
+    """Run the failed rows of a complete output again, once their cause is fixed."""
 
     def work(job: Job, **how: Any) -> RunResult:
         from batchrun.driver import retry as retrying
@@ -274,7 +274,7 @@ def _work_off(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Shows `work(job, stop=, watch=)` while it goes on, then what came of it; ends with its exit code."""
+    """Shows `work(job, stop=, on_progress=)` while it goes on, then what came of it; ends with its exit code."""
     with _errors(as_json, debug, log_format) as redact:
         job = _load(job_file, overrides, redact)
         from batchrun.report import live
@@ -282,11 +282,11 @@ def _work_off(
 
         result = None
         try:
-            with live.show(_Console(stderr=True), log_format, job) as watch:
+            with live.show(_Console(stderr=True), log_format, job) as on_progress:
                 result = work(
                     job,
                     stop=signals.stop,
-                    watch=_shown_if_possible(watch),
+                    on_progress=_shown_if_possible(on_progress),
                     milestones=Milestones.of_process(),
                 )
                 signals.decided(result.exit_code)
@@ -313,14 +313,14 @@ def _show_result(job: Job, result: RunResult, as_json: bool, redact: Redactor) -
     _print(result.to_json(), summary.run_lines(result), as_json, redact)
 
 
-def _shown_if_possible(watch: Watch) -> Watch:
+def _shown_if_possible(on_progress: ProgressCallback) -> ProgressCallback:
     """The watch, which is not looked at any more once its terminal is gone: that is no reason to stop a run."""
 
-    def see(now: Progress) -> None:
+    def forward(now: Progress) -> None:
         with _display():
-            watch(now)
+            on_progress(now)
 
-    return see
+    return forward
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     python tests/fuzz.py --count 20000 --seed 1 [--target plan ...]
 
 Each input is a good file with a few random changes (flipped bits, cut, spliced, swapped for another). A target
-says "refused" where the file was refused by a typed error or left aside, "same" where what was read is what the
+says "refused" where the file was refused by a typed error or skipped, "same" where what was read is what the
 good file holds, and raises where damage passed for the truth.
 """
 

@@ -22,7 +22,7 @@ from batchrun.model import light
 
 # Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
 # Dask takes one away whose worker was gone for 15 seconds.
-MEND = 2.0
+RESTORE_EVERY = 2.0
 # What CUDA_VISIBLE_DEVICES may hold beside indices: GPUs, and slices of them.
 UUIDS = ("GPU-", "MIG-")
 
@@ -54,14 +54,14 @@ def local_cluster(settings: ClusterSettings) -> Iterator[SpecCluster]:
         silence_logs=logging.CRITICAL,
     ) as cluster:
 
-        def mend() -> None:
+        def restore() -> None:
             for name, nanny in list(cluster.workers.items()):
                 if nanny.status in (Status.closed, Status.failed):
                     del cluster.workers[name]
             if len(cluster.workers) < len(workers):
                 cluster.scale(len(workers))
 
-        again = PeriodicCallback(mend, MEND * 1000)
+        again = PeriodicCallback(restore, RESTORE_EVERY * 1000)
         cluster.loop.add_callback(again.start)
         try:
             yield cluster

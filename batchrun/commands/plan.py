@@ -61,7 +61,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         "largest_partition": max(partition.rows for partition in plan.partitions),
         "plan_hash": plan.hash,
         "skipped": [f"{skipped.path} ({skipped.reason})" for skipped in plan.skipped],
-        "context": prepared.texts.engine.max_context,
+        "context": prepared.codec.engine.max_context,
         "max_new_tokens": job.generation.max_new_tokens,
         "prompt_tokens": _prompt_tokens(sampled, plan.rows),
         "problems": _problems(sampled, job),

@@ -10,12 +10,12 @@ from itertools import accumulate, chain
 import pyarrow as pa
 
 from batchrun.dataset.plan import Partition
-from batchrun.dataset.reader import Batch
+from batchrun.dataset.reader import RowBatch
 from batchrun.dataset.source import DataFile
 from batchrun.job.settings import InputSettings
 
 
-def names_of(batch: Batch, files: Mapping[int, DataFile], settings: InputSettings) -> pa.Array:
+def names_of(batch: RowBatch, files: Mapping[int, DataFile], settings: InputSettings) -> pa.Array:
     """(rows,) The names of a batch's rows, such as "2026/orders.parquet:123"."""
     file = next(file for file in files.values() if file.path == batch.file)
     return pa.array(_names(file, batch.row_group, batch.places.tolist(), settings), pa.string())
@@ -32,7 +32,7 @@ class RowNames:
         partition: Partition,
         files: Mapping[int, DataFile],
         settings: InputSettings,
-        batches: Callable[[], Iterator[Batch]],
+        batches: Callable[[], Iterator[RowBatch]],
     ) -> None:
         self._partition, self._files, self._settings, self._batches = partition, files, settings, batches
 

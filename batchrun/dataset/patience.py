@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 
-from batchrun.dataset.reader import Batch
+from batchrun.dataset.reader import RowBatch
 from batchrun.errors import BatchrunError, CorruptInput, StorageError, one_line
 from batchrun.storage.deadline import pause, told_to_stop
 from batchrun.storage.faults import is_transient
@@ -18,7 +18,7 @@ PATIENCE = 300.0  # seconds without a batch before a busy store is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; the n-th wait is a random one up to FIRST_WAIT * 2**n
 
 
-def patiently(read: Callable[[bool], Iterator[Batch]], where: str) -> Iterator[Batch]:
+def read_with_retries(read: Callable[[bool], Iterator[RowBatch]], where: str) -> Iterator[RowBatch]:
     """A partition's batches; `read(salvage)` starts reading them from the first, as `read_partition` does.
 
     A page that cannot be decoded is read once more, and then its slice salvaged. While the store is only busy, waits
@@ -59,7 +59,7 @@ def patiently(read: Callable[[bool], Iterator[Batch]], where: str) -> Iterator[B
             waits += 1
 
 
-def _from(batch: Batch, first: int) -> Batch:
+def _from(batch: RowBatch, first: int) -> RowBatch:
     """The batch without the rows before `first`."""
     skip = max(0, first - batch.first)
     if not skip:

@@ -21,7 +21,7 @@ from batchrun.dataset.source import DataFile
 from batchrun.errors import ChangedError, CorruptInput, FaultCode, RowFault
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
     """Consecutive rows of a partition.
 
     `first` is the place of its first row among the partition's rows, `records` the rows, and `row_ids`
@@ -49,7 +49,7 @@ def read_partition(
     storage_options: Mapping[str, Any],
     batch_rows: int = 1024,
     salvage: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[RowBatch]:
     """The rows of a partition's slices, in order, `batch_rows` or fewer at a time, with `columns` as `schema`
     has them.
 
@@ -101,7 +101,7 @@ class _Reader(NamedTuple):
     batch_rows: int
     salvage: bool
 
-    def read(self, parquet: pq.ParquetFile, file: DataFile, part: Slice) -> Iterator[Batch]:
+    def read(self, parquet: pq.ParquetFile, file: DataFile, part: Slice) -> Iterator[RowBatch]:
         """The slice's rows; `first` counts from the slice's own first row."""
         done, position = 0, part.first_row
         try:
@@ -113,7 +113,7 @@ class _Reader(NamedTuple):
                     places, records = places[mask], records.filter(pa.array(mask))
                 if len(places):
                     ids = row_ids(file.path, part.row_group, places)
-                    yield Batch(done, records.select(self.columns), ids, file.path, part.row_group, places)
+                    yield RowBatch(done, records.select(self.columns), ids, file.path, part.row_group, places)
                     done += len(places)
         except CorruptInput as error:
             if not self.salvage:
@@ -143,7 +143,7 @@ class _Reader(NamedTuple):
             if left <= 0:
                 return
 
-    def _lost(self, file: DataFile, part: Slice, done: int, fault: RowFault) -> Iterator[Batch]:
+    def _lost(self, file: DataFile, part: Slice, done: int, fault: RowFault) -> Iterator[RowBatch]:
         """The rest of a slice as nulls. Which physical rows they were is unknown where filters chose them:
         their ids count from the slice's first row on."""
         schema = pa.schema([self.schema.field(name) for name in self.columns])
@@ -157,7 +157,7 @@ class _Reader(NamedTuple):
             nulls = pa.RecordBatch.from_arrays(lost, schema=schema)
             places = part.first_row + np.arange(first, first + count)
             ids = row_ids(file.path, part.row_group, places)
-            yield Batch(first, nulls, ids, file.path, part.row_group, places, fault)
+            yield RowBatch(first, nulls, ids, file.path, part.row_group, places, fault)
 
 
 def _check_unchanged(file: DataFile, storage_options: Mapping[str, Any]) -> pq.FileMetaData:

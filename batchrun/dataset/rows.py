@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import pyarrow as pa
 
 from batchrun.dataset.names import names_of
-from batchrun.dataset.patience import patiently
+from batchrun.dataset.patience import read_with_retries
 from batchrun.dataset.plan import Partition, Plan
-from batchrun.dataset.reader import Batch, read_partition
+from batchrun.dataset.reader import RowBatch, read_partition
 from batchrun.dataset.source import DataFile
 from batchrun.job.job import Job
 
@@ -29,14 +29,14 @@ Places = Callable[[int], Iterable[pa.RecordBatch]]
 
 def read_rows(
     job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile], columns: Sequence[str]
-) -> Iterator[Batch]:
+) -> Iterator[RowBatch]:
     """A partition's input rows in order, `columns` only, as the job filters and casts them.
 
     Rows of a page that cannot be decoded, read twice, are nulls with a fault.
     """
     settings = job.input
 
-    def read(salvage: bool) -> Iterator[Batch]:
+    def read(salvage: bool) -> Iterator[RowBatch]:
         return read_partition(
             partition.slices,
             files,
@@ -49,7 +49,7 @@ def read_rows(
             salvage=salvage,
         )
 
-    return patiently(read, job.input.paths[0])
+    return read_with_retries(read, job.input.paths[0])
 
 
 def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -59,7 +59,7 @@ def rows_of(job: Job, plan: Plan, partition: Partition, columns: Sequence[str]) 
     return (carried(batch, files, job) for batch in batches)
 
 
-def carried(batch: Batch, files: Mapping[int, DataFile], job: Job) -> pa.RecordBatch:
+def carried(batch: RowBatch, files: Mapping[int, DataFile], job: Job) -> pa.RecordBatch:
     """The batch's columns, and the rows' names where the job wants them as a column."""
     name = job.output.row_column
     if name is None:

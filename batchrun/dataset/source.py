@@ -109,7 +109,7 @@ def read_source(
 
     Raises:
         InputError: no file matches; files that are no Parquet (every one is named, unless `skip_bad_files`);
-            columns that stand twice, are missing, or differ in type; a cast that cannot be.
+            columns that appear twice, are missing, or differ in type; a cast that cannot be.
     """
     growing = found is not None
     found = find_files(settings.paths, settings.storage_options) if found is None else found
@@ -127,7 +127,7 @@ def read_source(
         raise InputError(
             f"{len(bad)} of {len(footers)} files cannot be read as Parquet: {names}",
             "input.path",
-            "mend or remove them, or set input.skip_bad_files" if good else "give Parquet files",
+            "fix or remove them, or set input.skip_bad_files" if good else "give Parquet files",
         )
     good = [_with_keys(file, schema, fields) for file, schema in good]
     return Source([file for file, _ in good], _shared_schema(good, settings, needed), bad)
@@ -290,7 +290,7 @@ def _refuse_duplicates(shapes: Sequence[tuple[pa.Schema, list[str]]]) -> None:
             faults.append(f"{', '.join(map(repr, names))} in {_some(paths)}")
     if faults:
         raise InputError(
-            f"column names that stand twice: {'; '.join(faults)}", "input", "rename one of the two"
+            f"column names that appear twice: {'; '.join(faults)}", "input", "rename one of the two"
         )
 
 

@@ -20,7 +20,7 @@ from batchrun.cluster import dashboard
 from batchrun.counters import Counters
 from batchrun.driver import heartbeats
 from batchrun.driver.heartbeats import Heartbeats
-from batchrun.driver.lost_attempts import Judge, Trial, reason_of
+from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.stalls import Stalls
 from batchrun.engine.protocol import EngineStats
@@ -28,7 +28,7 @@ from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, S
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
 from batchrun.telemetry.milestones import Milestones
-from batchrun.telemetry.progress import Progress, Watch, silent
+from batchrun.telemetry.progress import Progress, ProgressCallback, silent
 from batchrun.telemetry.record import SlowPartition
 from batchrun.worker.generation import AttemptCounters
 from batchrun.worker.task import (
@@ -45,20 +45,20 @@ from batchrun.worker.task import (
 
 log = logging.getLogger(__name__)
 
-WINDOW = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
+IN_FLIGHT_PER_SLOT = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
 POLL = 1.0  # seconds between two looks at the workers' counters
 TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
 REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
-RECEIPT = 60.0  # seconds to wait for a finished task's receipt from its worker
+RECEIPT_TIMEOUT = 60.0  # seconds to wait for a finished task's receipt from its worker
 RECEIPT_AT_END = 5.0  # the same once the run is to end
-DRAIN = 30.0  # seconds that tasks have to stage what they hold after a stop
+DRAIN_TIMEOUT = 30.0  # seconds that tasks have to stage what they hold after a stop
 SLOWEST = 10  # partitions that are named in the run's record
 # Errors of a partition that end the run; others lose the attempt.
-ENDING = (Refused, StorageError, CorruptInput)
+FATAL_ERRORS = (Refused, StorageError, CorruptInput)
 
 
 class Dispatch:
-    """The partitions of one run between storage and Dask: `todo`, `flying`, and what came of them.
+    """The partitions of one run between storage and Dask: `todo`, `in_flight`, and what came of them.
 
     `work` says how many rows of which partitions are to be generated; with `retry` they are those that it selects.
     """
@@ -68,7 +68,7 @@ class Dispatch:
         prepared: Prepared,
         work: dict[int, int],
         stop: threading.Event,
-        watch: Watch,
+        on_progress: ProgressCallback,
         milestones: Milestones,
         retry: Retry | None = None,
     ) -> None:
@@ -84,17 +84,17 @@ class Dispatch:
             model_fingerprint=prepared.model.fingerprint,
             retry=retry,
         )
-        self.stop, self.watch, self.milestones = stop, watch, milestones
-        self.guard: Watch = silent  # raises once the run is to end
+        self.stop, self.on_progress, self.milestones = stop, on_progress, milestones
+        self.guard: ProgressCallback = silent  # raises once the run is to end
         self.todo = deque(work)
         self.rows_committed = self.plan.rows - sum(work.values())
-        self.flying: dict[Future, list[int]] = {}
+        self.in_flight: dict[Future, list[int]] = {}
         self.single: set[int] = set()  # partitions that share no task any more: one that they shared was lost
         self.pace = math.inf  # seconds that a partition takes, as of late
         self.finished: queue.Queue[Future] = queue.Queue()
-        self.judge = Judge(self.plan, self.folder, self.layout, proven=self.rows_committed > 0)
+        self.policy = LostAttemptPolicy(self.plan, self.folder, self.layout, proven=self.rows_committed > 0)
         self.stalls = Stalls(self.job.limits.stall_seconds)
-        self.trials: dict[Future, Trial] = {}  # those of `flying` that try a suspect
+        self.isolated_attempts: dict[Future, IsolatedAttempt] = {}  # those of `in_flight` that try a suspect
         self.kept: dict[Future, list[str]] = {}  # those that only some workers may do, and which
         self.workers: dict[str, Any] = {}
         self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
@@ -130,26 +130,26 @@ class Dispatch:
         next_poll = 0.0
         _register(client)
         self.dashboard = dashboard(client)
-        while self.todo or self.flying or self.judge.suspects:
+        while self.todo or self.in_flight or self.policy.suspected:
             if self.stop.is_set():
                 raise Interrupted("stopped")
             if client.status != "running":
                 raise ConnectionError("no connection to the Dask scheduler")
             if time.monotonic() >= next_poll:
                 self.workers = self._poll(client)
-                self.judge.check_engines(self.workers)
+                self.policy.check_engines(self.workers)
                 next_poll = time.monotonic() + POLL
             self._fill(client, self.workers)
-            self._try_suspects(client)
+            self._try_suspected(client)
             self._settle(POLL / 4)
         self._poll(client)
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
-        able = self.judge.able(workers)
+        able = self.policy.able(workers)
         self._free_kept(workers)
         slots = sum(workers[name]["nthreads"] for name in able)
-        window = max(1, math.ceil(WINDOW * slots)) if able or not workers else 0
-        while self.todo and len(self.flying) < window:
+        window = max(1, math.ceil(IN_FLIGHT_PER_SLOT * slots)) if able or not workers else 0
+        while self.todo and len(self.in_flight) < window:
             members = self._next(window)
             tasks = [self._task(index) for index in members]
             where = {} if len(able) == len(workers) else {"workers": able}
@@ -159,15 +159,15 @@ class Dispatch:
 
     def _task(self, index: int) -> Task:
         partition = self.plan.partitions[index]
-        return Task(partition, self.plan.files_of(partition), proven=self.judge.proven)
+        return Task(partition, self.plan.files_of(partition), proven=self.policy.proven)
 
     def _free_kept(self, workers: dict[str, Any]) -> None:
         """What is kept for workers that are gone would wait for ever."""
-        self.kept = {future: able for future, able in self.kept.items() if future in self.flying}
+        self.kept = {future: able for future, able in self.kept.items() if future in self.in_flight}
         for future, able in list(self.kept.items()):
             if not workers.keys() & set(able):
                 del self.kept[future]
-                self.todo.extend(self.flying.pop(future))
+                self.todo.extend(self.in_flight.pop(future))
                 future.cancel()
 
     def _submit(
@@ -175,43 +175,43 @@ class Dispatch:
     ) -> Future:
         key = f"batchrun-{self.layout.plan_hash[:8]}-{members[0]:05d}-{uuid.uuid4().hex[:8]}"
         future = client.submit(work, self.order, *arguments, key=key, pure=False, retries=0, **where)
-        self.flying[future] = members
+        self.in_flight[future] = members
         future.add_done_callback(self.finished.put)
         return future
 
-    def _try_suspects(self, client: Client) -> None:
+    def _try_suspected(self, client: Client) -> None:
         """Begins trials once nothing else is in flight."""
-        if self.todo or len(self.flying) > len(self.trials):
+        if self.todo or len(self.in_flight) > len(self.isolated_attempts):
             return
-        for future, trial in list(self.trials.items()):
-            if trial.worker not in self.workers and not future.done():
-                self.flying.pop(future)  # it left in peace, and nothing can be said of the rows
-                del self.trials[future]
+        for future, isolated in list(self.isolated_attempts.items()):
+            if isolated.worker not in self.workers and not future.done():
+                self.in_flight.pop(future)  # it left in peace, and nothing can be said of the rows
+                del self.isolated_attempts[future]
                 future.cancel()
-        for trial in list(self.judge.trials(self.trials.values(), self.workers)):
-            self._try(client, trial)
+        for isolated in list(self.policy.isolated_attempts(self.isolated_attempts.values(), self.workers)):
+            self._try(client, isolated)
 
-    def _try(self, client: Client, trial: Trial) -> None:
-        work = examine if trial.rows is None else run_partition
-        task = self.judge.task(trial)
-        future = self._submit(client, [trial.partition], work, task, workers=[trial.worker])
-        self.trials[future] = trial
+    def _try(self, client: Client, isolated: IsolatedAttempt) -> None:
+        work = examine if isolated.rows is None else run_partition
+        task = self.policy.task(isolated)
+        future = self._submit(client, [isolated.partition], work, task, workers=[isolated.worker])
+        self.isolated_attempts[future] = isolated
 
-    def _take_trial(self, future: Future, trial: Trial) -> None:
+    def _take_isolated(self, future: Future, isolated: IsolatedAttempt) -> None:
         try:
-            outcome = future.result(timeout=RECEIPT)
+            outcome = future.result(timeout=RECEIPT_TIMEOUT)
         except (Refused, StorageError) as error:
             self._count_lost(error)
             raise
         except Exception as error:
-            self.judge.lost_alone(trial, error, self.workers)
+            self.policy.lost_alone(isolated, error, self.workers)
             # It may be gone, and what is pinned to a worker that is gone waits for ever: ask first who is there.
-            self.workers = {name: one for name, one in self.workers.items() if name != trial.worker}
+            self.workers = {name: one for name, one in self.workers.items() if name != isolated.worker}
             return
         if isinstance(outcome, TaskReceipt):
-            self._book(trial.partition, outcome)
+            self._book(isolated.partition, outcome)
         else:
-            self._try(future.client, self.judge.examined(trial, outcome))
+            self._try(future.client, self.policy.examined(isolated, outcome))
 
     def _next(self, window: int) -> list[int]:
         """The partitions of one task: one as a rule, more of tiny ones, fewer of these again towards the end."""
@@ -232,17 +232,17 @@ class Dispatch:
             return
 
     def _take(self, future: Future) -> None:
-        if future not in self.flying:
+        if future not in self.in_flight:
             return
-        members = self.flying.pop(future)
-        if trial := self.trials.pop(future, None):
+        members = self.in_flight.pop(future)
+        if isolated := self.isolated_attempts.pop(future, None):
             if future.status != "cancelled":
-                self._take_trial(future, trial)
+                self._take_isolated(future, isolated)
             return
         if future.status == "finished":
             try:
-                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT)
-            except ENDING as final:
+                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT_TIMEOUT)
+            except FATAL_ERRORS as final:
                 self._count_lost(final)
                 raise
             except Exception as lost:
@@ -256,22 +256,22 @@ class Dispatch:
             self._again_alone(members[len(receipts) :])
             return
         error = future.exception() if future.status == "error" else None
-        if isinstance(error, ENDING):
+        if isinstance(error, FATAL_ERRORS):
             self._count_lost(error)
             raise error
         self._lose(members, error)
 
     def _book(self, index: int, receipt: TaskReceipt) -> None:
         self.total += receipt.counters
-        self._see_slow(receipt)
-        self._see_engine(receipt.worker, receipt.engine)
+        self._note_slow(receipt)
+        self._note_engine(receipt.worker, receipt.engine)
         if receipt.part is None:
             self.staged[index] = receipt.counters.reused + receipt.counters.rows
             if receipt.counters.rows:
-                self.judge.progress(index)
+                self.policy.progress(index)
             return
         self.staged.pop(index, None)
-        self.judge.committed(index)
+        self.policy.committed(index)
         self.milestones.commit()
         self.receipts[index] = receipt.part
         self.rows_committed += self.work[index]
@@ -293,7 +293,7 @@ class Dispatch:
         self.todo.extend(members)
 
     def _strike(self, index: int, error: BaseException | None) -> None:
-        if self.judge.lost(index, error, len(self.flying) + 1):
+        if self.policy.lost(index, error, len(self.in_flight) + 1):
             self.todo.append(index)
 
     def _poll(self, client: Client) -> dict[str, Any]:
@@ -302,46 +302,50 @@ class Dispatch:
         now, beats = self._show(workers)
         self.guard(now)
         self._check_faults(beats.total)
-        for address, attempt, signs in beats.signs:
-            self._end_if_stalled(client, address, attempt, signs)
+        for address, attempt, activity in beats.activity:
+            self._end_if_stalled(client, address, attempt, activity)
         self.stalls.forget(self._members())
         return workers
 
     def _show(self, workers: dict[str, Any]) -> tuple[Progress, Heartbeats]:
-        """Gives the watch the run's counters, those of tasks in flight included."""
-        flying = self._members()
-        beats = heartbeats.read(workers, self.order.run, self.total, flying)
+        """Gives the callback the run's counters, those of tasks in flight included."""
+        in_flight = self._members()
+        beats = heartbeats.read(workers, self.order.run, self.total, in_flight)
         if self.before is None:
             self.before = {(address, stats.pid): stats for address, stats in beats.engines}
         for address, stats in beats.engines:
-            self._see_engine(address, stats)
+            self._note_engine(address, stats)
         before, self.seconds = self.seconds, time.monotonic() - self.started
-        for worker in beats.crew:
+        for worker in beats.worker_views:
             self.worker_time[worker.doing] += self.seconds - before
         now = Progress(
             seconds=self.seconds,
             partitions=self.layout.partitions,
-            partitions_done=self.layout.partitions - len(self.todo) - len(flying | {*self.judge.suspects}),
-            partitions_flying=len(flying),
+            partitions_done=self.layout.partitions
+            - len(self.todo)
+            - len(in_flight | {*self.policy.suspected}),
+            partitions_in_flight=len(in_flight),
             rows=self.plan.rows,
             rows_done=min(self.rows_committed + beats.covered, self.plan.rows),
             counts=beats.total,
             workers=len(workers),
             worker_time=dict(self.worker_time),
-            crew=beats.crew,
+            worker_views=beats.worker_views,
             engines=list(self.engines.values()),
             slowest=self.slowest,
             dashboard=self.dashboard,
         )
-        self.watch(now)
+        self.on_progress(now)
         return now, beats
 
     def _members(self) -> set[int]:
-        return {index for members in self.flying.values() for index in members}
+        return {index for members in self.in_flight.values() for index in members}
 
-    def _end_if_stalled(self, client: Client, worker: str, attempt: AttemptCounters, signs: Hashable) -> None:
+    def _end_if_stalled(
+        self, client: Client, worker: str, attempt: AttemptCounters, activity: Hashable
+    ) -> None:
         """Ends a worker that hangs alive; its attempts are then judged like any lost ones."""
-        if self.stalls.stalled(attempt.partition, (worker, signs), time.monotonic()):
+        if self.stalls.stalled(attempt.partition, (worker, activity), time.monotonic()):
             limit = self.job.limits.stall_seconds
             log.warning(
                 "partition %d: no sign of progress for %g s; its worker is restarted",
@@ -357,7 +361,7 @@ class Dispatch:
             raise TooManyFaults(
                 f"{counts.failed:,} of the first {counts.rows:,} rows failed, e.g. {examples}",
                 self.folder.url,
-                "mend the prompt or the model, or raise limits.max_error_rate",
+                "fix the prompt or the model, or raise limits.max_error_rate",
             )
 
     def _wind_up(self, client: Client) -> None:
@@ -371,19 +375,19 @@ class Dispatch:
         if client.status != "running":
             return
         client.run(request_stop, self.order.run, wait=False, on_error="ignore")
-        deadline = time.monotonic() + DRAIN
-        while self.flying and time.monotonic() < deadline:
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        while self.in_flight and time.monotonic() < deadline:
             try:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
                 continue
             self._count_late(future)
-        client.cancel(list(self.flying))
+        client.cancel(list(self.in_flight))
 
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
-        members = self.flying.pop(future, [])
-        self.trials.pop(future, None)
+        members = self.in_flight.pop(future, [])
+        self.isolated_attempts.pop(future, None)
         try:
             outcome = future.result(timeout=RECEIPT_AT_END)
         except Exception as error:
@@ -409,12 +413,12 @@ class Dispatch:
             f"{parts:,} of {self.layout.partitions:,} parts, {staged:,} staged"
         )
 
-    def _see_slow(self, receipt: TaskReceipt) -> None:
+    def _note_slow(self, receipt: TaskReceipt) -> None:
         mine = receipt.counters
         slow = SlowPartition(mine.partition, receipt.seconds, mine.rows, mine.tokens, receipt.worker)
         self.slowest = sorted([*self.slowest, slow], key=lambda s: -s.seconds)[:SLOWEST]
 
-    def _see_engine(self, worker: str, stats: EngineStats | None) -> None:
+    def _note_engine(self, worker: str, stats: EngineStats | None) -> None:
         if stats is None or not stats.pid:  # not loaded yet
             return
         key = (worker, stats.pid)

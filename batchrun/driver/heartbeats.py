@@ -17,17 +17,17 @@ from batchrun.worker.generation import AttemptCounters
 class Heartbeats:
     """`total` adds the attempts in flight to the finished ones, `covered` is how many rows those in flight have done.
 
-    `signs` names for each of them its worker, its counters, and what changes as long as anything there goes on.
+    `activity` names for each of them its worker, its counters, and what changes as long as anything there goes on.
     """
 
     total: Counters
     covered: int = 0
-    crew: list[WorkerView] = field(default_factory=list)
+    worker_views: list[WorkerView] = field(default_factory=list)
     engines: list[tuple[str, EngineStats]] = field(default_factory=list)
-    signs: list[tuple[str, AttemptCounters, Hashable]] = field(default_factory=list)
+    activity: list[tuple[str, AttemptCounters, Hashable]] = field(default_factory=list)
 
 
-def read(workers: Mapping[str, Any], run: str, finished: Counters, flying: Collection[int]) -> Heartbeats:
+def read(workers: Mapping[str, Any], run: str, finished: Counters, in_flight: Collection[int]) -> Heartbeats:
     """Reads the scheduler's view of its workers, by address, for the run and the partitions in flight."""
     beats = Heartbeats(finished)
     for address, worker in workers.items():
@@ -40,14 +40,14 @@ def read(workers: Mapping[str, Any], run: str, finished: Counters, flying: Colle
         engines = [EngineStats(**values) for values in snapshot["engines"]]
         beats.engines += [(address, stats) for stats in engines]
         attempts = [AttemptCounters(**values) for values in snapshot["tasks"]]
-        mine = [one for one in attempts if one.run == run and one.partition in flying]
+        mine = [one for one in attempts if one.run == run and one.partition in in_flight]
         # An engine at work on another attempt's rows is a sign of life, and so is one that loads.
-        alive = (snapshot["loading"], *map(_signs, engines))
+        alive = (snapshot["loading"], *map(_activity, engines))
         for one in mine:
             beats.covered += one.reused + one.rows
             beats.total += one
-            beats.signs.append((address, one, (one.signs, one.requests, alive)))
-        beats.crew.append(
+            beats.activity.append((address, one, (one.activity, one.requests, alive)))
+        beats.worker_views.append(
             WorkerView(
                 address=address,
                 host=worker["host"],
@@ -72,6 +72,6 @@ def _doing(attempts: Sequence[AttemptCounters], engines: Sequence[EngineStats]) 
     return "sealing" if "sealing" in doing else "idle"
 
 
-def _signs(stats: EngineStats) -> Hashable:
+def _activity(stats: EngineStats) -> Hashable:
     tokens = (stats.output_tokens, stats.computed_tokens)
     return (stats.pid, stats.requests, stats.completions, stats.batches, stats.steps, *tokens)

@@ -30,8 +30,8 @@ class Limits:
         now = datetime.now().astimezone()
         self.deadline = None if settings.deadline is None else parse_deadline(settings.deadline, now)
 
-    def see(self, now: Progress) -> None:
-        """A watch: raises Interrupted, naming the limit and how to go on, once one is reached."""
+    def on_progress(self, now: Progress) -> None:
+        """A callback: raises Interrupted, naming the limit and how to go on, once one is reached."""
         self.worker_seconds = self.earlier + now.worker_seconds
         if now.partitions_done < now.partitions:
             self.check(now.rows_done)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from batchrun.dataset.plan import Plan
-from batchrun.driver.poison_rows import STRIKES, Suspects
+from batchrun.driver.poison_rows import STRIKES, PoisonRowSearch
 from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded, TooManyFaults, one_line
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
@@ -21,7 +21,7 @@ WHY = f"its engine or worker died {STRIKES} times while this row was alone in it
 
 
 @dataclass(frozen=True)
-class Trial:
+class IsolatedAttempt:
     """A suspect alone on a worker: `rows` None while the worker shows that it can load the engine, and empty when
     all that is left is to seal the part."""
 
@@ -30,7 +30,7 @@ class Trial:
     rows: tuple[int, ...] | None = None
 
 
-class Judge:
+class LostAttemptPolicy:
     """Judges lost attempts by what they left in storage: Dask's own suspicion blames every task that shared a worker
     with the guilty one."""
 
@@ -38,26 +38,26 @@ class Judge:
         self.proven = proven  # whether an engine has ever finished a row of this output
         self.given_up: dict[str, EngineError] = {}  # workers whose engine is not loaded any more, and why
         self._plan, self._folder, self._layout = plan, folder, layout
-        self._suspects = Suspects()
+        self._search = PoisonRowSearch()
         self._staged: dict[int, int] = {}  # objects seen for partitions whose attempts were lost
 
     @property
-    def suspects(self) -> Collection[int]:
+    def suspected(self) -> Collection[int]:
         """Partitions that are to be tried alone."""
-        return self._suspects.open.keys()
+        return self._search.open.keys()
 
-    def lost(self, partition: int, error: BaseException | None, flying: int) -> bool:
+    def lost(self, partition: int, error: BaseException | None, in_flight: int) -> bool:
         """An attempt was lost, to None if to a dead worker; whether the partition may go on like any other.
 
-        One that staged something is free. Raises as `Suspects` does.
+        One that staged something is free. Raises as `PoisonRowSearch` does.
         """
         staged = len(self._folder.list(self._layout.stage(partition)))
         reason = reason_of(error)
-        engine = self._see_engine(error)
+        engine = self._note_engine(error)
         self.proven = self.proven or (engine is not None and engine.proved)
         if staged > self._staged.get(partition, 0) and not (engine and engine.proved):
             self.progress(partition)
-        elif _was_tried(engine) and self._suspects.lost(partition, reason, flying):
+        elif _was_tried(engine) and self._search.lost(partition, reason, in_flight):
             log.warning("partition %d is lost again, to %s; it is tried alone, at the end", partition, reason)
             return False
         self._staged[partition] = staged
@@ -91,7 +91,7 @@ class Judge:
             fix="look at that error and that output; the same command tries again",
         )
 
-    def _see_engine(self, error: BaseException | None) -> EngineError | None:
+    def _note_engine(self, error: BaseException | None) -> EngineError | None:
         """The error, if it is an engine's; one that ends too often without a finished row is given up."""
         if not isinstance(error, EngineError):
             return None
@@ -107,42 +107,46 @@ class Judge:
     def progress(self, partition: int) -> None:
         """New rows of the partition are durable."""
         self.proven = True
-        self._suspects.progress(partition)
+        self._search.progress(partition)
 
     def committed(self, partition: int) -> None:
         self.progress(partition)
-        self._suspects.open.pop(partition, None)
+        self._search.open.pop(partition, None)
 
-    def trials(self, running: Collection[Trial], workers: Collection[str]) -> Iterator[Trial]:
+    def isolated_attempts(
+        self, running: Collection[IsolatedAttempt], workers: Collection[str]
+    ) -> Iterator[IsolatedAttempt]:
         """The next ones to begin: one partition to a worker."""
-        busy = {trial.worker for trial in running}
+        busy = {isolated.worker for isolated in running}
         idle = [worker for worker in self.able(workers) if worker not in busy]
         random.shuffle(idle)  # so that no suspect depends on one bad machine
-        tried = {trial.partition for trial in running}
-        for partition, worker in zip([i for i in self.suspects if i not in tried], idle, strict=False):
-            yield Trial(partition, worker)
+        tried = {isolated.partition for isolated in running}
+        for partition, worker in zip([i for i in self.suspected if i not in tried], idle, strict=False):
+            yield IsolatedAttempt(partition, worker)
 
-    def task(self, trial: Trial) -> Task:
-        partition = self._plan.partitions[trial.partition]
-        condemned = dict.fromkeys(self._suspects.open[trial.partition].condemned, WHY)
-        return Task(partition, self._plan.files_of(partition), trial.rows or None, condemned, self.proven)
+    def task(self, isolated: IsolatedAttempt) -> Task:
+        partition = self._plan.partitions[isolated.partition]
+        poison_rows = dict.fromkeys(self._search.open[isolated.partition].poison_rows, WHY)
+        return Task(
+            partition, self._plan.files_of(partition), isolated.rows or None, poison_rows, self.proven
+        )
 
-    def examined(self, trial: Trial, missing: list[int]) -> Trial:
+    def examined(self, isolated: IsolatedAttempt, missing: list[int]) -> IsolatedAttempt:
         """The worker can load its engine, and `missing` rows are not durable: what it is to try of them."""
-        return replace(trial, rows=tuple(self._suspects.next_trial(trial.partition, missing)))
+        return replace(isolated, rows=tuple(self._search.next_rows(isolated.partition, missing)))
 
-    def lost_alone(self, trial: Trial, error: BaseException, workers: Collection[str]) -> None:
-        """The trial was lost. Raises as `Suspects` does."""
-        engine = self._see_engine(error)
+    def lost_alone(self, isolated: IsolatedAttempt, error: BaseException, workers: Collection[str]) -> None:
+        """The trial was lost. Raises as `PoisonRowSearch` does."""
+        engine = self._note_engine(error)
         if not _was_tried(engine):
             return
-        if trial.rows is None:
-            self._suspects.unloaded(trial.worker, workers, one_line(error))
+        if isolated.rows is None:
+            self._search.unloaded(isolated.worker, workers, one_line(error))
             return
         log.warning(
-            "partition %d, %d rows alone: lost to %s", trial.partition, len(trial.rows), one_line(error)
+            "partition %d, %d rows alone: lost to %s", isolated.partition, len(isolated.rows), one_line(error)
         )
-        self._suspects.lost_alone(trial.partition, trial.rows, one_line(error))
+        self._search.lost_alone(isolated.partition, isolated.rows, one_line(error))
 
 
 def _was_tried(engine: EngineError | None) -> bool:

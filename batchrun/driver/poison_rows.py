@@ -18,10 +18,12 @@ STRIKES = (
     3  # lost attempts without progress: of a partition, of a row alone, of a worker that loads no engine
 )
 HOPELESS = 16  # lost attempts in a row, anywhere in the run, that left nothing behind
-CONDEMNED = 20  # rows in one run: each costs a dozen starts of the engine, so more are no single rows' fault
+MAX_POISON_ROWS = (
+    20  # rows in one run: each costs a dozen starts of the engine, so more are no single rows' fault
+)
 
 
-class Suspect:
+class Bisection:
     """A partition under suspicion: sets of its rows still to be tried, and the rows that are found guilty.
 
     Sets are halved breadth first, so that a sound half finishes before the guilty one is cut again. A guilty row
@@ -29,11 +31,11 @@ class Suspect:
     """
 
     def __init__(self) -> None:
-        self.condemned: list[int] = []
+        self.poison_rows: list[int] = []
         self._waiting: deque[list[int]] | None = None
         self._losses = 0
 
-    def next_trial(self, missing: Collection[int]) -> list[int]:
+    def next_rows(self, missing: Collection[int]) -> list[int]:
         """The rows to try next, of those that are `missing` in storage; empty when each is durable or condemned."""
         if self._waiting is None:
             self._waiting = deque([sorted(missing)])
@@ -58,11 +60,11 @@ class Suspect:
             return
         self._losses += 1
         if self._losses == STRIKES:
-            self.condemned += self._waiting.popleft()
+            self.poison_rows += self._waiting.popleft()
             self._losses = 0
 
 
-class Suspects:
+class PoisonRowSearch:
     """The judge of a run's lost attempts.
 
     A row is only ever blamed for what happened while it was alone on a worker that had loaded the engine; an engine
@@ -71,7 +73,7 @@ class Suspects:
     """
 
     def __init__(self) -> None:
-        self.open: dict[int, Suspect] = {}
+        self.open: dict[int, Bisection] = {}
         self._strikes: dict[int, int] = {}
         self._missing: dict[int, int] = {}
         self._unloaded: dict[str, int] = {}
@@ -97,38 +99,38 @@ class Suspects:
                 fix="look at the machine, its memory and the engine's message: no row is to blame",
             )
 
-    def lost(self, partition: int, reason: str, flying: int) -> bool:
+    def lost(self, partition: int, reason: str, in_flight: int) -> bool:
         """A normal attempt was lost without progress; whether its partition is a suspect from now on.
 
-        `flying` is how many attempts one blow may have taken.
+        `in_flight` is how many attempts one blow may have taken.
 
         Raises:
             TooManyFaults: nothing in the run gets done any more.
         """
-        self._count(reason, max(HOPELESS, STRIKES * flying))
+        self._count(reason, max(HOPELESS, STRIKES * in_flight))
         self._strikes[partition] = self._strikes.get(partition, 0) + 1
         if self._strikes[partition] < STRIKES:
             return False
         del self._strikes[partition]
-        self.open[partition] = Suspect()
+        self.open[partition] = Bisection()
         return True
 
-    def next_trial(self, partition: int, missing: Collection[int]) -> list[int]:
+    def next_rows(self, partition: int, missing: Collection[int]) -> list[int]:
         """The rows of an open suspect to be tried next, alone; empty when all that is left is to seal it."""
         if len(missing) < self._missing.get(partition, len(missing)):
             self.progress(partition)
         self._missing[partition] = len(missing)
-        return self.open[partition].next_trial(missing)
+        return self.open[partition].next_rows(missing)
 
-    def lost_alone(self, partition: int, trial: Collection[int], reason: str) -> None:
-        """An attempt at an open suspect was lost; `trial` is what `next_trial` gave for it.
+    def lost_alone(self, partition: int, isolated: Collection[int], reason: str) -> None:
+        """An attempt at an open suspect was lost; `isolated` is what `next_rows` gave for it.
 
         Raises:
             TooManyFaults: nothing gets done any more, or more rows are condemned than can be rows' fault.
             BatchrunError: each row was tried, and still the partition is lost.
         """
         self._count(reason, HOPELESS)
-        if not trial:
+        if not isolated:
             self._strikes[partition] = self._strikes.get(partition, 0) + 1
             if self._strikes[partition] >= STRIKES:
                 raise BatchrunError(
@@ -138,11 +140,11 @@ class Suspects:
                 )
             return
         self.open[partition].lost()
-        condemned = [(i, row) for i, suspect in self.open.items() for row in suspect.condemned]
-        if len(condemned) > CONDEMNED:
-            examples = ", ".join(f"partition {i} row {row}" for i, row in condemned[:3])
+        poison_rows = [(i, row) for i, search in self.open.items() for row in search.poison_rows]
+        if len(poison_rows) > MAX_POISON_ROWS:
+            examples = ", ".join(f"partition {i} row {row}" for i, row in poison_rows[:3])
             raise TooManyFaults(
-                f"{len(condemned)} rows killed their engine or worker, each of them alone ({examples}, ...), "
+                f"{len(poison_rows)} rows killed their engine or worker, each of them alone ({examples}, ...), "
                 f"last with {reason}",
                 fix="look at the engine, its kernels and the driver; the same command goes on with the rest",
             )

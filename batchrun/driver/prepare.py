@@ -25,11 +25,11 @@ from batchrun.job.job import Job
 from batchrun.job.settings import ClusterSettings
 from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder, resolve
-from batchrun.output import failed, identity, plans, retry
+from batchrun.output import failed_rows, identity, plans, retry
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.output.output import layout_of, open_folder
-from batchrun.prompt.codec import Texts, open_texts
+from batchrun.prompt.codec import PromptCodec, open_codec
 from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import check_sample
 from batchrun.storage import Folder
@@ -56,9 +56,9 @@ class Prepared:
         return joined(self.plans)
 
     @cached_property
-    def texts(self) -> Texts:
-        """Opened on first use, which takes a second or more. Raises Refused as `open_texts` does."""
-        return open_texts(self.job, self.model, self.plans[0].schema)
+    def codec(self) -> PromptCodec:
+        """Opened on first use, which takes a second or more. Raises Refused as `open_codec` does."""
+        return open_codec(self.job, self.model, self.plans[0].schema)
 
     @cached_property
     def folder(self) -> Folder:
@@ -128,7 +128,7 @@ def try_prompt(prepared: Prepared) -> None:
     Raises:
         Refused: the first thing wrong with them.
     """
-    builder = prepared.texts.builder
+    builder = prepared.codec.builder
     for plan in prepared.plans[prepared.known :]:
         check_sample(builder, all_rows(prepared.job, plan, builder.columns))
 
@@ -146,7 +146,7 @@ def _empty(job: Job) -> None:
 
 def prepare_again(job: Job) -> Prepared:
     """The same for an output that is there, by its own plans: the input is not looked at, nor the prompt tried,
-    which may be mended for failed rows alone.
+    which may be fixed for failed rows alone.
 
     Raises:
         Refused: as `prepare`.
@@ -184,7 +184,7 @@ def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
     schema = plans[0].schema
     carried = carried_columns(job.input, schema)
     check_output_names(carried, job.output)
-    failed.refuse_taken(carried, job.output)
+    failed_rows.refuse_taken(carried, job.output)
     if Path(job.model.name).is_dir():
         # Before all of its bytes are read.
         check_model(job.model.name)

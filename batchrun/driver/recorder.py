@@ -18,7 +18,7 @@ from batchrun.errors import BatchrunError, ExitCode, LeaseHeld, StorageError, on
 from batchrun.storage.folder import PROBE_PATIENCE
 from batchrun.telemetry import engine_log, record
 from batchrun.telemetry.milestones import Milestones
-from batchrun.telemetry.progress import Progress, Watch
+from batchrun.telemetry.progress import Progress, ProgressCallback
 from batchrun.telemetry.record import RunRecord, Timeline
 from batchrun.telemetry.redact import Redactor
 
@@ -28,29 +28,31 @@ WRITE_EVERY = 15.0  # seconds between two puts of a running run's record
 
 
 @contextmanager
-def observed(prepared: Prepared, run: str, watch: Watch, milestones: Milestones) -> Iterator[Watch]:
-    """Yields a watch that passes everything on to `watch` and keeps the run's record meanwhile.
+def observed(
+    prepared: Prepared, run: str, on_progress: ProgressCallback, milestones: Milestones
+) -> Iterator[ProgressCallback]:
+    """Yields a callback that passes everything on to `on_progress` and keeps the run's record meanwhile.
 
     However the run ends, its record says how, and `_job/report.html` tells what is known by then. The job's
     `cluster.metrics_port` is served for as long as this is open.
     """
     with ExitStack() as stack:
-        watches = [watch]
+        callbacks = [on_progress]
         port = prepared.job.cluster.metrics_port
         if port is not None:
             from batchrun.telemetry import prometheus  # only who asks for metrics pays for them
 
             info = {"model": prepared.job.model.name, "output": prepared.folder.name}
-            watches.insert(0, stack.enter_context(prometheus.serve(port, info)))
+            callbacks.insert(0, stack.enter_context(prometheus.serve(port, info)))
         recorder = Recorder(prepared, run, milestones)
-        watches.insert(0, recorder.see)
+        callbacks.insert(0, recorder.on_progress)
 
-        def see(now: Progress) -> None:
-            for one in watches:
+        def forward(now: Progress) -> None:
+            for one in callbacks:
                 one(now)
 
         try:
-            yield see
+            yield forward
         except BaseException as error:
             # A store that has just failed for minutes is not waited for again; it may be the input's, though.
             recorder.end(*_outcome(error), PROBE_PATIENCE if isinstance(error, StorageError) else None)
@@ -90,7 +92,7 @@ class Recorder:
         self._thread = threading.Thread(target=write, name="batchrun-record", daemon=True)
         self._thread.start()
 
-    def see(self, now: Progress) -> None:
+    def on_progress(self, now: Progress) -> None:
         """Takes in what the run has come to."""
         last = self.record
         loaded = [engine for engine in now.engines if engine.pid]

@@ -1,4 +1,4 @@
-"""Failed rows of a complete output once more, after their cause is mended."""
+"""Failed rows of a complete output once more, after their cause is fixed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult
 from batchrun.storage import deadline
 from batchrun.telemetry.milestones import Milestones
-from batchrun.telemetry.progress import Watch, silent
+from batchrun.telemetry.progress import ProgressCallback, silent
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -35,7 +35,7 @@ def retry(
     client: Client | None = None,
     force: bool = False,
     stop: threading.Event | None = None,
-    watch: Watch = silent,
+    on_progress: ProgressCallback = silent,
     milestones: Milestones | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -44,7 +44,7 @@ def retry(
     Rows that succeeded stay as they are, byte for byte, and cost nothing. A killed retry goes on where it ended: each
     part is the old one or the new one, staged rows are taken up. What became of which part stands in the manifest.
 
-    The job may differ from the one that the output was begun with, since that is how most causes are mended: freely
+    The job may differ from the one that the output was begun with, since that is how most causes are fixed: freely
     in `prompt.truncate`, `prompt.empty`, `prompt.max_bytes` and `generation.max_new_tokens`, which only decide
     whether a row gets an answer, and in whatever decides no answer (engine, cluster, limits); in template, sampling
     or model only by name (`allow`); never in what decides rows and columns (input, output). Every difference is
@@ -70,7 +70,7 @@ def retry(
             raise JobError(f"no error code {code!r}{nearest(code, known)}", "--error")
     job = job if isinstance(job, Job) else Job.load(job)
     stop = stop or threading.Event()
-    with bar(progress, job.title, watch) as shown, deadline.until(stop.is_set):
+    with bar(progress, job.title, on_progress) as shown, deadline.until(stop.is_set):
         return notifying(job, lambda: _retry(job, errors, allow, client, force, stop, shown, milestones))
 
 
@@ -81,7 +81,7 @@ def _retry(
     client: Client | None,
     force: bool,
     stop: threading.Event,
-    watch: Watch,
+    on_progress: ProgressCallback,
     milestones: Milestones,
 ) -> RunResult:
     prepared = prepare_again(job)
@@ -89,7 +89,7 @@ def _retry(
     written = manifest.read(folder)
     if written is None:
         raise OutputError("not complete yet", folder.name, "finish it with `batchrun run` first")
-    _ = prepared.texts
+    _ = prepared.codec
     milestones.reach("planned")
     try_store(folder)
     with Workers(prepared, client, milestones) as workers, Lease(folder, force=force) as lease:
@@ -97,7 +97,7 @@ def _retry(
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)
         work = {} if one is None else one.work(found)
-        dispatch = Dispatch(prepared, work, stop, watch, milestones, one)
+        dispatch = Dispatch(prepared, work, stop, on_progress, milestones, one)
         if work:
             workers.begin()
         done = finish(prepared, dispatch, lease, workers)

@@ -21,7 +21,7 @@ from batchrun.driver.prepare import Prepared, look, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.workers import Workers
 from batchrun.job.job import Job
-from batchrun.output import failed, identity, lease, manifest, plans, retry, state
+from batchrun.output import failed_rows, identity, lease, manifest, plans, retry, state
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.report.notebook import bar
@@ -30,7 +30,7 @@ from batchrun.storage import Folder, deadline
 from batchrun.storage.folder import first_contact
 from batchrun.telemetry import record
 from batchrun.telemetry.milestones import Milestones
-from batchrun.telemetry.progress import Progress, Watch, silent
+from batchrun.telemetry.progress import Progress, ProgressCallback, silent
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def run(
     client: Client | None = None,
     force: bool = False,
     stop: threading.Event | None = None,
-    watch: Watch = silent,
+    on_progress: ProgressCallback = silent,
     milestones: Milestones | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -67,12 +67,17 @@ def run(
     milestones.reach("imported")
     job = job if isinstance(job, Job) else Job.load(job)
     stop = stop or threading.Event()
-    with bar(progress, job.title, watch) as shown, deadline.until(stop.is_set):
+    with bar(progress, job.title, on_progress) as shown, deadline.until(stop.is_set):
         return notifying(job, lambda: _run(job, client, force, stop, shown, milestones))
 
 
 def _run(
-    job: Job, client: Client | None, force: bool, stop: threading.Event, watch: Watch, milestones: Milestones
+    job: Job,
+    client: Client | None,
+    force: bool,
+    stop: threading.Event,
+    on_progress: ProgressCallback,
+    milestones: Milestones,
 ) -> RunResult:
     prepared = look(job)
     with first_contact():
@@ -87,7 +92,7 @@ def _run(
         try_store(prepared.folder)
         with Lease(prepared.folder, force=force) as held:
             _pin(prepared)
-            dispatch = Dispatch(prepared, _uncommitted(prepared), stop, watch, milestones)
+            dispatch = Dispatch(prepared, _uncommitted(prepared), stop, on_progress, milestones)
             done = finish(prepared, dispatch, held, workers)
     return result(prepared, done, milestones, dispatch)
 
@@ -105,12 +110,14 @@ def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, workers: Worker
 
     def guard(now: Progress) -> None:
         lease.check()
-        limits.see(now)
+        limits.on_progress(now)
 
     with ExitStack() as stack:
         if dispatch.todo:
             run = dispatch.order.run
-            dispatch.watch = stack.enter_context(observed(prepared, run, dispatch.watch, dispatch.milestones))
+            dispatch.on_progress = stack.enter_context(
+                observed(prepared, run, dispatch.on_progress, dispatch.milestones)
+            )
             limits = Limits(prepared.job, _spent(prepared), count_rows=dispatch.order.retry is None)
             limits.check(dispatch.rows_committed)
             dispatch.guard = guard
@@ -130,7 +137,7 @@ def _conclude(prepared: Prepared, dispatch: Dispatch) -> Manifest:
     receipts = dispatch.receipts if dispatch.order.retry is None else {}
     if job.output.failed is not None:
         found, _ = manifest.summaries(folder, layout, receipts)
-        failed.complete(folder, layout, found, job.output, places_in(job, plan))
+        failed_rows.complete(folder, layout, found, job.output, places_in(job, plan))
     rows = [partition.rows for partition in plan.partitions]
     return manifest.write(folder, layout, pinned.job_hash, rows, receipts, job.output.failed)
 

@@ -12,11 +12,11 @@ class Stalls:
         self._seconds = seconds
         self._seen: dict[int, tuple[Hashable, float]] = {}
 
-    def stalled(self, partition: int, signs: Hashable, now: float) -> bool:
+    def stalled(self, partition: int, activity: Hashable, now: float) -> bool:
         """Whether the attempt's signs have been these for too long. The clock starts anew when it says so."""
         before = self._seen.get(partition)
-        if before is None or before[0] != signs:
-            self._seen[partition] = (signs, now)
+        if before is None or before[0] != activity:
+            self._seen[partition] = (activity, now)
             return False
         if now - before[1] <= self._seconds:
             return False

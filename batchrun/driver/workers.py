@@ -37,11 +37,11 @@ class Workers:
         """Starts the cluster in a thread of its own, opens the prompt meanwhile, and has the engines load.
 
         Raises:
-            Refused: as `Prepared.texts` does.
+            Refused: as `Prepared.codec` does.
         """
         if self._ahead:
             self._starting = self._pool.submit(self._connect)
-            self._pool.submit(_start_engines, self._starting, self._prepared.texts.engine)
+            self._pool.submit(_start_engines, self._starting, self._prepared.codec.engine)
 
     @property
     def client(self) -> Client:

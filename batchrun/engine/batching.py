@@ -21,7 +21,7 @@ TIGHTNESS, ENOUGH = 0.9, 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PaddedBatch:
     """Requests that become one rectangle of (rows, longest start + most tokens still to come)."""
 
     requests: list[Request]
@@ -60,7 +60,7 @@ def by_length(requests: Iterable[Request]) -> list[Request]:
     return sorted(requests, key=lambda r: (-_limit_class(r), -_length(r)))
 
 
-def take_batch(waiting: deque[Request], budget: int, equal_lengths: bool = False) -> Batch:
+def take_batch(waiting: deque[Request], budget: int, equal_lengths: bool = False) -> PaddedBatch:
     """Takes the next batch off the left of `waiting`: as many rows as fit, and always at least one.
 
     Args:
@@ -79,7 +79,7 @@ def take_batch(waiting: deque[Request], budget: int, equal_lengths: bool = False
         ):
             break
         rows += 1
-    return Batch([waiting.popleft() for _ in range(rows)])
+    return PaddedBatch([waiting.popleft() for _ in range(rows)])
 
 
 def _wastes(own: int, width: int, rows: int, budget: int) -> bool:

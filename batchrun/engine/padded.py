@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from batchrun.engine.batching import Batch, by_length, take_batch
+from batchrun.engine.batching import PaddedBatch, by_length, take_batch
 from batchrun.engine.loading import choose_dtype, load_config, load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, EngineStats, Request
@@ -110,7 +110,7 @@ class PaddedEngine:
                         batch.requests[0], FaultCode.OUT_OF_MEMORY, "does not fit the device, even alone"
                     )
 
-    def _run(self, batch: Batch) -> list[Completion] | None:
+    def _run(self, batch: PaddedBatch) -> list[Completion] | None:
         """The batch's completions, or None when it did not fit: the budget is smaller from then on.
 
         Rows that a cancelled neighbour cut short are not among them; they can go on from where they are.
@@ -132,12 +132,12 @@ class PaddedEngine:
         self._shrink(batch)
         return None
 
-    def _new_state(self, batch: Batch) -> BatchState:
+    def _new_state(self, batch: PaddedBatch) -> BatchState:
         # `generate` gives answers back after the prompts, or after the one token that starts a decoder.
         width = batch.longest if self._left else 1
         return BatchState(batch.requests, self._stop_ids, self._stop_strings, width, self.stats)
 
-    def _model_generate(self, batch: Batch, state: BatchState, **options: Any) -> Any:
+    def _model_generate(self, batch: PaddedBatch, state: BatchState, **options: Any) -> Any:
         """Start and answer of each row, int64 (rows, width + steps)."""
         ids, mask = (tensor.to(self.spec.device) for tensor in batch.rectangle(self._left))
         masked = {"attention_mask": mask} if self._takes_mask else {}
@@ -152,7 +152,7 @@ class PaddedEngine:
                 stopping_criteria=[state],
             )
 
-    def _count(self, batch: Batch, steps: int, seconds: float) -> None:
+    def _count(self, batch: PaddedBatch, steps: int, seconds: float) -> None:
         # The rectangle: prompts as wide as the longest, and a column per step for every row, finished or
         # not. The last column was sampled and never run; counted on both sides, a batch without padding is
         # exactly 1.
@@ -177,7 +177,7 @@ class PaddedEngine:
             request.generated = answer
         return request.so_far() if request.cancelled else None
 
-    def _shrink(self, batch: Batch) -> None:
+    def _shrink(self, batch: PaddedBatch) -> None:
         self.budget = max(1, min(self.budget, batch.padded_tokens // 2))
         self.stats.gauges["batch_tokens"] = self.budget
         self.stats.notes.append(
@@ -194,11 +194,11 @@ class PaddedEngine:
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         row = Request(0, np.arange(8, 16, dtype=np.int32) % vocab, 1)
         longer = Request(1, np.arange(32, 48, dtype=np.int32) % vocab, 1)
-        alone, padded = self._first_logits(Batch([row])), self._first_logits(Batch([row, longer]))
+        alone, padded = self._first_logits(PaddedBatch([row])), self._first_logits(PaddedBatch([row, longer]))
         # In half precision, rounding moves logits by a few per cent at most; padding that leaks, by far more.
         return bool(torch.linalg.norm(padded - alone) > 0.1 * torch.linalg.norm(alone))
 
-    def _first_logits(self, batch: Batch) -> torch.Tensor:
+    def _first_logits(self, batch: PaddedBatch) -> torch.Tensor:
         """The first row's logits for its first new token, float32 (vocabulary,)."""
         state = self._new_state(batch)
         output = self._model_generate(batch, state, output_logits=True, return_dict_in_generate=True)

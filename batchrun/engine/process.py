@@ -31,7 +31,7 @@ PACK_TOKENS = 1 << 18
 # A caller gets None at least so often, and can flush, or look whether it is still wanted.
 PATIENCE_SECONDS = 0.5
 STARVED_SECONDS = 0.02
-LET_GO_SECONDS = 2.0
+ABORT_SECONDS = 2.0
 STOP_SECONDS = 5.0
 OUTPUT_BYTES = 1 << 16
 
@@ -84,7 +84,7 @@ class EngineProcess:
                     patience = STARVED_SECONDS if more and not batch else 0
                 yield from stream.take(patience)
             if stream.pending:
-                yield from stream.let_go()
+                yield from stream.abort()
         finally:
             stream.close()
 
@@ -217,10 +217,10 @@ class _Stream:
             if timeout:
                 yield None
 
-    def let_go(self) -> Iterator[Completion | None]:
+    def abort(self) -> Iterator[Completion | None]:
         """What comes of a cancelled stream's rows in the time that there is."""
         self.child.send(Cancel(self.number, keep=True))
-        deadline = time.monotonic() + LET_GO_SECONDS
+        deadline = time.monotonic() + ABORT_SECONDS
         while self.pending and (left := deadline - time.monotonic()) > 0:
             yield from self.take(min(left, PATIENCE_SECONDS))
 

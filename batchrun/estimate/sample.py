@@ -19,7 +19,7 @@ from batchrun.dataset.source import concurrently
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, RowFault
-from batchrun.prompt.codec import open_texts
+from batchrun.prompt.codec import open_codec
 from batchrun.prompt.tokens import PromptBuilder
 
 ROWS = 2000  # sampled by default: shares are known to about two points, and a plan takes seconds
@@ -80,7 +80,7 @@ def sample(prepared: Prepared, rows: int = ROWS, seconds: float = math.inf) -> S
     """
     plan, started = prepared.plan, time.monotonic()
     cut = prepared.job.prompt.truncate is not None
-    strict = _without_cutting(prepared) if cut else prepared.texts.builder
+    strict = _without_cutting(prepared) if cut else prepared.codec.builder
     found = Sample(complete=plan.rows <= rows)
     places = _places(plan, rows)
     show_every = max(1, min(rows, plan.rows) // SHOWN_PROMPTS)
@@ -91,10 +91,10 @@ def sample(prepared: Prepared, rows: int = ROWS, seconds: float = math.inf) -> S
             long = [_is_too_long(prompt) for prompt in built]
             found.too_long += sum(long)
             if cut and any(long):
-                built = prepared.texts.builder.build(records)
+                built = prepared.codec.builder.build(records)
             for i, prompt in enumerate(built):
                 if found.rows % show_every == 0 and len(found.texts) < SHOWN_PROMPTS:
-                    found.texts += [str(t) for t in prepared.texts.builder.render(records.slice(i, 1))]
+                    found.texts += [str(t) for t in prepared.codec.builder.render(records.slice(i, 1))]
                 if isinstance(prompt, RowFault):
                     found.faults.append(prompt)
                 else:
@@ -126,7 +126,7 @@ def spread(count: int) -> list[int]:
 def _without_cutting(prepared: Prepared) -> PromptBuilder:
     prompt = prepared.job.prompt.model_copy(update={"truncate": None})
     job = prepared.job.model_copy(update={"prompt": prompt})
-    return open_texts(job, prepared.model, prepared.plan.schema).builder
+    return open_codec(job, prepared.model, prepared.plan.schema).builder
 
 
 def _is_too_long(prompt: TokenIds | RowFault) -> bool:
@@ -166,7 +166,7 @@ def _bytes_per_row(plan: Plan, part: Slice) -> float:
 def _read(
     prepared: Prepared, part: Slice, wanted: list[tuple[int, int, int]]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    columns = prepared.texts.builder.columns
+    columns = prepared.codec.builder.columns
     alone = Partition(0, (part,), part.rows)
     seen = 0
     for records in rows_of(prepared.job, prepared.plan, alone, columns):

@@ -35,9 +35,9 @@ def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -
     limit = prepared.job.generation.max_new_tokens
     requests = [Request(i, prompt, limit, i) for i, prompt in enumerate(sampled.prompts)]
     if not requests:
-        raise EngineError("no sampled row has a prompt", "plan --trial", "mend the prompt first")
+        raise EngineError("no sampled row has a prompt", "plan --trial", "fix the prompt first")
     started = time.monotonic()
-    engine = EngineProcess(prepared.texts.engine)
+    engine = EngineProcess(prepared.codec.engine)
     try:
         shortest = min(requests, key=lambda request: len(request.token_ids))
         _run(engine, [replace(shortest, max_new_tokens=1)], started + 600)

@@ -211,7 +211,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             )
         if key in seen:
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} stands twice", key_node.start_mark
+                None, None, f"key {key!r} appears twice", key_node.start_mark
             )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
@@ -255,7 +255,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
         what = getattr(error, "problem", None) or first_line(error)
-        raise JobError(f"not valid YAML ({what})", place, "mend the line") from None
+        raise JobError(f"not valid YAML ({what})", place, "fix the line") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

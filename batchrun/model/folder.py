@@ -214,7 +214,7 @@ def _from_hub(name: str, settings: ModelSettings, weights: bool) -> str:
         ) from None
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"cannot be had from the hub ({one_line(error)})",
+            f"is not available from the hub ({one_line(error)})",
             name,
             "check name, revision and HF_TOKEN",
         ) from None

@@ -38,7 +38,7 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class PartialAnswer:
     """The first tokens (int32) of an answer that is not finished, behind a prompt of so many."""
 
     prompt_tokens: int
@@ -73,7 +73,7 @@ class Attempt:
         self.name_of: Callable[[int], str] = lambda row: f"row {row}"
         self.restored = 0
         self.begun: dict[
-            int, Begun
+            int, PartialAnswer
         ] = {}  # by row: what earlier attempts had to let go of, the longest of each
         self._origin = Origin(layout.hash_of(partition), job_hash, partition)
         self._key = layout.part(partition)
@@ -116,7 +116,7 @@ class Attempt:
                 if receipt := self._committed():
                     return receipt
             except BadChunk as error:
-                log.warning("%s is left aside: %s", key, error)
+                log.warning("%s is skipped: %s", key, error)
         self._chunks_known = bool(chunks)
         return None
 
@@ -143,7 +143,7 @@ class Attempt:
         self._pending_rows += table.num_rows
         self._pending_bytes += table.nbytes
 
-    def spoil(self, answers: pa.Table) -> None:
+    def overwrite(self, answers: pa.Table) -> None:
         """Takes these rows, schema ANSWERS, in place of the answers that are there already."""
         self._hold(answers)
         self._replaced += answers.num_rows
@@ -173,7 +173,7 @@ class Attempt:
         self._pending = []
         return True
 
-    def keep(self, begun: Mapping[int, Begun]) -> None:
+    def keep(self, begun: Mapping[int, PartialAnswer]) -> None:
         """Stages the tokens of rows that are not finished, as one chunk of its own kind under a new key. One put.
 
         No row's answer depends on it: without it a later attempt generates these tokens again, to the same end.
@@ -272,7 +272,7 @@ class Attempt:
         for i, (row, prompt) in enumerate(
             zip(table["row"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True)
         ):
-            one = Begun(prompt, tokens[i].values.to_numpy())
+            one = PartialAnswer(prompt, tokens[i].values.to_numpy())
             if row not in self.begun or len(one.tokens) > len(self.begun[row].tokens):
                 self.begun[row] = one
 

@@ -101,7 +101,7 @@ def _decode(data: bytes, expected: Origin, schema: pa.Schema) -> pa.Table:
 
 
 def check_rows(answers: pa.Table, rows: int) -> None:
-    """Every row's offset lies in the partition and stands once, and its status is known; else BadChunk."""
+    """Every row's offset lies in the partition and appears once, and its status is known; else BadChunk."""
     _check_offsets(answers, rows)
     if not pc.all(pc.is_in(answers["status"], pa.array(["ok", "failed"])), min_count=0).as_py():
         raise BadChunk("a status other than ok or failed")
@@ -112,7 +112,7 @@ def _check_offsets(table: pa.Table, rows: int) -> None:
     if len(offsets) and (offsets.min() < 0 or offsets.max() >= rows):
         raise BadChunk(f"rows outside the partition's {rows}")
     if len(np.unique(offsets)) != len(offsets):
-        raise BadChunk("rows that stand twice")
+        raise BadChunk("rows that appear twice")
 
 
 def _check_digest(data: bytes) -> None:

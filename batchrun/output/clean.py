@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 
-from batchrun.output import failed
+from batchrun.output import failed_rows
 from batchrun.output.layout import (
     DATA,
     JOB,
@@ -70,7 +70,7 @@ def _is_owned(key: str, layout: Layout, failed_folders: set[str]) -> bool:
     if key.startswith((TEMPORARY, PROBES)):
         return True
     return _RECORD.fullmatch(key) is not None or any(
-        failed.partition_of(key, name, layout) is not None for name in failed_folders
+        failed_rows.partition_of(key, name, layout) is not None for name in failed_folders
     )
 
 

@@ -58,11 +58,11 @@ def pin(
     folder: Folder,
     identity: Identity,
     input_changes: Callable[[], Iterable[str]] = tuple,
-    mended: Sequence[Identity] = (),
+    fixed: Sequence[Identity] = (),
 ) -> bool:
     """Writes job.json if there is none, and compares with it otherwise; whether it was written.
 
-    `input_changes` is called where the inputs differ, for lines that say how. `mended` are the jobs of retries,
+    `input_changes` is called where the inputs differ, for lines that say how. `fixed` are the jobs of retries,
     which were recorded and are as good as the first one.
 
     Raises:
@@ -74,7 +74,7 @@ def pin(
         if folder.put_if_absent(JOB, document.encode(asdict(identity))):
             return True
         pinned = read(folder) or identity
-    pinned = next((one for one in mended if one.job_hash == identity.job_hash), pinned)
+    pinned = next((one for one in fixed if one.job_hash == identity.job_hash), pinned)
     lines = list(changes(pinned, identity).values())
     if pinned.plan_hash != identity.plan_hash:
         inputs = f"inputs: {_shown(pinned.plan_hash)} -> {_shown(identity.plan_hash)}"

@@ -68,7 +68,7 @@ class Replaced:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """A retry: see `Retry`. Not finished means that parts are left for it to mend."""
+    """A retry: see `Retry`. Not finished means that parts are left for it to fix."""
 
     number: int
     created: str

@@ -76,7 +76,7 @@ class ReplacingAttempt(Attempt):
         receipt = super()._committed()
         if receipt is None:
             raise OutputError(
-                "the part to be mended is gone", self.folder.where(self._key), "`batchrun run` makes it again"
+                "the part to be fixed is gone", self.folder.where(self._key), "`batchrun run` makes it again"
             )
         return receipt if receipt.summary.generation >= self.retry.number else None
 

@@ -1,6 +1,6 @@
 """What one `batchrun retry` is: which failed rows it runs again, of which parts, and with which job.
 
-A retry may be of a changed job, since that is how most causes are mended, but two jobs never meet in one output
+A retry may be of a changed job, since that is how most causes are fixed, but two jobs never meet in one output
 unseen. Three kinds of settings:
 
 - what only decides whether a row gets an answer (`FREE`: truncation, empty prompts, limits) may change;

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from batchrun.dataset.rows import Places
 from batchrun.errors import BatchrunError
 from batchrun.job.settings import OutputSettings
-from batchrun.output import digest, failed, manifest, part, retry, state
+from batchrun.output import digest, failed_rows, manifest, part, retry, state
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
 
@@ -78,8 +78,8 @@ def verify(
     )
     total.problems.extend(_check_manifest(folder, layout, job_hash, found, total, counted))
     if settings.failed is not None:
-        failed_rows = [one.failed for one in counted]
-        total.problems.extend(failed.problems(folder, layout, failed_rows, settings, places))
+        failed_counts = [one.failed for one in counted]
+        total.problems.extend(failed_rows.problems(folder, layout, failed_counts, settings, places))
     return total
 
 

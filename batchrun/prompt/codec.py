@@ -19,7 +19,7 @@ UNBOUNDED_CONTEXT = 1 << 20
 
 
 @dataclass(frozen=True)
-class Texts:
+class PromptCodec:
     """Between text and token ids for one job: the same on the driver and on every worker."""
 
     builder: PromptBuilder
@@ -27,7 +27,7 @@ class Texts:
     engine: EngineSpec
 
 
-def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
+def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
     """Loads the tokenizer and compiles the prompt.
 
     Raises:
@@ -38,7 +38,7 @@ def open_texts(job: Job, model: ModelFolder, schema: pa.Schema) -> Texts:
     stop_ids = stop_token_ids(model, tokenizer)
     builder = PromptBuilder(job.prompt, tokenizer, context, job.generation.max_new_tokens, schema)
     detokenizer = Detokenizer(tokenizer, job.generation.stop, stop_ids)
-    return Texts(builder, detokenizer, _engine_spec(job, model, context, stop_ids))
+    return PromptCodec(builder, detokenizer, _engine_spec(job, model, context, stop_ids))
 
 
 def _context(model: ModelFolder, job: Job) -> int:

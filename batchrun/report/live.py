@@ -18,15 +18,23 @@ from batchrun.job.job import Job
 from batchrun.report.summary import money, number, size
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
-from batchrun.telemetry.progress import Progress, Rates, Watch, WorkerView, duration, line, log_lines
+from batchrun.telemetry.progress import (
+    Progress,
+    ProgressCallback,
+    Rates,
+    WorkerView,
+    duration,
+    line,
+    log_lines,
+)
 
 SHOWN_WORKERS = 8
 UNKNOWN = "–"
 
 
 @contextmanager
-def show(console: Console, log_format: str, job: Job) -> Iterator[Watch]:
-    """Yields a watch for the run: a live view where `console` is a terminal, else a line every quarter minute."""
+def show(console: Console, log_format: str, job: Job) -> Iterator[ProgressCallback]:
+    """Yields a callback for the run: a live view where `console` is a terminal, else a line every quarter minute."""
     if log_format == "json":
         yield log_lines(logs.progress_event)
     elif not console.is_terminal:
@@ -101,12 +109,19 @@ class View:
             yield "Dask", now.dashboard
 
     def _crew(self, now: Progress | None) -> Iterator[tuple[str, str]]:
-        crew = [] if now is None else now.crew
-        lines = [(f"worker {i}", self._worker(view)) for i, view in enumerate(crew[:SHOWN_WORKERS], 1)]
-        if not crew:
+        worker_views = [] if now is None else now.worker_views
+        lines = [
+            (f"worker {i}", self._worker(view)) for i, view in enumerate(worker_views[:SHOWN_WORKERS], 1)
+        ]
+        if not worker_views:
             lines.append(("workers", "starting" if now is None else "waiting for a worker"))
-        if len(crew) > SHOWN_WORKERS:
-            lines.append(("", f"and {len(crew) - SHOWN_WORKERS:,} more: {_doing(crew[SHOWN_WORKERS:])}"))
+        if len(worker_views) > SHOWN_WORKERS:
+            lines.append(
+                (
+                    "",
+                    f"and {len(worker_views) - SHOWN_WORKERS:,} more: {_doing(worker_views[SHOWN_WORKERS:])}",
+                )
+            )
         self._workers = max(self._workers, len(lines))
         yield from lines
         yield from [("", "")] * (self._workers - len(lines))
@@ -138,6 +153,6 @@ def _batches(now: Progress) -> str:
     return ", ".join([*facts, f"{now.waiting:,} rows in engines"]) if facts else UNKNOWN
 
 
-def _doing(crew: Sequence[WorkerView]) -> str:
-    counts = Counter(view.doing for view in crew)
+def _doing(worker_views: Sequence[WorkerView]) -> str:
+    counts = Counter(view.doing for view in worker_views)
     return ", ".join(f"{count:,} {doing}" for doing, count in counts.most_common())

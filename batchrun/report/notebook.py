@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from batchrun.telemetry.progress import Progress, Rates, Watch, duration
+from batchrun.telemetry.progress import Progress, ProgressCallback, Rates, duration
 
 
 def in_notebook() -> bool:
@@ -16,7 +16,7 @@ def in_notebook() -> bool:
 
 
 @contextmanager
-def bar(wanted: bool, title: str, watch: Watch) -> Iterator[Watch]:
+def bar(wanted: bool, title: str, watch: ProgressCallback) -> Iterator[ProgressCallback]:
     """Yields a watch that passes everything on to `watch`, and in a notebook shows a bar if one is wanted."""
     if not (wanted and in_notebook()):
         yield watch

@@ -77,7 +77,7 @@ class Folder:
         Without `follow_links`, symbolic links on a disk, and all that lies behind them, are left out.
         """
         parent = prefix.rpartition("/")[0]
-        found = self._patiently(
+        found = self._with_retries(
             prefix, lambda store: store.find(parent, follow_links), seconds=deadline.UNSIZED
         )
         return {key: size for key, size in found.items() if key.startswith(prefix)}
@@ -85,25 +85,25 @@ class Folder:
     def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         """The object's bytes, or its bytes [start, end). Raises NotFound, a FileNotFoundError."""
         seconds = deadline.UNSIZED if end is None else deadline.sized(end - (start or 0))
-        return self._patiently(key, lambda store: store.read(key, start, end), seconds=seconds)
+        return self._with_retries(key, lambda store: store.read(key, start, end), seconds=seconds)
 
     def size(self, key: str) -> int | None:
         """Bytes of the object, None where there is none: asked of the store anew."""
-        return self._patiently(key, lambda store: store.size(key))
+        return self._with_retries(key, lambda store: store.size(key))
 
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
 
     def modified(self, key: str) -> float | None:
         """When the object was written, by the store's clock (Unix time); None where it cannot say."""
-        return self._patiently(key, lambda store: store.modified(key))
+        return self._with_retries(key, lambda store: store.modified(key))
 
     def put(self, key: str, data: Data, patience: float | None = None) -> None:
         """Writes the whole object, from bytes or from a local file, in place of what was there.
 
         `patience` in seconds is `PATIENCE` unless the caller has less.
         """
-        self._patiently(key, lambda store: store.put(key, data), patience, saving=_size(data))
+        self._with_retries(key, lambda store: store.put(key, data), patience, saving=_size(data))
 
     def put_if_absent(self, key: str, data: Data) -> bool:
         """Writes the whole object unless the key is there; whether this call is known to have written it.
@@ -112,7 +112,7 @@ class Folder:
         who must know reads the object. A store without conditional create is asked first, then written to.
         """
         try:
-            return self._patiently(key, lambda store: store.create(key, data), saving=_size(data))
+            return self._with_retries(key, lambda store: store.create(key, data), saving=_size(data))
         except Unconditional:
             if self.exists(key):
                 return False
@@ -123,7 +123,7 @@ class Folder:
         """Deletes the objects, in batches where the store can; a missing one is fine."""
         batch = [*keys]
         if batch:
-            self._patiently(batch[0], lambda store: store.delete(batch), seconds=deadline.UNSIZED)
+            self._with_retries(batch[0], lambda store: store.delete(batch), seconds=deadline.UNSIZED)
 
     def probe(self) -> bool:
         """Tries a write, a conditional create and a delete; whether the store honours the condition.
@@ -135,7 +135,7 @@ class Folder:
         try:
             self.put(key, b"first", PROBE_PATIENCE)
             try:
-                return not self._patiently(key, lambda store: store.create(key, b"second"), PROBE_PATIENCE)
+                return not self._with_retries(key, lambda store: store.create(key, b"second"), PROBE_PATIENCE)
             except Unconditional:
                 return False
             finally:
@@ -145,9 +145,9 @@ class Folder:
 
     def abort_uploads(self) -> int:
         """Aborts unfinished multipart uploads below this folder (S3 bills for them); how many there were."""
-        return self._patiently("", lambda store: store.abort_uploads(), seconds=deadline.UNSIZED)
+        return self._with_retries("", lambda store: store.abort_uploads(), seconds=deadline.UNSIZED)
 
-    def _patiently(
+    def _with_retries(
         self,
         key: str,
         action: Callable[[Store], T],

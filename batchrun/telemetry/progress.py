@@ -38,20 +38,20 @@ class WorkerView:
 class Progress:
     """A run at one moment. `rows_done` counts what is covered, of earlier runs too; the rest is this run's alone.
 
-    `engines` holds the counters of every engine process that the run has used, `crew` the workers there are now, and
-    `worker_time` adds up their seconds, by what they did.
+    `engines` holds the counters of every engine process that the run has used, `worker_views` the workers there are
+    now, and `worker_time` adds up their seconds, by what they did.
     """
 
     seconds: float
     partitions: int
     partitions_done: int
-    partitions_flying: int
+    partitions_in_flight: int
     rows: int
     rows_done: int
     counts: Counters
     workers: int
     worker_time: Mapping[str, float] = field(default_factory=dict)
-    crew: Sequence[WorkerView] = ()
+    worker_views: Sequence[WorkerView] = ()
     engines: Sequence[EngineStats] = ()
     slowest: Sequence[SlowPartition] = ()
     dashboard: str | None = None
@@ -83,29 +83,33 @@ class Progress:
     @property
     def waiting(self) -> int:
         """Requests that engines hold and have not answered."""
-        return sum(view.engine.requests - view.engine.completions for view in self.crew if view.engine)
+        return sum(
+            view.engine.requests - view.engine.completions for view in self.worker_views if view.engine
+        )
 
     @property
     def pool_fill(self) -> float | None:
         """Share of the key/value pages in use over all paged engines, None where there is none."""
-        gauges = [view.engine.gauges for view in self.crew if view.engine and "pages" in view.engine.gauges]
+        gauges = [
+            view.engine.gauges for view in self.worker_views if view.engine and "pages" in view.engine.gauges
+        ]
         pages = sum(gauge["pages"] for gauge in gauges)
         return 1 - sum(gauge["pages_free"] for gauge in gauges) / pages if pages else None
 
     @property
     def gpu_use(self) -> float | None:
         """Mean over the workers' GPUs of the share of time in which a kernel ran, None without a GPU."""
-        use = [view.gpu.use for view in self.crew if view.gpu and view.gpu.use is not None]
+        use = [view.gpu.use for view in self.worker_views if view.gpu and view.gpu.use is not None]
         return sum(use) / len(use) if use else None
 
     @property
     def gpu_memory(self) -> float | None:
         """Share of the GPUs' memory in use, None without a GPU."""
-        gpus = [view.gpu for view in self.crew if view.gpu]
+        gpus = [view.gpu for view in self.worker_views if view.gpu]
         return sum(gpu.memory_used for gpu in gpus) / sum(gpu.memory_total for gpu in gpus) if gpus else None
 
 
-Watch = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
@@ -142,7 +146,7 @@ class Rates:
         seen = [
             (progress.seconds, view.engine.prompt_tokens + view.engine.output_tokens)
             for progress in (self._recent[0], self._recent[len(self._recent) // 2], self._recent[-1])
-            for view in progress.crew
+            for view in progress.worker_views
             if view.address == address and view.engine
         ]
         if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
@@ -163,19 +167,19 @@ class Rates:
         return spent, spent + price_per_gpu_hour * now.workers * remaining / 3600
 
 
-def log_lines(show: Callable[[Progress, Rates], None]) -> Watch:
-    """A watch for where there is no terminal: calls `show` at the start and then every quarter of a minute."""
+def log_lines(show: Callable[[Progress, Rates], None]) -> ProgressCallback:
+    """A callback for where there is no terminal: calls `show` at the start and then every quarter of a minute."""
     rates = Rates()
     last = -LOG_EVERY
 
-    def watch(now: Progress) -> None:
+    def on_progress(now: Progress) -> None:
         nonlocal last
         rates.add(now)
         if time.monotonic() - last >= LOG_EVERY:
             last = time.monotonic()
             show(now, rates)
 
-    return watch
+    return on_progress
 
 
 def line(now: Progress, rates: Rates) -> str:

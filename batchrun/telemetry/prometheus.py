@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from batchrun.errors import ClusterError
-from batchrun.telemetry.progress import Progress, Rates, Watch, WorkerView
+from batchrun.telemetry.progress import Progress, ProgressCallback, Rates, WorkerView
 
 # Of the whole run, sums since its start: the metric, the counter, what it is.
 COUNTERS = [
@@ -51,8 +51,8 @@ LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
-def serve(address: int | str, info: dict[str, str]) -> Iterator[Watch]:
-    """Serves `/metrics` on the loopback interface while open; yields the watch that feeds it.
+def serve(address: int | str, info: dict[str, str]) -> Iterator[ProgressCallback]:
+    """Serves `/metrics` on the loopback interface while open; yields the callback that feeds it.
 
     `address` is host:port, or a port alone; `info` says which run it is.
 
@@ -70,7 +70,7 @@ def serve(address: int | str, info: dict[str, str]) -> Iterator[Watch]:
             f"port {address} is not available ({error.strerror})", "cluster.metrics_port", "choose another"
         ) from None
     try:
-        yield exporter.see
+        yield exporter.on_progress
     finally:
         server.shutdown()
         server.server_close()
@@ -91,7 +91,7 @@ class Exporter(Collector):
         self._now: Progress | None = None
         self._highest: dict[str, float] = {}
 
-    def see(self, now: Progress) -> None:
+    def on_progress(self, now: Progress) -> None:
         self._rates.add(now)
         self._now = now
 
@@ -100,7 +100,7 @@ class Exporter(Collector):
         yield GaugeMetricFamily("batchrun_start_time_seconds", "When the run began, Unix time.", self.started)
         if self._now is not None:
             yield from self._run(self._now)
-            yield from self._workers(self._now.crew)
+            yield from self._workers(self._now.worker_views)
 
     def _run(self, now: Progress) -> Iterator[Metric]:
         yield GaugeMetricFamily("batchrun_rows_planned", "Rows in the plan.", now.rows)
@@ -114,10 +114,10 @@ class Exporter(Collector):
             failed.add_metric([code], self._rising(f"failed {code}", now.counts.errors.get(code, 0)))
         yield failed
         partitions = GaugeMetricFamily("batchrun_partitions", "Partitions by state.", labels=["state"])
-        waiting = now.partitions - now.partitions_done - now.partitions_flying
+        waiting = now.partitions - now.partitions_done - now.partitions_in_flight
         for state, count in (
             ("committed", now.partitions_done),
-            ("submitted", now.partitions_flying),
+            ("submitted", now.partitions_in_flight),
             ("waiting", waiting),
         ):
             partitions.add_metric([state], count)
@@ -133,11 +133,11 @@ class Exporter(Collector):
         if remaining is not None:
             yield GaugeMetricFamily("batchrun_remaining_seconds", "Time that the rest will take.", remaining)
 
-    def _workers(self, crew: Sequence[WorkerView]) -> Iterator[Metric]:
-        engines = [(worker, worker.engine) for worker in crew if worker.engine]
-        gpus = [(worker, worker.gpu) for worker in crew if worker.gpu]
-        tasks = [(worker, worker.tasks) for worker in crew]
-        memory = [(worker, worker.memory) for worker in crew]
+    def _workers(self, worker_views: Sequence[WorkerView]) -> Iterator[Metric]:
+        engines = [(worker, worker.engine) for worker in worker_views if worker.engine]
+        gpus = [(worker, worker.gpu) for worker in worker_views if worker.gpu]
+        tasks = [(worker, worker.tasks) for worker in worker_views]
+        memory = [(worker, worker.memory) for worker in worker_views]
         yield _labelled(
             GaugeMetricFamily, "batchrun_worker_tasks", "Partitions at work on the worker.", tasks
         )

@@ -177,7 +177,7 @@ def _read(folder: Folder, key: str) -> RunRecord | None:
     except NotFound:
         return None
     except (Damaged, TypeError) as error:
-        log.warning("%s is left aside: %s", folder.where(key), error)
+        log.warning("%s is skipped: %s", folder.where(key), error)
         return None
 
 

@@ -12,12 +12,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchrun.counters import Counters
-from batchrun.dataset.reader import Batch
+from batchrun.dataset.reader import RowBatch
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import NO_TOKENS, Completion, Request
 from batchrun.errors import FaultCode, RowFault, StorageError
-from batchrun.output.attempt import Attempt, Begun
-from batchrun.prompt.codec import Texts
+from batchrun.output.attempt import Attempt, PartialAnswer
+from batchrun.prompt.codec import PromptCodec
 from batchrun.worker.answers import answered, failed
 
 ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
@@ -26,20 +26,20 @@ REPEATED = (
     64  # tokens: an answer of at least so many, all the same one and cut by length, comes of a broken model
 )
 
-Read = Callable[[Sequence[str]], Iterator[Batch]]
+Read = Callable[[Sequence[str]], Iterator[RowBatch]]
 
 
 @dataclass(kw_only=True)
 class AttemptCounters(Counters):
     """An attempt's own; the worker's heartbeat reads them while the task adds to them.
 
-    `doing` is "reading", "generating" or "sealing"; `signs` grows with whatever the attempt does.
+    `doing` is "reading", "generating" or "sealing"; `activity` grows with whatever the attempt does.
     """
 
     run: str
     partition: int
     doing: str = "reading"
-    signs: int = 0
+    activity: int = 0
 
 
 class Generation:
@@ -53,13 +53,13 @@ class Generation:
         self,
         read: Read,
         attempt: Attempt,
-        texts: Texts,
+        codec: PromptCodec,
         max_new_tokens: int,
         counters: AttemptCounters,
         rows: NDArray[np.bool_],
     ) -> None:
-        self.begun: dict[int, Begun] = {}
-        self._read, self._attempt, self._texts, self._counters = read, attempt, texts, counters
+        self.begun: dict[int, PartialAnswer] = {}
+        self._read, self._attempt, self._codec, self._counters = read, attempt, codec, counters
         self._max_new_tokens = max_new_tokens
         self._rows = rows
         self._lengths = np.zeros(len(rows), np.int32)
@@ -100,9 +100,9 @@ class Generation:
         self._settle()
 
     def _requests(self) -> Iterator[Request]:
-        builder = self._texts.builder
+        builder = self._codec.builder
         for batch in self._read(builder.columns):
-            self._counters.signs += 1
+            self._counters.activity += 1
             wanted = np.flatnonzero(self._rows[batch.first : batch.first + batch.records.num_rows])
             if not len(wanted):
                 continue
@@ -135,7 +135,9 @@ class Generation:
         """To the finished rows, the begun ones, or those that are tried again."""
         if completion.finish_reason == "cancelled":
             if len(completion.token_ids):
-                self.begun[completion.id] = Begun(int(self._lengths[completion.id]), completion.token_ids)
+                self.begun[completion.id] = PartialAnswer(
+                    int(self._lengths[completion.id]), completion.token_ids
+                )
             return
         completion = _judged(completion)
         if completion.fault is None or self._second or completion.fault.code not in SECOND_TRY:
@@ -146,7 +148,7 @@ class Generation:
 
     def _settle(self) -> None:
         if self._done:
-            self._add(answered(self._done, self._lengths, self._texts.detokenizer))
+            self._add(answered(self._done, self._lengths, self._codec.detokenizer))
             self.answered += len(self._done)
         if self._faults:
             self._add(failed(self._faults))
@@ -156,7 +158,7 @@ class Generation:
         self._settled = time.monotonic()
 
     def _add(self, answers: pa.Table) -> None:
-        self._counters.signs += 1
+        self._counters.activity += 1
         self._counters.count(answers, self._attempt.name_of)
         self._attempt.add(answers)
 

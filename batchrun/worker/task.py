@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from batchrun.dataset.names import RowNames
 from batchrun.dataset.plan import Partition, carried_columns
-from batchrun.dataset.reader import Batch
+from batchrun.dataset.reader import RowBatch
 from batchrun.dataset.rows import Places, carried, carried_schema, places_of, read_rows
 from batchrun.dataset.source import DataFile
 from batchrun.engine.process import EngineProcess
@@ -42,12 +42,12 @@ from batchrun.errors import (
 from batchrun.job.job import Job
 from batchrun.model.folder import resolve
 from batchrun.model.light import import_tokenizers
-from batchrun.output.attempt import Attempt, Begun, Receipt
-from batchrun.output.failed import update as update_failed
+from batchrun.output.attempt import Attempt, PartialAnswer, Receipt
+from batchrun.output.failed_rows import update as update_failed
 from batchrun.output.layout import Layout
 from batchrun.output.replace import ReplacingAttempt
 from batchrun.output.retry import Retry
-from batchrun.prompt.codec import Texts, open_texts
+from batchrun.prompt.codec import PromptCodec, open_codec
 from batchrun.storage import Folder, deadline
 from batchrun.telemetry.gpu import gpu_now
 from batchrun.worker.answers import failed
@@ -83,7 +83,7 @@ class WorkOrder:
             return Attempt(folder, self.layout, self.job_hash, *place)
         return ReplacingAttempt(folder, self.layout, *place, self.retry)
 
-    def read(self, task: Task, columns: Sequence[str]) -> Iterator[Batch]:
+    def read(self, task: Task, columns: Sequence[str]) -> Iterator[RowBatch]:
         return read_rows(self.job, self.schema, task.partition, task.files, columns)
 
     def names(self, task: Task) -> RowNames:
@@ -97,14 +97,14 @@ class WorkOrder:
 class Task:
     """One partition and the files that it reads, by the numbers its slices use.
 
-    With `rows`, only these are generated. `condemned` rows go to no engine; each has the reason that is its error.
+    With `rows`, only these are generated. `poison_rows` rows go to no engine; each has the reason that is its error.
     `proven` says that engines have finished rows of this output before: what kills one may then be the row that it has.
     """
 
     partition: Partition
     files: dict[int, DataFile]
     rows: Sequence[int] | None = None
-    condemned: Mapping[int, str] = field(default_factory=dict)
+    poison_rows: Mapping[int, str] = field(default_factory=dict)
     proven: bool = False
 
 
@@ -120,7 +120,7 @@ class TaskReceipt:
 
 
 _lock = threading.Lock()
-_texts: dict[str, Texts] = {}
+_codecs: dict[str, PromptCodec] = {}
 _engines: dict[str, EngineProcess] = {}
 _health: dict[str, EngineHealth] = {}  # of the engines, by the same keys
 _running: dict[int, AttemptCounters] = {}
@@ -160,7 +160,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
     started = time.monotonic()
     output = order.job.output
     stats = None
-    begun: Mapping[int, Begun] = {}
+    begun: Mapping[int, PartialAnswer] = {}
 
     def receipt(part: Receipt | None) -> TaskReceipt:
         return TaskReceipt(get_worker().address, part, counters, stats, time.monotonic() - started)
@@ -172,8 +172,8 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
             return receipt(part)
         counters.reused = attempt.restored
         missing = _missing(attempt, task)
-        condemned = {row: RowFault(FaultCode.WORKER_CRASH, why) for row, why in task.condemned.items()}
-        if left := {row: fault for row, fault in condemned.items() if missing[row]}:
+        poison_rows = {row: RowFault(FaultCode.WORKER_CRASH, why) for row, why in task.poison_rows.items()}
+        if left := {row: fault for row, fault in poison_rows.items() if missing[row]}:
             missing[[*left]] = False
             answers = failed(left)
             counters.count(answers, attempt.name_of)
@@ -199,7 +199,7 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
         attempt = order.attempt(task.partition)
         if attempt.open():
             return []
-        spec = _texts_for(order).engine
+        spec = _codec_for(order).engine
         health = _health_for(order, spec)
         with _engine_for(spec) as engine:
             health.check()
@@ -228,9 +228,9 @@ def _counted(order: WorkOrder, task: Task) -> Iterator[AttemptCounters]:
 
 def _generate(
     order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCounters, missing: NDArray[np.bool_]
-) -> tuple[EngineStats, Mapping[int, Begun]]:
+) -> tuple[EngineStats, Mapping[int, PartialAnswer]]:
     """Generates the missing rows, as far as they are wanted; the engine's counters and the rows that were begun."""
-    spec = _texts_for(order).engine
+    spec = _codec_for(order).engine
     with _engine_for(spec) as engine:
         return _generate_with(engine, _health_for(order, spec), order, task, attempt, counters, missing)
 
@@ -243,17 +243,17 @@ def _generate_with(
     attempt: Attempt,
     counters: AttemptCounters,
     missing: NDArray[np.bool_],
-) -> tuple[EngineStats, Mapping[int, Begun]]:
+) -> tuple[EngineStats, Mapping[int, PartialAnswer]]:
     wanted = _wanted_check(order.run)
     alone = np.count_nonzero(missing) == 1
-    begun: dict[int, Begun] = {}
+    begun: dict[int, PartialAnswer] = {}
     proved = False
 
     def generate(rows: NDArray[np.bool_]) -> bool:
         """Whether the engine finished any of the rows; those that it did are in the attempt."""
-        texts, tokens = _texts_for(order), order.job.generation.max_new_tokens
+        codec, tokens = _codec_for(order), order.job.generation.max_new_tokens
         generation = Generation(
-            lambda columns: order.read(task, columns), attempt, texts, tokens, counters, rows
+            lambda columns: order.read(task, columns), attempt, codec, tokens, counters, rows
         )
         try:
             generation.run(engine, wanted)
@@ -289,7 +289,7 @@ def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
     missing = np.zeros(attempt.rows, bool)
     missing[attempt.missing] = True
     if task.rows is not None:
-        missing &= np.isin(np.arange(attempt.rows), [*task.rows, *task.condemned])
+        missing &= np.isin(np.arange(attempt.rows), [*task.rows, *task.poison_rows])
     return missing
 
 
@@ -302,7 +302,7 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCount
 
     def carry(known: Mapping[int, RowFault] | None) -> Iterator[pa.RecordBatch]:
         for batch in order.read(task, columns):
-            counters.signs += 1
+            counters.activity += 1
             rows = range(batch.first, batch.first + batch.records.num_rows)
             if batch.fault is not None and (known is None or not all(row in known for row in rows)):
                 raise CorruptInput(batch.fault.message)
@@ -318,31 +318,31 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCount
             for row in range(batch.first, batch.first + batch.records.num_rows)
         }
     # An answer beside input that cannot be carried along would be read as that of a row of nulls.
-    attempt.spoil(failed(lost))
+    attempt.overwrite(failed(lost))
     nullable = pa.schema([field.with_nullable(True) for field in schema], metadata=schema.metadata)
     return attempt.seal(carry(lost), nullable)
 
 
-def _texts_for(order: WorkOrder) -> Texts:
+def _codec_for(order: WorkOrder) -> PromptCodec:
     with _lock:
         # Budgets of the engine decide no output, yet a living worker must heed a change of them.
         key = f"{order.job_hash} {order.job.engine.model_dump_json()}"
-        if key not in _texts:
+        if key not in _codecs:
             _opening.set()
             try:
                 model = resolve(order.job.model)
-                texts = open_texts(order.job, model, order.schema)
+                codec = open_codec(order.job, model, order.schema)
                 if model.fingerprint != order.model_fingerprint:
                     raise ChangedError(
                         "the model on this worker differs from the driver's",
                         order.job.model.name,
                         "give every machine the same model folder",
                     )
-                _texts.clear()  # a worker runs one job at a time as a rule, and tokenizers are large
-                _texts[key] = texts
+                _codecs.clear()  # a worker runs one job at a time as a rule, and tokenizers are large
+                _codecs[key] = codec
             finally:
                 _opening.clear()
-        return _texts[key]
+        return _codecs[key]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Airflow 3: one task a day. Retries only what can be mended by trying again; the same day is safe to run again.
+"""Airflow 3: one task a day. Retries only what can be fixed by trying again; the same day is safe to run again.
 
 batchrun has to be on the PATH of the Airflow workers; they need no GPU where the job names a cluster.
 """

@@ -63,7 +63,7 @@ class Cluster:
         self.workers = [self._start_worker(self.address) for _ in range(workers)]
         self._gone: dict[int, float] = {}
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """Starts again what has been dead for a moment."""
         if self._away(self.scheduler):
             self.scheduler = self._start_scheduler()

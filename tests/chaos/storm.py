@@ -159,7 +159,7 @@ class Round:
 
     def _tend(self) -> None:
         if self.cluster is not None:
-            self.cluster.mend()
+            self.cluster.fix()
         for pid, when in list(self.paused.items()):
             if time.monotonic() >= when:
                 send(pid, signal.SIGCONT)

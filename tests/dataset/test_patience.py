@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.dataset import patience
-from batchrun.dataset.patience import patiently
-from batchrun.dataset.reader import Batch
+from batchrun.dataset.patience import read_with_retries
+from batchrun.dataset.reader import RowBatch
 from batchrun.driver.stalls import Stalls
 from batchrun.errors import ChangedError, CorruptInput, FaultCode, RowFault, StorageError
 
@@ -31,7 +31,7 @@ class Source:
     def __init__(self, rows: int, size: int, errors: list[tuple[int, Exception]]) -> None:
         self.rows, self.size, self.errors, self.readings = rows, size, errors, 0
 
-    def read(self, salvage: bool) -> Iterator[Batch]:
+    def read(self, salvage: bool) -> Iterator[RowBatch]:
         self.readings += 1
         at, error = self.errors.pop(0) if self.errors else (self.rows, None)
         for first in range(0, self.rows, self.size):
@@ -43,11 +43,11 @@ class Source:
                 fault = FAULT
             places = np.arange(first, first + count)
             records = pa.RecordBatch.from_pydict({"n": [None] * count if fault else places.tolist()})
-            yield Batch(first, records, places.astype(np.uint64), "there", 0, places, fault)
+            yield RowBatch(first, records, places.astype(np.uint64), "there", 0, places, fault)
 
 
 def rows_of(source: Source) -> list[int | None]:
-    batches = list(patiently(source.read, "there"))
+    batches = list(read_with_retries(source.read, "there"))
     ends = np.cumsum([b.records.num_rows for b in batches])
     assert [b.first for b in batches] == [0, *ends[:-1].tolist()]
     ids = [i for b in batches for i in b.row_ids.tolist()]

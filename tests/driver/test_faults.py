@@ -27,7 +27,7 @@ from batchrun.telemetry.progress import silent
 from jobs import answers, dataset, load, write_job
 
 
-# Few rows for the worker, which takes seconds to come back: tests/driver/test_suspects.py bisects thousands.
+# Few rows for the worker, which takes seconds to come back: tests/driver/test_poison_rows.py bisects thousands.
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("engine", "part"), [("EngineKiller", 4), ("WorkerKiller", 1)])
 def test_a_row_that_kills_its_engine_or_worker_is_its_own_error_and_all_others_complete(
@@ -173,7 +173,7 @@ def test_a_task_whose_receipts_left_with_its_worker_is_done_again(tmp_path, tiny
     dispatch = Dispatch(prepared, {1: 20}, threading.Event(), silent, Milestones())
     future: Any = Finished()
     dispatch.todo.clear()
-    dispatch.flying[future] = [1]
+    dispatch.in_flight[future] = [1]
     dispatch._take(future)
     assert list(dispatch.todo) == [1]
-    assert not dispatch.flying
+    assert not dispatch.in_flight

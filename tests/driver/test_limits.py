@@ -55,7 +55,7 @@ def progress(seconds: float, workers: int, rows: int = 0, left: int = 1) -> Prog
         seconds=seconds,
         partitions=3,
         partitions_done=3 - left,
-        partitions_flying=left,
+        partitions_in_flight=left,
         rows=100,
         rows_done=rows,
         counts=Counters(rows=rows, requests=rows, prompt_tokens=10 * rows, output_tokens=5 * rows),
@@ -72,7 +72,7 @@ def test_a_runs_record_keeps_its_workers_time_apart_from_other_runs(tmp_path, ti
     ):
         recorder = Recorder(prepared, run, Milestones())
         for now in seen:
-            recorder.see(now)
+            recorder.on_progress(now)
         recorder.end("interrupted")
     first, second = sorted(record.read_all(prepared.folder), key=lambda one: one.run)
     assert first.worker_seconds == 60.0
@@ -84,10 +84,10 @@ def test_money_is_counted_over_hours_of_workers_of_all_runs(tmp_path, tiny_llama
     path = write_job(tmp_path, tiny_llama)
     job = load(path, "limits.max_cost=5", "cluster.price_per_gpu_hour=2.5")
     limits = Limits(job, 3600.0)
-    limits.see(progress(1799.0, 2))
+    limits.on_progress(progress(1799.0, 2))
     with pytest.raises(Interrupted, match=r"limits.max_cost \(2.00 worker hours cost 5.00"):
-        limits.see(progress(1800.0, 2))
-    limits.see(progress(9000.0, 2, left=0))
+        limits.on_progress(progress(1800.0, 2))
+    limits.on_progress(progress(9000.0, 2, left=0))
 
 
 SLOW = {"kind": "engines:SecondsEngine"}

@@ -107,8 +107,8 @@ def test_an_output_beside_the_input_is_accepted(source: str, output: str, lake: 
 
 def test_the_folder_of_failed_rows_is_no_input_either(lake: Path) -> None:
     with pytest.raises(OutputError, match="overlap"):
-        refuse_overlap(job_of("*/mended/*.parquet", "out", failed="mended"))
-    refuse_overlap(job_of("*/mended/*.parquet", "out", failed="failed"))
+        refuse_overlap(job_of("*/fixed/*.parquet", "out", failed="fixed"))
+    refuse_overlap(job_of("*/fixed/*.parquet", "out", failed="failed"))
 
 
 def test_the_same_bucket_of_two_servers_is_two_places() -> None:

@@ -1,4 +1,4 @@
-"""Failed rows run again after their cause was mended, as a user does it: real commands, processes, kills."""
+"""Failed rows run again after their cause was fixed, as a user does it: real commands, processes, kills."""
 
 from __future__ import annotations
 

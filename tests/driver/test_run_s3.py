@@ -86,13 +86,13 @@ def test_a_run_on_s3_is_exact_and_a_second_one_writes_nothing(job: Job, store: A
 def test_a_stopped_run_on_s3_goes_on_from_its_chunks(job: Job, store: Any, cluster: Client) -> None:
     stop = threading.Event()
 
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if progress.rows_done:
             stop.set()
 
     slow = job.model_copy(update={"engine": job.engine.model_copy(update={"kind": "engines:SecondsEngine"})})
     with pytest.raises(Interrupted):
-        batchrun.run(slow, client=cluster, stop=stop, watch=watch)
+        batchrun.run(slow, client=cluster, stop=stop, on_progress=on_progress)
     assert [key for key in keys(store) if "/stage/" in key]
     result = batchrun.run(job, client=cluster)
     assert result.reused > 0

@@ -133,15 +133,15 @@ def test_failed_rows_of_several_days_are_retried_together(tmp_path, tiny_llama, 
     failed = sum(len(text) > 15 for text in texts(40))
     assert (result.rows, result.failed) == (40, failed)
     assert pq.read_table(tmp_path / "out/failed").num_rows == failed
-    mended = load(job, "prompt.max_bytes=1000")
-    assert library.retry(mended, client=cluster).requests == failed
-    # The mended job is one of this output now: the next day may be of it.
+    fixed = load(job, "prompt.max_bytes=1000")
+    assert library.retry(fixed, client=cluster).requests == failed
+    # The fixed job is one of this output now: the next day may be of it.
     day(tmp_path, 2)
-    result = library.run(mended, client=cluster)
+    result = library.run(fixed, client=cluster)
     assert (result.requests, result.failed) == (20, 0)
     assert answers(tmp_path / "out")["answer"].to_pylist() == texts(60)
-    assert verify(mended).exit_code == ExitCode.COMPLETE
-    assert status(mended).complete
+    assert verify(fixed).exit_code == ExitCode.COMPLETE
+    assert status(fixed).complete
 
 
 def test_a_bad_file_that_is_left_out_is_taken_once_it_is_mended(tmp_path, tiny_llama, cluster):

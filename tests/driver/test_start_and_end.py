@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from batchrun.driver import workers as crew
+from batchrun.driver import workers as worker_views
 from batchrun.driver.prepare import look
 from batchrun.driver.workers import Workers
 from batchrun.engine.protocol import EngineStats
@@ -67,19 +67,19 @@ def test_a_local_cluster_starts_while_the_prompt_is_tried_and_ends_with_a_refuse
         yield Client()
         states.append("down")
 
-    monkeypatch.setattr(crew, "connect", slow_cluster)
+    monkeypatch.setattr(worker_views, "connect", slow_cluster)
     with suppress(BatchrunError), Workers(prepared, None, Milestones()) as workers:
         workers.begin()
         opened.set()
         assert loading.wait(30)
         raise BatchrunError("refused after all")
     assert states == ["up", "down"]
-    assert engines == [prepared.texts.engine]
+    assert engines == [prepared.codec.engine]
 
 
 def test_nobody_elses_workers_are_asked_for_ahead(tmp_path, tiny_llama, monkeypatch):
     job = load(write_job(tmp_path, tiny_llama), "cluster.slurm={queue: gpu}")
-    monkeypatch.setattr(crew, "connect", lambda settings: pytest.fail("asked for"))
+    monkeypatch.setattr(worker_views, "connect", lambda settings: pytest.fail("asked for"))
     with Workers(look(job), None, Milestones()) as workers:
         workers.begin()
 

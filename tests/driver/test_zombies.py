@@ -58,7 +58,7 @@ class Relay:
     def cut(self) -> None:
         self.whole.clear()
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         self.whole.set()
 
     def _accept(self) -> None:
@@ -140,7 +140,7 @@ def test_a_worker_that_is_cut_off_from_the_scheduler_loses_its_partitions_and_th
     assert cluster.workers[1].poll() is None, "it knows nothing of having been given up"
     before = parts(tmp_path)
     check_exact(tmp_path)
-    relay.mend()
+    relay.fix()
     with contextlib.suppress(subprocess.TimeoutExpired):
         cluster.workers[1].wait(timeout=10)
     assert parts(tmp_path) == before
@@ -156,7 +156,7 @@ def test_a_scheduler_that_was_killed_and_started_again_takes_the_same_command(tm
     cluster.workers[0].wait(60)  # without its scheduler it leaves, after it has staged what it holds
     deadline = time.monotonic() + 60
     while cluster.scheduler.poll() is not None or cluster.workers[0].poll() is not None:
-        cluster.mend()
+        cluster.fix()
         assert time.monotonic() < deadline, "the cluster does not come back"
         time.sleep(0.1)
     code, out, err = batchrun("run", str(job), "--address", cluster.address, "--json")

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.batching import MAX_ROWS, Batch, by_length, take_batch
+from batchrun.engine.batching import MAX_ROWS, PaddedBatch, by_length, take_batch
 from batchrun.engine.protocol import Request
 
 
@@ -16,7 +16,7 @@ def request(id: int, length: int, max_new_tokens: int) -> Request:
     return Request(id, np.arange(1, length + 1, dtype=np.int32), max_new_tokens)
 
 
-def batches(requests: list[Request], budget: int, equal_lengths: bool = False) -> list[Batch]:
+def batches(requests: list[Request], budget: int, equal_lengths: bool = False) -> list[PaddedBatch]:
     waiting, cut = deque(requests), []
     while waiting:
         cut.append(take_batch(waiting, budget, equal_lengths))
@@ -56,7 +56,7 @@ def test_a_batch_never_has_more_rows_than_pay():
 @settings(max_examples=30)
 @given(shapes=SHAPES, left=st.booleans())
 def test_a_rectangle_holds_each_row_once_and_masks_everything_else(shapes, left):
-    batch = Batch([request(i, *shape) for i, shape in enumerate(shapes)])
+    batch = PaddedBatch([request(i, *shape) for i, shape in enumerate(shapes)])
     ids, mask = batch.rectangle(left)
     for row, r in enumerate(batch.requests):
         assert ids[row][mask[row] == 1].tolist() == r.token_ids.tolist()

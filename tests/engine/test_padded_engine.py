@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, MAX_CONTEXT, make_tokenizer, model_folder
 
-from batchrun.engine.batching import Batch
+from batchrun.engine.batching import PaddedBatch
 from batchrun.engine.loading import load_model
 from batchrun.engine.padded import PaddedEngine
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
@@ -310,7 +310,7 @@ def test_flash_attention_agrees_with_sdpa_by_logits():
         on_gpu = spec("qwen3", device="cuda")
         padded = PaddedEngine(on_gpu, load_model(on_gpu, attention))
         assert padded.stats.attention == attention
-        batch = Batch(requests)
+        batch = PaddedBatch(requests)
         state = padded._new_state(batch)
         output = padded._model_generate(batch, state, output_logits=True, return_dict_in_generate=True)
         logits[attention] = output.logits[0].float()

@@ -43,13 +43,13 @@ def test_a_stopped_and_resumed_run_reads_97_of_100_orders_right_in_every_field(
 ) -> None:
     stop = threading.Event()
 
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if 0 < progress.rows_done < progress.rows:
             stop.set()
 
     small_batches = job(unseen, tmp_path, "engine.kind=padded", "engine.batch_tokens=4096")
     with pytest.raises(Interrupted):
-        batchrun.run(small_batches, client=cluster, stop=stop, watch=watch)
+        batchrun.run(small_batches, client=cluster, stop=stop, on_progress=on_progress)
     result = batchrun.run(small_batches, client=cluster)
     assert 0 < result.requests < orders.TEST_ROWS, "what was staged is not generated again"
     table = answers(tmp_path)

@@ -80,7 +80,7 @@ def write(folder: Path, model: Path, args: argparse.Namespace, prompt: tuple, ne
 
 def compare(job: Job, args: argparse.Namespace) -> str:
     prepared = prepare(job)
-    engine = load_engine(prepared.texts.engine)
+    engine = load_engine(prepared.codec.engine)
     sampled = sample(prepared, job.engine.window_rows)
     requests = [Request(i, p, job.generation.max_new_tokens, i) for i, p in enumerate(sampled.prompts)]
     seen = trial._batches(engine, requests, args.batch_tokens, args.trial)
@@ -94,7 +94,7 @@ def compare(job: Job, args: argparse.Namespace) -> str:
         1,
         1,
     )
-    builder = prepared.texts.builder
+    builder = prepared.codec.builder
     prompts = [p for batch in all_rows(job, prepared.plan, builder.columns) for p in builder.build(batch)]
     whole = [Request(i, p, job.generation.max_new_tokens, i) for i, p in enumerate(prompts)]
     started = trial.time.monotonic()

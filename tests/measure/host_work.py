@@ -18,7 +18,7 @@ import torch
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.runner import Pending
-from batchrun.engine.paged.scheduler import Round, Segment
+from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk
 from batchrun.engine.protocol import EngineSpec, Request
 from tests.support.tiny_models import make_model
 
@@ -49,15 +49,17 @@ def seconds_per_step(folder: str, args: argparse.Namespace, known: bool) -> floa
     engine = PagedEngine(spec, load_model(spec))
     runner, steps, begun = engine._runner, 0, 0.0
 
-    def prefill(pack: list[Segment]) -> Pending:
-        rows = [segment.row for segment in pack if segment.complete]
+    def prefill(pack: list[PrefillChunk]) -> Pending:
+        rows = [chunk.row for chunk in pack if chunk.complete]
         return Pending(rows, torch.full((1, len(rows)), TOKEN, dtype=torch.int32), None)
 
-    def decode(work: Round) -> Pending:
+    def decode(work: DecodeBatch) -> Pending:
         nonlocal steps, begun
         begun = begun or time.perf_counter()
         steps += work.steps
-        runner._upload(runner._shape(len(work.rows), work.tables.shape[1], 0), work.slots, work.tables, 0)
+        runner._upload(
+            runner._shape(len(work.rows), work.block_tables.shape[1], 0), work.slots, work.block_tables, 0
+        )
         return Pending(work.rows, torch.full((work.steps, len(work.rows)), TOKEN, dtype=torch.int32), None)
 
     runner.prefill, runner.decode = prefill, decode  # type: ignore[method-assign]

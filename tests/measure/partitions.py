@@ -107,7 +107,7 @@ def run_once(job: Path) -> dict[str, Any]:
         threads.update(cpu_by_thread())
 
     threads: dict[str, float] = {}
-    result = batchrun.run(job, watch=look)
+    result = batchrun.run(job, on_progress=look)
     total = time.process_time()
     loop = threads.get("IO loop", 0.0)
     return {

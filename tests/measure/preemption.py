@@ -38,7 +38,7 @@ def run(prepared: Prepared, rows: int, preemptions: int, steps: int, keep: bool)
             attempt.open()
             if attempt.covered:
                 break
-            engine = EngineProcess(prepared.texts.engine)
+            engine = EngineProcess(prepared.codec.engine)
 
             def wanted(engine: EngineProcess = engine, last: bool = preempted >= preemptions) -> bool:
                 return last or engine.stats().steps < steps
@@ -47,7 +47,7 @@ def run(prepared: Prepared, rows: int, preemptions: int, steps: int, keep: bool)
             missing[attempt.missing] = True
             generation = Generation(
                 lambda columns: read_rows(job, plan.schema, partition, files, columns),
-                attempt, prepared.texts, job.generation.max_new_tokens, AttemptCounters(run="", partition=0), missing,
+                attempt, prepared.codec, job.generation.max_new_tokens, AttemptCounters(run="", partition=0), missing,
             )  # fmt: skip
             generation.run(engine, wanted)
             attempt.flush()

@@ -19,7 +19,7 @@ from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, la
 
 from batchrun.errors import BatchrunError
 from batchrun.output import chunk, clean, identity, manifest, state
-from batchrun.output.attempt import Attempt, Begun
+from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.identity import Identity
 from batchrun.output.layout import MANIFEST, STAGE
@@ -87,7 +87,10 @@ class ExactlyOnce(Interleaving):
             if leaves and start + step < len(missing):
                 one.flush()
                 one.keep(
-                    {row: Begun(3, tokens(partition, row, step + row % 2)) for row in missing[start + step :]}
+                    {
+                        row: PartialAnswer(3, tokens(partition, row, step + row % 2))
+                        for row in missing[start + step :]
+                    }
                 )
                 return
         one.seal(carried(partition, rows), SCHEMA)

@@ -213,9 +213,9 @@ def test_a_changed_job_may_free_rows_but_changes_answers_only_by_name(place: Fol
     assert finish(place).retries[0].changes == one.changes
     # A run of a recorded job goes on here; of a job that nobody recorded it does not.
     recorded = [past.identity for past in retry.read(place)]
-    assert not identity.pin(place, job(template="b"), mended=recorded)
+    assert not identity.pin(place, job(template="b"), fixed=recorded)
     with pytest.raises(ChangedError, match="model"):
-        identity.pin(place, other_model, mended=recorded)
+        identity.pin(place, other_model, fixed=recorded)
 
 
 def test_a_part_that_vanished_is_said_to_be_gone(place: Folder) -> None:

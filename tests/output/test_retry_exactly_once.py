@@ -17,9 +17,9 @@ from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, la
 from parts import settings as output_settings
 
 from batchrun.errors import BatchrunError
-from batchrun.output import chunk, failed, identity, manifest, retry, verify
+from batchrun.output import chunk, failed_rows, identity, manifest, retry, verify
 from batchrun.output.chunk import BadChunk, Origin
-from batchrun.output.failed import PLACE
+from batchrun.output.failed_rows import PLACE
 from batchrun.output.identity import Identity
 from batchrun.output.layout import MANIFEST, STAGE, Layout
 from batchrun.output.part import read_summary
@@ -35,7 +35,7 @@ def pinned(plan: Layout) -> Identity:
     return Identity(plan.plan_hash, JOB_HASH, SETTINGS, "model", "0", created="now")
 
 
-def mended(plan: Layout) -> Identity:
+def fixed(plan: Layout) -> Identity:
     changed = {**SETTINGS, "prompt": {"truncate": "right"}}
     return Identity(plan.plan_hash, "9" * 64, changed, "model", "0", created="now")
 
@@ -103,7 +103,7 @@ class Retries(Interleaving):
         written = manifest.read(self.folder)
         assert written is not None
         recorded = [past.number for past in written.retries if past.finished]
-        one = retry.begin(self.folder, mended(self.plan), errors, [], found, recorded)
+        one = retry.begin(self.folder, fixed(self.plan), errors, [], found, recorded)
         for partition in {} if one is None else one.work(found):
             assert one is not None
             actor.listed.clear()
@@ -129,11 +129,11 @@ class Retries(Interleaving):
             mine.add(answers(partition, some, who, failed=[row for row in some if row % 8 == 5]))
             mine.maybe_flush()
         mine.seal(carried(partition, rows), SCHEMA)
-        failed.update(self.folder, plan, partition, self.settings, lambda i: places(i, rows))
+        failed_rows.update(self.folder, plan, partition, self.settings, lambda i: places(i, rows))
 
     def finish(self) -> None:
         found, _ = manifest.summaries(self.folder, self.plan)
-        failed.complete(self.folder, self.plan, found, self.settings, lambda i: places(i, self.rows[i]))
+        failed_rows.complete(self.folder, self.plan, found, self.settings, lambda i: places(i, self.rows[i]))
         manifest.write(self.folder, self.plan, JOB_HASH, self.rows, failed_folder=FAILED)
 
     # The search
@@ -174,7 +174,7 @@ class Retries(Interleaving):
     def staged(self, plan: Layout, partition: int, keys: Collection[str]) -> set[int]:
         rows: set[int] = set()
         for key in keys:
-            origin = Origin(plan.plan_hash, mended(plan).job_hash, partition)
+            origin = Origin(plan.plan_hash, fixed(plan).job_hash, partition)
             try:
                 table = chunk.decode(self.store.objects[key], origin, self.rows[partition])
             except (BadChunk, KeyError):
@@ -255,7 +255,7 @@ class Retries(Interleaving):
 @pytest.fixture(autouse=True)
 def _one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "FIRST_WAIT", 0)
-    for module in (manifest, retry, failed, verify):
+    for module in (manifest, retry, failed_rows, verify):
         monkeypatch.setattr(module, "ThreadPoolExecutor", OneThread)
 
 

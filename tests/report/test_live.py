@@ -35,13 +35,13 @@ def at(seconds: float, rows: int, *doing: str) -> Progress:
     )  # fmt: skip
     failed = min(rows, 3)
     return Progress(
-        seconds=seconds, partitions=10, partitions_done=2, partitions_flying=3, rows=1000, rows_done=rows,
+        seconds=seconds, partitions=10, partitions_done=2, partitions_in_flight=3, rows=1000, rows_done=rows,
         counts=Counters(
             rows=rows, failed=failed, pulled=1000, sent_tokens=10000, prompt_tokens=rows * 10, output_tokens=rows * 10,
             errors={"NULL_PROMPT": failed} if failed else {},
         ),
         workers=len(doing), worker_time={"generating": seconds * len(doing)},
-        crew=[
+        worker_views=[
             WorkerView(f"tcp://10.0.0.{i}:9000", "host", 2, 2, 1 << 30, what, stats if rows else None, CARD)
             for i, what in enumerate(doing, 1)
         ],

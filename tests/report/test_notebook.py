@@ -31,7 +31,7 @@ def test_a_notebook_is_known_by_its_kernel(monkeypatch, kernel):
 
 def test_a_run_in_a_notebook_shows_a_bar_with_its_rows(tmp_path, tiny_llama, cluster, kernel, capsys):
     seen = []
-    library.run(write_job(tmp_path, tiny_llama), client=cluster, watch=seen.append)
+    library.run(write_job(tmp_path, tiny_llama), client=cluster, on_progress=seen.append)
     shown = capsys.readouterr().err
     assert f"{tmp_path.name} 100%" in shown
     assert "60 of 60 rows" in shown

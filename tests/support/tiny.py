@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from batchrun.dataset.plan import Partition, Plan, make_plan
-from batchrun.dataset.reader import Batch, read_partition
+from batchrun.dataset.reader import RowBatch, read_partition
 from batchrun.job.settings import InputSettings
 
 CHATML = (
@@ -53,7 +53,7 @@ def plan_of(
     return make_plan(settings, needed, rows, size)
 
 
-def batches_of(plan: Plan, settings: InputSettings, partition: Partition, **how: Any) -> list[Batch]:
+def batches_of(plan: Plan, settings: InputSettings, partition: Partition, **how: Any) -> list[RowBatch]:
     return list(
         read_partition(
             partition.slices,

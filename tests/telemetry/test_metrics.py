@@ -36,7 +36,7 @@ DASHBOARD = Path(__file__).parents[2] / "docker/grafana/batchrun.json"
 CARD = Gpu("H200", 0.75, 60 << 30, 140 << 30)
 
 
-def crew(tokens: int, card: Gpu | None = CARD) -> list[WorkerView]:
+def worker_views(tokens: int, card: Gpu | None = CARD) -> list[WorkerView]:
     stats = EngineStats(
         engine="paged", pid=1, requests=30, completions=20, prompt_tokens=tokens, output_tokens=tokens,
         computed_tokens=3 * tokens, batches=2, busy_seconds=1.5, load_seconds=9.0,
@@ -49,10 +49,10 @@ def crew(tokens: int, card: Gpu | None = CARD) -> list[WorkerView]:
 
 
 def at(seconds: float, rows: int, **more) -> Progress:
-    workers = crew(rows * 10)
+    workers = worker_views(rows * 10)
     values = {
-        "seconds": seconds, "partitions": 10, "partitions_done": 2, "partitions_flying": 3, "rows": 1000,
-        "rows_done": rows, "workers": 2, "worker_time": {"generating": seconds * 2}, "crew": workers,
+        "seconds": seconds, "partitions": 10, "partitions_done": 2, "partitions_in_flight": 3, "rows": 1000,
+        "rows_done": rows, "workers": 2, "worker_time": {"generating": seconds * 2}, "worker_views": workers,
         "counts": Counters(
             rows=rows, failed=3, requests=rows + 50, pulled=rows + 50, sent_tokens=(rows + 50) * 10,
             prompt_tokens=rows * 10, output_tokens=rows * 10, commits=2, commit_seconds=0.5, errors={"NULL_PROMPT": 3},
@@ -68,7 +68,7 @@ def exported(*seen: Progress) -> dict[str, Metric]:
     registry = CollectorRegistry()
     registry.register(exporter)
     for now in seen:
-        exporter.see(now)
+        exporter.on_progress(now)
         text = generate_latest(registry).decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
@@ -107,7 +107,7 @@ def test_each_value_is_the_runs_or_the_workers_own():
 
 
 def test_without_a_gpu_there_are_no_gpu_values():
-    families = exported(at(1, 100, crew=crew(100, card=None)))
+    families = exported(at(1, 100, worker_views=worker_views(100, card=None)))
     assert not [s for name, family in families.items() if "gpu" in name for s in family.samples]
 
 
@@ -143,7 +143,7 @@ def test_a_run_serves_its_workers_metrics_and_stops_serving_when_it_ends(tmp_pat
     address, texts = f"http://127.0.0.1:{port}/metrics", []
     stop = threading.Event()
 
-    def watch(now: Progress) -> None:
+    def on_progress(now: Progress) -> None:
         if not stop.is_set():  # the last look comes when all have stopped
             texts.append(urllib.request.urlopen(address, timeout=10).read().decode())
             with pytest.raises(ConnectionRefusedError):  # nobody listens on any other interface
@@ -152,7 +152,7 @@ def test_a_run_serves_its_workers_metrics_and_stops_serving_when_it_ends(tmp_pat
             stop.set()
 
     with pytest.raises(library.errors.Interrupted):
-        library.run(job, client=cluster, stop=stop, watch=watch)
+        library.run(job, client=cluster, stop=stop, on_progress=on_progress)
     families = {family.name: family for family in text_string_to_metric_families(texts[-1])}
     assert value(families, "batchrun_rows_planned") == ROWS
     assert value(families, "batchrun_rows_generated", "batchrun_rows_generated_total") > 3

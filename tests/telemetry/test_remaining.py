@@ -77,9 +77,9 @@ def look(
     counts = Counters(rows=rows, prompt_tokens=tokens, output_tokens=rows, pulled=pulled, sent_tokens=sent)
     doing = "generating" if busy > 0 else "loading"
     return Progress(
-        seconds=seconds, partitions=3, partitions_done=0, partitions_flying=2, rows=planned, rows_done=rows,
+        seconds=seconds, partitions=3, partitions_done=0, partitions_in_flight=2, rows=planned, rows_done=rows,
         counts=counts, workers=1, worker_time={"loading": seconds - max(0.0, busy), "generating": max(0.0, busy)},
-        crew=[WorkerView("tcp://10.0.0.1:9000", "10.0.0.1", 2, 2, 0, doing)],
+        worker_views=[WorkerView("tcp://10.0.0.1:9000", "10.0.0.1", 2, 2, 0, doing)],
     )  # fmt: skip
 
 

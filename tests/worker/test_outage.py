@@ -12,7 +12,7 @@ import pytest
 from faulty import FaultyStore
 from parts import attempt, faulty_folder, layout
 
-from batchrun.dataset.reader import Batch
+from batchrun.dataset.reader import RowBatch
 from batchrun.engine.protocol import Completion, Request
 from batchrun.errors import EngineDied, StorageError
 from batchrun.output.attempt import Attempt
@@ -47,9 +47,9 @@ def generate(one: Attempt, engine: Any) -> AttemptCounters:
     )
     counters = AttemptCounters(run="run", partition=0)
 
-    def read(columns: Sequence[str]) -> Iterator[Batch]:
+    def read(columns: Sequence[str]) -> Iterator[RowBatch]:
         rows = np.arange(ROWS)
-        yield Batch(0, records, rows.astype(np.uint64), "here", 0, rows)
+        yield RowBatch(0, records, rows.astype(np.uint64), "here", 0, rows)
 
     Generation(read, one, texts, 4, counters, np.ones(ROWS, bool)).run(engine, lambda: True)
     return counters

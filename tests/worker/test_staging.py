@@ -25,13 +25,13 @@ def test_rows_that_finish_one_by_one_are_staged_in_time_and_a_stop_is_heeded(tmp
     stop = threading.Event()
     staged_at: list[float] = []
 
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if not staged_at and list((tmp_path / "out").rglob("*.chunk")):
             staged_at.append(time.monotonic())
             stop.set()
 
     with pytest.raises(Interrupted):
-        library.run(job, client=cluster, stop=stop, watch=watch)
+        library.run(job, client=cluster, stop=stop, on_progress=on_progress)
     stopped = time.monotonic() - staged_at[0]
     assert stopped < 5.0, f"{stopped:.1f} s until the stop was heeded"
     result = library.run(load(job, "engine.kind=engines:EchoEngine"), client=cluster)

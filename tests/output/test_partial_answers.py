@@ -9,15 +9,18 @@ from hypothesis import strategies as st
 from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, store_of
 
 from batchrun.output import chunk, clean, state
-from batchrun.output.attempt import Begun
+from batchrun.output.attempt import PartialAnswer
 from batchrun.output.chunk import BadChunk, Origin
 
 ROWS = 6
 
 
-def begun(**lengths: int) -> dict[int, Begun]:
+def begun(**lengths: int) -> dict[int, PartialAnswer]:
     """Rows "r0", "r1", ... with so many tokens of their answers."""
-    return {int(r[1:]): Begun(3, np.arange(n, dtype=np.int32) + 10 * int(r[1:])) for r, n in lengths.items()}
+    return {
+        int(r[1:]): PartialAnswer(3, np.arange(n, dtype=np.int32) + 10 * int(r[1:]))
+        for r, n in lengths.items()
+    }
 
 
 def opened(folder, plan, rows=ROWS):
