@@ -352,7 +352,9 @@ def test_a_job_started_twice_says_so_and_forced_takes_over(tmp_path, tiny_llama,
     library.run(load(job, "engine.kind=engines:EchoEngine"), client=cluster, force=True)
     _, err = first.communicate(timeout=120)
     # It finds every part committed, unless it looks at its lease, every 10 s, while the other one holds that.
-    assert first.returncode == 0 or (first.returncode == 2 and "took it over; stopped, all staged" in err), err
+    assert first.returncode == 0 or (first.returncode == 2 and "took it over; stopped, all staged" in err), (
+        err
+    )
     check_complete(tmp_path / "out", ROWS)
     assert verify(load(job)).found.passed
 
