@@ -14,6 +14,8 @@ from batchrun.job.durations import parse_deadline
 
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
 
+# A scheduler's address, whatever comm library has its protocol; http:// is that of its dashboard.
+_ADDRESS = re.compile(r"(?!https?://)(\w+://)?[^\s/]+:\d+(/.*)?|inproc://.+")
 # Dask's form of a size: 16GiB, 4e9, or a share of the machine's memory such as 0.5.
 _SIZE = re.compile(r"auto|\d*\.?\d+(e\d+)? ?([kmgtp]i?)?b?", re.IGNORECASE)
 
@@ -269,6 +271,13 @@ class ClusterSettings(Settings):
     kubernetes: dict[str, Any] | None = Field(
         None, repr=False, description="workers as pods: image, name, namespace, resources, env, pod"
     )
+
+    @field_validator("address")
+    @classmethod
+    def _an_address(cls, address: str | None) -> str | None:
+        if address is not None and not _ADDRESS.fullmatch(address):
+            raise ValueError("give a scheduler's address, such as tcp://HOST:8786")
+        return address
 
     @field_validator("memory_limit")
     @classmethod

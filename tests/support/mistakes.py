@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,9 @@ from batchrun.cli import app
 
 REVIEWS = {"text": ["good", "bad", "so so"], "id": [1, 2, 3], "tags": [["a"], [], ["b"]]}
 # What no message may have: signs of a failure that nobody thought of, or words of a library for programmers.
-UNTHOUGHT = re.compile(r"unexpected|Traceback|pydantic|Input should|<class |object at 0x|Errno|\\n|; *$|\(\)")
+UNTHOUGHT = re.compile(
+    r"^unexpected|Traceback|pydantic|Input should|<class |object at 0x|Errno|\\n|; *$|\(\)"
+)
 
 
 class Mistake(NamedTuple):
@@ -94,10 +95,6 @@ def no_cluster() -> Iterator[None]:
     assert not started, "a cluster was started"
 
 
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder below one, with size and time."""
-    names = [os.path.join(root, name) for root, *both in os.walk(folder) for names in both for name in names]
-    return {name: (os.lstat(name).st_size, os.lstat(name).st_mtime_ns) for name in names}
-
-
-Make = Callable[[Path], dict[str, Any]]
+def contents(folder: Path) -> dict[Path, int | None]:
+    """Every file and folder below one, files with the time of their last change."""
+    return {path: None if path.is_dir() else path.stat().st_mtime_ns for path in folder.rglob("*")}
