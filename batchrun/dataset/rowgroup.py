@@ -86,5 +86,5 @@ def _column(
         raise InputError(
             f"column {field.name!r} cannot be cast to {field.type} ({error})",
             where,
-            "mend the value or input.cast",
+            "fix the value or input.cast",
         ) from None

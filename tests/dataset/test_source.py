@@ -138,7 +138,7 @@ def test_a_carried_column_missing_in_one_file_is_null_there(tmp_path: Path) -> N
 def test_duplicate_column_names_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array([3])], names=["a", "b", "a"])
     write(tmp_path / "twice.parquet", table)
-    with pytest.raises(InputError, match=r"stand twice: 'a' in .*twice\.parquet"):
+    with pytest.raises(InputError, match=r"appear twice: 'a' in .*twice\.parquet"):
         source_of(tmp_path)
 
 

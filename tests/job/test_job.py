@@ -41,7 +41,7 @@ output: {path: s3://bucket/out}
             "unknown key prompt.messages.0.rol, did you mean 'role'?",
         ),
         (BASE + "engine: {kind: vllm}", "use auto, padded, paged, or module:Class"),
-        (BASE + "output: {path: x}", "key 'output' stands twice"),
+        (BASE + "output: {path: x}", "key 'output' appears twice"),
         (BASE.replace("template:", "column: a, template:"), "exactly one of template, messages, column"),
         (BASE.replace("model: {name: org/model}", ""), "model is missing"),
         (BASE + "generation: {temperature: -1}", "generation.temperature"),
