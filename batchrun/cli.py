@@ -16,6 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from batchrun import __version__, signals
+from batchrun.commands.usage import Commands
 from batchrun.errors import BatchrunError, ExitCode, Interrupted, JobError, OutputError, Refused, one_line
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="batchrun",
+    cls=Commands,
     help="Batch inference over Parquet: one job file in, a complete dataset of answers out, exactly once.",
     no_args_is_help=True,
     add_completion=True,
@@ -396,9 +398,12 @@ def _ask(what: str) -> None:
 
 def _seconds(text: str) -> float:
     try:
-        return parse_duration(text).total_seconds()
+        seconds = parse_duration(text).total_seconds()
     except ValueError as error:
         raise JobError(str(error), "--trial", "write --trial 60s") from None
+    if not seconds:
+        raise JobError("no time to try anything", "--trial", "write --trial 60s")
+    return seconds
 
 
 def _columns_to_show(job: Job, table: pa.Table) -> list[str]:

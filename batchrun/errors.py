@@ -170,4 +170,4 @@ class RowFault:
 def nearest(name: str, known: Sequence[str]) -> str:
     """`, did you mean 'x'?` for the known name nearest to a misspelt one, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(known) or 'none'})"

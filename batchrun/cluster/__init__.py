@@ -17,12 +17,26 @@ from distributed import Client, Security
 
 from batchrun.cluster.check import check_workers
 from batchrun.cluster.config import DASK_CONFIG
-from batchrun.cluster.kubernetes import kubernetes_cluster
+from batchrun.cluster.kubernetes import kubernetes_cluster, kubernetes_module, kubernetes_spec
 from batchrun.cluster.local import local_cluster
 from batchrun.cluster.nanny import apart
-from batchrun.cluster.slurm import slurm_cluster
+from batchrun.cluster.slurm import slurm_cluster, slurm_module
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings, TlsSettings
+
+
+def refuse_unusable(settings: ClusterSettings) -> None:
+    """Looks at what can be told without asking anybody, so that nothing was written when it is refused.
+
+    Raises:
+        ClusterError: certificates, options, a command or a package that `connect` needs are missing or wrong.
+    """
+    _security(settings.tls)
+    if settings.slurm is not None:
+        slurm_module()
+    if settings.kubernetes is not None:
+        kubernetes_spec(settings)
+        kubernetes_module()
 
 
 @contextmanager
@@ -82,7 +96,9 @@ def _security(tls: TlsSettings | None) -> Security | None:
         security.get_connection_args("client")
     except OSError as error:  # ssl.SSLError is one
         raise ClusterError(
-            f"its certificates cannot be loaded ({error})", "cluster.tls", "give PEM files for ca, cert, key"
+            f"its certificates cannot be loaded ({error.strerror})",
+            "cluster.tls",
+            "give PEM files for ca, cert, key",
         ) from None
     return security
 

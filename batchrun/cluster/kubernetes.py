@@ -19,7 +19,7 @@ SCHEDULER_POD = 900
 @contextmanager
 def kubernetes_cluster(settings: ClusterSettings) -> Iterator[Any]:
     """Scheduler and workers as pods, by the Dask operator (which has to be installed in the cluster)."""
-    module = optional("dask_kubernetes.operator", "kubernetes")
+    module = kubernetes_module()
     spec, namespace = kubernetes_spec(settings), (settings.kubernetes or {}).get("namespace")
     try:
         # Asked first: a KubeCluster that finds nobody prints a traceback of its own when the process ends.
@@ -33,6 +33,11 @@ def kubernetes_cluster(settings: ClusterSettings) -> Iterator[Any]:
         raise ClusterError(what, "cluster.kubernetes", fix) from None
     with cluster:
         yield cluster
+
+
+def kubernetes_module() -> Any:
+    """dask-kubernetes. Raises ClusterError where it is missing on this machine."""
+    return optional("dask_kubernetes.operator", "kubernetes")
 
 
 def kubernetes_spec(settings: ClusterSettings) -> dict[str, Any]:

@@ -23,11 +23,7 @@ RESUBMIT = 30.0
 @contextmanager
 def slurm_cluster(settings: ClusterSettings) -> Iterator[Any]:
     """As many one-worker Slurm jobs as the job asks for; those that end before the run are submitted again."""
-    if shutil.which("sbatch") is None:
-        raise ClusterError(
-            "no sbatch command here", "cluster.slurm", "start the run on a machine that submits jobs"
-        )
-    module = optional("dask_jobqueue", "slurm")
+    module = slurm_module()
     jobs = settings.workers or 1
     try:
         cluster = module.SLURMCluster(**slurm_options(settings), silence_logs=logging.CRITICAL)
@@ -56,6 +52,15 @@ def slurm_cluster(settings: ClusterSettings) -> Iterator[Any]:
             yield cluster
         finally:
             cluster.loop.add_callback(again.stop)
+
+
+def slurm_module() -> Any:
+    """dask-jobqueue. Raises ClusterError where it or Slurm's own command is missing on this machine."""
+    if shutil.which("sbatch") is None:
+        raise ClusterError(
+            "no sbatch command here", "cluster.slurm", "start the run on a machine that submits jobs"
+        )
+    return optional("dask_jobqueue", "slurm")
 
 
 def slurm_options(settings: ClusterSettings) -> dict[str, Any]:

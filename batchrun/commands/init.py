@@ -53,10 +53,11 @@ def init(dataset: str, out: Path, model: str = MODEL) -> list[Path]:
     source = read_source(InputSettings(path=_absolute(dataset)), [])
     head = _head(source)
     schema_file = out.with_name("job.schema.json")
+    text = job_text(dataset, source.schema, head, out, model)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         schema_file.write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
-        out.write_text(job_text(dataset, source.schema, head, out, model), encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot be written ({error.strerror})", str(out), "give another --out") from None
     return [out, schema_file]

@@ -124,7 +124,8 @@ def _checked_term(term: Any) -> tuple[str, str, Any]:
             f"unknown operator {op!r} for {column}", _WHERE, f"use one of {', '.join(_OPERATORS)}"
         )
     if op in ("in", "not in") and not isinstance(value, list | tuple | set | frozenset):
-        raise InputError(f"{column} {op} needs a list of values (got {value!r})", _WHERE)
+        what = f"{column} {op} needs a list of values (got {value!r})"
+        raise InputError(what, _WHERE, f"write [{column}, {op}, [{value}]]")
     if value is None:
         raise InputError(f"{column} {op} null holds for no row", _WHERE, "compare with a value")
     return column, op, value
@@ -147,6 +148,8 @@ def _parse_term(term: Any, schema: pa.Schema) -> Term:
     except (pa.ArrowException, OverflowError, TypeError) as error:
         reason = first_line(error)
         raise InputError(
-            f"{column} is {kind}, which {value!r} cannot be compared with ({reason})", _WHERE
+            f"{column} is {kind}, which {value!r} cannot be compared with ({reason})",
+            _WHERE,
+            "give a value of that type, or filter on another column",
         ) from None
     return parsed

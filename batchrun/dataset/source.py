@@ -127,7 +127,7 @@ def read_source(
         raise InputError(
             f"{len(bad)} of {len(footers)} files cannot be read as Parquet: {names}",
             "input.path",
-            "fix or remove them, or set input.skip_bad_files" if good else "give Parquet files",
+            "fix or remove them, or set input.skip_bad_files: true" if good else "give Parquet files",
         )
     good = [_with_keys(file, schema, fields) for file, schema in good]
     return Source([file for file, _ in good], _shared_schema(good, settings, needed), bad)
@@ -244,7 +244,7 @@ def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataF
             ) from None
         if text := conversion(file.path):
             raise text from None
-        reason = "it is empty" if file.size == 0 else first_line(error)
+        reason = "it is empty" if file.size == 0 else first_line(error).rstrip(".")
         return DataFile(file.path, file.size, file.version, (), ()), pa.schema([]), reason
 
 
@@ -330,7 +330,9 @@ def _column_type(
             pa.nulls(0, kind).cast(cast)
         except pa.ArrowException:
             raise InputError(
-                f"column {name!r} is {kind} in {_some(paths)}, not to be cast to {cast}", "input.cast"
+                f"column {name!r} is {kind} in {_some(paths)}, which cannot be cast to {cast}",
+                "input.cast",
+                "cast it to another type, such as string, or leave it out",
             ) from None
     return cast
 

@@ -85,11 +85,11 @@ def _run(
     if done is not None:
         return result(prepared, done, milestones)
     with Workers(prepared, client, milestones) as workers:
+        try_store(prepared.folder)
         if force or not record.is_alive(lease.read(prepared.folder)):
             workers.begin()
         try_prompt(prepared)
         milestones.reach("planned")
-        try_store(prepared.folder)
         with Lease(prepared.folder, force=force) as held:
             _pin(prepared)
             dispatch = Dispatch(prepared, _uncommitted(prepared), stop, on_progress, milestones)
@@ -161,9 +161,12 @@ def _finished(prepared: Prepared) -> Manifest | None:
 
     Raises:
         ChangedError: the output was made from other inputs or another job.
+        OutputError: it has other files, and no run of a job was ever started there.
     """
     folder = prepared.folder
     if identity.read(folder) is None:
+        # Whatever is in data/ is somebody else's, and so is the folder: not even a plan is left in it.
+        state.scan(folder, prepared.layout).refuse_foreign(folder)
         return None
     _compare(prepared)
     written = manifest.read(folder)

@@ -9,7 +9,7 @@ from typing import Self
 
 from distributed import Client
 
-from batchrun.cluster import connect, is_local
+from batchrun.cluster import connect, is_local, refuse_unusable
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import EngineSpec
 from batchrun.telemetry.milestones import Milestones
@@ -31,6 +31,9 @@ class Workers:
         self._pool = ThreadPoolExecutor(1, "batchrun-cluster")
 
     def __enter__(self) -> Self:
+        """Raises ClusterError as `refuse_unusable` does."""
+        if self._given is None:
+            refuse_unusable(self._prepared.job.cluster)
         return self
 
     def begin(self) -> None:

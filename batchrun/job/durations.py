@@ -18,7 +18,10 @@ def parse_duration(text: str) -> timedelta:
     if not match or not any(match.groups()):
         raise ValueError(f"{text!r} is no duration such as 90s, 30m, 6h or 1h30m")
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    try:
+        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    except OverflowError:
+        raise ValueError(f"{text!r} is too long: give a duration such as 90s, 30m, 6h or 1h30m") from None
 
 
 def parse_deadline(text: str, now: datetime) -> datetime:
@@ -29,11 +32,11 @@ def parse_deadline(text: str, now: datetime) -> datetime:
     """
     try:
         return now + parse_duration(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     try:
         return datetime.fromisoformat(text.strip()).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(
             f"{text!r} is neither a duration such as 6h nor a time such as 2026-01-31T06:00+01:00"
         ) from None

@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any, Self, get_args
+from typing import Any, Self
 
-import yaml
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from batchrun.errors import JobError, first_line, nearest
+from batchrun.errors import JobError
+from batchrun.job.explain import explain
 from batchrun.job.settings import (
     ClusterSettings,
     EngineSettings,
@@ -26,6 +26,7 @@ from batchrun.job.settings import (
     TlsSettings,
 )
 from batchrun.job.written import as_written, environment, secrets, unexpanded
+from batchrun.job.yaml_text import parse_yaml
 from batchrun.storage.protocols import refuse_unknown
 
 # A password before the host, or a signed URL's query: what a plan, a log or a message would carry on.
@@ -98,10 +99,12 @@ class Job(Settings):
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise JobError(
-                f"cannot read the job file ({error})", str(path), "give the path of a YAML file"
-            ) from None
+        except OSError as error:
+            what = f"cannot read the job file ({error.strerror})"
+            raise JobError(what, str(path), "give the path of a YAML file") from None
+        except UnicodeDecodeError:
+            what = "cannot read the job file (it is not UTF-8 text)"
+            raise JobError(what, str(path), "give a YAML file, saved as UTF-8") from None
         job = cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
         job._file = path.resolve()
         for url in (*job.input.paths, job.output.path, job.model.name, job.model.tokenizer or ""):
@@ -113,7 +116,7 @@ class Job(Settings):
         cls, text: str, overrides: Sequence[str] = (), where: str = "job", base: Path | None = None
     ) -> Job:
         """The same from YAML text; `base` is the folder that relative paths start from."""
-        tree = _parse_yaml(text, where)
+        tree = parse_yaml(text, where)
         if not isinstance(tree, dict):
             raise JobError(
                 "a job file is a mapping of sections", where, f"start with {', '.join(cls.model_fields)}"
@@ -123,7 +126,7 @@ class Job(Settings):
         try:
             job = cls.model_validate(_expand(tree, where))
         except ValidationError as error:
-            faults = (unexpanded(_explain(e), tree, e["loc"]) for e in error.errors())
+            faults = (unexpanded(explain(e, cls), tree, e["loc"]) for e in error.errors())
             raise JobError("; ".join(faults), where) from None
         job._written, job._environment = tree, environment(tree)
         return job if base is None else job._resolve(base)
@@ -191,73 +194,6 @@ class Job(Settings):
         return found if self.notify is None else [*found, self.notify.url]
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML in which a date stays text: `--set input.path=2026-01-31` is a path, and no key may come twice."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is not text", key_node.start_mark
-            )
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} appears twice", key_node.start_mark
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-# Values of a job file with every alias written out. Jobs have hundreds; a few nested aliases can make billions.
-MOST_VALUES = 100_000
-
-
-def _refuse_bomb(root: yaml.Node | None) -> None:
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) not in sizes:
-            sizes[id(node)] = MOST_VALUES  # until it is known: an alias of a node inside itself has no end
-            inner = (
-                [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
-            )
-            inner += node.value if isinstance(node, yaml.SequenceNode) else []
-            sizes[id(node)] = 1 + sum(map(size, inner))
-        return sizes[id(node)]
-
-    if root is not None and size(root) > MOST_VALUES:
-        raise yaml.composer.ComposerError(
-            None, None, f"its aliases stand for more than {MOST_VALUES:,} values", root.start_mark
-        )
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        loader = _Loader(text)
-        try:
-            root = loader.get_single_node()
-            _refuse_bomb(root)
-            return None if root is None else loader.construct_document(root)
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark else where
-        what = getattr(error, "problem", None) or first_line(error)
-        raise JobError(f"not valid YAML ({what})", place, "fix the line") from None
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
@@ -268,7 +204,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             tree[key] = {}
         tree = tree[key]
     try:
-        tree[keys[-1]] = _parse_yaml(text, f"--set {path}")
+        tree[keys[-1]] = parse_yaml(text, f"--set {path}")
     except JobError:
         tree[keys[-1]] = text  # a template's braces are no YAML; a shell already quotes, so the text is meant
 
@@ -300,41 +236,10 @@ def _expand(value: Any, where: str) -> Any:
     return _VARIABLE.sub(lookup, value)
 
 
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    name = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {name}{nearest(location[-1], _keys_beside(location))}"
-    if error["type"] == "missing":
-        return f"{name} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    shown = (
-        ""
-        if "storage_options" in name or name == "notify.url" or isinstance(error["input"], dict | BaseModel)
-        else f" (got {error['input']!r})"
-    )
-    return f"{name or 'job'}: {message}{shown}"
-
-
-def _keys_beside(location: list[str]) -> list[str]:
-    """The keys that the section around this place may have."""
-    section: type[BaseModel] = Job
-    for part in location[:-1]:
-        # An item of a list has a number and no field of its own: the list's field told its section.
-        if field := section.model_fields.get(part):
-            section = _sections_in(field.annotation)[0]
-    return list(section.model_fields)
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a key's type is made of: itself, or those of an optional one or of a list."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
-
-
 def _absolute(path: str, base: Path) -> str:
     """A local path made absolute from `base`; a URL as it is."""
     if "://" in path or "::" in path:
         return path
+    if match := re.match(r"(\w{2,}):/+(.*)", path):
+        raise JobError("a URL has two slashes", path, f"write {match[1]}://{match[2]}")
     return os.path.normpath(base / Path(path).expanduser())

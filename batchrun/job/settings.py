@@ -14,11 +14,16 @@ from batchrun.job.durations import parse_deadline
 
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
 
+# A scheduler's address, whatever comm library has its protocol; http:// is that of its dashboard.
+_ADDRESS = re.compile(r"(?!https?://)(\w+://)?[^\s/]+:\d+(/.*)?|inproc://.+")
+# Dask's form of a size: 16GiB, 4e9, or a share of the machine's memory such as 0.5.
+_SIZE = re.compile(r"auto|\d*\.?\d+(e\d+)? ?([kmgtp]i?)?b?", re.IGNORECASE)
+
 
 class Settings(BaseModel):
     """A section of the job file: unknown keys are refused, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class InputSettings(Settings):
@@ -49,6 +54,14 @@ class InputSettings(Settings):
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else self.path
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _some_paths(cls, path: Any) -> Any:
+        paths = path if isinstance(path, list) else [path]
+        if not paths or not all(isinstance(one, str) and one for one in paths):
+            raise ValueError("give a path, in quotes, or a list with at least one")
+        return path
+
     @model_validator(mode="after")
     def _no_limit_on_growth(self) -> Self:
         if self.since is not None and self.limit is not None:
@@ -67,7 +80,9 @@ class PromptSettings(Settings):
     """What becomes of a row before it is tokenized: exactly one of template, messages, column."""
 
     template: str | None = Field(None, description="Jinja text over the row's columns, sent as it is")
-    messages: list[Message] | None = Field(None, description="Jinja messages through the chat template")
+    messages: list[Message] | None = Field(
+        None, min_length=1, description="Jinja messages through the chat template"
+    )
     column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
     chat_template: str | None = Field(None, description="used instead of the tokenizer's own chat template")
     special_tokens: Literal["text", "parse"] = Field(
@@ -91,7 +106,7 @@ class PromptSettings(Settings):
 class ModelSettings(Settings):
     """Which model, and what may be done to load it."""
 
-    name: str = Field(description="hub id, local folder, or fsspec URL of a folder")
+    name: str = Field(min_length=1, description="hub id, local folder, or fsspec URL of a folder")
     revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
     tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -135,7 +150,7 @@ class GenerationSettings(Settings):
     @classmethod
     def _no_empty_stop(cls, stop: list[str]) -> list[str]:
         if "" in stop:
-            raise ValueError("an empty stop text would end every answer at once")
+            raise ValueError("an empty stop text would end every answer at once: leave it out")
         return stop
 
 
@@ -167,7 +182,9 @@ class EngineSettings(Settings):
 class OutputSettings(Settings):
     """Where the answers go, how they are named, and when they are staged."""
 
-    path: str = Field(description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it")
+    path: str = Field(
+        min_length=1, description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}"
     )
@@ -204,6 +221,8 @@ class OutputSettings(Settings):
         for name in columns:
             if name not in OUTPUT_COLUMNS:
                 raise ValueError(f"{name!r} is no output column{nearest(name, OUTPUT_COLUMNS)}")
+            if not columns[name]:
+                raise ValueError(f"give {name} a name, or leave it out")
         return columns
 
     @field_validator("failed")
@@ -253,9 +272,23 @@ class ClusterSettings(Settings):
         None, repr=False, description="workers as pods: image, name, namespace, resources, env, pod"
     )
 
-    @field_validator("metrics_port")
+    @field_validator("address")
     @classmethod
-    def _a_port(cls, port: int | str | None) -> int | str | None:
+    def _an_address(cls, address: str | None) -> str | None:
+        if address is not None and not _ADDRESS.fullmatch(address):
+            raise ValueError("give a scheduler's address, such as tcp://HOST:8786")
+        return address
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _a_size(cls, size: str) -> str:
+        if not _SIZE.fullmatch(size):
+            raise ValueError("give a size such as 16GiB, or auto")
+        return size
+
+    @field_validator("metrics_port", mode="before")
+    @classmethod
+    def _a_port(cls, port: Any) -> Any:
         number = str(port).rpartition(":")[2]
         if port is not None and not (number.isascii() and number.isdigit() and 1 <= int(number) <= 65535):
             raise ValueError("give a port from 1 to 65535, or ADDRESS:PORT")
@@ -323,9 +356,9 @@ class LimitSettings(Settings):
         description="stop, resumable, once so many rows of the output are done; a few more may be by then",
     )
 
-    @field_validator("deadline")
+    @field_validator("deadline", mode="before")
     @classmethod
-    def _a_time(cls, deadline: str | None) -> str | None:
+    def _a_time(cls, deadline: Any) -> Any:
         if deadline is not None:
-            parse_deadline(deadline, datetime.now().astimezone())
+            parse_deadline(str(deadline), datetime.now().astimezone())
         return deadline

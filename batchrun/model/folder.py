@@ -30,6 +30,16 @@ _SAFE_WEIGHTS = ("*.safetensors",)
 _PLAIN = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CODE = ("*.py",)
+# One of these has every tokenizer.
+_VOCABULARIES = (
+    "*.tiktoken",
+    "*.model",
+    "merges.txt",
+    "tekken.json",
+    "tokenization*.py",
+    "tokenizer.json",
+    "vocab*",
+)
 
 _CONTEXT_KEYS = (
     "max_position_embeddings",
@@ -132,11 +142,13 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
         # Of a folder without one, transformers makes an empty tokenizer: no text would have any token.
         found = not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
     except Exception as error:  # whatever a tokenizer's files make transformers and its helpers raise
-        raise ModelError(
-            f"its tokenizer cannot be loaded ({first_line(error)})",
-            folder.tokenizer_path,
-            "set model.tokenizer to another one",
-        ) from None
+        if _chosen(os.listdir(folder.tokenizer_path), _VOCABULARIES):
+            raise ModelError(
+                f"its tokenizer cannot be loaded ({first_line(error)})",
+                folder.tokenizer_path,
+                "restore its files, or set model.tokenizer to another folder",
+            ) from None
+        found = False
     if not found:
         raise ModelError(
             "the folder has no tokenizer",
@@ -180,7 +192,8 @@ def _local_folder(name: str, settings: ModelSettings, weights: bool) -> str:
     if "://" in name and not name.startswith("file://"):
         return _downloaded(name, settings, weights)
     if name.startswith((".", "~")) or os.path.isabs(local) or name.count("/") > 1:
-        raise ModelError("no such folder", name, "give a model's folder, a hub id, or an fsspec URL")
+        what = "a file, not a model's folder" if os.path.isfile(local) else "no such folder"
+        raise ModelError(what, name, "give a model's folder, a hub id, or an fsspec URL")
     return _from_hub(name, settings, weights)
 
 
@@ -315,20 +328,16 @@ def _refuse_pickle(path: str, settings: ModelSettings) -> None:
     names = os.listdir(path)
     if _chosen(names, _SAFE_WEIGHTS):
         return
+    pickled = ", ".join(sorted(_chosen(names, _PICKLED)))
+    if not pickled:
+        what = "no *.safetensors weights in the model's folder"
+        raise ModelError(what, settings.name, "copy the whole model into it")
     if not settings.allow_pickle:
-        pickled = ", ".join(sorted(_chosen(names, _PICKLED)))
-        found = (
-            f"its only weights are pickled, which can run code ({pickled})"
-            if pickled
-            else "no *.safetensors weights"
-        )
         raise ModelError(
-            found,
+            f"its only weights are pickled, which can run code ({pickled})",
             settings.name,
             "convert them to safetensors, or set model.allow_pickle: true if you trust the source",
         )
-    if not _chosen(names, _PICKLED):
-        raise ModelError("no weights in the model's folder", settings.name, "add model.safetensors")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -339,4 +348,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ModelError(f"not readable as JSON ({error})", str(path), "restore the file") from None
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise ModelError("not a JSON object", str(path), "restore the file")
+    return value

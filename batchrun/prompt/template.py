@@ -30,7 +30,8 @@ class RowTemplate:
         try:
             self.columns = sorted(meta.find_undeclared_variables(ENVIRONMENT.parse(source)))
         except TemplateSyntaxError as error:
-            raise JobError(f"line {error.lineno}: {error.message}", where, "fix the template") from None
+            what = f"line {error.lineno}: {error.message or ''}".rstrip(".")
+            raise JobError(what, where, "fix the template") from None
 
 
 def prompt_columns(settings: PromptSettings) -> list[str]:
@@ -61,7 +62,7 @@ def check_templates(templates: Sequence[RowTemplate]) -> None:
     errors = RENDERER.compile_errors([template.source for template in templates]) if templates else []
     for template, error in zip(templates, errors, strict=True):
         if error is not None:
-            raise JobError(error, template.where, "fix the template")
+            raise JobError(error.rstrip("."), template.where, "fix the template")
 
 
 def check_columns(settings: PromptSettings, schema: pa.Schema) -> None:

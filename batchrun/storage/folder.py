@@ -199,12 +199,16 @@ class Folder:
             raise
 
     def _explained(self, error: Exception, key: str) -> StorageError:
-        what, where = one_line(error), self.where(key)
+        what, where = _words(error), self.where(key)
         if is_transient(error):
             return kept_failing(error, where)
         if is_unauthorised(error):
             return StorageError(
                 f"access denied ({what})", where, "check the credentials and what they may do"
+            )
+        if isinstance(error, NotADirectoryError | FileExistsError):
+            return StorageError(
+                "a file has the name of a folder", where, "remove it, or give another output.path"
             )
         if isinstance(error, FileNotFoundError) or http_status(error) == 404:
             return StorageError(
@@ -213,6 +217,13 @@ class Folder:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return StorageError("no space left", where, "free some and run again to go on from here")
         return StorageError(what, where, "check output.path and output.storage_options")
+
+
+def _words(error: Exception) -> str:
+    """The system's own words where it has some, without a number and the path that is told beside them."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return error.strerror
+    return one_line(error)
 
 
 def _size(data: Data) -> int:

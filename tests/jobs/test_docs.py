@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -82,19 +83,30 @@ def test_every_batchrun_command_in_the_docs_is_one_with_options_that_exist() -> 
 
 
 @pytest.mark.timeout(600)
-def test_the_newcomers_first_commands_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As printed but for the rows, the engine and the place: those are a test's.
-    monkeypatch.chdir(ROOT)
+def test_the_newcomers_commands_run_as_printed_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As printed but for the engine, the number of orders and the place. The example jobs have tests of their own.
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs", ignore=shutil.ignore_patterns("answers"))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    own = ["input.limit=4", "engine.kind=batchrun.engine.instant:InstantEngine", f"output.path={tmp_path}"]
-    sets = [word for value in own for word in ("--set", value)]
-    first = [
-        words for page, words in batchrun_commands() if page == "jobs/README.md" and "quickstart" in words[-1]
-    ]
-    assert [words[0] for words in first] == ["plan", "run", "verify"]
-    for words in first:
-        result = CliRunner().invoke(app, [*words, *sets, "--json"])
-        assert result.exit_code == 0, f"{words}: {result.output}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    engine = ["--set", "engine.kind=batchrun.engine.instant:InstantEngine"]
+    seen = []
+    for page, words in batchrun_commands():
+        if page != "jobs/README.md" or not {"job.yaml", "jobs/quickstart/job.yaml"} & set(words):
+            continue
+        sets = [] if words[0] == "init" else [*engine]
+        if "jobs/quickstart/job.yaml" in words:
+            sets += ["--set", "input.limit=4"]
+        words = [word.replace("/tmp", str(tmp_path)) for word in words]
+        result = CliRunner().invoke(app, [*words, *sets])
+        seen.append((words[0], result.exit_code))
+        assert "left to do" not in result.output, f"{words}: {result.output}"
+    first = [("plan", 0), ("run", 0), ("verify", 0)]
+    own_data = [("init", 0), ("plan", 0), ("run", 0)]
+    failed_rows = [("run", ExitCode.FAILED_ROWS), ("retry", 0)]
+    assert seen == [*first, *own_data, *failed_rows]
 
 
 def test_an_error_is_one_line_with_place_and_fix_and_debug_adds_the_traceback(tmp_path: Path) -> None:
