@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -171,8 +170,7 @@ def check_sample(builder: PromptBuilder, batches: Iterable[pa.RecordBatch], rows
         if len(faults) * 2 > seen and time.monotonic() - started > SAMPLE_SECONDS:
             break
     if len(faults) * 2 > seen:
-        first = {str(fault): i for i, fault in reversed(faults)}
-        shown = "; ".join(f"row {i}: {fault}" for fault, i in sorted(first.items(), key=itemgetter(1))[:3])
+        shown = "; ".join(f"row {i}: {fault}" for i, fault in faults[:3])
         raise InputError(
             f"{len(faults)} of the first {seen} rows have no prompt ({shown})",
             "prompt",

@@ -29,7 +29,7 @@ WORDS = (
         "an error rate in percent",
         ["run", "JOB", "--max-error-rate", "5"],
         "--max-error-rate",
-        "less than or equal to 1",
+        "equal to 1",
     ),
     (
         "an error rate in words",

@@ -92,7 +92,7 @@ def test_a_cast_that_cannot_be_is_found_while_planning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"n": [[1]], "m": [1]})
     with pytest.raises(InputError, match="'strnig' is no type"):
         source_of(path, cast={"m": "strnig"})
-    with pytest.raises(InputError, match=r"'n' is list.* in .*a\.parquet, not to be cast to int64"):
+    with pytest.raises(InputError, match=r"'n' is list.* in .*a\.parquet, which cannot be cast to int64"):
         source_of(path, cast={"n": "int64"})
     with pytest.raises(InputError, match="no input file has a column 'o'"):
         source_of(path, cast={"o": "int64"})

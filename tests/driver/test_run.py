@@ -292,7 +292,9 @@ def test_foreign_files_in_data_are_never_joined_and_never_deleted(tmp_path, tiny
     mine.write_bytes(b"mine")
     with pytest.raises(OutputError, match=r"mine\.parquet"):
         library.run(job)
-    clean(job, everything=True)
+    assert [*(tmp_path / "out").rglob("*")] == [mine.parent, mine]
+    with pytest.raises(OutputError, match="no run was ever started here"):
+        clean(job, everything=True)
     assert mine.read_bytes() == b"mine"
 
 
