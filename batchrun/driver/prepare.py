@@ -113,8 +113,9 @@ def look(job: Job) -> Prepared:
     refuse_overlap(job)
     with first_contact():
         stored = plans.read(open_folder(job)) if job.input.since else []
-        pinned = identity.read(open_folder(job))
-    made = _as_pinned(job, _plan(job, stored), pinned)
+    planned = _plan(job, stored)
+    with first_contact():
+        made = _as_pinned(job, planned, identity.read(open_folder(job)))
     refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
     prepared = _prepare(job, [*stored, *made], len(stored))
     if not prepared.plan.rows:

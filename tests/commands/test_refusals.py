@@ -90,9 +90,10 @@ def test_making_prompts_imports_no_torch_in_the_commands_own_process(tmp_path, t
     program = (
         "import sys\n"
         f"sys.argv = ['batchrun', 'plan', {str(write_job(tmp_path, tiny_llama))!r}]\n"
+        "import atexit\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
         "from batchrun.__main__ import main\n"
-        "try: main()\n"
-        "finally: print('torch' in sys.modules)\n"
+        "main()\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
     assert (ran.returncode, ran.stdout.splitlines()[-1]) == (0, "False"), ran.stderr

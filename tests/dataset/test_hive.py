@@ -171,7 +171,7 @@ def test_a_partitioned_output_resumes_grows_and_retries(tmp_path: Path, tiny_lla
             load(job, *since, "engine.kind=engines:SecondsEngine"),
             client=cluster,
             stop=stop,
-            watch=lambda now: stop.set() if now.counts.rows > 6 else None,
+            on_progress=lambda now: stop.set() if now.counts.rows > 6 else None,
         )
     whole = load(job, *since)
     result = library.run(whole, client=cluster)

@@ -29,8 +29,8 @@ SHAPES = {
 }
 POINTERS = {
     **dict.fromkeys(("query", "key", "value", "keys", "values", "out"), "bf16"),
-    **dict.fromkeys(("block_tables", "cu_seqlens_q", "lengths"), "i32"),
-    **{"slot_mapping": "i64", "lse": "fp32", "part_out": "fp32", "part_lse": "fp32"},
+    **dict.fromkeys(("tables", "starts", "lengths"), "i32"),
+    **{"places": "i64", "lse": "fp32", "part_out": "fp32", "part_lse": "fp32"},
 }
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 
