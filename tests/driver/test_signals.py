@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +29,14 @@ from jobs import SUPPORT, environment, start, write_job
 # The promise is 5 s; a machine that runs tests is busy with others.
 SOON = 10.0
 OPTIONS = {"key": "k", "secret": "secret", "client_kwargs": {"region_name": "us-east-1"}}
+
+
+@pytest.fixture(autouse=True)
+def _hang_up_as_from_a_terminal() -> Iterator[None]:
+    """Under nohup these tests would start processes that ignore a hang-up, as they should."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def slow_options(endpoint: str) -> dict[str, object]:
