@@ -316,7 +316,7 @@ def _show_result(job: Job, result: RunResult, as_json: bool, redact: Redactor) -
 
 
 def _shown_if_possible(on_progress: ProgressCallback) -> ProgressCallback:
-    """The watch, which is not looked at any more once its terminal is gone: that is no reason to stop a run."""
+    """The callback, whose errors no longer count once its terminal is gone: that is no reason to stop a run."""
 
     def forward(now: Progress) -> None:
         with _display():

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from batchrun.dataset.plan import (
     Plan,
@@ -71,12 +70,13 @@ class Prepared:
     @cached_property
     def identity(self) -> Identity:
         settings = self.job.deciding()
+        written = self.job.as_written(settings)
         fingerprint = self._fingerprint()
         return Identity(
             plan_hash=self.plans[0].hash,
             job_hash=stable_hash([settings, fingerprint]),
-            settings=self.job.as_written(settings),
-            from_environment=identity.digests(settings, self.job.as_written(settings)),
+            settings=written,
+            from_environment=identity.digests(settings, written),
             model=self.job.as_written()["model"]["name"],
             model_fingerprint=fingerprint,
             batchrun_version=__version__,
@@ -186,9 +186,7 @@ def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
     carried = carried_columns(job.input, schema)
     check_output_names(carried, job.output)
     failed_rows.refuse_taken(carried, job.output)
-    if Path(job.model.name).is_dir():
-        # Before all of its bytes are read.
-        check_model(job.model.name)
+    # Its bytes are hashed beside this, and nobody waits for them yet.
     model = resolve(job.model)
     check_model(model.path)
     return Prepared(job, plans, known, model)
