@@ -20,7 +20,7 @@ from batchrun.errors import ModelError, first_line, one_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings
 from batchrun.model.fingerprint import cache_folder, fingerprint, in_background, sampled
-from batchrun.model.light import import_tokenizers
+from batchrun.model.light import import_tokenizers, without_warnings
 from batchrun.storage import deadline
 
 if TYPE_CHECKING:
@@ -136,9 +136,10 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder.tokenizer_path, trust_remote_code=settings.trust_remote_code, local_files_only=True
-        )
+        with without_warnings():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder.tokenizer_path, trust_remote_code=settings.trust_remote_code, local_files_only=True
+            )
         # Of a folder without one, transformers makes an empty tokenizer: no text would have any token.
         found = not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
     except Exception as error:  # whatever a tokenizer's files make transformers and its helpers raise

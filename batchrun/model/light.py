@@ -33,6 +33,19 @@ def import_tokenizers(with_torch: bool = False) -> None:
 
 
 @contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Only errors of transformers meanwhile: the engine's process reads the same files, and its log keeps the rest."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
 def _no_advice() -> Iterator[None]:
     """transformers would tell the user to install torch."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"

@@ -11,6 +11,7 @@ from batchrun.engine.protocol import EngineSpec, Sampling
 from batchrun.errors import ModelError, first_line
 from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, context_length, load_tokenizer, stop_token_ids
+from batchrun.model.light import without_warnings
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.tokens import PromptBuilder
 
@@ -45,9 +46,10 @@ def _context(model: ModelFolder, job: Job) -> int:
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(
-            model.path, trust_remote_code=job.model.trust_remote_code, local_files_only=True
-        )
+        with without_warnings():
+            config: Any = AutoConfig.from_pretrained(
+                model.path, trust_remote_code=job.model.trust_remote_code, local_files_only=True
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = first_line(error)
         raise ModelError(

@@ -156,6 +156,8 @@ def test_a_missing_package_is_refused_in_one_line(url, package, tmp_path, monkey
     monkeypatch.setattr(
         "batchrun.storage.protocols.find_spec", lambda name: None if name == package else known(name)
     )
+    # An earlier test may have used the protocol, and then nobody looks for its package.
+    monkeypatch.setattr("batchrun.storage.protocols.registry", {})
     refused("run", job_of(tmp_path, output={"path": url}), where=url, fix=f"pip install {package}")
 
 
