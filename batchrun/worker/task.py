@@ -36,8 +36,10 @@ from batchrun.errors import (
     CorruptInput,
     EngineError,
     FaultCode,
+    InternalError,
     RowFault,
     StorageError,
+    is_mistake,
 )
 from batchrun.job.job import Job
 from batchrun.model.folder import resolve
@@ -186,7 +188,8 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
             return receipt(None)
         sealing = time.monotonic()
         counters.doing = "sealing"
-        part = _seal(order, task, attempt, counters)
+        with _staging(attempt):
+            part = _seal(order, task, attempt, counters)
         counters.commits, counters.commit_seconds = 1, time.monotonic() - sealing
         if output.failed is not None and (part.summary.failed or order.retry is not None):
             update_failed(attempt.folder, order.layout, task.partition.index, output, order.places(task))
@@ -222,6 +225,12 @@ def _counted(order: WorkOrder, task: Task) -> Iterator[AttemptCounters]:
     except BatchrunError as error:
         error.counters = counters
         raise
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        mistake = InternalError.of(error, kept_by="the run's record in _job/runs/")
+        mistake.counters = counters
+        raise mistake from None
     finally:
         del _running[id(counters)]
 
@@ -256,13 +265,9 @@ def _generate_with(
             lambda columns: order.read(task, columns), attempt, codec, tokens, counters, rows
         )
         try:
-            generation.run(engine, wanted)
-        except StorageError:
-            raise
-        except Exception as error:
-            attempt.flush()  # what was finished before costs no second time
-            if not isinstance(error, EngineError):
-                raise
+            with _staging(attempt):
+                generation.run(engine, wanted)
+        except EngineError as error:
             if generation.answered:
                 health.progress(error.launch)
             counts = not (alone and task.proven)
@@ -282,6 +287,18 @@ def _generate_with(
     if missing.any():
         generate(missing)
     return engine.stats(), begun
+
+
+@contextmanager
+def _staging(attempt: Attempt) -> Iterator[None]:
+    """What was finished by the time that an error leaves this is staged, and so costs no second time."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception:
+        attempt.flush()
+        raise
 
 
 def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
