@@ -45,7 +45,7 @@ from batchrun.job.job import Job
 from batchrun.model.folder import resolve
 from batchrun.model.light import import_tokenizers
 from batchrun.output.attempt import Attempt, PartialAnswer, Receipt
-from batchrun.output.failed_rows import update as update_failed
+from batchrun.output.failed_rows import FailedRows
 from batchrun.output.layout import Layout
 from batchrun.output.replace import ReplacingAttempt
 from batchrun.output.retry import Retry
@@ -192,7 +192,8 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
             part = _seal(order, task, attempt, counters)
         counters.commits, counters.commit_seconds = 1, time.monotonic() - sealing
         if output.failed is not None and (part.summary.failed or order.retry is not None):
-            update_failed(attempt.folder, order.layout, task.partition.index, output, order.places(task))
+            failed_rows = FailedRows(attempt.folder, order.layout, output)
+            failed_rows.update(task.partition.index, order.places(task))
         return receipt(part)
 
 
