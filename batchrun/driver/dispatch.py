@@ -39,17 +39,9 @@ from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, ProgressCallback, silent
 from batchrun.telemetry.record import SlowPartition
 from batchrun.worker.generation import AttemptCounters
-from batchrun.worker.task import (
-    BatchrunPlugin,
-    Task,
-    TaskReceipt,
-    WorkOrder,
-    end_at_once,
-    examine,
-    request_stop,
-    run_partition,
-    run_partitions,
-)
+from batchrun.worker.order import Task, TaskReceipt, WorkOrder
+from batchrun.worker.plugin import BatchrunPlugin, end_at_once, request_stop
+from batchrun.worker.task import examine, run_partition, run_partitions
 
 log = logging.getLogger(__name__)
 
