@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from batchrun.dataset.plan import Plan, make_plan
+from batchrun.dataset.plan import Plan
+from batchrun.dataset.planner import make_plan
 from batchrun.dataset.reader import read_partition
 from batchrun.errors import BatchrunError
 from batchrun.job.job import Job

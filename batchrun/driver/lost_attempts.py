@@ -35,11 +35,14 @@ class LostAttemptPolicy:
     with the guilty one."""
 
     def __init__(self, plan: Plan, folder: Folder, layout: Layout, proven: bool) -> None:
-        self.proven = proven  # whether an engine has ever finished a row of this output
-        self.given_up: dict[str, EngineError] = {}  # workers whose engine is not loaded any more, and why
+        # Whether an engine has ever finished a row of this output.
+        self.proven = proven
+        # Workers whose engine is not loaded any more, and why.
+        self.given_up: dict[str, EngineError] = {}
         self._plan, self._folder, self._layout = plan, folder, layout
         self._search = PoisonRowSearch()
-        self._staged: dict[int, int] = {}  # objects seen for partitions whose attempts were lost
+        # Objects seen for partitions whose attempts were lost.
+        self._staged: dict[int, int] = {}
 
     @property
     def suspected(self) -> Collection[int]:
@@ -119,7 +122,8 @@ class LostAttemptPolicy:
         """The next ones to begin: one partition to a worker."""
         busy = {isolated.worker for isolated in running}
         idle = [worker for worker in self.able(workers) if worker not in busy]
-        random.shuffle(idle)  # so that no suspect depends on one bad machine
+        # So that no suspect depends on one bad machine.
+        random.shuffle(idle)
         tried = {isolated.partition for isolated in running}
         for partition, worker in zip([i for i in self.suspected if i not in tried], idle, strict=False):
             yield IsolatedAttempt(partition, worker)

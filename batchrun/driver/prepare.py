@@ -7,14 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from batchrun.dataset.plan import (
-    Plan,
-    carried_columns,
-    check_output_names,
-    extend,
-    joined,
-    make_plan,
-)
+from batchrun.dataset.plan import Plan, carried_columns, check_output_names, joined
+from batchrun.dataset.planner import extend, make_plan
 from batchrun.dataset.rows import all_rows
 from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
 from batchrun.engine.names import refuse_wrong_name

@@ -25,7 +25,8 @@ from batchrun.telemetry.redact import Redactor
 
 log = logging.getLogger(__name__)
 
-WRITE_EVERY = 15.0  # seconds between two puts of a running run's record
+# Seconds between two puts of a running run's record.
+WRITE_EVERY = 15.0
 
 
 @contextmanager
@@ -41,7 +42,8 @@ def observed(
         callbacks = [on_progress]
         port = prepared.job.cluster.metrics_port
         if port is not None:
-            from batchrun.telemetry import prometheus  # only who asks for metrics pays for them
+            # Only who asks for metrics pays for them.
+            from batchrun.telemetry import prometheus
 
             info = {"model": prepared.job.model.name, "output": prepared.folder.name}
             callbacks.insert(0, stack.enter_context(prometheus.serve(port, info)))
@@ -146,7 +148,8 @@ class Recorder:
             self._write(patience)
             _import_report().write(self.prepared.job, self.redact)
             self.milestones.reach("report")
-        except Exception as error:  # whatever it is, the answers are there and the run's own outcome stands
+        except Exception as error:
+            # Whatever it is, the answers are there and the run's own outcome stands.
             log.warning("the run's report could not be written: %s: %s", type(error).__name__, error)
 
     def _write_now_and_then(self) -> None:

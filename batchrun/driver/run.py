@@ -227,8 +227,8 @@ def result(
         milestones=milestones.seconds,
         finish_reasons=done.finish_reasons,
         empty=done.empty,
-        counts=dispatch.total if dispatch else Counters(),
-        engines=list(dispatch.engines.values()) if dispatch else [],
+        counts=dispatch.totals.counts if dispatch else Counters(),
+        engines=list(dispatch.totals.engines.values()) if dispatch else [],
         part_keys=[part.key for part in done.parts],
         storage_options=prepared.job.output.storage_options,
     )

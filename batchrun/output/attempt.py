@@ -72,9 +72,8 @@ class Attempt:
         # For people.
         self.name_of: Callable[[int], str] = lambda row: f"row {row}"
         self.restored = 0
-        self.begun: dict[
-            int, PartialAnswer
-        ] = {}  # by row: what earlier attempts had to let go of, the longest of each
+        # By row: what earlier attempts had to let go of, the longest of each.
+        self.begun: dict[int, PartialAnswer] = {}
         self._origin = Origin(layout.hash_of(partition), job_hash, partition)
         self._key = layout.part(partition)
         self._chunks_known = False

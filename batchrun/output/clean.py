@@ -26,7 +26,8 @@ from batchrun.storage import Folder
 # A temporary file older than this belongs to no put that is still running.
 STALE_SECONDS = 3600.0
 
-PROBES = f"{JOB_FOLDER}probe-"  # of drivers that died while they tried the store
+# Of drivers that died while they tried the store.
+PROBES = f"{JOB_FOLDER}probe-"
 
 _RECORD = re.compile(
     rf"{JOB}|{MANIFEST}|{LEASE}|{JOB_FOLDER}report\.html|{JOB_FOLDER}runs/\d{{8}}T\d{{6}}Z-[^/]+\.json"

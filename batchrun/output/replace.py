@@ -43,7 +43,8 @@ class ReplacingAttempt(Attempt):
     ) -> None:
         super().__init__(folder, layout, retry.identity.job_hash, partition, rows, attempt_id, settings)
         self.retry = retry
-        self.carried = pa.table({})  # the part's input columns, which a retry keeps as they are
+        # The part's input columns, which a retry keeps as they are.
+        self.carried = pa.table({})
         self._old: Summary | None = None
         self._retried: NDArray[np.bool_] = np.zeros(rows, dtype=bool)
 

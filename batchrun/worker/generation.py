@@ -20,11 +20,12 @@ from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec
 from batchrun.worker.answers import answered, failed
 
-ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
-SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come
-REPEATED = (
-    64  # tokens: an answer of at least so many, all the same one and cut by length, comes of a broken model
-)
+# Completions decoded together: large enough to amortize, small enough to be staged soon.
+ANSWER_BATCH = 512
+# Between two looks at what is due, however steadily completions come.
+SETTLE_SECONDS = 0.5
+# Tokens: an answer of at least so many, all the same one and cut by length, comes of a broken model.
+REPEATED = 64
 
 Read = Callable[[Sequence[str]], Iterator[RowBatch]]
 
@@ -65,7 +66,8 @@ class Generation:
         self._lengths = np.zeros(len(rows), np.int32)
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
-        self.answered = 0  # rows that the engine finished and the attempt has taken
+        # Rows that the engine finished and the attempt has taken.
+        self.answered = 0
         self._doubtful: list[int] = []
         self._doubtful_pid = 0
         self._second = False
@@ -93,9 +95,11 @@ class Generation:
                             continue
                     self._settle()
         except StorageError:
-            raise  # minutes of patience went into that flush; another would only be waited for as long
+            # Minutes of patience went into that flush; another would only be waited for as long.
+            raise
         except BaseException:
-            self._settle()  # what was finished before the engine died is not generated again
+            # What was finished before the engine died is not generated again.
+            self._settle()
             raise
         self._settle()
 
