@@ -58,12 +58,14 @@ class Status:
     runs: list[RunRecord]
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values for a program; of each run what `SHOWN_OF_RUN` names, and its counters."""
         runs = [
             {**{name: getattr(run, name) for name in SHOWN_OF_RUN}, **asdict(run.counts)} for run in self.runs
         ]
         return {**self.__dict__, "runs": runs}
 
     def lines(self) -> list[str]:
+        """The same for a person."""
         share = self.rows_committed / self.rows if self.rows else float(self.complete)
         how = "complete" if self.complete else f"{share:.0%} committed"
         grown = f", of {self.plans} plans" if self.plans > 1 else ""

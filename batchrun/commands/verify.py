@@ -23,11 +23,13 @@ class Checked:
 
     @property
     def exit_code(self) -> ExitCode:
+        """1 where anything disagrees, 3 where rows failed."""
         if not self.found.passed:
             return ExitCode.FAILED
         return ExitCode.FAILED_ROWS if self.found.failed else ExitCode.COMPLETE
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values for a program."""
         found = self.found
         return {
             "output": self.output,
@@ -42,6 +44,7 @@ class Checked:
         }
 
     def lines(self) -> list[str]:
+        """The same for a person; of many problems the first 20."""
         found = self.found
         counts = f"{found.rows:,} rows = {found.ok:,} ok + {found.failed:,} failed, in {found.parts:,} parts"
         if found.passed:

@@ -113,6 +113,7 @@ class LostAttemptPolicy:
         self._search.progress(partition)
 
     def committed(self, partition: int) -> None:
+        """The partition's part is there: it is no suspect any more."""
         self.progress(partition)
         self._search.open.pop(partition, None)
 
@@ -129,6 +130,7 @@ class LostAttemptPolicy:
             yield IsolatedAttempt(partition, worker)
 
     def task(self, isolated: IsolatedAttempt) -> Task:
+        """What the worker of an isolated attempt is sent."""
         partition = self._plan.partitions[isolated.partition]
         poison_rows = dict.fromkeys(self._search.open[isolated.partition].poison_rows, WHY)
         return Task(

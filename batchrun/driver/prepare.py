@@ -48,6 +48,7 @@ class Prepared:
 
     @cached_property
     def plan(self) -> Plan:
+        """All plans of the output as one."""
         return joined(self.plans)
 
     @cached_property
@@ -57,10 +58,12 @@ class Prepared:
 
     @cached_property
     def folder(self) -> Folder:
+        """Where the output is, or will be."""
         return open_folder(self.job)
 
     @cached_property
     def layout(self) -> Layout:
+        """The output's keys."""
         return layout_of(self.plans, self.job.output.partition_by)
 
     def output(self, pinned: Identity) -> Output:
@@ -69,6 +72,7 @@ class Prepared:
 
     @cached_property
     def identity(self) -> Identity:
+        """What the output is pinned to if this is its first run, and compared with otherwise."""
         settings = self.job.deciding()
         written = self.job.as_written(settings)
         fingerprint = self._fingerprint()

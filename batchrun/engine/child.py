@@ -88,6 +88,7 @@ class Stream:
             yield from self.take(min(left, PATIENCE_SECONDS))
 
     def close(self) -> None:
+        """Ends the stream; rows that were not answered are dropped."""
         with self.child.changed:
             del self.child.streams[self.number]
             unanswered = self.outstanding > 0 and not self.child.failure
@@ -127,15 +128,23 @@ class Child:
 
     @property
     def used(self) -> bool:
+        """Whether any stream was ever opened."""
         return self._opened > 0
 
     def open_stream(self) -> Stream:
+        """A stream for one more caller."""
         with self.changed:
             self._opened += 1
             stream = self.streams[self._opened] = Stream(self, self._opened)
             return stream
 
     def send(self, message: RequestPack | Cancel) -> None:
+        """Sends to the process, one caller at a time.
+
+        Raises:
+            EngineDied: it does not listen any more.
+            BatchrunError: what it ended with.
+        """
         try:
             with self._sending:
                 self._connection.send(message)
@@ -151,6 +160,7 @@ class Child:
             raise copy.copy(self.failure)
 
     def stop(self) -> None:
+        """Kills the process and waits for its last words."""
         self._stopped = True
         if self._process:
             self._process.kill()
@@ -158,6 +168,7 @@ class Child:
 
     @property
     def pid(self) -> int | None:
+        """The process, None before it is started."""
         return self._process.pid if self._process else None
 
     def _live(self, env: dict[str, str], theirs: socket.socket) -> None:

@@ -77,6 +77,7 @@ class PaddedEngine:
 
     @classmethod
     def load(cls, spec: EngineSpec) -> Self:
+        """See `Engine`."""
         model, why_not_flash = _load_with_best_attention(spec)
         engine = cls(spec, model)
         if why_not_flash:
@@ -84,6 +85,7 @@ class PaddedEngine:
         return engine
 
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        """See `Engine`."""
         for window in _windows(requests, self.window_rows):
             if not self._left:
                 for request in window:  # a decoder of its own starts over

@@ -60,6 +60,7 @@ class BatchState(StoppingCriteria):
         self._looked = time.monotonic()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """(rows,) bool: which rows are done after this step. `input_ids` (rows, width + steps)."""
         self.steps += 1
         self.stats.steps += 1
         stops = torch.isin(input_ids[:, -1], self.stop_ids)
@@ -104,6 +105,7 @@ class CheckLogits(LogitsProcessor):
         self.state = state
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, vocabulary) logits of numbers only."""
         # NaN and infinity both come through a maximum; a single -inf is a legal "never this token".
         broken = ~torch.isfinite(scores.amax(-1))
         self.state.broken |= broken & ~self.state.done
@@ -117,6 +119,7 @@ class GumbelNoise(LogitsProcessor):
         self.seed, self.state = seed, state
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, vocabulary) logits with the noise of this step added in place."""
         vocab = scores.shape[-1]
         rows = max(1, CACHED_NOISE // vocab) if scores.device.type == "cpu" else len(scores)
         state = self.state

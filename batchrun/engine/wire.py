@@ -30,6 +30,7 @@ class RequestPack:
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
+        """Packs requests of a stream, of which `first_place` were sent before."""
         return cls(
             stream,
             first_place,
@@ -41,6 +42,7 @@ class RequestPack:
         )
 
     def unpack(self) -> Iterator[Request]:
+        """The requests, under ids of the wire's own: the stream's number and the place in it."""
         number = (self.stream << PLACE_BITS) + self.first_place
         start = 0
         for i, (length, limit, seed) in enumerate(
@@ -65,6 +67,7 @@ class CompletionPack:
 
     @classmethod
     def pack(cls, completions: Sequence[Completion], stats: EngineStats | None) -> CompletionPack:
+        """Packs completions of any streams, perhaps none."""
         arrays = [completion.token_ids for completion in completions]
         return cls(
             np.array([completion.id for completion in completions], np.int64),

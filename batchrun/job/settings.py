@@ -52,6 +52,7 @@ class InputSettings(Settings):
 
     @property
     def paths(self) -> list[str]:
+        """`path` as a list, whatever it was written as."""
         return [self.path] if isinstance(self.path, str) else self.path
 
     @field_validator("path", mode="before")
@@ -328,6 +329,7 @@ class NotifySettings(Settings):
 
     @property
     def for_slack(self) -> bool:
+        """Whether the message is one for Slack."""
         return self.format == "slack" or (self.format is None and "://hooks.slack.com/" in self.url)
 
 

@@ -95,6 +95,7 @@ class Attempt:
 
     @property
     def covered(self) -> bool:
+        """Whether no row is missing any more."""
         return self._held - self._replaced == self.rows
 
     def open(self) -> Receipt | None:

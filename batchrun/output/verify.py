@@ -39,6 +39,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing disagrees."""
         return not self.problems
 
 

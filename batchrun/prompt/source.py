@@ -38,7 +38,9 @@ class PromptSource(Protocol):
         """(rows,) What the tokenizer gets."""
         ...
 
-    def is_empty(self, row: Any) -> bool: ...
+    def is_empty(self, row: Any) -> bool:
+        """Whether the row asks nothing."""
+        ...
 
     def shorten(self, row: Any, excess: int, drop: Drop) -> Any | None:
         """The row about `excess` units shorter; None when nothing is left that may be cut."""
@@ -76,18 +78,22 @@ class TextSource:
         self.template = _Templates(settings, guard)
 
     def rows(self, batch: pa.RecordBatch) -> list[str | RowFault]:
+        """See `PromptSource`: a row is its text."""
         if self.column is not None:
             column = values(batch.column(self.column))
             return [_null(self.column) if v is None else self.guard(v) for v in column]
         return [row if isinstance(row, RowFault) else row[0] for row in self.template.render(batch)]
 
     def texts(self, rows: list[str]) -> list[str | RowFault]:
+        """The rows themselves."""
         return [*rows]
 
     def is_empty(self, row: str) -> bool:
+        """Whether there is no text."""
         return not row
 
     def shorten(self, row: str, excess: int, drop: Drop) -> str | None:
+        """The text cut by `drop`."""
         return drop(row, excess) or None
 
 
@@ -131,6 +137,7 @@ class ChatSource:
                 )
 
     def rows(self, batch: pa.RecordBatch) -> list[list[Message] | RowFault]:
+        """See `PromptSource`: a row is a conversation."""
         if self.column is not None:
             column = conversations(batch.column(self.column))
             return [_null(self.column) if row is None else self.guard(row) for row in column]
@@ -142,12 +149,15 @@ class ChatSource:
         ]
 
     def texts(self, rows: list[list[Message]]) -> list[str | RowFault]:
+        """The conversations as the chat template writes them, or its fault."""
         return RENDERER.chats(self.chat_template, self.named_tokens, rows)
 
     def is_empty(self, row: list[Message]) -> bool:
+        """Whether no user says anything."""
         return not any(message["content"] for message in _asking(row))
 
     def shorten(self, row: list[Message], excess: int, drop: Drop) -> list[Message] | None:
+        """The conversation with its longest message cut by `drop`."""
         longest = max(_asking(row), key=lambda message: len(message["content"]))
         if not longest["content"]:
             return None

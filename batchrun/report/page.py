@@ -59,6 +59,7 @@ class Facts:
 
     @cached_property
     def rows_committed(self) -> int:
+        """Rows of the parts that are there."""
         return sum(p.rows for p in self.plan.partitions if self.found.part_bytes[p.index])
 
     @cached_property

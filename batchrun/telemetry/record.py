@@ -93,6 +93,7 @@ class RunRecord:
 
     @property
     def worker_seconds(self) -> float:
+        """Seconds of all workers together."""
         return sum(self.worker_time.values())
 
     @property
@@ -222,6 +223,7 @@ class Timeline:
             self.step = 2 * seconds / self.LIMIT
 
     def columns(self) -> dict[str, list[float | None]]:
+        """The samples kept, a list per quantity, all equally long."""
         names = self._rows[0] if self._rows else {}
         return {name: [_short(row[name]) for row in self._rows] for name in names}
 

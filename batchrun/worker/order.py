@@ -45,12 +45,15 @@ class WorkOrder:
         return ReplacingAttempt(folder, self.layout, *place, self.retry)
 
     def read(self, task: Task, columns: Sequence[str]) -> Iterator[RowBatch]:
+        """The partition's input rows in order, with these columns."""
         return read_rows(self.job, self.schema, task.partition, task.files, columns)
 
     def names(self, task: Task) -> RowNames:
+        """The names of its rows, for messages."""
         return RowNames(task.partition, task.files, self.job.input, lambda: self.read(task, ()))
 
     def places(self, task: Task) -> Places:
+        """Where its rows are in the input."""
         return lambda _: places_of(self.job, self.schema, task.partition, task.files)
 
 
