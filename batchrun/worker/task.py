@@ -157,11 +157,18 @@ def _generate(
         """Whether the engine finished any of the rows; those that it did are in the attempt."""
         tokens = order.job.generation.max_new_tokens
         generation = Generation(
-            lambda columns: order.read(task, columns), attempt, codec, tokens, counters, rows
+            lambda columns: order.read(task, columns),
+            attempt,
+            codec,
+            tokens,
+            counters,
+            rows,
+            health.rows_to_blame,
         )
         try:
             with _staging(attempt):
                 generation.run(engine, wanted)
+            health.rows_to_blame = generation.rows_to_blame
         except EngineError as error:
             if generation.answered:
                 health.progress(error.launch)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a captured decode step is made for: rows, pages per row, and pages that all rows have in common."""
+    """What a captured decode step is made for: sequences, pages of each, and pages that all of them share."""
 
-    rows: int
+    batch_size: int
     pages: int
-    trunk: int
+    prefix_pages: int
 
 
 class Graph(Protocol):
@@ -31,8 +31,9 @@ class Graph(Protocol):
 class DecodeGraphs:
     """One graph for each shape of a decode step, all of them over the same memory.
 
-    A graph holds addresses, not tensors: once the memory behind them is replaced, by whomever, replaying it would read
-    and write what now belongs to somebody else. So every use names the memory, and graphs over another are dropped.
+    A graph holds addresses, not tensors: once the memory behind them is replaced, by whomever, replaying it would
+    read and write what now belongs to somebody else. So every use names the memory, and graphs over another are
+    dropped.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -9,15 +9,15 @@ from typing import Any, Self
 
 import torch
 
-from batchrun.engine.paged.attention import Cache
+from batchrun.engine.paged.attention import KVCache
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
     """The paged engine's part of the job's engine settings, filled in for a device.
 
-    `max_rows` decode at once, `prefill_tokens` are computed in one pack, `decode_steps` run between two looks at the
-    host, `memory_fraction` of the device's memory is used in all.
+    `max_rows` sequences decode at once, `prefill_tokens` are computed in one batch, `decode_steps` run between two
+    looks at the host, `memory_fraction` of the device's memory is used in all.
     """
 
     max_rows: int
@@ -44,11 +44,11 @@ class Budget:
 
 
 def affordable_pages(
-    cache: Cache, budget: Budget, max_context: int, device: torch.device, warm_up: Callable[[], None]
+    cache: KVCache, budget: Budget, max_context: int, device: torch.device, warm_up: Callable[[], None]
 ) -> int:
-    """Pages for the pool, the trash page included: what is free once `warm_up` has run the largest shapes.
+    """Pages for the pool, the null page included: what is free once `warm_up` has run the largest shapes.
 
-    On a CPU as many as `max_rows` of the longest rows can need, in at most a quarter of the machine's memory.
+    On a CPU as many as `max_rows` of the longest sequences can need, in at most a quarter of the machine's memory.
     """
     if device.type == "cuda":
         # What came before, the weights' loading or another engine of this process, is no measure of this one's work.
