@@ -30,6 +30,7 @@ class Budget:
 
     @classmethod
     def of(cls, options: dict[str, object], device: torch.device) -> Self:
+        """What the job's engine settings say; what they leave out follows from the device."""
         gpu = device.type == "cuda"
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         return cls(
