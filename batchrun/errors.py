@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from batchrun.counters import Counters
 
-# What Python raises for a mistake in a program. Other errors may come of the data, the machine or the network.
-MISTAKES = (TypeError, NameError, AttributeError, KeyError, ImportError)
-# What these raise of that kind is their caller's mistake.
+# What Python raises for a bug in a program. Other errors may come of the data, the machine or the network.
+BUGS = (TypeError, NameError, AttributeError, KeyError, ImportError)
+# What these raise of that kind is their caller's bug.
 BLAMELESS = {*sys.stdlib_module_names, "numpy", "pyarrow"}
 
 
@@ -149,12 +149,12 @@ class Incomplete(BatchrunError):
 
 
 class InternalError(BatchrunError):
-    """A mistake in batchrun's own code: another attempt, machine or row changes nothing. A traceback of it ends with
+    """A bug in batchrun's own code: another attempt, machine or row changes nothing. A traceback of it ends with
     the one from where it happened, also in another process."""
 
     @classmethod
     def of(cls, error: BaseException, kept_by: str = "--debug") -> InternalError:
-        """The error for a person, for one that `is_mistake`; `kept_by` says who has the traceback."""
+        """The error for a person, for one that `is_bug`; `kept_by` says who has the traceback."""
         told = cls(
             f"unexpected {one_line(error)}",
             _raised_in(error),
@@ -165,10 +165,10 @@ class InternalError(BatchrunError):
         return told
 
 
-def is_mistake(error: BaseException) -> bool:
-    """Whether batchrun's own code is to blame: an error of `MISTAKES` that it raised itself, or that Python, numpy or
+def is_bug(error: BaseException) -> bool:
+    """Whether batchrun's own code is to blame: an error of `BUGS` that it raised itself, or that Python, numpy or
     pyarrow raised for it. One out of other code (a model's, an engine's, a filesystem's) is not."""
-    return isinstance(error, MISTAKES) and type(error).__module__ == "builtins" and _raised_in(error) != ""
+    return isinstance(error, BUGS) and type(error).__module__ == "builtins" and _raised_in(error) != ""
 
 
 def _raised_in(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from batchrun import signals
-from batchrun.errors import BatchrunError, ExitCode, InternalError, Interrupted, is_mistake, one_line
+from batchrun.errors import BatchrunError, ExitCode, InternalError, Interrupted, is_bug, one_line
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
@@ -76,7 +76,7 @@ class Reply:
         """Exit code, the error's text, and the line that is shown."""
         if isinstance(error, KeyboardInterrupt):
             return ExitCode(signals.exit_code()), STOPPED, STOPPED
-        if is_mistake(error):
+        if is_bug(error):
             error = InternalError.of(error)
         if isinstance(error, BatchrunError):
             text = self.redact(str(error))

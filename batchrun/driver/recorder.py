@@ -179,7 +179,7 @@ def _outcome(error: BaseException) -> tuple[str, str]:
 
 
 def _traceback(error: BaseException) -> str:
-    """Where the program went wrong; empty for an error that is no mistake of its own."""
+    """Where the program went wrong; empty for an error that is no bug."""
     if isinstance(error, KeyboardInterrupt) or (
         isinstance(error, BatchrunError) and not isinstance(error, InternalError)
     ):

@@ -27,7 +27,7 @@ from batchrun.errors import (
     InternalError,
     RowFault,
     StorageError,
-    is_mistake,
+    is_bug,
 )
 from batchrun.output.attempt import Attempt, PartialAnswer, Receipt
 from batchrun.output.failed_rows import FailedRows
@@ -136,11 +136,11 @@ def _counted(order: WorkOrder, task: Task) -> Iterator[AttemptCounters]:
             error.counters = counters
             raise
         except Exception as error:
-            if not is_mistake(error):
+            if not is_bug(error):
                 raise
-            mistake = InternalError.of(error, kept_by="the run's record in _job/runs/")
-            mistake.counters = counters
-            raise mistake from None
+            bug = InternalError.of(error, kept_by="the run's record in _job/runs/")
+            bug.counters = counters
+            raise bug from None
 
 
 def _generate(

@@ -1,4 +1,4 @@
-"""A mistake in batchrun's own code ends the run at once and is reported as one; no row is blamed for it."""
+"""A bug in batchrun's own code ends the run at once and is reported as one; no row is blamed for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from batchrun.commands.status import status
-from batchrun.errors import ExitCode, is_mistake
+from batchrun.errors import ExitCode, is_bug
 from batchrun.storage import Folder
 from batchrun.telemetry import record
 from jobs import batchrun, check_complete, load, write_job
@@ -40,7 +40,7 @@ def is_reported(code: int, err: str, where: str, what: str) -> bool:
     return True
 
 
-def test_a_mistake_in_a_task_ends_the_run_at_once_and_its_traceback_is_shown_and_recorded(broken, tmp_path):
+def test_a_bug_in_a_task_ends_the_run_at_once_and_its_traceback_is_shown_and_recorded(broken, tmp_path):
     code, err = broken("worker.generation", "answered", "--debug")
     assert is_reported(code, err, "batchrun/worker/generation.py", "TypeError")
     assert "lost" not in err, "no attempt is repeated, no row suspected"
@@ -51,7 +51,7 @@ def test_a_mistake_in_a_task_ends_the_run_at_once_and_its_traceback_is_shown_and
             assert frame in text
 
 
-def test_what_was_finished_before_a_mistake_is_staged_and_goes_on_once_it_is_fixed(broken, tmp_path):
+def test_what_was_finished_before_a_bug_is_staged_and_goes_on_once_it_is_fixed(broken, tmp_path):
     code, err = broken("output.part", "summarize")
     assert is_reported(code, err, "batchrun/output/attempt.py", "TypeError")
     found = status(load(tmp_path / "job.yaml"))
@@ -63,7 +63,7 @@ def test_what_was_finished_before_a_mistake_is_staged_and_goes_on_once_it_is_fix
     check_complete(tmp_path / "out", ROWS)
 
 
-def test_a_mistake_in_the_driver_is_told_the_same_way(tmp_path, tiny_llama, monkeypatch):
+def test_a_bug_in_the_driver_is_told_the_same_way(tmp_path, tiny_llama, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'batchrun' in sys.orig_argv:\n"
@@ -82,7 +82,7 @@ def raised(code: str, module: str) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("code", "module", "mistake"),
+    ("code", "module", "bug"),
     [
         ("x = None; x()", "batchrun.worker.task", True),
         ("import batchrun.nothing", "batchrun.worker.task", True),
@@ -96,5 +96,5 @@ def raised(code: str, module: str) -> Exception:
         ("import pyarrow as pa; pa.array(['a']).cast(pa.int8())", "batchrun.worker.task", False),
     ],
 )
-def test_only_batchruns_own_code_makes_batchruns_mistakes(code, module, mistake):
-    assert is_mistake(raised(code, module)) is mistake
+def test_only_batchruns_own_code_has_batchruns_bugs(code, module, bug):
+    assert is_bug(raised(code, module)) is bug
