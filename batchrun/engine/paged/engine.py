@@ -13,6 +13,7 @@ import torch
 from batchrun.engine import stage
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
+from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Unsupported, check_positions, unsupported
 from batchrun.engine.paged.attention import KVCache
 from batchrun.engine.paged.compiling import compile_layers, compile_sampler
@@ -50,7 +51,7 @@ class PagedEngine:
         budget = Budget.of(spec.options, device)
         check_positions(model.config, spec.max_context)
         cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
-        if device.type == "cuda":
+        if devices.is_gpu(device):
             fuse_projections(model)
         sampler = Sampler(spec.sampling)
         if budget.compile:
@@ -90,7 +91,7 @@ class PagedEngine:
         self.stats = EngineStats(
             engine="paged",
             attention=cache.backend.name,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            device=torch.cuda.get_device_name(device) if devices.is_gpu(device) else str(device),
             dtype=str(dtype).removeprefix("torch."),
             gauges={"pool_tokens": pool.num_pages * page_size},
         )

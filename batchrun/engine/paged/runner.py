@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batchrun.engine.noise import signed
+from batchrun.engine.paged import devices
 from batchrun.engine.paged.attention import CASCADE_MIN_BATCH, KVCache, forward_context
 from batchrun.engine.paged.graphs import DecodeGraphs, Graph, Shape
 from batchrun.engine.paged.last_layer import LastLayer
@@ -79,7 +80,7 @@ class Runner:
         self._model, self._sampler, self._device = model, sampler, device
         self._last_layer = LastLayer(model, cache.modules)
         self._graphs = DecodeGraphs(device)
-        self._use_graphs = device.type == "cuda"
+        self._use_graphs = devices.is_gpu(device)
         self._max_pages = 1
         self._null_slot = max_sequences
         slots = max_sequences + 1
@@ -306,14 +307,14 @@ class Runner:
             return logits
 
     def _to_host(self, sequences: list[Sequence], tokens: Tensor, began: Mark) -> Pending:
-        if self._device.type != "cuda":
+        if not devices.is_gpu(self._device):
             return Pending(sequences, tokens.clone(), began, self._mark())
         pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         pinned.copy_(tokens, non_blocking=True)
         return Pending(sequences, pinned, began, self._mark())
 
     def _mark(self) -> Mark:
-        if self._device.type != "cuda":
+        if not devices.is_gpu(self._device):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -323,7 +324,7 @@ class Runner:
         return self._pin(torch.from_numpy(np.asarray(values, dtype))).to(self._device, non_blocking=True)
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+        return tensor.pin_memory() if devices.is_gpu(self._device) else tensor
 
 
 def _views(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
