@@ -17,7 +17,17 @@ from rich.console import Console, RenderableType
 
 from batchrun import __version__, signals
 from batchrun.commands.usage import Commands
-from batchrun.errors import BatchrunError, ExitCode, Interrupted, JobError, OutputError, Refused, one_line
+from batchrun.errors import (
+    BatchrunError,
+    ExitCode,
+    InternalError,
+    Interrupted,
+    JobError,
+    OutputError,
+    Refused,
+    is_mistake,
+    one_line,
+)
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
 from batchrun.job.settings import OUTPUT_COLUMNS
@@ -446,6 +456,9 @@ def _errors(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Itera
         shown = text if isinstance(error, Interrupted) else None
         _fail(text, error.exit_code, as_json, debug, log_format, redact, shown)
     except Exception as error:
+        if is_mistake(error):
+            text = redact(str(InternalError.of(error)))
+            _fail(text, ExitCode.FAILED, as_json, debug, log_format, redact)
         text = redact(one_line(error))
         hint = "" if debug else "; add --debug for the traceback"
         shown = f"error: unexpected {text}{hint}"

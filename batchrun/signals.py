@@ -17,7 +17,11 @@ from contextlib import contextmanager, suppress
 GRACE = 4.0
 GRACE_AFTER_STAGING = 15.0
 
+# Supervisors such as `timeout` signal the process and then its whole group: it comes twice, and means one stop.
+SAME_STOP = 0.5
+
 STAGING = "stopping: staging what is finished; once more to stop at once"
+AT_ONCE = "stopped at once: what is staged is safe; the same command goes on from there"
 
 stop = threading.Event()
 
@@ -32,6 +36,7 @@ last_words: Callable[[], None] = silent
 _lock = threading.Lock()
 _exit_code = 4
 _attended = 0
+_stopped_at = float("inf")
 _end_by = float("inf")
 
 
@@ -74,11 +79,15 @@ def _handle(number: int, frame: object) -> None:
     Both leave a state that the same command goes on from: workers and engines end with their parent, and a lease
     whose process is gone is taken over.
     """
-    global _end_by
+    global _end_by, _stopped_at
+    now = time.monotonic()
     if stop.is_set():
+        if now - _stopped_at < SAME_STOP:
+            return
+        _say(AT_ONCE)
         os._exit(_exit_code)
     stop.set()
-    _end_by = time.monotonic() + GRACE
+    _stopped_at, _end_by = now, now + GRACE
     threading.Thread(target=_end_in_time, name="batchrun-stop", daemon=True).start()
     if not _attended:
         raise KeyboardInterrupt

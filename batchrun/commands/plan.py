@@ -18,7 +18,7 @@ from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.records import device_name, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
-from batchrun.output import identity, state
+from batchrun.output import state
 from batchrun.report.summary import size
 from batchrun.telemetry.progress import duration
 
@@ -88,7 +88,7 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
 def _left(prepared: Prepared) -> list[Partition]:
     """The partitions that have no part yet; all of them where the output is another job's or nobody's."""
     plan = prepared.plan
-    pinned = identity.read(prepared.folder)
+    pinned = prepared.pinned
     if pinned is None or (pinned.plan_hash, pinned.job_hash) != (plan.hash, prepared.identity.job_hash):
         return plan.partitions
     committed = state.scan(prepared.folder, prepared.layout).committed

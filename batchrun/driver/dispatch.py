@@ -24,24 +24,24 @@ from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, re
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.stalls import Stalls
 from batchrun.engine.protocol import EngineStats
-from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
+from batchrun.errors import (
+    BatchrunError,
+    CorruptInput,
+    InternalError,
+    Interrupted,
+    Refused,
+    StorageError,
+    TooManyFaults,
+)
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
 from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, ProgressCallback, silent
 from batchrun.telemetry.record import SlowPartition
 from batchrun.worker.generation import AttemptCounters
-from batchrun.worker.task import (
-    BatchrunPlugin,
-    Task,
-    TaskReceipt,
-    WorkOrder,
-    end_at_once,
-    examine,
-    request_stop,
-    run_partition,
-    run_partitions,
-)
+from batchrun.worker.order import Task, TaskReceipt, WorkOrder
+from batchrun.worker.plugin import BatchrunPlugin, end_at_once, request_stop
+from batchrun.worker.task import examine, run_partition, run_partitions
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ RECEIPT_AT_END = 5.0  # the same once the run is to end
 DRAIN_TIMEOUT = 30.0  # seconds that tasks have to stage what they hold after a stop
 SLOWEST = 10  # partitions that are named in the run's record
 # Errors of a partition that end the run; others lose the attempt.
-FATAL_ERRORS = (Refused, StorageError, CorruptInput)
+FATAL_ERRORS = (Refused, StorageError, CorruptInput, InternalError)
 
 
 class Dispatch:
@@ -200,7 +200,7 @@ class Dispatch:
     def _take_isolated(self, future: Future, isolated: IsolatedAttempt) -> None:
         try:
             outcome = future.result(timeout=RECEIPT_TIMEOUT)
-        except (Refused, StorageError) as error:
+        except (Refused, StorageError, InternalError) as error:
             self._count_lost(error)
             raise
         except Exception as error:

@@ -13,7 +13,7 @@ from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded, TooMany
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
 from batchrun.worker.engine_health import LOADS
-from batchrun.worker.task import Task
+from batchrun.worker.order import Task
 
 log = logging.getLogger(__name__)
 

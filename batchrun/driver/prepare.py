@@ -27,7 +27,7 @@ from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed_rows, identity, plans, retry
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
-from batchrun.output.output import layout_of, open_folder
+from batchrun.output.output import Output, layout_of, open_folder
 from batchrun.prompt.codec import PromptCodec, open_codec
 from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import check_sample
@@ -43,12 +43,14 @@ class Prepared:
     """A job that was checked: what the driver hands out, what workers need, and what pins the output.
 
     `plans` are all of the output's, of which the first `known` were read from it; `plan` is all of them as one.
+    `pinned` is the identity that the output had then, None where nothing was ever run into it.
     """
 
     job: Job
     plans: list[Plan]
     known: int
     model: ModelFolder
+    pinned: Identity | None
 
     @cached_property
     def plan(self) -> Plan:
@@ -67,6 +69,10 @@ class Prepared:
     def layout(self) -> Layout:
         return layout_of(self.plans, self.job.output.partition_by)
 
+    def output(self, pinned: Identity) -> Output:
+        """The job's output, with what it is pinned to by now."""
+        return Output(self.folder, self.job.output, pinned, self.plan, self.layout)
+
     @cached_property
     def identity(self) -> Identity:
         settings = self.job.deciding()
@@ -84,7 +90,7 @@ class Prepared:
 
     def _fingerprint(self) -> str:
         """The model's as the output pins it: an output that pinned samples of the same weights goes on with them."""
-        pinned = identity.read(self.folder)
+        pinned = self.pinned
         if pinned is None or pinned.model_fingerprint == self.model.fingerprint:
             return self.model.fingerprint
         known = {
@@ -115,9 +121,10 @@ def look(job: Job) -> Prepared:
         stored = plans.read(open_folder(job)) if job.input.since else []
     planned = _plan(job, stored)
     with first_contact():
-        made = _as_pinned(job, planned, identity.read(open_folder(job)))
+        pinned = identity.read(open_folder(job))
+    made = _as_pinned(job, planned, pinned)
     refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
-    prepared = _prepare(job, [*stored, *made], len(stored))
+    prepared = _prepare(job, [*stored, *made], len(stored), pinned)
     if not prepared.plan.rows:
         _empty(job)
     return prepared
@@ -155,10 +162,11 @@ def prepare_again(job: Job) -> Prepared:
     """
     folder = open_folder(job)
     with first_contact():
-        stored = [] if identity.read(folder) is None else plans.read(folder)
+        pinned = identity.read(folder)
+        stored = [] if pinned is None else plans.read(folder)
     if not stored:
         raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
-    return _prepare(job, stored, len(stored))
+    return _prepare(job, stored, len(stored), pinned)
 
 
 def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
@@ -179,7 +187,7 @@ def _as_pinned(job: Job, made: list[Plan], pinned: Identity | None) -> list[Plan
     return [earlier] if pinned.plan_hash == earlier.hash else made
 
 
-def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
+def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -> Prepared:
     if not elsewhere(job.cluster):
         refuse_wrong_name(job.engine.kind)
     schema = plans[0].schema
@@ -189,7 +197,7 @@ def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
     # Its bytes are hashed beside this, and nobody waits for them yet.
     model = resolve(job.model)
     check_model(model.path)
-    return Prepared(job, plans, known, model)
+    return Prepared(job, plans, known, model, pinned)
 
 
 def elsewhere(cluster: ClusterSettings) -> bool:

@@ -20,6 +20,7 @@ from batchrun.output.layout import (
     Layout,
     retry_of_chunk,
 )
+from batchrun.output.output import Output
 from batchrun.storage import Folder
 
 # A temporary file older than this belongs to no put that is still running.
@@ -34,24 +35,24 @@ _RECORD = re.compile(
 )
 
 
-def leftovers(folder: Folder, layout: Layout, retrying: int = 0) -> list[str]:
+def leftovers(output: Output, retrying: int = 0) -> list[str]:
     """Keys that finished or killed runs may have left and that no run needs any more, sorted.
 
     That is, what is staged for partitions that are committed, and by retries other than the unfinished one
     (`retrying`, 0 where there is none); temporary files of writes long dead.
     """
-    keys = folder.list(follow_links=False)
-    return sorted([*_swept(keys, layout, retrying), *_stale(folder, keys)])
+    keys = output.folder.list(follow_links=False)
+    return sorted([*_swept(keys, output.layout, retrying), *_stale(output.folder, keys)])
 
 
-def owned(folder: Folder, layout: Layout, failed_folders: Iterable[str] = ()) -> list[str]:
+def owned(output: Output, failed_folders: Iterable[str] = ()) -> list[str]:
     """Every key that batchrun wrote for these plans, sorted: parts, files of failed rows, and what is in _job/.
 
     `failed_folders` are the names that the folder of failed rows has, or had. Files of others, parts of other
     plans, and whatever lies behind a symbolic link are not among them.
     """
-    keys = folder.list(follow_links=False)
-    return sorted(key for key in keys if _is_owned(key, layout, set(failed_folders)))
+    keys = output.folder.list(follow_links=False)
+    return sorted(key for key in keys if _is_owned(key, output.layout, set(failed_folders)))
 
 
 def delete(folder: Folder, keys: list[str]) -> None:

@@ -50,10 +50,9 @@ def _over_time(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:
     tokens = {"prompt tokens": per_second("prompt_tokens"), "output tokens": per_second("output_tokens")}
     yield "Tokens per second", draw(tokens)
     yield "Rows per second", draw({"rows": per_second("rows")})
-    fill = {"not padding": joined(_fill)}
-    if _any(gauge("pool_fill")):
-        fill["key/value pages in use"] = gauge("pool_fill")
-    yield "Batch fill", draw(fill, share=True)
+    fill = {"not padding": joined(_fill), "key/value pages in use": gauge("pool_fill")}
+    if told := {name: values for name, values in fill.items() if _any(values)}:
+        yield "Batch fill", draw(told, share=True)
     yield "Rows held by engines", draw({"waiting or generating": gauge("waiting")})
     gpu = {"busy": gauge("gpu_use"), "memory": gauge("gpu_memory")}
     if any(map(_any, gpu.values())):

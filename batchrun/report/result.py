@@ -15,7 +15,7 @@ from batchrun.errors import ExitCode
 from batchrun.storage import Folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """A complete output: what all its rows came to, whichever run generated them, and what this run did for it.
 
@@ -40,8 +40,14 @@ class RunResult:
     counts: Counters = field(default_factory=Counters)
     milestones: dict[str, float] = field(default_factory=dict)
     engines: list[EngineStats] = field(default_factory=list)
-    part_keys: list[str] = field(default_factory=list, repr=False)
-    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    part_keys: list[str] = field(default_factory=list)
+    storage_options: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: a notebook shows it of every cell that ends with a run."""
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        rows = f"{self.ok:,} of {self.rows:,} rows answered{failed} in {self.parts:,} parts"
+        return f"<RunResult: {rows}, {self.seconds:.1f} s: {self.output}/data>"
 
     @property
     def requests(self) -> int:

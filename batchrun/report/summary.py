@@ -74,7 +74,8 @@ def run_lines(result: RunResult) -> list[str]:
         f"{duration(result.seconds)}: {counts.rows:,} rows generated{before}; {counts.prompt_tokens:,} tokens in, "
         f"{counts.output_tokens:,} out, {number(counts.output_tokens / max(result.seconds, 1e-9))} tokens/s out"
     )
-    lines += [engine_line(stats) for stats in result.engines]
+    # Engines that tell nothing of themselves are told of once.
+    lines += dict.fromkeys(engine_line(stats) for stats in result.engines)
     lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
     lines.append(milestones_line(result.milestones))
     lines.append(f"report: {result.output}/{REPORT}")
@@ -82,8 +83,9 @@ def run_lines(result: RunResult) -> list[str]:
 
 
 def milestones_line(milestones: Mapping[str, float]) -> str:
-    """How many seconds after the command a run reached what, in one line."""
-    return "after s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in milestones.items())
+    """How many seconds after the command a run reached what, in one line, first things first."""
+    reached = sorted(milestones.items(), key=lambda item: item[1])
+    return "timeline: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in reached)
 
 
 def _answer_lines(result: RunResult) -> Iterator[str]:
@@ -119,4 +121,5 @@ def engine_line(stats: EngineStats) -> str:
         facts.append(f"padding efficiency {stats.padding_efficiency:.3f}")
     facts += [f"{name.replace('_', ' ')} {number(value)}" for name, value in sorted(stats.gauges.items())]
     on = ", ".join(word for word in (stats.attention, stats.dtype) if word)
-    return f"engine {stats.engine} ({f'{on} on ' if on else ''}{stats.device or 'cpu'}): {', '.join(facts)}"
+    engine = f"engine {stats.engine} ({f'{on} on ' if on else ''}{stats.device or 'cpu'})"
+    return f"{engine}: {', '.join(facts)}" if facts else engine

@@ -34,6 +34,8 @@ class EngineHealth:
         self._folder, self._redact = folder, Redactor()
         self._redact.add(secrets)
         self.fruitless = 0
+        # Whether a fresh engine failed the same rows again: then it is the rows, and no engine is renewed for a few.
+        self.rows_to_blame = False
         self._last: EngineError | None = None
         self._ended: dict[int, str] = {}  # by number of the launch: what a message says of its output
         self._fruitful: set[int] = set()

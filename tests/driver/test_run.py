@@ -17,6 +17,7 @@ from distributed import Client
 from fleet import fleet
 
 import batchrun as library
+from batchrun import signals
 from batchrun.commands.clean import clean
 from batchrun.commands.verify import verify
 from batchrun.errors import (
@@ -330,13 +331,25 @@ def test_one_interrupt_stages_what_is_finished_and_the_same_command_goes_on(tmp_
     check_complete(tmp_path / "out", ROWS)
 
 
+def test_a_stop_that_a_supervisor_sends_twice_stages_what_is_finished(tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"})
+    process = start("run", str(job))
+    wait_until(lambda: list((tmp_path / "out").rglob("*.chunk")), process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 4, err
+    assert "rows are safe" in err.splitlines()[-1]
+    assert list((tmp_path / "out/_job/runs").glob("*.json")), "the run is on record"
+
+
 def test_a_second_interrupt_stops_at_once_and_the_same_command_goes_on(tmp_path, tiny_llama, cluster):
     job = write_job(tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"})
     process = start("run", str(job))
     wait_until(lambda: list((tmp_path / "out").rglob("*.chunk")), process)
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    time.sleep(signals.SAME_STOP + 0.1)
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, store_of
+from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, output, store_of
 
 from batchrun.output import chunk, clean, state
 from batchrun.output.attempt import PartialAnswer
@@ -75,7 +75,7 @@ def test_begun_answers_that_outlive_their_part_are_swept_by_the_next_attempt_and
     assert attempt(folder, plan, 0, ROWS, "next").open() is not None
     assert not folder.list(plan.stage(0))
     late.keep(begun(r1=4))
-    clean.delete(folder, clean.leftovers(folder, plan))
+    clean.delete(folder, clean.leftovers(output(folder, plan)))
     assert not folder.list(plan.stage(0))
 
 

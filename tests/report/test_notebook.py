@@ -9,6 +9,7 @@ import pytest
 
 import batchrun as library
 from batchrun.report import notebook
+from batchrun.report.result import RunResult
 from jobs import write_job
 
 
@@ -46,3 +47,12 @@ def test_progress_false_turns_the_bar_off(tmp_path, tiny_llama, cluster, kernel,
 def test_elsewhere_there_is_no_bar(tmp_path, tiny_llama, cluster, capsys):
     library.run(write_job(tmp_path, tiny_llama), client=cluster)
     assert "60 of 60 rows" not in capsys.readouterr().err
+
+
+def test_a_result_is_shown_in_one_line_without_secrets():
+    result = RunResult(
+        "s3://lake/out", 1200, 1199, 1, 3, 9, 9, {}, {}, 61.25, storage_options={"key": "hidden"}
+    )
+    assert repr(result) == (
+        "<RunResult: 1,199 of 1,200 rows answered, 1 failed in 3 parts, 61.2 s: s3://lake/out/data>"
+    )
