@@ -10,9 +10,10 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from batchrun.engine.paged.output_lengths import OutputLengths
 from batchrun.engine.paged.page_pool import PagePool
 from batchrun.engine.paged.queue import Sequence, WaitingQueue
-from batchrun.engine.paged.scheduler import DecodeBatch, OutputLengths, PrefillChunk, Scheduler
+from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
 from batchrun.engine.protocol import Request
 
 

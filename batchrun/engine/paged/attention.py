@@ -47,6 +47,7 @@ class KVCache:
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of one page in all layers, keys and values together."""
         layer = self.layers[0]
         return len(self.layers) * 2 * self.page_size * layer.kv_heads * layer.head_dim * self._dtype.itemsize
 

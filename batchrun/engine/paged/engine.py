@@ -18,12 +18,13 @@ from batchrun.engine.paged.architecture import Unsupported, check_positions, uns
 from batchrun.engine.paged.attention import KVCache
 from batchrun.engine.paged.compiling import compile_layers, compile_sampler
 from batchrun.engine.paged.memory import Budget, affordable_pages
+from batchrun.engine.paged.output_lengths import OutputLengths
 from batchrun.engine.paged.page_pool import PagePool
 from batchrun.engine.paged.projections import fuse_projections
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.runner import Pending, Runner
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
-from batchrun.engine.paged.scheduler import DecodeBatch, OutputLengths, PrefillChunk, Scheduler
+from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request, TokenValues
 from batchrun.engine.stopping import StopStrings
 from batchrun.engine.token_values import ValuesOfTokens, first, join

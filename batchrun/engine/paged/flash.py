@@ -28,6 +28,7 @@ class FlashAttention:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages."""
         assert metadata.cu_seqlens_q is not None
         kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
         if sinks is None:
@@ -58,6 +59,7 @@ class FlashAttention:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        """See `AttentionBackend`: writing and attending in one kernel, a shared prefix read once."""
         out, lse = attention_kernels.decode(
             query,
             key,

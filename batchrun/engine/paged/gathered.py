@@ -20,6 +20,7 @@ class GatheredPages:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        """See `AttentionBackend`: one sequence after another."""
         assert metadata.cu_seqlens_q is not None
         _write(key, value, key_cache, value_cache, metadata)
         out = torch.empty_like(query)
@@ -41,6 +42,7 @@ class GatheredPages:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        """See `AttentionBackend`: all sequences at once, as long as the longest block table."""
         _write(key, value, key_cache, value_cache, metadata)
         block_tables = metadata.block_tables.long()
         own_keys, own_values = (x[block_tables].flatten(1, 2) for x in (key_cache, value_cache))

@@ -27,7 +27,9 @@ class Shape:
 class Graph(Protocol):
     """A captured step."""
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Runs the step again on what its buffers hold now; does not wait for it."""
+        ...
 
 
 class DecodeGraphs:

@@ -31,6 +31,7 @@ class Budget:
 
     @classmethod
     def of(cls, options: dict[str, object], device: torch.device) -> Self:
+        """What the job's engine settings say; what they leave out follows from the device."""
         gpu = devices.is_gpu(device)
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         return cls(

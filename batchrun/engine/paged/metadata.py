@@ -60,9 +60,13 @@ class AttentionBackend(Protocol):
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
-    ) -> Tensor: ...  # fmt: skip
+    ) -> Tensor:  # fmt: skip
+        """The call's tokens are the sequences' next ones, end to end, any number of each."""
+        ...
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
-    ) -> Tensor: ...  # fmt: skip
+    ) -> Tensor:  # fmt: skip
+        """The call's tokens are one for each sequence, its last."""
+        ...

@@ -61,6 +61,7 @@ class PagePool:
         return len(self._free_pages) + len(self._evictable)
 
     def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:

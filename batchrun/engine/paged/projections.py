@@ -29,6 +29,7 @@ class FusedLinear(nn.Module):
         self._product, self._number = product, number
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., out features) of (..., in features). The first of the product computes all, the others take theirs."""
         product = self._product
         if self._number == 0:
             product.input = x

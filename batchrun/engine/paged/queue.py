@@ -39,6 +39,7 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Request) -> Sequence:
+        """The sequence of a request of which nothing is in the pool yet; what was generated before counts as prompt."""
         prompt = np.ascontiguousarray(request.start, dtype=np.int32)
         final_len = len(request.token_ids) + request.max_new_tokens - 1
         return cls(request, prompt, final_len, request.generated.tolist(), [request.values])
@@ -73,6 +74,7 @@ class WaitingQueue:
         return self._count + len(self._front)
 
     def push(self, sequence: Sequence) -> None:
+        """Puts a new sequence into its place in the order."""
         self._arrivals += 1
         self._count += 1
         self.new_tokens += sequence.new_tokens
@@ -88,6 +90,7 @@ class WaitingQueue:
         heapq.heappush(group, (*entry, sequence))
 
     def push_front(self, sequence: Sequence) -> None:
+        """Puts a sequence that was preempted before all new ones, behind those that were before it."""
         self.new_tokens += sequence.new_tokens
         self._front.append(sequence)
 
@@ -101,6 +104,7 @@ class WaitingQueue:
         return self._front[0] if self._front else self._group()[0][-1]
 
     def pop(self) -> Sequence:
+        """Takes the next sequence; there has to be one."""
         sequence = self._pop()
         self.new_tokens -= sequence.new_tokens
         return sequence

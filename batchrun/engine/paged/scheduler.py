@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from batchrun.engine.paged.output_lengths import OutputLengths
 from batchrun.engine.paged.page_pool import NULL_PAGE, PagePool, PrefixMatch
 from batchrun.engine.paged.queue import Sequence, WaitingQueue
 from batchrun.engine.protocol import Request
@@ -56,31 +57,6 @@ class DecodeBatch:
     block_tables: Ints
     steps: int
     prefix_pages: int
-
-
-class OutputLengths:
-    """What sequences are expected to generate, learned from those that have ended."""
-
-    def __init__(self, certain: bool) -> None:
-        self.certain = certain
-        self._mean = 0.0
-        self._seen = 0
-
-    def learn(self, length: int) -> None:
-        self._seen += 1
-        self._mean += (length - self._mean) / min(self._seen, 1024)
-
-    def expect(self, limits: Ints, generated: Ints) -> Ints:
-        """Tokens that sequences will have generated when they end: (sequences,) of at most `limits`, above
-        `generated`.
-
-        Half as much again as the mean, because who guesses too low preempts sequences and computes them twice.
-        """
-        if self.certain:
-            return limits
-        typical = 1.5 * self._mean + 16 if self._seen >= 32 else limits / 4 + 16
-        expected: Ints = np.minimum(limits, np.maximum(typical, 1.25 * generated + 16)).astype(np.int32)
-        return expected
 
 
 class Scheduler:
