@@ -282,20 +282,14 @@ def _work_off(
         from batchrun.report import live
         from batchrun.telemetry.milestones import Milestones
 
-        result = None
-        try:
-            with live.show(_Console(stderr=True), log_format, job) as on_progress:
-                result = work(
-                    job,
-                    stop=signals.stop,
-                    on_progress=_shown_if_possible(on_progress),
-                    milestones=Milestones.of_process(),
-                )
-                signals.decided(result.exit_code)
-        except OSError:
-            # The view's last line: its terminal is gone.
-            if result is None:
-                raise
+        with live.show(_Console(stderr=True), log_format, job) as on_progress:
+            result = work(
+                job,
+                stop=signals.stop,
+                on_progress=_shown_if_possible(on_progress),
+                milestones=Milestones.of_process(),
+            )
+            signals.decided(result.exit_code)
         with _display():
             _show_result(job, result, as_json, redact)
         raise typer.Exit(result.exit_code)
@@ -434,13 +428,20 @@ def _errors(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Itera
     redact = Redactor()
     logs.configure(log_format, redact)
     signals.decided(ExitCode.INTERRUPTED)
-    signals.last_words = lambda: _tell(STOPPED, STOPPED, ExitCode.INTERRUPTED, as_json, log_format)
+
+    def stopped() -> str:
+        return redact(signals.safe) or STOPPED
+
+    def tell_stopped() -> None:
+        _tell(stopped(), stopped(), ExitCode(signals.exit_code()), as_json, log_format)
+
+    signals.last_words = tell_stopped
     try:
         yield redact
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        _fail(STOPPED, ExitCode(signals.exit_code()), as_json, debug, log_format, redact, STOPPED)
+        _fail(stopped(), ExitCode(signals.exit_code()), as_json, debug, log_format, redact, stopped())
     except BatchrunError as error:
         text = redact(str(error))
         shown = text if isinstance(error, Interrupted) else None

@@ -52,6 +52,10 @@ REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
 RECEIPT_TIMEOUT = 60.0  # seconds to wait for a finished task's receipt from its worker
 RECEIPT_AT_END = 5.0  # the same once the run is to end
 DRAIN_TIMEOUT = 30.0  # seconds that tasks have to stage what they hold after a stop
+STOP_EVERY = (
+    0.5  # seconds between two calls to stop: workers come meanwhile, and take up what others have lost
+)
+OPENING = 2.5  # seconds after a stop from which on only tasks that hold rows are waited for
 SLOWEST = 10  # partitions that are named in the run's record
 # Errors of a partition that end the run; others lose the attempt.
 FATAL_ERRORS = (Refused, StorageError, CorruptInput)
@@ -124,7 +128,9 @@ class Dispatch:
             lost = isinstance(interrupt, OSError | TimeoutError)
             reason = "lost the Dask scheduler" if lost else getattr(interrupt, "what", "stopped")
             fix = getattr(interrupt, "fix", "") or "the same command goes on from there"
-            raise Interrupted(f"{reason}; {self._safe()}", self.folder.name, fix) from None
+            stopped = Interrupted(f"{reason}; {self._safe()}", self.folder.name, fix)
+            signals.safe = str(stopped)
+            raise stopped from None
 
     def _work_off(self, client: Client) -> None:
         next_poll = 0.0
@@ -321,9 +327,7 @@ class Dispatch:
         now = Progress(
             seconds=self.seconds,
             partitions=self.layout.partitions,
-            partitions_done=self.layout.partitions
-            - len(self.todo)
-            - len(in_flight | {*self.policy.suspected}),
+            partitions_done=self._parts(),
             partitions_in_flight=len(in_flight),
             rows=self.plan.rows,
             rows_done=min(self.rows_committed + beats.covered, self.plan.rows),
@@ -374,15 +378,25 @@ class Dispatch:
         self.todo.clear()
         if client.status != "running":
             return
-        client.run(request_stop, self.order.run, wait=False, on_error="ignore")
-        deadline = time.monotonic() + DRAIN_TIMEOUT
-        while self.in_flight and time.monotonic() < deadline:
+        began = time.monotonic()
+        next_call = began
+        while self.in_flight and (now := time.monotonic()) < began + DRAIN_TIMEOUT:
+            if now >= next_call:
+                client.run(request_stop, self.order.run, wait=False, on_error="ignore")
+                next_call = now + STOP_EVERY
             try:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
+                if now > began + OPENING and not self._holding(client):
+                    break
                 continue
             self._count_late(future)
         client.cancel(list(self.in_flight))
+
+    def _holding(self, client: Client) -> bool:
+        """Whether any task in flight has begun: others wait for a worker, or for one that opens a tokenizer."""
+        self.workers = client.scheduler_info(n_workers=-1)["workers"]
+        return bool(heartbeats.read(self.workers, self.order.run, self.total, self._members()).activity)
 
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
@@ -407,11 +421,14 @@ class Dispatch:
         if self.order.retry is not None:
             return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
         staged = sum(self.staged.values())
-        parts = self.layout.partitions - len(self.work) + len(self.receipts)
         return (
             f"{self.rows_committed + staged:,} of {self.plan.rows:,} rows are safe: {self.rows_committed:,} in "
-            f"{parts:,} of {self.layout.partitions:,} parts, {staged:,} staged"
+            f"{self._parts():,} of {self.layout.partitions:,} parts, {staged:,} staged"
         )
+
+    def _parts(self) -> int:
+        """How many the output has, those of earlier runs included."""
+        return self.layout.partitions - len(self.work) + len(self.receipts)
 
     def _note_slow(self, receipt: TaskReceipt) -> None:
         mine = receipt.counters
