@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
-from distributed import Client, Future
+from distributed import Client, Future, KilledWorker
 
 from batchrun import signals
 from batchrun.cluster import dashboard
@@ -286,6 +286,8 @@ class Dispatch:
 
     def _lose(self, members: list[int], error: BaseException | None) -> None:
         """A lost task that several partitions shared tells nothing of any one of them."""
+        # Dask's own words are five lines, and say no more.
+        error = None if isinstance(error, KilledWorker) else error
         if len(members) > 1:
             log.warning(
                 "%d partitions lost their task to %s; each goes on by itself", len(members), reason_of(error)

@@ -30,6 +30,9 @@ class Renderer:
     def compile_errors(self, sources: Sequence[str]) -> list[str | None]:
         """(templates,) What is wrong with each template, if anything."""
         answer = self._ask("compile", sources)
+        if isinstance(answer, str):
+            # Whoever killed it may mean no template.
+            answer = self._ask("compile", sources)
         # One of them, and nobody knows which, was so dear that the process ended.
         return [answer] * len(sources) if isinstance(answer, str) else answer
 
