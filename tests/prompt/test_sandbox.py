@@ -198,6 +198,29 @@ def test_a_template_is_not_to_blame_for_a_renderer_that_was_killed():
     assert renderer.compile_errors(["{{ text }}", "{{ text"])[0] is None
 
 
+def test_a_row_is_blamed_for_a_killed_renderer_only_after_three_kills(monkeypatch):
+    renderer = Renderer()
+    ask, kills = renderer._ask, [3]
+
+    def kill_before(*arguments: Any) -> Any:
+        if kills[0]:
+            kills[0] -= 1
+            if renderer._connection is None:
+                renderer._start()
+            assert renderer._process is not None
+            renderer._process.kill()
+            renderer._process.wait()
+        return ask(*arguments)
+
+    assert renderer.rows(["{{ text }}"], ["text"], [("a",)]) == [["a"]]
+    monkeypatch.setattr(renderer, "_ask", kill_before)
+    assert renderer.rows(["{{ text }}"], ["text"], [("a",), ("b",)]) == [["a"], ["b"]]
+    kills[0] = 4
+    first, second = renderer.rows(["{{ text }}"], ["text"], [("a",), ("b",)])
+    assert isinstance(first, RowFault)
+    assert second == ["b"]
+
+
 def test_a_renderer_whose_parent_was_killed_ends_without_a_word():
     ours, theirs = socket.socketpair()
     process = subprocess.Popen(
