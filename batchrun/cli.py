@@ -264,20 +264,14 @@ def _work_off(
         from batchrun.report import live
         from batchrun.telemetry.milestones import Milestones
 
-        result = None
-        try:
-            with live.show(Terminal(stderr=True), log_format, job) as on_progress:
-                result = work(
-                    job,
-                    stop=signals.stop,
-                    on_progress=_shown_if_possible(on_progress),
-                    milestones=Milestones.of_process(),
-                )
-                signals.decided(result.exit_code)
-        except OSError:
-            # The view's last line: its terminal is gone.
-            if result is None:
-                raise
+        with live.show(Terminal(stderr=True), log_format, job) as on_progress:
+            result = work(
+                job,
+                stop=signals.stop,
+                on_progress=_shown_if_possible(on_progress),
+                milestones=Milestones.of_process(),
+            )
+            signals.decided(result.exit_code)
         with display():
             _show_result(job, result, as_json, reply)
         raise typer.Exit(result.exit_code)
