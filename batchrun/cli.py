@@ -17,7 +17,6 @@ from batchrun.commands.usage import Commands
 from batchrun.errors import BatchrunError, JobError, OutputError, Refused, one_line
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
-from batchrun.job.settings import OUTPUT_COLUMNS
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
 
@@ -265,20 +264,14 @@ def _work_off(
         from batchrun.report import live
         from batchrun.telemetry.milestones import Milestones
 
-        result = None
-        try:
-            with live.show(Terminal(stderr=True), log_format, job) as on_progress:
-                result = work(
-                    job,
-                    stop=signals.stop,
-                    on_progress=_shown_if_possible(on_progress),
-                    milestones=Milestones.of_process(),
-                )
-                signals.decided(result.exit_code)
-        except OSError:
-            # The view's last line: its terminal is gone.
-            if result is None:
-                raise
+        with live.show(Terminal(stderr=True), log_format, job) as on_progress:
+            result = work(
+                job,
+                stop=signals.stop,
+                on_progress=_shown_if_possible(on_progress),
+                milestones=Milestones.of_process(),
+            )
+            signals.decided(result.exit_code)
         with display():
             _show_result(job, result, as_json, reply)
         raise typer.Exit(result.exit_code)
@@ -373,7 +366,7 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
     """What the prompt was made of and what became of it, as far as both are in the output."""
     from batchrun.prompt.template import prompt_columns
 
-    own = [job.output.column(name) for name in OUTPUT_COLUMNS]
+    own = [job.output.column(name) for name in job.output.answer_columns]
     carried = [name for name in table.schema.names if name not in own]
     asked = [name for name in prompt_columns(job.prompt) if name in carried]
     error = job.output.column("error")

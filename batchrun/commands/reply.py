@@ -54,7 +54,7 @@ class Reply:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Says what the command ended with, and ends the process with its code."""
-        code, text, shown = self._told(error)
+        text, shown, code = self._told(error)
         if self._debug:
             with display():
                 err.print(printable(self.redact(traceback.format_exc()), newlines=True))
@@ -72,18 +72,23 @@ class Reply:
             else:
                 err.print(printable(shown))
 
-    def _told(self, error: BaseException) -> tuple[ExitCode, str, str]:
-        """Exit code, the error's text, and the line that is shown."""
+    def stopped(self) -> tuple[str, str, ExitCode]:
+        """Text, line and exit code of a command that a signal ended: what is safe, as far as that is known."""
+        text = self.redact(signals.safe) or STOPPED
+        return text, text, ExitCode(signals.exit_code())
+
+    def _told(self, error: BaseException) -> tuple[str, str, ExitCode]:
+        """The error's text, the line that is shown, and the exit code."""
         if isinstance(error, KeyboardInterrupt):
-            return ExitCode(signals.exit_code()), STOPPED, STOPPED
+            return self.stopped()
         if is_bug(error):
             error = InternalError.of(error)
         if isinstance(error, BatchrunError):
             text = self.redact(str(error))
-            return error.exit_code, text, text if isinstance(error, Interrupted) else f"error: {text}"
+            return text, text if isinstance(error, Interrupted) else f"error: {text}", error.exit_code
         text = self.redact(one_line(error))
         hint = "" if self._debug else "; add --debug for the traceback"
-        return ExitCode.FAILED, text, f"error: unexpected {text}{hint}"
+        return text, f"error: unexpected {text}{hint}", ExitCode.FAILED
 
 
 @contextmanager
@@ -92,7 +97,7 @@ def replying(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Iter
     reply = Reply(as_json, debug, log_format)
     logs.configure(log_format, reply.redact)
     signals.decided(ExitCode.INTERRUPTED)
-    signals.last_words = lambda: reply.end(STOPPED, STOPPED, ExitCode.INTERRUPTED)
+    signals.last_words = lambda: reply.end(*reply.stopped())
     try:
         yield reply
     except typer.Exit:

@@ -18,7 +18,7 @@ from batchrun.dataset.hive import folder_of
 from batchrun.dataset.source import DataFile, Skipped
 from batchrun.errors import OutputError, first_line
 from batchrun.hashing import stable_hash
-from batchrun.job.settings import OUTPUT_COLUMNS, InputSettings, OutputSettings
+from batchrun.job.settings import InputSettings, OutputSettings
 
 
 class Slice(NamedTuple):
@@ -207,7 +207,7 @@ def check_output_names(carried: Sequence[str], output: OutputSettings) -> None:
             what = f"the name {name!r} is a column of the input"
             raise OutputError(what, "output.row_column", "give another name")
         taken[name.casefold()] = name
-    for column in OUTPUT_COLUMNS:
+    for column in output.answer_columns:
         name = output.column(column)
         if (other := taken.get(name.casefold())) is not None:
             free = next(f"{column}_{i}" for i in count(2) if f"{column}_{i}" not in taken)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
-from distributed import Client, Future
+from distributed import Client, Future, KilledWorker
 
 from batchrun import signals
 from batchrun.cluster import dashboard
@@ -55,6 +55,10 @@ REGISTRATIONS = 3
 RECEIPT_TIMEOUT, RECEIPT_AT_END = 60.0, 5.0
 # Seconds that tasks have to stage what they hold after a stop.
 DRAIN_TIMEOUT = 30.0
+# Seconds between two calls to stop: workers come meanwhile, and take up what others have lost.
+STOP_EVERY = 0.5
+# Seconds after a stop from which on only tasks that hold rows are waited for.
+OPENING = 2.5
 # Errors of a partition that end the run; others lose the attempt.
 FATAL_ERRORS = (Refused, StorageError, CorruptInput, InternalError)
 
@@ -125,7 +129,9 @@ class Dispatch:
             lost = isinstance(interrupt, OSError | TimeoutError)
             reason = "lost the Dask scheduler" if lost else getattr(interrupt, "what", "stopped")
             fix = getattr(interrupt, "fix", "") or "the same command goes on from there"
-            raise Interrupted(f"{reason}; {self._safe()}", self.folder.name, fix) from None
+            stopped = Interrupted(f"{reason}; {self._safe()}", self.folder.name, fix)
+            signals.safe = str(stopped)
+            raise stopped from None
 
     def _work_off(self, client: Client) -> None:
         next_poll = 0.0
@@ -280,6 +286,8 @@ class Dispatch:
 
     def _lose(self, members: list[int], error: BaseException | None) -> None:
         """A lost task that several partitions shared tells nothing of any one of them."""
+        # Dask's own words are five lines, and say no more.
+        error = None if isinstance(error, KilledWorker) else error
         if len(members) > 1:
             log.warning(
                 "%d partitions lost their task to %s; each goes on by itself", len(members), reason_of(error)
@@ -316,9 +324,7 @@ class Dispatch:
         now = Progress(
             seconds=totals.seconds,
             partitions=self.layout.partitions,
-            partitions_done=self.layout.partitions
-            - len(self.todo)
-            - len(in_flight | {*self.policy.suspected}),
+            partitions_done=self._parts(),
             partitions_in_flight=len(in_flight),
             rows=self.plan.rows,
             rows_done=min(self.rows_committed + beats.covered, self.plan.rows),
@@ -369,15 +375,25 @@ class Dispatch:
         self.todo.clear()
         if client.status != "running":
             return
-        client.run(request_stop, self.order.run, wait=False, on_error="ignore")
-        deadline = time.monotonic() + DRAIN_TIMEOUT
-        while self.in_flight and time.monotonic() < deadline:
+        began = time.monotonic()
+        next_call = began
+        while self.in_flight and (now := time.monotonic()) < began + DRAIN_TIMEOUT:
+            if now >= next_call:
+                client.run(request_stop, self.order.run, wait=False, on_error="ignore")
+                next_call = now + STOP_EVERY
             try:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
+                if now > began + OPENING and not self._holding(client):
+                    break
                 continue
             self._count_late(future)
         client.cancel(list(self.in_flight))
+
+    def _holding(self, client: Client) -> bool:
+        """Whether any task in flight has begun: others wait for a worker, or for one that opens a tokenizer."""
+        self.workers = client.scheduler_info(n_workers=-1)["workers"]
+        return bool(heartbeats.read(self.workers, self.order.run, self.totals.counts, self._members()).activity)
 
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
@@ -397,11 +413,14 @@ class Dispatch:
         if self.order.retry is not None:
             return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
         staged = sum(self.staged.values())
-        parts = self.layout.partitions - len(self.work) + len(self.receipts)
         return (
             f"{self.rows_committed + staged:,} of {self.plan.rows:,} rows are safe: {self.rows_committed:,} in "
-            f"{parts:,} of {self.layout.partitions:,} parts, {staged:,} staged"
+            f"{self._parts():,} of {self.layout.partitions:,} parts, {staged:,} staged"
         )
+
+    def _parts(self) -> int:
+        """How many the output has, those of earlier runs included."""
+        return self.layout.partitions - len(self.work) + len(self.receipts)
 
 
 def _register(client: Client) -> None:

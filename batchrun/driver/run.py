@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from distributed import Client
 
+from batchrun import signals
 from batchrun.counters import Counters
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
@@ -20,6 +21,7 @@ from batchrun.driver.notify import notifying
 from batchrun.driver.prepare import Prepared, look, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.workers import Workers
+from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.output import identity, lease, manifest, plans, retry, state
 from batchrun.output.identity import Identity
@@ -130,6 +132,9 @@ def finish(
             finally:
                 workers.end()
         done = _conclude(prepared.job, output, dispatch)
+        # Whatever still interrupts the process, the output is complete.
+        signals.decided(ExitCode.FAILED_ROWS if done.failed else ExitCode.COMPLETE)
+        signals.safe = f"stopped; the output is complete: {prepared.folder.name}"
         dispatch.milestones.reach("manifest")
         return done
 

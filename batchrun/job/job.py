@@ -13,6 +13,8 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from batchrun.errors import JobError
 from batchrun.job.explain import explain
 from batchrun.job.settings import (
+    ASKED_COLUMNS,
+    AnswerSettings,
     ClusterSettings,
     EngineSettings,
     GenerationSettings,
@@ -47,6 +49,7 @@ class Job(Settings):
     generation: GenerationSettings = Field(
         GenerationSettings(), description="how tokens are chosen, in transformers' own words"
     )
+    answer: AnswerSettings = Field(AnswerSettings(), description="what is written beside the answer's text")
     engine: EngineSettings = Field(
         EngineSettings(), description="what runs the model, and its budgets; decides no answer"
     )
@@ -69,6 +72,18 @@ class Job(Settings):
     # The job file's own values, before ${NAME} was filled in; None for a job that was built in Python.
     _written: dict[str, Any] | None = PrivateAttr(None)
     _environment: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _asked_columns(self) -> Self:
+        """Columns that are asked for get their names, so that whoever has the output's settings knows of them."""
+        output, asked = self.output, self.answer.columns
+        for name in ASKED_COLUMNS:
+            if name in output.columns and name not in asked:
+                raise ValueError(f"output.columns: {name} is written where answer.logprobs asks for it")
+        named = {name: f"{output.column('answer')}_{name}" for name in asked} | output.columns
+        if named != output.columns:
+            self.__dict__["output"] = output.model_copy(update={"columns": named})
+        return self
 
     @model_validator(mode="after")
     def _priced(self) -> Self:
@@ -166,12 +181,15 @@ class Job(Settings):
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
+        # Like them, only where something is asked for.
+        answer = self.answer.model_dump(mode="json", exclude_defaults=True)
         return {
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
             "generation": self.generation.model_dump(mode="json"),
             "output": self.output.model_dump(mode="json", include=output),
+            **({"answer": answer} if answer else {}),
         }
 
     def as_written(self, values: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -13,6 +13,10 @@ from batchrun.errors import nearest
 from batchrun.job.durations import parse_deadline
 
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
+"""Columns that every output has."""
+
+ASKED_COLUMNS = ("logprobs", "top_logprobs", "mean_logprob")
+"""Columns that an output has if its job asks for them: see `AnswerSettings.columns`."""
 
 # A scheduler's address, whatever comm library has its protocol; http:// is that of its dashboard.
 _ADDRESS = re.compile(r"(?!https?://)(\w+://)?[^\s/]+:\d+(/.*)?|inproc://.+")
@@ -155,6 +159,25 @@ class GenerationSettings(Settings):
         return stop
 
 
+class AnswerSettings(Settings):
+    """What is written beside the answer's text."""
+
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="log probabilities as columns: of each token of the answer, their mean, and those of so many "
+        "likeliest tokens in its place; 0 is without the latter",
+    )
+
+    @property
+    def columns(self) -> list[str]:
+        """Those of ASKED_COLUMNS that are asked for."""
+        if self.logprobs is None:
+            return []
+        return ["logprobs", "mean_logprob", *(["top_logprobs"] if self.logprobs else [])]
+
+
 class EngineSettings(Settings):
     """Which engine, and its budgets; none of them decides an answer."""
 
@@ -187,7 +210,7 @@ class OutputSettings(Settings):
         min_length=1, description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it"
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}"
+        default_factory=dict, description=f"other names for {', '.join((*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
     )
     failed: str | None = Field(
         None, description="a folder beside data/: the failed rows alone, each with its place in the input"
@@ -220,8 +243,10 @@ class OutputSettings(Settings):
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         for name in columns:
-            if name not in OUTPUT_COLUMNS:
-                raise ValueError(f"{name!r} is no output column{nearest(name, OUTPUT_COLUMNS)}")
+            if name not in (*OUTPUT_COLUMNS, *ASKED_COLUMNS):
+                raise ValueError(
+                    f"{name!r} is no output column{nearest(name, (*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
+                )
             if not columns[name]:
                 raise ValueError(f"give {name} a name, or leave it out")
         return columns
@@ -233,8 +258,13 @@ class OutputSettings(Settings):
             raise ValueError("give the name of a folder beside data/ and _job/, such as failed")
         return failed
 
+    @property
+    def answer_columns(self) -> list[str]:
+        """OUTPUT_COLUMNS and those of ASKED_COLUMNS that the job asks for: a job names these in `columns`."""
+        return [*OUTPUT_COLUMNS, *(name for name in ASKED_COLUMNS if name in self.columns)]
+
     def column(self, name: str) -> str:
-        """The name that the output column `name` (one of OUTPUT_COLUMNS) has in this job."""
+        """The name that the output column `name` (one of `answer_columns`) has in this job."""
         return self.columns.get(name, name)
 
 

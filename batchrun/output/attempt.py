@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,15 +18,17 @@ from numpy.typing import NDArray
 from batchrun.errors import StorageError
 from batchrun.job.settings import OutputSettings
 from batchrun.output import chunk, part
-from batchrun.output.chunk import ANSWERS, BadChunk, Origin
+from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.part import Summary
 from batchrun.storage import Folder, NotFound
 
 log = logging.getLogger(__name__)
 
+
 # In memory offsets of text are 64 bits wide, so that a partition's answers may exceed 2 GB.
-_WIDE = pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in ANSWERS])
+def _wide(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in schema])
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,14 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class PartialAnswer:
-    """The first tokens (int32) of an answer that is not finished, behind a prompt of so many."""
+    """The first tokens (int32) of an answer that is not finished, behind a prompt of so many.
+
+    `values` are what the engine gave beside them: by name, arrays of a value or a row for each token.
+    """
 
     prompt_tokens: int
     tokens: NDArray[np.int32]
+    values: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Attempt:
@@ -69,6 +77,7 @@ class Attempt:
         self.rows = rows
         self.attempt_id = attempt_id
         self.settings = settings
+        self._schema = chunk.answers_schema(settings.columns)
         # For people.
         self.name_of: Callable[[int], str] = lambda row: f"row {row}"
         self.restored = 0
@@ -121,13 +130,13 @@ class Attempt:
         return None
 
     def add(self, answers: pa.Table | pa.RecordBatch) -> None:
-        """Takes finished rows, schema ANSWERS, in any order, each of them missing until now.
+        """Takes finished rows, schema `chunk.answers_schema`, in any order, each of them missing until now.
 
         Raises:
             ValueError: a row outside the partition, or one that is there already.
         """
         table = pa.Table.from_batches([answers]) if isinstance(answers, pa.RecordBatch) else answers
-        table = table.select(ANSWERS.names).cast(ANSWERS)
+        table = chunk.conform(table, self._schema)
         if table.num_rows == 0:
             return
         try:
@@ -185,6 +194,7 @@ class Attempt:
                 "row": list(begun),
                 "prompt_tokens": [one.prompt_tokens for one in begun.values()],
                 "tokens": pa.array([one.tokens for one in begun.values()], pa.list_(pa.int32())),
+                "values": [_packed(one.values) for one in begun.values()],
             },
             schema=chunk.PARTIALS,
         )
@@ -265,14 +275,13 @@ class Attempt:
 
     def _take_up(self, key: str, data: bytes) -> None:
         if not key.endswith(PARTIAL):
-            self._restore(chunk.decode(data, self._origin, self.rows))
+            self._restore(chunk.decode(data, self._origin, self.rows, self._schema))
             return
         table = chunk.decode_partial(data, self._origin, self.rows)
         tokens = table["tokens"].combine_chunks()
-        for i, (row, prompt) in enumerate(
-            zip(table["row"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True)
-        ):
-            one = PartialAnswer(prompt, tokens[i].values.to_numpy())
+        columns = (table[name].to_pylist() for name in ("row", "prompt_tokens", "values"))
+        for i, (row, prompt, values) in enumerate(zip(*columns, strict=True)):
+            one = PartialAnswer(prompt, tokens[i].values.to_numpy(), _unpacked(values))
             if row not in self.begun or len(one.tokens) > len(self.begun[row].tokens):
                 self.begun[row] = one
 
@@ -284,11 +293,30 @@ class Attempt:
 
     def _hold(self, table: pa.Table) -> None:
         self._place[table["row"].to_numpy()] = np.arange(self._held, self._held + table.num_rows)
-        self._answers.append(table.cast(_WIDE))
+        self._answers.append(table.cast(_wide(self._schema)))
         self._held += table.num_rows
 
     def _in_order(self) -> pa.Table:
-        table = pa.concat_tables([_WIDE.empty_table(), *self._answers]).combine_chunks().take(self._place)
+        table = (
+            pa.concat_tables([_wide(self._schema).empty_table(), *self._answers])
+            .combine_chunks()
+            .take(self._place)
+        )
         if not np.array_equal(table["row"].to_numpy(), np.arange(self.rows)):
             raise AssertionError("rows out of order")
         return table
+
+
+def _packed(values: Mapping[str, NDArray[Any]]) -> bytes | None:
+    if not values:
+        return None
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, **values)
+    return packed.getvalue()
+
+
+def _unpacked(packed: bytes | None) -> dict[str, NDArray[Any]]:
+    if packed is None:
+        return {}
+    with np.load(io.BytesIO(packed), allow_pickle=False) as values:
+        return dict(values)

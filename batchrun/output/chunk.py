@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -25,14 +26,39 @@ ANSWERS = pa.schema(
     ]
 )
 
-# One row is an answer that was begun: its first tokens, behind a prompt of so many.
+# Columns that the job asks for, beside those. A list has a value for each token of the answer, the ending one too.
+_TOKEN = pa.struct({"token_id": pa.int32(), "token": pa.string(), "logprob": pa.float32()})
+ASKED = pa.schema(
+    [
+        pa.field("logprobs", pa.list_(pa.float32())),
+        pa.field("top_logprobs", pa.list_(pa.list_(_TOKEN))),
+        pa.field("mean_logprob", pa.float32()),
+    ]
+)
+
+# One row is an answer that was begun: its first tokens, behind a prompt of so many, and the tokens' values as .npz.
 PARTIALS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("prompt_tokens", pa.int32(), nullable=False),
         pa.field("tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("values", pa.binary()),
     ]
 )
+
+
+def answers_schema(asked: Collection[str]) -> pa.Schema:
+    """ANSWERS, and those of the columns ASKED that are named."""
+    return pa.schema([*ANSWERS, *(field for field in ASKED if field.name in asked)])
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table in another schema: columns that only some jobs ask for are null where it lacks them."""
+    for field in schema:
+        if field.name in (*ASKED.names, "values") and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(schema.names).cast(schema)
+
 
 # Parquet checks its pages but not its footer. So a digest of the whole file stands in the footer's metadata,
 # taken while zeros stood in its place; the file stays plain Parquet.
@@ -68,13 +94,13 @@ def encode(rows: pa.Table, origin: Origin, attempt_id: str) -> bytes:
     return blank[:start] + hashlib.sha256(blank).hexdigest().encode() + blank[start + len(_BLANK) :]
 
 
-def decode(data: bytes, expected: Origin, rows: int) -> pa.Table:
-    """The answers of a chunk, schema ANSWERS; `rows` is how many its partition has.
+def decode(data: bytes, expected: Origin, rows: int, schema: pa.Schema = ANSWERS) -> pa.Table:
+    """The answers of a chunk, in `schema`; `rows` is how many its partition has.
 
     Raises:
         BadChunk: anything but the very bytes that were encoded for this plan, job and partition.
     """
-    table = _decode(data, expected, ANSWERS)
+    table = _decode(data, expected, schema)
     check_rows(table, rows)
     return table
 
@@ -90,7 +116,7 @@ def _decode(data: bytes, expected: Origin, schema: pa.Schema) -> pa.Table:
     _check_digest(data)
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        table = file.read().cast(schema)
+        table = conform(file.read(), schema)
         origin = json.loads((file.metadata.metadata or {})[b"batchrun"])
         foreign = {key: origin.get(key) for key in asdict(expected)} != asdict(expected)
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -14,10 +14,14 @@ import pyarrow.parquet as pq
 from batchrun.counters import empty_answers, value_counts
 from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output import digest
-from batchrun.output.chunk import ANSWERS
+from batchrun.output.chunk import answers_schema
 from batchrun.storage import Folder, NotFound
 
-ANSWER_FIELDS = [field for field in ANSWERS if field.name != "row"]
+
+def answer_fields(columns: Collection[str]) -> list[pa.Field]:
+    """The answer's fields of a part; `columns` names those that the job asks for."""
+    return [field for field in answers_schema(columns) if field.name != "row"]
+
 
 # Large enough to compress and scan well, small enough that a reader with little memory takes one at a time.
 ROW_GROUP_BYTES = 64 << 20
@@ -79,7 +83,7 @@ class Summary:
 def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
     """Carried fields and the schema's metadata as they are, then the answer's fields; `columns` gives other names to
     some of the latter."""
-    answers = [field.with_name(columns.get(field.name, field.name)) for field in ANSWER_FIELDS]
+    answers = [field.with_name(columns.get(field.name, field.name)) for field in answer_fields(columns)]
     return pa.schema([*carried, *answers], metadata=carried.metadata)
 
 
@@ -140,7 +144,7 @@ def build(
     with pq.ParquetWriter(
         path, part_schema(schema, columns), compression=compression, write_page_checksum=True
     ) as writer:
-        for group in _row_groups(_beside(carried, schema, answers, writer.schema), writer.schema):
+        for group in _row_groups(_beside(carried, schema, answers, columns, writer.schema), writer.schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
         values = asdict(replace(summary, digest=digest.BLANK))
         writer.add_key_value_metadata({"batchrun": json.dumps(values, sort_keys=True)})
@@ -214,7 +218,11 @@ def _example(failed: pa.Table, place: int, name_of: Callable[[int], str]) -> str
 
 
 def _beside(
-    carried: Iterable[pa.RecordBatch], schema: pa.Schema, answers: pa.Table, target: pa.Schema
+    carried: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    answers: pa.Table,
+    columns: Mapping[str, str],
+    target: pa.Schema,
 ) -> Iterator[pa.Table]:
     first = 0
     for batch in carried:
@@ -222,7 +230,7 @@ def _beside(
         if these.num_rows != batch.num_rows:
             raise _other_rows(answers.num_rows, "more")
         arrays = [batch.column(name) for name in schema.names]
-        arrays += [these[field.name].cast(field.type) for field in ANSWER_FIELDS]
+        arrays += [these[field.name].cast(field.type) for field in answer_fields(columns)]
         yield pa.Table.from_arrays(arrays, schema=target)
         first += batch.num_rows
     if first != answers.num_rows:

@@ -28,6 +28,10 @@ class Detokenizer:
             ]
         return [self._before_stop(text) for text in texts] if self._stop else texts
 
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token alone, special ones by their names; a part of a character is U+FFFD."""
+        return [self._tokenizer.decode([one], clean_up_tokenization_spaces=False) for one in ids]
+
     def _without_ending(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in self._ending else ids
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from batchrun.errors import RowFault
 from batchrun.job.job import Job
-from batchrun.job.settings import OUTPUT_COLUMNS
 from batchrun.prompt.renderer import RENDERER
 from batchrun.prompt.template import prompt_columns, row_templates
 from batchrun.storage import Folder
@@ -124,7 +123,7 @@ class _RowReader:
         there = file.schema_arrow.names
         # Where the prompt's columns were not carried, the row is shown by those that were.
         whole = all(name in there for name in self.wanted)
-        answers = {self.job.output.column(name) for name in OUTPUT_COLUMNS}
+        answers = {self.job.output.column(name) for name in self.job.output.answer_columns}
         return whole, self.wanted if whole else [name for name in there if name not in answers]
 
     def _row(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchrun.engine.protocol import Completion
+from batchrun.engine.protocol import Completion, TokenValues
 from batchrun.errors import RowFault
-from batchrun.output.chunk import ANSWERS
+from batchrun.output.chunk import ANSWERS, ASKED
 from batchrun.prompt.detokenizer import Detokenizer
 
 
@@ -21,7 +22,7 @@ def answered(done: Sequence[Completion], lengths: NDArray[np.int32], detokenizer
     for i, completion in enumerate(done):
         if completion.fault is not None:
             texts[i] = None
-    return _table(
+    table = _table(
         rows=rows,
         answer=texts,
         finish_reason=[c.finish_reason for c in done],
@@ -29,6 +30,38 @@ def answered(done: Sequence[Completion], lengths: NDArray[np.int32], detokenizer
         output_tokens=np.fromiter((len(c.token_ids) for c in done), np.int32, len(done)),
         error=[None if c.fault is None else str(c.fault) for c in done],
     )
+    for name, column in _asked(done, detokenizer).items():
+        table = table.append_column(ASKED.field(name), pa.array(column, ASKED.field(name).type))
+    return table
+
+
+def _asked(done: Sequence[Completion], detokenizer: Detokenizer) -> dict[str, list[Any]]:
+    """The columns that the engine gave values for; rows without an answer have none."""
+    given = [c.values if c.fault is None else {} for c in done]
+    names = {name for values in given for name in values}
+    columns: dict[str, list[Any]] = {}
+    if "logprobs" in names:
+        logprobs = [values.get("logprobs") for values in given]
+        columns["logprobs"] = logprobs
+        columns["mean_logprob"] = [None if one is None or not len(one) else one.mean() for one in logprobs]
+    if "top_tokens" in names:
+        ids = np.unique(np.concatenate([v["top_tokens"].ravel() for v in given if v])).tolist()
+        texts = dict(zip(ids, detokenizer.tokens(ids), strict=True))
+        columns["top_logprobs"] = [_likeliest(values, texts) if values else None for values in given]
+    return columns
+
+
+def _likeliest(values: TokenValues, texts: Mapping[int, str]) -> list[list[dict[str, Any]]]:
+    """For each token of an answer, the likeliest ones in its place."""
+    return [
+        [
+            {"token_id": token, "token": texts[token], "logprob": logprob}
+            for token, logprob in zip(tokens, logprobs, strict=True)
+        ]
+        for tokens, logprobs in zip(
+            values["top_tokens"].tolist(), values["top_logprobs"].tolist(), strict=True
+        )
+    ]
 
 
 def failed(faults: Mapping[int, RowFault]) -> pa.Table:

@@ -27,6 +27,8 @@ SETTLE_SECONDS = 0.5
 # An answer of at least so many tokens, all the same one and cut by length, comes of a broken model.
 REPEATED = 64
 
+NOTHING = PartialAnswer(0, NO_TOKENS)
+
 Read = Callable[[Sequence[str]], Iterator[RowBatch]]
 
 
@@ -137,22 +139,22 @@ class Generation:
                 self._lengths[row] = len(prompt)
                 self._counters.requests += 1
                 self._counters.sent_tokens += len(prompt)
-                generated = self._begun_before(row, len(prompt))
-                yield Request(row, prompt, self._max_new_tokens, seed, generated)
+                begun = self._begun_before(row, len(prompt))
+                yield Request(row, prompt, self._max_new_tokens, seed, begun.tokens, values=begun.values)
 
-    def _begun_before(self, row: int, prompt_tokens: int) -> NDArray[np.int32]:
+    def _begun_before(self, row: int, prompt_tokens: int) -> PartialAnswer:
         """The tokens that an earlier attempt left; none where they cannot be this prompt's."""
         one = self._attempt.begun.get(row)
         if one is None or self._second or one.prompt_tokens != prompt_tokens:
-            return NO_TOKENS
-        return one.tokens if len(one.tokens) < self._max_new_tokens else NO_TOKENS
+            return NOTHING
+        return one if len(one.tokens) < self._max_new_tokens else NOTHING
 
     def _sort(self, completion: Completion, engine: EngineProcess) -> None:
         """To the finished rows, the begun ones, or those that are tried again."""
         if completion.finish_reason == "cancelled":
             if len(completion.token_ids):
                 self.begun[completion.id] = PartialAnswer(
-                    int(self._lengths[completion.id]), completion.token_ids
+                    int(self._lengths[completion.id]), completion.token_ids, completion.values
                 )
             return
         completion = _judged(completion)
@@ -192,4 +194,4 @@ def _judged(completion: Completion) -> Completion:
     if (tokens != tokens[0]).any():
         return completion
     fault = RowFault(FaultCode.REPEATED_TOKEN, f"{len(tokens)} times token {tokens[0]} and nothing else")
-    return replace(completion, token_ids=NO_TOKENS, finish_reason="error", fault=fault)
+    return replace(completion, token_ids=NO_TOKENS, finish_reason="error", fault=fault, values={})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,6 +46,27 @@ def test_a_later_attempt_finds_the_longest_of_what_earlier_ones_let_go_of():
     }
     first.keep({})
     assert len(folder.list(plan.stage(0))) == 2, "nothing to keep is no object"
+
+
+def test_begun_answers_keep_the_values_of_their_tokens_and_those_of_before_there_were_any_are_taken_up():
+    folder, _ = faulty_folder()
+    plan = layout(1)
+    one = attempt(folder, plan, 0, ROWS, "a")
+    one.open()
+    values = {
+        "logprobs": np.array([-0.5, -1.5], np.float32),
+        "top_tokens": np.array([[1, 2], [3, 4]], np.int32),
+    }
+    one.keep({2: PartialAnswer(3, np.array([7, 8], np.int32), values)} | begun(r1=4))
+    found = opened(folder, plan).begun
+    assert found[1].values == {}
+    assert {name: column.tolist() for name, column in found[2].values.items()} == {
+        name: column.tolist() for name, column in values.items()
+    }
+    origin = Origin(plan.plan_hash, JOB_HASH, 0)
+    before = pa.table({"row": [4], "prompt_tokens": [3], "tokens": [[9]]})
+    table = chunk.decode_partial(chunk.encode(before, origin, "old"), origin, ROWS)
+    assert table.to_pylist() == [{"row": 4, "prompt_tokens": 3, "tokens": [9], "values": None}]
 
 
 def test_begun_answers_cover_no_row_and_are_swept_with_the_chunks():

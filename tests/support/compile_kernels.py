@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from batchrun.engine.paged import attention_kernels as kernels
+from batchrun.engine.paged import kernels as small_kernels
 
 # Compute capability, and bytes of shared memory that a block of threads may have there.
 GPUS = {80: 166912, 90: 232448}
@@ -36,6 +37,7 @@ NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 
 
 def main() -> None:
+    check_names()
     for gpu, memory in GPUS.items():
         for name, (heads, num_kv_heads, head_dim, window, softcap) in SHAPES.items():
             group_size, block_d = heads // num_kv_heads, triton.next_power_of_2(head_dim)
@@ -66,6 +68,14 @@ def main() -> None:
                 own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
                 own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
                 report(gpu, name, kernels._prefill, {**constants, **own}, tile[-1])
+
+
+def check_names() -> None:
+    """Triton ignores names that no argument has, and then compiles a variant for each value that it meets."""
+    for kernel in [*vars(kernels).values(), *vars(small_kernels).values()]:
+        if isinstance(kernel, triton.JITFunction):
+            named = {*(kernel.do_not_specialize or ()), *(kernel.do_not_specialize_on_alignment or ())}
+            assert named <= set(kernel.arg_names), (kernel.__name__, named)
 
 
 def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any], warps: int) -> None:

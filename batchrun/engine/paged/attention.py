@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Layer, attention_layers
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionBackend, AttentionMetadata
@@ -59,7 +60,7 @@ class KVCache:
 
     def copy_pages(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
         """The first `tokens` tokens of each source page, in all layers, to its target page."""
-        if self.memory.is_cuda:
+        if devices.is_gpu(self.memory.device):
             from batchrun.engine.paged import kernels
 
             kernels.copy_pages(self.memory.flatten(4).flatten(0, 1), sources, targets, tokens)
@@ -125,7 +126,7 @@ AttentionInterface.register(IMPLEMENTATION, _attention_function)
 
 def choose_backend(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     """The fastest backend that can do what all of the model's layers need."""
-    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    half = devices.is_gpu(device) and dtype in (torch.bfloat16, torch.float16)
     ampere = half and torch.cuda.get_device_capability(device) >= (8, 0)
     if ampere and layers[0].head_dim <= 256 and importlib.util.find_spec("triton"):
         from batchrun.engine.paged.flash import FlashAttention

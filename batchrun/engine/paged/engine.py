@@ -13,6 +13,7 @@ import torch
 from batchrun.engine import stage
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
+from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Unsupported, check_positions, unsupported
 from batchrun.engine.paged.attention import KVCache
 from batchrun.engine.paged.compiling import compile_layers, compile_sampler
@@ -24,8 +25,9 @@ from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.runner import Pending, Runner
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
-from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request, TokenValues
 from batchrun.engine.stopping import StopStrings
+from batchrun.engine.token_values import ValuesOfTokens, first, join
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256
@@ -51,7 +53,7 @@ class PagedEngine:
         budget = Budget.of(spec.options, device)
         check_positions(model.config, spec.max_context)
         cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
-        if device.type == "cuda":
+        if devices.is_gpu(device):
             fuse_projections(model)
         sampler = Sampler(spec.sampling)
         if budget.compile:
@@ -73,6 +75,7 @@ class PagedEngine:
             spec.max_context,
             self._steps,
             device,
+            ValuesOfTokens(spec.sampling),
         )
 
         def warm_up() -> None:
@@ -91,7 +94,7 @@ class PagedEngine:
         self.stats = EngineStats(
             engine="paged",
             attention=cache.backend.name,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            device=torch.cuda.get_device_name(device) if devices.is_gpu(device) else str(device),
             dtype=str(dtype).removeprefix("torch."),
             gauges={"pool_tokens": pool.num_pages * page_size},
         )
@@ -172,14 +175,17 @@ class PagedEngine:
             results = pending.popleft()
             columns = results.read()
             self.stats.busy_seconds += results.seconds
-            running = [
-                (sequence, tokens)
-                for sequence, tokens in zip(results.sequences, columns, strict=True)
-                if not sequence.finished
-            ]
-            ended = {
-                sequence: reason for sequence, tokens in running if (reason := self._append(sequence, tokens))
-            }
+            running: list[tuple[Sequence, list[int]]] = []
+            ended: dict[Sequence, str] = {}
+            for number, (sequence, tokens) in enumerate(zip(results.sequences, columns, strict=True)):
+                if sequence.finished:
+                    continue
+                running.append((sequence, tokens))
+                before = len(sequence.output)
+                if reason := self._append(sequence, tokens):
+                    ended[sequence] = reason
+                if results.values:
+                    sequence.values.append(results.values_of(number, len(sequence.output) - before))
             if self._stop_strings:
                 ended |= dict.fromkeys(self._cut_at_stop_strings(running), "stop")
             for sequence, reason in ended.items():
@@ -189,7 +195,7 @@ class PagedEngine:
                     if reason == "error"
                     else None
                 )
-                yield self._complete(sequence.request, sequence.output, reason, fault)
+                yield self._complete(sequence.request, sequence.output, reason, fault, _values(sequence))
 
     def _launch(self, launch: Callable[[Work], Pending], work: Work) -> Pending | None:
         """What was launched, or None when it did not fit the device."""
@@ -225,7 +231,8 @@ class PagedEngine:
             yield from self._read(pending, leaving=0)
         for sequence in self._scheduler.abort_cancelled():
             self._count_output(sequence.request, sequence.output)
-            yield sequence.request.so_far(np.array(sequence.output, np.int32))
+            output = np.array(sequence.output, np.int32)
+            yield sequence.request.so_far(output, _values(sequence))
 
     def _append(self, sequence: Sequence, tokens: list[int]) -> str | None:
         """Adds a sequence's new tokens to its output; its finish reason, once it has one."""
@@ -256,12 +263,17 @@ class PagedEngine:
         return cut
 
     def _complete(
-        self, request: Request, output: list[int], reason: str, fault: RowFault | None
+        self,
+        request: Request,
+        output: list[int],
+        reason: str,
+        fault: RowFault | None,
+        values: TokenValues | None = None,
     ) -> Completion:
         self.stats.completions += 1
         self._never_run += bool(output)
         self._count_output(request, output)
-        return Completion(request.id, np.array(output, np.int32), reason, fault)
+        return Completion(request.id, np.array(output, np.int32), reason, fault, values or {})
 
     def _count_output(self, request: Request, output: list[int]) -> None:
         self.stats.output_tokens += max(0, len(output) - len(request.generated))
@@ -281,6 +293,11 @@ class PagedEngine:
             "preemptions": scheduler.preemptions,
             "shared_prompt_tokens": scheduler.shared_tokens,
         }
+
+
+def _values(sequence: Sequence) -> TokenValues:
+    """Those of its output, which may have been cut."""
+    return first(join(sequence.values), len(sequence.output))
 
 
 class _Feed:

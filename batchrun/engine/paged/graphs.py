@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from batchrun.engine.paged import devices
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -45,7 +47,7 @@ class DecodeGraphs:
         self._pool: Any = None
         # torch's own annotation of it is incomplete.
         new_stream: Any = torch.cuda.Stream
-        self._stream: Any = new_stream(device) if device.type == "cuda" else None
+        self._stream: Any = new_stream(device) if devices.is_gpu(device) else None
 
     def find(self, shape: Shape, memory: Tensor) -> Graph | None:
         """The graph for this shape over `memory`, if there is one."""

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from batchrun.engine.paged import devices
 from batchrun.engine.paged.attention import KVCache
 
 
@@ -31,7 +32,7 @@ class Budget:
     @classmethod
     def of(cls, options: dict[str, object], device: torch.device) -> Self:
         """What the job's engine settings say; what they leave out follows from the device."""
-        gpu = device.type == "cuda"
+        gpu = devices.is_gpu(device)
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         return cls(
             max_rows=given.get("max_rows", 2048 if gpu else 64),
@@ -51,7 +52,7 @@ def affordable_pages(
 
     On a CPU as many as `max_rows` of the longest sequences can need, in at most a quarter of the machine's memory.
     """
-    if device.type == "cuda":
+    if devices.is_gpu(device):
         # What came before, the weights' loading or another engine of this process, is no measure of this one's work.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

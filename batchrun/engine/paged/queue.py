@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from batchrun.engine.protocol import Request, TokenIds
+from batchrun.engine.protocol import Request, TokenIds, TokenValues
 
 _GROUP_TOKENS = 64
 """Tokens. Sequences that agree in so many are one group, which is served as a whole: its prefix is in the pool."""
@@ -19,7 +19,7 @@ _Entry = tuple[int, int, int, int, "Sequence"]
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on its way: what has been generated, and the pages that it holds.
+    """A request on its way: what has been generated, with the tokens' values, and the pages that it holds.
 
     `prompt` is what has to be in the pool before the next token: the request's tokens and, after an preemption, the
     output so far. `computed_tokens` of them are there. `final_len` is how many tokens the pool holds when the
@@ -30,6 +30,7 @@ class Sequence:
     prompt: TokenIds
     final_len: int
     output: list[int] = field(default_factory=list)
+    values: list[TokenValues] = field(default_factory=list)
     computed_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int = -1
@@ -41,7 +42,7 @@ class Sequence:
         """The sequence of a request of which nothing is in the pool yet; what was generated before counts as prompt."""
         prompt = np.ascontiguousarray(request.start, dtype=np.int32)
         final_len = len(request.token_ids) + request.max_new_tokens - 1
-        return cls(request, prompt, final_len, request.generated.tolist())
+        return cls(request, prompt, final_len, request.generated.tolist(), [request.values])
 
     @property
     def new_tokens(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batchrun.engine.noise import signed
+from batchrun.engine.paged import devices
 from batchrun.engine.paged.attention import CASCADE_MIN_BATCH, KVCache, forward_context
 from batchrun.engine.paged.graphs import DecodeGraphs, Graph, Shape
 from batchrun.engine.paged.last_layer import LastLayer
@@ -21,7 +22,8 @@ from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.scheduler import DecodeBatch, Ints, PrefillChunk
-from batchrun.engine.protocol import Request
+from batchrun.engine.protocol import Request, TokenValues
+from batchrun.engine.token_values import ValuesOfTokens
 
 NO_TOKEN = -1
 """In place of a token that a sequence no longer wanted."""
@@ -42,6 +44,7 @@ class Pending:
     tokens: Tensor
     began: Mark
     done: Mark
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self) -> list[list[int]]:
         """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one."""
@@ -49,6 +52,11 @@ class Pending:
             self.done.synchronize()
         columns: list[list[int]] = self.tokens[:, : len(self.sequences)].t().tolist()
         return columns
+
+    def values_of(self, number: int, tokens: int) -> TokenValues:
+        """Those of the first so many tokens of a sequence, by its place in `sequences`; once it has been read."""
+        # A copy: the rest of the memory is not kept for as long as the sequence runs.
+        return {name: column[:tokens, number].numpy().copy() for name, column in self.values.items()}
 
     @property
     def seconds(self) -> float:
@@ -72,6 +80,7 @@ class Runner:
         max_context: int,
         decode_steps: int,
         device: torch.device,
+        values_of_tokens: ValuesOfTokens,
     ) -> None:
         self.cache = cache
         self.computed_tokens = 0
@@ -79,7 +88,7 @@ class Runner:
         self._model, self._sampler, self._device = model, sampler, device
         self._last_layer = LastLayer(model, cache.modules)
         self._graphs = DecodeGraphs(device)
-        self._use_graphs = device.type == "cuda"
+        self._use_graphs = devices.is_gpu(device)
         self._max_pages = 1
         self._null_slot = max_sequences
         slots = max_sequences + 1
@@ -95,6 +104,7 @@ class Runner:
         self._running = zeros(torch.bool, slots)
         self._stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=device)
         self._step = zeros(torch.long, 1)
+        self._values_of_tokens = values_of_tokens
         self._sampled = zeros(torch.int32, decode_steps, slots)
         # Captured steps read it, so it is as large as it can ever be from the start.
         pages = _power_of_two(-(-max_context // cache.page_size))
@@ -102,6 +112,13 @@ class Runner:
         self._inputs = zeros(torch.int32, _input_size(Shape(_bucket(max_sequences), pages, pages)))
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
+        # Like `_sampled`, of every step of a decode batch.
+        self._values = {
+            name: zeros(one.dtype, decode_steps, slots, *one.shape[1:])
+            for name, one in values_of_tokens.compute(
+                zeros(torch.float32, 1, vocabulary), zeros(torch.long, 1)
+            ).items()
+        }
         self._true = torch.ones((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
@@ -151,9 +168,12 @@ class Runner:
         logits = self._forward(token_ids, position_ids, metadata, logits_to_keep)
         if not sequences:
             return Pending([], torch.empty(1, 0, dtype=torch.int32), began, self._mark())
-        return self._to_host(
-            sequences, self._start(sequences, [chunks[i].stop for i in completed], logits)[None], began
-        )
+        token = self._start(sequences, [chunks[i].stop for i in completed], logits)
+        values = {
+            name: column[None]
+            for name, column in self._values_of_tokens.compute(logits, token.long()).items()
+        }
+        return self._to_host(sequences, token[None], began, values)
 
     @torch.no_grad()
     def decode(self, batch: DecodeBatch) -> Pending:
@@ -174,7 +194,8 @@ class Runner:
                 step.replay()
         self.computed_tokens += shape.batch_size * batch.steps
         self.launches += 1
-        return self._to_host(batch.sequences, self._sampled[: batch.steps, : shape.batch_size], began)
+        values = {name: column[: batch.steps, : shape.batch_size] for name, column in self._values.items()}
+        return self._to_host(batch.sequences, self._sampled[: batch.steps, : shape.batch_size], began, values)
 
     def _shape(self, batch_size: int, pages: int, prefix_pages: int) -> Shape:
         """Few different shapes. The width matters only to few sequences, whose pages are split over several blocks."""
@@ -253,6 +274,8 @@ class Runner:
         self._sampled[:, : shape.batch_size].index_copy_(
             0, self._step, torch.where(running, token, NO_TOKEN).int()[None]
         )
+        for name, column in self._values_of_tokens.compute(logits, token).items():
+            self._values[name][:, : shape.batch_size].index_copy_(0, self._step, column[None])
         self._step += 1
         seq_len = torch.where(running, seq_len + 1, seq_len)
         self._seq_len[slots] = seq_len
@@ -305,15 +328,22 @@ class Runner:
             ).logits[0]
             return logits
 
-    def _to_host(self, sequences: list[Sequence], tokens: Tensor, began: Mark) -> Pending:
-        if self._device.type != "cuda":
-            return Pending(sequences, tokens.clone(), began, self._mark())
-        pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        pinned.copy_(tokens, non_blocking=True)
-        return Pending(sequences, pinned, began, self._mark())
+    def _to_host(
+        self, sequences: list[Sequence], tokens: Tensor, began: Mark, values: dict[str, Tensor]
+    ) -> Pending:
+        tokens = self._copied(tokens)
+        values = {name: self._copied(column) for name, column in values.items()}
+        return Pending(sequences, tokens, began, self._mark(), values)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """On its way to the host; there once the device has come so far."""
+        if not devices.is_gpu(self._device):
+            return tensor.clone()
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
 
     def _mark(self) -> Mark:
-        if self._device.type != "cuda":
+        if not devices.is_gpu(self._device):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -323,7 +353,7 @@ class Runner:
         return self._pin(torch.from_numpy(np.asarray(values, dtype))).to(self._device, non_blocking=True)
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+        return tensor.pin_memory() if devices.is_gpu(self._device) else tensor
 
 
 def _views(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from batchrun.engine.noise import gumbel
+from batchrun.engine.paged import devices
 from batchrun.engine.protocol import Sampling
 
 INVALID_TOKEN = -2
@@ -72,7 +73,7 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
 
     Tokens as likely as the last one needed are kept as well. probabilities: (rows, vocabulary) float32.
     """
-    if probabilities.is_cuda:
+    if devices.is_gpu(probabilities.device):
         from batchrun.engine.paged import kernels
 
         return kernels.top_p_threshold(probabilities, top_p)
