@@ -1,4 +1,4 @@
-"""A plan onto Dask: the window in flight, lost attempts, stops, the circuit breaker."""
+"""A plan onto Dask: the window in flight, lost attempts, stops."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from distributed import Client, Future, KilledWorker
 
 from batchrun import signals
 from batchrun.cluster import dashboard
-from batchrun.counters import Counters
 from batchrun.driver import heartbeats
 from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.stalls import Stalls
 from batchrun.driver.totals import RunTotals
+from batchrun.driver.workers import register_plugin
 from batchrun.errors import (
     CorruptInput,
     InternalError,
     Interrupted,
     Refused,
     StorageError,
-    TooManyFaults,
 )
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
@@ -38,7 +37,7 @@ from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, ProgressCallback, silent
 from batchrun.worker.generation import AttemptCounters
 from batchrun.worker.order import Task, TaskReceipt, WorkOrder
-from batchrun.worker.plugin import BatchrunPlugin, end_at_once, request_stop
+from batchrun.worker.plugin import end_at_once, request_stop
 from batchrun.worker.task import examine, run_partition, run_partitions
 
 log = logging.getLogger(__name__)
@@ -49,8 +48,6 @@ IN_FLIGHT_PER_SLOT = 1.25
 POLL = 1.0
 # Partitions shorter than this share a task, which costs the driver 5 ms whatever is in it.
 TASK_SECONDS = 1.0
-# Tries to reach all workers, of which one may be dying.
-REGISTRATIONS = 3
 # Seconds to wait for a finished task's receipt from its worker, and the same once the run is to end.
 RECEIPT_TIMEOUT, RECEIPT_AT_END = 60.0, 5.0
 # Seconds that tasks have to stage what they hold after a stop.
@@ -91,7 +88,7 @@ class Dispatch:
             retry=retry,
         )
         self.stop, self.on_progress, self.milestones = stop, on_progress, milestones
-        # Raises once the run is to end.
+        # Raises once the run is to end: the circuit breaker and the job's limits.
         self.guard: ProgressCallback = silent
         self.todo = deque(work)
         self.rows_committed = self.plan.rows - sum(work.values())
@@ -135,7 +132,7 @@ class Dispatch:
 
     def _work_off(self, client: Client) -> None:
         next_poll = 0.0
-        _register(client)
+        register_plugin(client)
         self.dashboard = dashboard(client)
         while self.todo or self.in_flight or self.policy.suspected:
             if self.stop.is_set():
@@ -305,11 +302,10 @@ class Dispatch:
             self.todo.append(index)
 
     def _poll(self, client: Client) -> dict[str, Any]:
-        """Reads the workers' counters off the scheduler, shows them, breaks the circuit and ends who hangs."""
+        """Reads the workers' counters off the scheduler, shows them, and ends who hangs."""
         workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
         now, beats = self._show(workers)
         self.guard(now)
-        self._check_faults(beats.total)
         for address, attempt, activity in beats.activity:
             self._end_if_stalled(client, address, attempt, activity)
         self.stalls.forget(self._members())
@@ -355,16 +351,6 @@ class Dispatch:
             )
             client.run(end_at_once, workers=[worker], wait=False, on_error="ignore")
 
-    def _check_faults(self, counts: Counters) -> None:
-        limits = self.job.limits
-        if counts.rows >= limits.error_sample and counts.failed > limits.max_error_rate * counts.rows:
-            examples = "; ".join(counts.examples)
-            raise TooManyFaults(
-                f"{counts.failed:,} of the first {counts.rows:,} rows failed, e.g. {examples}",
-                self.folder.url,
-                "fix the prompt or the model, or raise limits.max_error_rate",
-            )
-
     def _wind_up(self, client: Client) -> None:
         """The end of a run that is not complete: what it has come to by then is shown once more, and so recorded."""
         self._drain(client)
@@ -393,7 +379,9 @@ class Dispatch:
     def _holding(self, client: Client) -> bool:
         """Whether any task in flight has begun: others wait for a worker, or for one that opens a tokenizer."""
         self.workers = client.scheduler_info(n_workers=-1)["workers"]
-        return bool(heartbeats.read(self.workers, self.order.run, self.totals.counts, self._members()).activity)
+        return bool(
+            heartbeats.read(self.workers, self.order.run, self.totals.counts, self._members()).activity
+        )
 
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
@@ -421,14 +409,3 @@ class Dispatch:
     def _parts(self) -> int:
         """How many the output has, those of earlier runs included."""
         return self.layout.partitions - len(self.work) + len(self.receipts)
-
-
-def _register(client: Client) -> None:
-    """Hooks the plugin into all workers, now and later. One that dies in the midst of it fails the whole call."""
-    for more in reversed(range(REGISTRATIONS)):
-        try:
-            client.register_plugin(BatchrunPlugin())
-            return
-        except OSError:
-            if client.status != "running" or not more:
-                raise

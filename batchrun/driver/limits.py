@@ -1,14 +1,15 @@
-"""Where a run stops by itself, staged and resumable: money, a time, a number of rows."""
+"""Where a run stops by itself, staged and resumable: money, a time, a number of rows, too many that failed."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from batchrun.errors import Interrupted
+from batchrun.errors import Interrupted, TooManyFaults
 from batchrun.job.durations import parse_deadline
 
 if TYPE_CHECKING:
+    from batchrun.counters import Counters
     from batchrun.job.job import Job
     from batchrun.telemetry.progress import Progress
 
@@ -22,7 +23,7 @@ class Limits:
     """
 
     def __init__(self, job: Job, earlier: float, count_rows: bool = True) -> None:
-        settings = job.limits
+        self._job, settings = job, job.limits
         self.max_cost, self.max_rows = settings.max_cost, settings.max_rows if count_rows else None
         self.price = job.cluster.price_per_gpu_hour or 0.0
         self.earlier = earlier
@@ -31,13 +32,19 @@ class Limits:
         self.deadline = None if settings.deadline is None else parse_deadline(settings.deadline, now)
 
     def on_progress(self, now: Progress) -> None:
-        """A callback: raises Interrupted, naming the limit and how to go on, once one is reached."""
+        """A callback for each look at the run.
+
+        Raises:
+            Interrupted: a limit is reached; names it and how to go on.
+            TooManyFaults: too large a share of the rows failed.
+        """
         self.worker_seconds = self.earlier + now.worker_seconds
         if now.partitions_done < now.partitions:
             self.check(now.rows_done)
+        self._check_faults(now.counts)
 
     def check(self, rows: int) -> None:
-        """The same for so many rows of the output that are done."""
+        """Raises Interrupted likewise for so many rows of the output that are done."""
         hours = self.worker_seconds / 3600
         cost = hours * self.price
         if self.max_cost is not None and cost >= self.max_cost:
@@ -46,6 +53,16 @@ class Limits:
             raise _reached("max_rows", f"{rows:,} rows are done", f"{self.max_rows:,}")
         if self.deadline is not None and datetime.now().astimezone() >= self.deadline:
             raise _reached("deadline", "the time is up", self.deadline.isoformat(timespec="seconds"))
+
+    def _check_faults(self, counts: Counters) -> None:
+        limits = self._job.limits
+        if counts.rows >= limits.error_sample and counts.failed > limits.max_error_rate * counts.rows:
+            examples = "; ".join(counts.examples)
+            raise TooManyFaults(
+                f"{counts.failed:,} of the first {counts.rows:,} rows failed, e.g. {examples}",
+                self._job.output.path,
+                "fix the prompt or the model, or raise limits.max_error_rate",
+            )
 
 
 def _reached(name: str, what: str, limit: str) -> Interrupted:

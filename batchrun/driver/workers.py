@@ -13,7 +13,10 @@ from batchrun.cluster import connect, is_local, refuse_unusable
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import EngineSpec
 from batchrun.telemetry.milestones import Milestones
-from batchrun.worker.plugin import start_engine
+from batchrun.worker.plugin import BatchrunPlugin, start_engine
+
+# Tries to reach all workers, of which one may be dying.
+REGISTRATIONS = 3
 
 
 class Workers:
@@ -66,6 +69,17 @@ class Workers:
         client = self._given or self._stack.enter_context(connect(self._prepared.job.cluster))
         self._milestones.reach("cluster ready")
         return client
+
+
+def register_plugin(client: Client) -> None:
+    """Hooks the plugin into all workers, now and later. One that dies in the midst of it fails the whole call."""
+    for more in reversed(range(REGISTRATIONS)):
+        try:
+            client.register_plugin(BatchrunPlugin())
+            return
+        except OSError:
+            if client.status != "running" or not more:
+                raise
 
 
 def _start_engines(starting: Future[Client], engine: EngineSpec) -> None:
