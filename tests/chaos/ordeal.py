@@ -109,10 +109,6 @@ class Ordeal:
         cost = twice + len(lost - kept)
         self.totals.twice += cost
         self.totals.allowed += bound
-        if self.say:
-            print(
-                f"      {len(rows)} requests, {twice} twice, {len(lost)} lost, {len(kept)} begun, bound {bound}"
-            )
         if cost > bound and not self.case.deadly:
             raise Violation(
                 f"{twice} requests twice and {len(lost - kept)} lost, where {bound} are explained"
