@@ -113,11 +113,12 @@ class Ordeal:
             raise Violation(
                 f"{twice} requests twice and {len(lost - kept)} lost, where {bound} are explained"
             )
-        now = run.struck_at
-        for row in lost:
-            at, _, answered = log.given.get(row, (now, 0, False))
-            if answered and now - at > self.case.flush_seconds + UNSTAGED and not self.case.deadly:
-                raise Violation(f"row {row} was finished {now - at:.1f} s before it was lost")
+        for row in lost & log.given.keys():
+            at, _, answered = log.given[row]
+            # With the first of the strikes after it that may have cost it.
+            age = next((moment - at for moment in run.costly if moment >= at), 0.0)
+            if answered and age > self.case.flush_seconds + UNSTAGED and not self.case.deadly:
+                raise Violation(f"row {row} was finished {age:.1f} s before it was lost")
         for row, begun in log.taken:
             if row in self.begun and begun != self.begun[row] and not twice:
                 raise Violation(f"row {row} had {self.begun[row]} tokens, it was begun with {begun}")
