@@ -167,7 +167,6 @@ class Ordeal:
         if self.rng.random() < 0.3:
             self.call("clean", {0})
             left = [path for path in (case.out / "_job/stage").rglob("*") if path.is_file()]
-            left += [path for path in (case.out / "_job/tmp").rglob("*") if path.is_file()]
             if left:
                 raise Violation(f"clean left {left[:3]}")
             self.check_verify(failed)
