@@ -21,7 +21,7 @@ from tests.support.tiny_models import make_model
 from .case import Case
 from .check import Violation
 from .ordeal import Ordeal
-from .strikes import strikes
+from .strikes import MOST, strikes
 from .totals import Totals
 
 
@@ -46,7 +46,7 @@ def kill(args: argparse.Namespace, folder: Path, model: Path) -> int:
         case = Case(seed, folder / f"output-{number}", model, args.rows)
         print(f"output {number}: {case}", flush=True)
         try:
-            Ordeal(case, strikes(seed), totals, args.stop_seconds).execute()
+            Ordeal(case, strikes(seed, args.strikes), totals, args.stop_seconds).execute()
             shutil.rmtree(case.folder)
         except Violation as violation:
             violations += 1
@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--signals", type=int, default=5)
     parser.add_argument("--rows", type=int, default=2000, help="of each input")
+    parser.add_argument("--strikes", type=int, default=MOST, help="at one output, at most")
     parser.add_argument(
         "--stop-seconds", type=float, default=5.0, help="that a stop may take; more on a busy machine"
     )

@@ -109,19 +109,16 @@ class Ordeal:
         cost = twice + len(lost - kept)
         self.totals.twice += cost
         self.totals.allowed += bound
-        if self.say:
-            print(
-                f"      {len(rows)} requests, {twice} twice, {len(lost)} lost, {len(kept)} begun, bound {bound}"
-            )
         if cost > bound and not self.case.deadly:
             raise Violation(
                 f"{twice} requests twice and {len(lost - kept)} lost, where {bound} are explained"
             )
-        now = run.struck_at
-        for row in lost:
-            at, _, answered = log.given.get(row, (now, 0, False))
-            if answered and now - at > self.case.flush_seconds + UNSTAGED and not self.case.deadly:
-                raise Violation(f"row {row} was finished {now - at:.1f} s before it was lost")
+        for row in lost & log.given.keys():
+            at, _, answered = log.given[row]
+            # With the first of the strikes after it that may have cost it.
+            age = next((moment - at for moment in run.costly if moment >= at), 0.0)
+            if answered and age > self.case.flush_seconds + UNSTAGED and not self.case.deadly:
+                raise Violation(f"row {row} was finished {age:.1f} s before it was lost")
         for row, begun in log.taken:
             if row in self.begun and begun != self.begun[row] and not twice:
                 raise Violation(f"row {row} had {self.begun[row]} tokens, it was begun with {begun}")
@@ -170,7 +167,6 @@ class Ordeal:
         if self.rng.random() < 0.3:
             self.call("clean", {0})
             left = [path for path in (case.out / "_job/stage").rglob("*") if path.is_file()]
-            left += [path for path in (case.out / "_job/tmp").rglob("*") if path.is_file()]
             if left:
                 raise Violation(f"clean left {left[:3]}")
             self.check_verify(failed)

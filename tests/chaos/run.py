@@ -41,7 +41,6 @@ class Run:
         self.fatal = False
         self.unhooked = False
         self.first_stop = 0.0
-        self.struck_at = 0.0
         self.last_strike = 0.0
         self.allowed = 0
         self.costly: list[float] = []
@@ -65,8 +64,6 @@ class Run:
                 raise Violation(f"it hangs after {self.kills}: {self.command.last_line}")
             time.sleep(0.002)
         ended = time.monotonic()
-        if not self.struck_at:
-            self.struck_at = time.time()
         if self.stopped:
             self.took = ended - self.first_stop
         if self.stopped and not self.unhooked:
@@ -124,7 +121,6 @@ class Run:
                 return False
             self.unhooked = not self.command.hooked
             self.first_stop = time.monotonic()
-            self.struck_at = time.time()
             self.stopped.append(f"{strike.what} in {phase}")
             self.send(strike, tree)
             if self.unhooked:
@@ -140,7 +136,6 @@ class Run:
                     send(pid, signal.SIGKILL)
             elif not send(targets[int(strike.choice * len(targets))], signal.SIGKILL):
                 return False
-            self.struck_at = time.time()
             self.fatal = strike.what in ("driver", "tree")
             self.kills.append(f"{strike.what} in {phase}")
             totals.kills[f"{strike.what} in {phase}"] += 1
@@ -210,8 +205,12 @@ class Run:
         return complete and code == done
 
     def tracebacks(self) -> int:
-        """How many were printed, but for those of a resource tracker of Python that was started anew."""
+        """How many were printed, but for those of Python's own processes whose counterpart was killed."""
         text = self.command.text
+        if self.fatal:
+            return (
+                text.count("Traceback (most recent") if "/batchrun/" in text.partition("Traceback")[2] else 0
+            )
         return text.count("Traceback (most recent") - text.count('multiprocessing/resource_tracker.py", line')
 
     @property

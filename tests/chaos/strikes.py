@@ -22,6 +22,7 @@ PHASES = {
     "end": 0.7,  # the manifest is there: record, report, what is printed
 }
 EARLY = ["import", "preparation", "loading", "generation", "generation", "sealing"]
+MOST = 12
 LATE = ["sealing", "manifest", "end"]
 
 
@@ -39,10 +40,10 @@ class Strike:
         return self.what in SIGNALS
 
 
-def strikes(seed: str, signals: float = 0.15) -> Iterator[Strike]:
+def strikes(seed: str, most: int = MOST, signals: float = 0.15) -> Iterator[Strike]:
     """The strikes at one output, one after the other; the last one comes late in its run."""
     rng = random.Random(f"strikes {seed}")
-    count = rng.randint(6, 12)
+    count = rng.randint(most // 2, most)
     for number in range(count):
         last = number == count - 1
         phase = rng.choice(LATE if last else EARLY)

@@ -151,6 +151,11 @@ def test_a_stop_is_heard_by_the_worker_that_takes_the_place_of_a_lost_one(tmp_pa
     for child in psutil.Process(process.pid).children():
         if "spawn_main" in " ".join(child.cmdline()):
             child.kill()
+    assert process.stderr is not None
+    lost = next(line for line in process.stderr if "a lost worker" in line)
+    assert lost.count("Attempted") == 0, "Dask's own words"
+    # What was lost waits for another worker by now.
+    time.sleep(0.5)
     code, seconds, said = ended(process, signal.SIGTERM)
     assert code == 4, said
     assert "0 in 0 of 3 parts" in said.splitlines()[-1]
