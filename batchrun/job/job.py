@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, Self
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from batchrun.errors import JobError
 from batchrun.job.explain import explain
+from batchrun.job.prompt import PromptSettings
 from batchrun.job.settings import (
+    AnswerSettings,
     ClusterSettings,
     EngineSettings,
     GenerationSettings,
@@ -21,7 +24,6 @@ from batchrun.job.settings import (
     ModelSettings,
     NotifySettings,
     OutputSettings,
-    PromptSettings,
     Settings,
     TlsSettings,
 )
@@ -47,6 +49,7 @@ class Job(Settings):
     generation: GenerationSettings = Field(
         GenerationSettings(), description="how tokens are chosen, in transformers' own words"
     )
+    answer: AnswerSettings = Field(AnswerSettings(), description="what an answer is taken apart into")
     engine: EngineSettings = Field(
         EngineSettings(), description="what runs the model, and its budgets; decides no answer"
     )
@@ -69,6 +72,12 @@ class Job(Settings):
     # The job file's own values, before ${NAME} was filled in; None for a job that was built in Python.
     _written: dict[str, Any] | None = PrivateAttr(None)
     _environment: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("output")
+    @classmethod
+    def _with_answer_columns(cls, output: OutputSettings, info: ValidationInfo) -> OutputSettings:
+        answer = info.data.get("answer")
+        return output if answer is None else output.with_columns(answer.columns)
 
     @model_validator(mode="after")
     def _priced(self) -> Self:
@@ -160,6 +169,17 @@ class Job(Settings):
         prompt = self.prompt.model_dump(mode="json")
         if prompt["special_tokens"] == "parse":
             del prompt["special_tokens"]  # as it was before there was a choice: older outputs can go on
+        # What an older job could not have is only there where it is set: its outputs keep their identity.
+        if not prompt["template_kwargs"]:
+            del prompt["template_kwargs"]
+        if prompt["tools"] is None:
+            del prompt["tools"]
+        elif isinstance(prompt["tools"], list):
+            # As text, since templates write the keys of tools in their order.
+            prompt["tools"] = json.dumps(prompt["tools"])
+        if self.prompt.messages and self.prompt.messages[-1].role == "assistant":
+            prompt["continue_final_message"] = True
+        answer = self.answer.model_dump(mode="json", exclude_defaults=True)
         output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
         if self.output.partition_by:
             output.add("partition_by")
@@ -171,6 +191,7 @@ class Job(Settings):
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
             "generation": self.generation.model_dump(mode="json"),
+            **({"answer": answer} if answer else {}),
             "output": self.output.model_dump(mode="json", include=output),
         }
 

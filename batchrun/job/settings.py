@@ -1,4 +1,4 @@
-"""The sections of a job file: every key with its type, its bounds, its default and what it does."""
+"""The sections of a job file, all but the prompt: every key with its type, its bounds, its default and what it does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from batchrun.errors import nearest
 from batchrun.job.durations import parse_deadline
@@ -69,40 +69,6 @@ class InputSettings(Settings):
         return self
 
 
-class Message(Settings):
-    """One message of a conversation."""
-
-    role: str = Field(description="system, user or assistant, as the chat template knows them")
-    content: str = Field(description="Jinja text over the row's columns")
-
-
-class PromptSettings(Settings):
-    """What becomes of a row before it is tokenized: exactly one of template, messages, column."""
-
-    template: str | None = Field(None, description="Jinja text over the row's columns, sent as it is")
-    messages: list[Message] | None = Field(
-        None, min_length=1, description="Jinja messages through the chat template"
-    )
-    column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
-    chat_template: str | None = Field(None, description="used instead of the tokenizer's own chat template")
-    special_tokens: Literal["text", "parse"] = Field(
-        "text",
-        description="what row values that spell special tokens become: text, so that no row forges a role, or "
-        "(parse) those tokens",
-    )
-    truncate: Literal["left", "right"] | None = Field(
-        None, description="the side cut off a prompt that is too long"
-    )
-    empty: Literal["fail", "send"] = Field("fail", description="what an empty prompt becomes")
-    max_bytes: int = Field(1 << 20, ge=1, description="a longer rendered prompt is never tokenized whole")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if sum(v is not None for v in (self.template, self.messages, self.column)) != 1:
-            raise ValueError("give exactly one of template, messages, column")
-        return self
-
-
 class ModelSettings(Settings):
     """Which model, and what may be done to load it."""
 
@@ -152,6 +118,41 @@ class GenerationSettings(Settings):
         if "" in stop:
             raise ValueError("an empty stop text would end every answer at once: leave it out")
         return stop
+
+
+class AnswerSettings(Settings):
+    """What an answer is taken apart into."""
+
+    reasoning: str | None = Field(
+        None,
+        min_length=1,
+        description="a column for what a reasoning model thinks before it answers; answer is then the rest, and null "
+        "where it was cut before that. The column NAME_tokens counts its tokens, which output_tokens includes",
+    )
+    reasoning_markers: list[str] | None = Field(
+        None,
+        description="the texts around the reasoning, such as [<think>, </think>]; by default as the tokenizer and the "
+        "chat template have them",
+    )
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The names of the columns that it adds to the output, by their own."""
+        if self.reasoning is None:
+            return {}
+        return {"reasoning": self.reasoning, "reasoning_tokens": f"{self.reasoning}_tokens"}
+
+    @model_validator(mode="after")
+    def _two_markers_of_a_column(self) -> Self:
+        if self.reasoning_markers is None:
+            return self
+        if len(self.reasoning_markers) != 2 or not all(marker.strip() for marker in self.reasoning_markers):
+            raise ValueError("reasoning_markers are two texts: [opening, closing]")
+        if self.reasoning is None:
+            raise ValueError(
+                "reasoning_markers are of no use without reasoning: name a column for the reasoning"
+            )
+        return self
 
 
 class EngineSettings(Settings):
@@ -231,6 +232,21 @@ class OutputSettings(Settings):
         if failed is not None and (failed in ("data", "_job") or not re.fullmatch(r"\w[\w.-]*", failed)):
             raise ValueError("give the name of a folder beside data/ and _job/, such as failed")
         return failed
+
+    # Those that the job's answer section adds.
+    _more_columns: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def answer_columns(self) -> dict[str, str]:
+        """The names of all columns of an answer in this job, by their own: OUTPUT_COLUMNS and those that its answer
+        section adds."""
+        return {**{name: self.column(name) for name in OUTPUT_COLUMNS}, **self._more_columns}
+
+    def with_columns(self, more: dict[str, str]) -> Self:
+        """The same with `more` columns of an answer: their names in this job, by their own."""
+        copy = self.model_copy()
+        copy._more_columns = more
+        return copy
 
     def column(self, name: str) -> str:
         """The name that the output column `name` (one of OUTPUT_COLUMNS) has in this job."""

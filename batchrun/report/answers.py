@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from batchrun.errors import RowFault
 from batchrun.job.job import Job
-from batchrun.job.settings import OUTPUT_COLUMNS
 from batchrun.prompt.renderer import RENDERER
-from batchrun.prompt.template import prompt_columns, row_templates
+from batchrun.prompt.template import message_columns, row_templates
 from batchrun.storage import Folder
 
 SAMPLED_PARTS = 32  # parts whose lengths are read; spread evenly
@@ -99,7 +98,7 @@ class _RowReader:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.templates = [template.source for template in row_templates(job.prompt)]
-        self.wanted = prompt_columns(job.prompt)
+        self.wanted = message_columns(job.prompt)
         self.own = {name: job.output.column(name) for name in ("answer", "finish_reason", "error")}
 
     def first(self, key: str, file: pq.ParquetFile) -> list[ReadRow]:
@@ -124,7 +123,7 @@ class _RowReader:
         there = file.schema_arrow.names
         # Where the prompt's columns were not carried, the row is shown by those that were.
         whole = all(name in there for name in self.wanted)
-        answers = {self.job.output.column(name) for name in OUTPUT_COLUMNS}
+        answers = set(self.job.output.answer_columns.values())
         return whole, self.wanted if whole else [name for name in there if name not in answers]
 
     def _row(
@@ -147,7 +146,7 @@ class _RowReader:
                 ]
             return [("", _cut(str(value)))]
         row = tuple(values[name] for name in self.wanted)
-        roles = [message.role for message in settings.messages or []] or [""]
+        roles = [message.role for message in settings.messages or [] for _ in message.texts] or [""]
         (made,) = RENDERER.rows(self.templates, self.wanted, [row])
         if isinstance(made, RowFault):
             return [("", f"({made})")]
