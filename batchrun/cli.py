@@ -20,7 +20,6 @@ from batchrun.commands.usage import Commands
 from batchrun.errors import BatchrunError, ExitCode, Interrupted, JobError, OutputError, Refused, one_line
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
-from batchrun.job.settings import OUTPUT_COLUMNS
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
@@ -410,7 +409,7 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
     """What the prompt was made of and what became of it, as far as both are in the output."""
     from batchrun.prompt.template import prompt_columns
 
-    own = [job.output.column(name) for name in OUTPUT_COLUMNS]
+    own = job.output.answer_columns.values()
     carried = [name for name in table.schema.names if name not in own]
     asked = [name for name in prompt_columns(job.prompt) if name in carried]
     error = job.output.column("error")

@@ -306,16 +306,14 @@ def check_output_names(carried: Sequence[str], output: OutputSettings) -> None:
             what = f"the name {name!r} is a column of the input"
             raise OutputError(what, "output.row_column", "give another name")
         taken[name.casefold()] = name
-    for column in OUTPUT_COLUMNS:
-        name = output.column(column)
+    for column, name in output.answer_columns.items():
         if (other := taken.get(name.casefold())) is not None:
             free = next(f"{column}_{i}" for i in count(2) if f"{column}_{i}" not in taken)
             by = "" if other == name else f" by {other!r}, which SQL engines take for the same"
-            raise OutputError(
-                f"the name {name!r} of the {column} column is taken{by}",
-                "output.columns",
-                f"set output.columns: {{{column}: {free}}}",
-            )
+            what = f"the name {name!r} of the {column} column is taken{by}"
+            if column not in OUTPUT_COLUMNS:
+                raise OutputError(what, "answer.reasoning", "give another name")
+            raise OutputError(what, "output.columns", f"set output.columns: {{{column}: {free}}}")
         taken[name.casefold()] = name
 
 

@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 from batchrun.errors import StorageError
 from batchrun.job.settings import OutputSettings
 from batchrun.output import chunk, part
-from batchrun.output.chunk import ANSWERS, BadChunk, Origin
+from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.part import Summary
 from batchrun.storage import Folder, NotFound
 
 log = logging.getLogger(__name__)
-
-# In memory offsets of text are 64 bits wide, so that a partition's answers may exceed 2 GB.
-_WIDE = pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in ANSWERS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +74,12 @@ class Attempt:
         ] = {}  # by row: what earlier attempts had to let go of, the longest of each
         self._origin = Origin(layout.hash_of(partition), job_hash, partition)
         self._key = layout.part(partition)
+        # The answers' columns in this job. In memory offsets of text are 64 bits wide, so that a partition's answers
+        # may exceed 2 GB.
+        self._schema = chunk.answers_schema(settings.answer_columns)
+        self._wide = pa.schema(
+            [f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in self._schema]
+        )
         self._chunks_known = False
         self._chunks_written = 0
         self._answers: list[pa.Table] = []
@@ -121,13 +124,13 @@ class Attempt:
         return None
 
     def add(self, answers: pa.Table | pa.RecordBatch) -> None:
-        """Takes finished rows, schema ANSWERS, in any order, each of them missing until now.
+        """Takes finished rows, schema ANSWERS or the job's, in any order, each of them missing until now.
 
         Raises:
             ValueError: a row outside the partition, or one that is there already.
         """
         table = pa.Table.from_batches([answers]) if isinstance(answers, pa.RecordBatch) else answers
-        table = table.select(ANSWERS.names).cast(ANSWERS)
+        table = chunk.in_schema(table, self._schema)
         if table.num_rows == 0:
             return
         try:
@@ -144,8 +147,8 @@ class Attempt:
         self._pending_bytes += table.nbytes
 
     def overwrite(self, answers: pa.Table) -> None:
-        """Takes these rows, schema ANSWERS, in place of the answers that are there already."""
-        self._hold(answers)
+        """Takes these rows, schema ANSWERS or the job's, in place of the answers that are there already."""
+        self._hold(chunk.in_schema(answers, self._schema))
         self._replaced += answers.num_rows
 
     def maybe_flush(self) -> bool:
@@ -210,7 +213,13 @@ class Attempt:
             path = Path(scratch) / "part.parquet"
             try:
                 mine = part.build(
-                    path, carried, schema, answers, self.settings.columns, self.settings.compression, mine
+                    path,
+                    carried,
+                    schema,
+                    answers,
+                    self.settings.answer_columns,
+                    self.settings.compression,
+                    mine,
                 )
             except OSError as error:
                 raise StorageError(
@@ -265,7 +274,7 @@ class Attempt:
 
     def _take_up(self, key: str, data: bytes) -> None:
         if not key.endswith(PARTIAL):
-            self._restore(chunk.decode(data, self._origin, self.rows))
+            self._restore(chunk.decode(data, self._origin, self.rows, self._schema))
             return
         table = chunk.decode_partial(data, self._origin, self.rows)
         tokens = table["tokens"].combine_chunks()
@@ -284,11 +293,13 @@ class Attempt:
 
     def _hold(self, table: pa.Table) -> None:
         self._place[table["row"].to_numpy()] = np.arange(self._held, self._held + table.num_rows)
-        self._answers.append(table.cast(_WIDE))
+        self._answers.append(table.cast(self._wide))
         self._held += table.num_rows
 
     def _in_order(self) -> pa.Table:
-        table = pa.concat_tables([_WIDE.empty_table(), *self._answers]).combine_chunks().take(self._place)
+        table = (
+            pa.concat_tables([self._wide.empty_table(), *self._answers]).combine_chunks().take(self._place)
+        )
         if not np.array_equal(table["row"].to_numpy(), np.arange(self.rows)):
             raise AssertionError("rows out of order")
         return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -24,6 +25,10 @@ ANSWERS = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+
+# Columns that a job may ask for beside them, null for rows without an answer: what a reasoning model thought, and how
+# many of the output's tokens that took.
+OPTIONAL = pa.schema([pa.field("reasoning", pa.string()), pa.field("reasoning_tokens", pa.int32())])
 
 # One row is an answer that was begun: its first tokens, behind a prompt of so many.
 PARTIALS = pa.schema(
@@ -53,8 +58,24 @@ class Origin:
     partition: int
 
 
+def answers_schema(columns: Iterable[str]) -> pa.Schema:
+    """ANSWERS and those OPTIONAL columns that are among `columns`."""
+    return pa.schema([*ANSWERS, *(field for field in OPTIONAL if field.name in columns)])
+
+
+def in_schema(answers: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The same answers with the columns of a job's `schema`; those that they lack are null."""
+    columns = [
+        answers[field.name]
+        if field.name in answers.column_names
+        else pa.chunked_array([pa.nulls(answers.num_rows, field.type)])
+        for field in schema
+    ]
+    return pa.table(columns, names=schema.names).cast(schema)
+
+
 def encode(rows: pa.Table, origin: Origin, attempt_id: str) -> bytes:
-    """A chunk of `rows` (schema ANSWERS or PARTIALS), as Parquet bytes."""
+    """A chunk of `rows` (a job's answers, or PARTIALS), as Parquet bytes."""
     sink = pa.BufferOutputStream()
     metadata = json.dumps({**asdict(origin), "attempt": attempt_id})
     with pq.ParquetWriter(
@@ -68,13 +89,13 @@ def encode(rows: pa.Table, origin: Origin, attempt_id: str) -> bytes:
     return blank[:start] + hashlib.sha256(blank).hexdigest().encode() + blank[start + len(_BLANK) :]
 
 
-def decode(data: bytes, expected: Origin, rows: int) -> pa.Table:
-    """The answers of a chunk, schema ANSWERS; `rows` is how many its partition has.
+def decode(data: bytes, expected: Origin, rows: int, schema: pa.Schema = ANSWERS) -> pa.Table:
+    """The answers of a chunk, in their job's `schema`; `rows` is how many its partition has.
 
     Raises:
         BadChunk: anything but the very bytes that were encoded for this plan, job and partition.
     """
-    table = _decode(data, expected, ANSWERS)
+    table = _decode(data, expected, schema)
     check_rows(table, rows)
     return table
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from batchrun.dataset.rows import PLACE, Places
 from batchrun.errors import BatchrunError, OutputError
-from batchrun.job.settings import OUTPUT_COLUMNS, OutputSettings
+from batchrun.job.settings import OutputSettings
 from batchrun.output import part
 from batchrun.output.layout import Layout
 from batchrun.output.part import Summary
@@ -115,7 +115,7 @@ def _failed(
     key = layout.part(partition)
     file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
     rows = file.read()
-    own = {settings.column(name) for name in OUTPUT_COLUMNS}
+    own = set(settings.answer_columns.values())
     names = [name for name in rows.column_names if name not in own] + [settings.column("error")]
     failed = pc.equal(rows[settings.column("status")], "failed")
     empty = pa.table({field.name: pa.nulls(rows.num_rows, field.type) for field in PLACE})

@@ -16,7 +16,7 @@ from batchrun.errors import OutputError
 from batchrun.job.settings import OutputSettings
 from batchrun.output import part
 from batchrun.output.attempt import Attempt, Receipt
-from batchrun.output.chunk import ANSWERS
+from batchrun.output.chunk import answers_schema
 from batchrun.output.layout import Layout
 from batchrun.output.part import Replacement, Summary
 from batchrun.output.retry import Retry
@@ -55,7 +55,7 @@ class ReplacingAttempt(Attempt):
         try:
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
             table = file.read()
-            known = read_answers(table, self.settings.columns)
+            known = read_answers(table, self.settings.answer_columns)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise part.damaged(self.folder, self._key, f"damaged ({error})") from error
         # Of these very bytes: another retry may have replaced the part since it was looked at.
@@ -64,7 +64,7 @@ class ReplacingAttempt(Attempt):
         part.check_digest(data, self._old, self.folder, self._key)
         if self._old.generation >= self.retry.number:
             return Receipt(self._key, len(data), self._old, won=False)
-        own = [self.settings.column(field.name) for field in part.ANSWER_FIELDS]
+        own = [*self.settings.answer_columns.values()]
         metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"batchrun"}
         self.carried = table.drop_columns(own).replace_schema_metadata(metadata)
         self._retried = selected(known, self.retry)
@@ -113,10 +113,12 @@ class ReplacingAttempt(Attempt):
 
 
 def read_answers(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
-    """A part's answers, schema ANSWERS; `columns` gives other names to some of its columns."""
-    named = {field.name: columns.get(field.name, field.name) for field in part.ANSWER_FIELDS}
+    """A part's answers in its job's schema; `columns` gives other names to some of its columns."""
+    named = {field.name: columns.get(field.name, field.name) for field in part.answer_fields(columns)}
     rows = pa.array(np.arange(table.num_rows))
-    return pa.table([rows, *(table[name] for name in named.values())], names=["row", *named]).cast(ANSWERS)
+    return pa.table([rows, *(table[name] for name in named.values())], names=["row", *named]).cast(
+        answers_schema(columns)
+    )
 
 
 def selected(answers: pa.Table, retry: Retry) -> NDArray[np.bool_]:

@@ -142,7 +142,7 @@ def _check_part(
 
 def _holds_answers(schema: pa.Schema, settings: OutputSettings) -> bool:
     """Names and types stand in the footer, which no checksum covers."""
-    answers = part.part_schema(pa.schema([]), settings.columns)
+    answers = part.part_schema(pa.schema([]), settings.answer_columns)
     return bool(pa.schema(list(schema)[-len(answers) :]).equals(answers))
 
 
