@@ -45,13 +45,13 @@ def tools_of(name: str, column: pa.Array, guard: Callable[[Any], Any]) -> list[T
         try:
             found = _plain(json.loads(value), 0) if is_text else _plain(value, 0, without_nulls=True)
         except (ValueError, RecursionError) as error:
-            return _fault(name, f"is not JSON ({error})" if is_text else str(error))
+            return _fault(name, f" cannot be read as tools ({error})")
         if found is None:
             return None
         if not isinstance(found, list):
-            return _fault(name, "is no list of tools")
+            return _fault(name, " is no list of tools")
         fault = tools_fault(found)
-        return _fault(name, fault) if fault else guard(found)
+        return _fault(name, f": {fault}") if fault else guard(found)
 
     def tools_once(text: Any) -> Tools | RowFault | None:
         """As most rows have the same few lists of tools, each is read once."""
@@ -65,7 +65,7 @@ def tools_of(name: str, column: pa.Array, guard: Callable[[Any], Any]) -> list[T
 
 
 def _fault(name: str, what: str) -> RowFault:
-    return RowFault(FaultCode.INVALID_TOOLS, f"column {name!r}: {what}")
+    return RowFault(FaultCode.INVALID_TOOLS, f"column {name!r}{what}")
 
 
 def _plain(value: Any, depth: int, without_nulls: bool = False) -> Any:
