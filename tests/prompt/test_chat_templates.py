@@ -305,6 +305,7 @@ def test_the_first_rows_are_tried_with_their_tools() -> None:
     builder = builder_of(tokenizer_of(QWEN3), batch.schema, messages=USER, tools={"column": "own"})
     assert builder.columns == ["text", "own"]
     with pytest.raises(
-        InputError, match=r"3 of the first 3 rows have no prompt .*INVALID_TOOLS: column 'own' cannot be read as tools"
+        InputError,
+        match=r"3 of the first 3 rows have no prompt .*INVALID_TOOLS: column 'own' cannot be read as tools",
     ):
         check_sample(builder, [batch])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,19 @@ from jobs import answers, dataset, load, write_job
 ROWS = 40
 NEW_TOKENS = 22
 HEAD, END = "<plan>", "</plan>"
+JOINED = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+
+
+def messages(last: str) -> list[Any]:
+    texts = [HEAD + "{{ text }}", END + "{{ kind }}" + last]
+    return [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
 
 
 def job_of(folder: Path, model: Path, **sections: Any) -> Path:
     """The engine answers with its prompt, in tokens of a byte: thoughts, then the answer, and some are cut."""
     return write_job(
         folder, model, rows=ROWS,
-        prompt={"template": HEAD + "{{ text }}" + END + "{{ kind }}{{ id }}"},
+        prompt={"template": None, "messages": messages("{{ id }}"), "chat_template": JOINED},
         generation={"max_new_tokens": NEW_TOKENS},
         answer={"reasoning": "plan", "reasoning_markers": [HEAD, END]},
         limits={"max_error_rate": 1},
@@ -40,7 +48,7 @@ def expected(retried: bool = False) -> list[dict[str, Any]]:
     rows = []
     for row in dataset(ROWS).to_pylist():
         if row["id"] is None and retried:
-            row["id"] = ""
+            row["id"] = 0
         if row["id"] is None:
             rows.append({"answer": None, "plan": None, "plan_tokens": None, "status": "failed"})
             continue
@@ -81,6 +89,9 @@ def test_a_run_that_goes_on_has_the_thoughts_of_every_row_once(tmp_path, tiny_ll
     assert result.reused > 0
     check(tmp_path / "out")
     assert verify(load(job)).found.problems == []
+    page = html.unescape((tmp_path / "out/_job/report.html").read_text())
+    assert f"{HEAD}row 1 x" in page
+    assert f"{END}b" in page, "each part is shown"
     failed = pq.read_table(next((tmp_path / "out/failed").iterdir()))
     assert not {"plan", "plan_tokens", "answer"} & set(failed.column_names)
     with pytest.raises(ChangedError, match=r"answer.reasoning: plan -> why"):
@@ -93,10 +104,10 @@ def test_a_retry_keeps_the_thoughts_of_rows_that_have_an_answer(tmp_path, tiny_l
     job = job_of(tmp_path, tiny_llama)
     library.run(job, client=cluster)
     check(tmp_path / "out")
-    template = f"prompt.template={HEAD}{{{{ text }}}}{END}{{{{ kind }}}}{{{{ id or '' }}}}"
-    retry(load(job, template), client=cluster, allow=["prompt.template"])
+    fixed = load(job, f"prompt.messages={json.dumps(messages('{{ id or 0 }}'))}")
+    retry(fixed, client=cluster, allow=["prompt.messages"])
     check(tmp_path / "out", retried=True)
-    assert verify(load(job, template)).found.problems == []
+    assert verify(fixed).found.problems == []
 
 
 def test_a_plan_shows_the_columns_and_refuses_names_that_are_taken(tmp_path, tiny_llama) -> None:
