@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
 
 from batchrun import __version__, signals
+from batchrun.commands.reply import LogFormat, Reply, Terminal, display, err, out, replying
 from batchrun.commands.usage import Commands
-from batchrun.errors import BatchrunError, ExitCode, Interrupted, JobError, OutputError, Refused, one_line
+from batchrun.errors import BatchrunError, JobError, OutputError, Refused, one_line
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
-from batchrun.telemetry.redact import Redactor
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,21 +50,8 @@ Force = Annotated[
 ErrorRate = Annotated[
     float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this once")
 ]
-STOPPED = "stopped; the same command goes on from there"
-LogFormat = Literal["text", "json"]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="of progress and warnings")]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="show the traceback of an error")]
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Nobody reads on (`| head -1`): told like any output that cannot be written, not by an exit with code 1."""
-        raise
-
-
-# What is printed is text from data as a rule: never markup, never the name of an emoji.
-out = _Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-err = _Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -98,12 +81,12 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Tell how much there is, whether it will work, how long it takes and what it costs, from a sample."""
-    with _errors(as_json, debug) as redact:
-        job = _load(job_file, overrides, redact)
+    with replying(as_json, debug) as reply:
+        job = _load(job_file, overrides, reply)
         from batchrun.commands import plan as preview
 
         found = preview.preview(job, None if trial is None else _seconds(trial), gpus)
-        _print(found, preview.lines(found), as_json, redact)
+        reply.print(found, preview.lines(found))
 
 
 @app.command(epilog="Example: batchrun run job.yaml --set output.path=s3://lake/answers/2026-01-31/")
@@ -163,12 +146,12 @@ def status(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Tell how far the output is, from the store alone."""
-    with _errors(as_json, debug) as redact:
-        job = _load(job_file, overrides, redact)
+    with replying(as_json, debug) as reply:
+        job = _load(job_file, overrides, reply)
         from batchrun.commands.status import status as read_status
 
         found = read_status(job)
-        _print(found.to_json(), found.lines(), as_json, redact)
+        reply.print(found.to_json(), found.lines())
 
 
 @app.command(epilog="Example: batchrun report job.yaml --out report.html")
@@ -182,18 +165,18 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write the report of an output as one HTML page, from the store alone."""
-    with _errors(as_json, debug) as redact:
-        job = _load(job_file, overrides, redact)
+    with replying(as_json, debug) as reply:
+        job = _load(job_file, overrides, reply)
         from batchrun.report import page
 
-        text = redact(page.render(page.Facts.read(job)))
+        text = reply.redact(page.render(page.Facts.read(job)))
         try:
             out_file.parent.mkdir(parents=True, exist_ok=True)
             out_file.write_text(text, encoding="utf-8", errors="replace")
         except OSError as error:
             fix = "give another file by --out"
             raise OutputError(f"cannot be written ({error.strerror})", str(out_file), fix) from None
-        _print({"report": str(out_file)}, [f"report: {out_file}"], as_json, redact)
+        reply.print({"report": str(out_file)}, [f"report: {out_file}"])
 
 
 @app.command(epilog="Example: batchrun verify job.yaml")
@@ -201,12 +184,12 @@ def verify(
     job_file: JobFile, overrides: Overrides = [], as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Read everything back: rows in = rows ok + rows failed, part by part."""
-    with _errors(as_json, debug) as redact:
-        job = _load(job_file, overrides, redact)
+    with replying(as_json, debug) as reply:
+        job = _load(job_file, overrides, reply)
         from batchrun.commands.verify import verify as verify_output
 
         found = verify_output(job)
-        _print(found.to_json(), found.lines(), as_json, redact)
+        reply.print(found.to_json(), found.lines())
         raise typer.Exit(found.exit_code)
 
 
@@ -222,12 +205,12 @@ def clean(
     debug: Debug = False,
 ) -> None:
     """Delete what is left over from interrupted runs; never a row that is still needed."""
-    with _errors(as_json, debug) as redact:
-        job = _load(job_file, overrides, redact)
+    with replying(as_json, debug) as reply:
+        job = _load(job_file, overrides, reply)
         from batchrun.commands.clean import clean as clean_output
 
         deleted = clean_output(job, everything, None if yes else _ask)
-        _print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"], as_json, redact)
+        reply.print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"])
 
 
 @app.command(epilog="Example: batchrun bench --model tiny --workload extract --rows 20 --engine padded")
@@ -251,15 +234,15 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure this machine: tokens per second, padding and share of the roofline, engine against engine."""
-    with _errors(as_json, debug) as redact:
+    with replying(as_json, debug) as reply:
         from batchrun.commands import bench as benchmark
 
         if job_file is None:
             results = benchmark.bench(model, workload, rows, engines)
         else:
-            results = benchmark.bench_job(_load(job_file, overrides, redact), rows, engines)
+            results = benchmark.bench_job(_load(job_file, overrides, reply), rows, engines)
         values = [asdict(result) for result in results]
-        _print({"results": values}, benchmark.format_results(results).splitlines(), as_json, redact)
+        reply.print({"results": values}, benchmark.format_results(results).splitlines())
 
 
 def _for_this_run(address: str | None, max_error_rate: float | None) -> list[str]:
@@ -276,31 +259,25 @@ def _work_off(
     debug: bool,
 ) -> None:
     """Shows `work(job, stop=, on_progress=)` while it goes on, then what came of it; ends with its exit code."""
-    with _errors(as_json, debug, log_format) as redact:
-        job = _load(job_file, overrides, redact)
+    with replying(as_json, debug, log_format) as reply:
+        job = _load(job_file, overrides, reply)
         from batchrun.report import live
         from batchrun.telemetry.milestones import Milestones
 
-        result = None
-        try:
-            with live.show(_Console(stderr=True), log_format, job) as on_progress:
-                result = work(
-                    job,
-                    stop=signals.stop,
-                    on_progress=_shown_if_possible(on_progress),
-                    milestones=Milestones.of_process(),
-                )
-                signals.decided(result.exit_code)
-        except OSError:
-            # The view's last line: its terminal is gone.
-            if result is None:
-                raise
-        with _display():
-            _show_result(job, result, as_json, redact)
+        with live.show(Terminal(stderr=True), log_format, job) as on_progress:
+            result = work(
+                job,
+                stop=signals.stop,
+                on_progress=_shown_if_possible(on_progress),
+                milestones=Milestones.of_process(),
+            )
+            signals.decided(result.exit_code)
+        with display():
+            _show_result(job, result, as_json, reply)
         raise typer.Exit(result.exit_code)
 
 
-def _show_result(job: Job, result: RunResult, as_json: bool, redact: Redactor) -> None:
+def _show_result(job: Job, result: RunResult, as_json: bool, reply: Reply) -> None:
     from batchrun.report import summary
     from batchrun.storage import NotFound
 
@@ -311,37 +288,17 @@ def _show_result(job: Job, result: RunResult, as_json: bool, redact: Redactor) -
             logs.log.warning("no rows to show: %s", one_line(error))
         else:
             out.print(summary.rows_table(sample, _columns_to_show(job, sample)))
-    _print(result.to_json(), summary.run_lines(result), as_json, redact)
+    reply.print(result.to_json(), summary.run_lines(result))
 
 
 def _shown_if_possible(on_progress: ProgressCallback) -> ProgressCallback:
     """The callback, whose errors no longer count once its terminal is gone: that is no reason to stop a run."""
 
     def forward(now: Progress) -> None:
-        with _display():
+        with display():
             on_progress(now)
 
     return forward
-
-
-@contextmanager
-def _display() -> Iterator[None]:
-    """What comes of showing something (a closed pipe, a full disk, a terminal that is gone) is no error of the data."""
-    try:
-        yield
-        sys.stdout.flush()
-    except (OSError, KeyboardInterrupt) as error:
-        # What is still in the buffer would fail again when the process ends.
-        _discard(sys.stdout)
-        if not isinstance(error, BrokenPipeError | KeyboardInterrupt):
-            logs.log.warning("the rest cannot be shown: %s", one_line(error))
-
-
-def _discard(stream: TextIO) -> None:
-    with suppress(OSError, ValueError):
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, stream.fileno())
-        os.close(devnull)
 
 
 @app.command(epilog="Example: batchrun init s3://lake/reviews/ --model org/name --out job.yaml")
@@ -353,7 +310,7 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write a commented job file for a dataset."""
-    with _errors(as_json, debug) as redact:
+    with replying(as_json, debug) as reply:
         from batchrun.commands import init as starter
 
         written = starter.init(dataset, job_file, model or starter.MODEL)
@@ -361,7 +318,7 @@ def init(
             f"wrote {' and '.join(map(str, written))}",
             f"next: look it over, then `batchrun plan {job_file}`",
         ]
-        _print({"written": [str(path) for path in written]}, lines, as_json, redact)
+        reply.print({"written": [str(path) for path in written]}, lines)
 
 
 @app.command(epilog="Example: batchrun schema --markdown")
@@ -371,16 +328,16 @@ def schema(
     """Print the JSON Schema of a job file, for editors, or a reference of its keys."""
     from batchrun.job import schema as description
 
-    with _display():
+    with display():
         if markdown:
             print(description.markdown(), end="")
         else:
             print(json.dumps(description.json_schema(), indent=1))
 
 
-def _load(job_file: Path, overrides: list[str], redact: Redactor) -> Job:
+def _load(job_file: Path, overrides: list[str], reply: Reply) -> Job:
     job = Job.load(job_file, overrides)
-    redact.add(job.secrets())
+    reply.redact.add(job.secrets())
     return job
 
 
@@ -409,71 +366,9 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
     """What the prompt was made of and what became of it, as far as both are in the output."""
     from batchrun.prompt.template import prompt_columns
 
-    own = job.output.answer_columns.values()
+    own = [job.output.column(name) for name in job.output.answer_columns]
     carried = [name for name in table.schema.names if name not in own]
     asked = [name for name in prompt_columns(job.prompt) if name in carried]
     error = job.output.column("error")
     answer = [job.output.column("answer")] + ([error] if table[error].null_count < table.num_rows else [])
     return [*(asked or carried)[:2], *answer]
-
-
-def _print(value: dict[str, Any], lines: Sequence[RenderableType], as_json: bool, redact: Redactor) -> None:
-    with _display():
-        if as_json:
-            print(json.dumps(redact.values(value)))
-            return
-        for line in lines:
-            shown = printable(redact(line)) if isinstance(line, str) else line
-            out.print(shown)
-
-
-@contextmanager
-def _errors(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Iterator[Redactor]:
-    """One line for a person, an exit code for a scheduler, and no secret in either."""
-    redact = Redactor()
-    logs.configure(log_format, redact)
-    signals.decided(ExitCode.INTERRUPTED)
-    signals.last_words = lambda: _tell(STOPPED, STOPPED, ExitCode.INTERRUPTED, as_json, log_format)
-    try:
-        yield redact
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        _fail(STOPPED, ExitCode(signals.exit_code()), as_json, debug, log_format, redact, STOPPED)
-    except BatchrunError as error:
-        text = redact(str(error))
-        shown = text if isinstance(error, Interrupted) else None
-        _fail(text, error.exit_code, as_json, debug, log_format, redact, shown)
-    except Exception as error:
-        text = redact(one_line(error))
-        hint = "" if debug else "; add --debug for the traceback"
-        shown = f"error: unexpected {text}{hint}"
-        _fail(text, ExitCode.FAILED, as_json, debug, log_format, redact, shown)
-
-
-def _fail(
-    text: str,
-    code: ExitCode,
-    as_json: bool,
-    debug: bool,
-    log_format: LogFormat,
-    redact: Redactor,
-    shown: str | None = None,
-) -> NoReturn:
-    if debug:
-        with _display():
-            err.print(printable(redact(traceback.format_exc()), newlines=True))
-    _tell(text, shown or f"error: {text}", code, as_json, log_format)
-    raise typer.Exit(code) from None
-
-
-def _tell(text: str, shown: str, code: ExitCode, as_json: bool, log_format: LogFormat) -> None:
-    """The last line of a command that has not come to its end, once."""
-    signals.last_words = signals.silent
-    with _display():
-        if as_json:
-            print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
-        if log_format == "json":
-            logs.log.error("%s", shown, extra={"fields": {"event": "end", "exit_code": int(code)}})
-        else:
-            err.print(printable(shown))

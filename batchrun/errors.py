@@ -7,6 +7,8 @@ the output beside the row and never stops the job.
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -14,6 +16,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from batchrun.counters import Counters
+
+# What Python raises for a mistake in a program. Other errors may come of the data, the machine or the network.
+MISTAKES = (TypeError, NameError, AttributeError, KeyError, ImportError)
+# What these raise of that kind is their caller's mistake.
+BLAMELESS = {*sys.stdlib_module_names, "numpy", "pyarrow"}
 
 
 class ExitCode(IntEnum):
@@ -139,6 +146,39 @@ class Incomplete(BatchrunError):
     """Parts that were there are gone at the end of a run; the same command makes them again."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+class InternalError(BatchrunError):
+    """A mistake in batchrun's own code: another attempt, machine or row changes nothing. A traceback of it ends with
+    the one from where it happened, also in another process."""
+
+    @classmethod
+    def of(cls, error: BaseException, kept_by: str = "--debug") -> InternalError:
+        """The error for a person, for one that `is_mistake`; `kept_by` says who has the traceback."""
+        told = cls(
+            f"unexpected {one_line(error)}",
+            _raised_in(error),
+            f"this is a bug: please report it in batchrun's issues, with the traceback that is in {kept_by}",
+        )
+        # Notes cross borders of processes, where tracebacks are lost.
+        told.add_note("".join(traceback.format_exception(error)).rstrip())
+        return told
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether batchrun's own code is to blame: an error of `MISTAKES` that it raised itself, or that Python, numpy or
+    pyarrow raised for it. One out of other code (a model's, an engine's, a filesystem's) is not."""
+    return isinstance(error, MISTAKES) and type(error).__module__ == "builtins" and _raised_in(error) != ""
+
+
+def _raised_in(error: BaseException) -> str:
+    """The file and line of batchrun's that raised the error; empty where other code did."""
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        module = frame.f_globals.get("__name__", "")
+        package = module.partition(".")[0]
+        if package not in BLAMELESS:
+            return f"{module.replace('.', '/')}.py:{line}" if package == "batchrun" else ""
+    return ""
 
 
 class FaultCode(StrEnum):

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-# Seconds that a stopped process has to end by itself; more where it has just let its tasks stage what they held.
+# Seconds that a stopped process has to end by itself; at least so many once its tasks have staged what they held.
 GRACE = 4.0
-GRACE_AFTER_STAGING = 15.0
+GRACE_AFTER_STAGING = 2.0
 
 # Supervisors such as `timeout` signal the process and then its whole group: it comes twice, and means one stop.
 SAME_STOP = 0.5
@@ -32,6 +32,8 @@ def silent() -> None:
 
 # What the process says where the main thread does not come back in time.
 last_words: Callable[[], None] = silent
+# What is safe of what it was stopped in, once that is known: for its last words.
+safe = ""
 
 _lock = threading.Lock()
 _exit_code = 4
@@ -58,7 +60,7 @@ def attended() -> Iterator[None]:
     finally:
         _attended -= 1
         if stop.is_set():
-            _end_by = time.monotonic() + GRACE_AFTER_STAGING
+            _end_by = max(_end_by, time.monotonic() + GRACE_AFTER_STAGING)
 
 
 def decided(exit_code: int) -> None:

@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from batchrun.dataset.plan import Plan, make_plan
+from batchrun.dataset.plan import Plan
+from batchrun.dataset.planner import make_plan
 from batchrun.dataset.reader import read_partition
 from batchrun.errors import BatchrunError
 from batchrun.job.job import Job
@@ -38,7 +39,7 @@ from batchrun.output.lease import Lease
 from batchrun.storage import Folder
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
-from parts import JOB_HASH, PLAN_HASH, answers, carried, commit, layout, settings, unique
+from parts import JOB_HASH, PLAN_HASH, answers, carried, commit, layout, output, unique
 
 SECONDS = 90  # for one input; pyarrow takes seconds over a page header that does not end
 MEMORY = 12 << 30  # so that a length that lies fails to allocate instead of taking the machine down
@@ -138,7 +139,7 @@ def documents(folder: Path) -> tuple[list[bytes], Check]:
     plan = layout(2)
     commit(place, plan, 0, 3)
     commit(place, plan, 1, 2)
-    written = manifest.write(place, plan, JOB_HASH, [3, 2])
+    written = manifest.write(output(place, plan, [3, 2]))
     with Lease(place):
         holder = lease.read(place)
         good = [place.read(key) for key in (JOB, MANIFEST, LEASE)]
@@ -220,14 +221,14 @@ def output_parts(folder: Path) -> tuple[list[bytes], Check]:
     place, plan, rows = Folder(f"memory://{unique('fuzz')}"), layout(2), [40, 40]
     for i in (0, 1):
         commit(place, plan, i, rows[i], compression="zstd")
-    manifest.write(place, plan, JOB_HASH, rows)
+    manifest.write(output(place, plan, rows))
     key = plan.part(0)
     good, other = place.read(key), place.read(plan.part(1))
     truth = pq.read_table(pa.BufferReader(good))
 
     def check(data: bytes) -> str:
         place.put(key, data)
-        found = verify.verify(place, plan, JOB_HASH, rows, settings(), lambda i: carried(i, rows[i]))
+        found = verify.verify(output(place, plan, rows), lambda i: carried(i, rows[i]))
         if found.problems:
             return "refused"
         read = pq.read_table(pa.BufferReader(data))

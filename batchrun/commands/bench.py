@@ -81,10 +81,12 @@ class Measured:
 
     @property
     def tokens_per_second(self) -> float:
+        """Output tokens per second of the whole run."""
         return self.output_tokens / self.seconds
 
     @property
     def roofline_share(self) -> float:
+        """The share of the ceilings that was reached, 1.0 at best."""
         return self.floor_seconds / self.seconds
 
 

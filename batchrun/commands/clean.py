@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from batchrun.commands.status import unfinished_retry
-from batchrun.dataset.plan import Plan
 from batchrun.driver.overlap import covers
 from batchrun.errors import ChangedError, LeaseHeld, OutputError
 from batchrun.job.job import Job
 from batchrun.output import clean as cleaning
-from batchrun.output import identity, manifest, plans, retry, state
-from batchrun.output.identity import Identity
-from batchrun.output.layout import JOB, Layout
+from batchrun.output import identity, manifest, retry
+from batchrun.output.layout import JOB
 from batchrun.output.lease import Lease
-from batchrun.output.output import layout_of, open_folder, partitioned_by
-from batchrun.storage import Folder
+from batchrun.output.output import Output, open_folder
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import duration
 
@@ -32,48 +29,45 @@ def clean(job: Job, everything: bool = False, confirm: Confirm | None = None) ->
         ChangedError: the output is another job's.
         LeaseHeld: a driver is at work.
     """
-    folder = open_folder(job)
-    pinned = identity.read(folder)
+    output = Output.find(job)
     # Behind a link it would be another output's.
-    if pinned is None or JOB not in folder.list(follow_links=False):
-        raise OutputError("no run was ever started here", folder.name, "check output.path")
-    stored = plans.read(folder)
-    _refuse_other_job(job, folder, pinned, stored)
-    layout = layout_of(stored, partitioned_by(pinned))
+    if output is None or JOB not in output.folder.list(follow_links=False):
+        raise OutputError("no run was ever started here", open_folder(job).name, "check output.path")
+    _refuse_other_job(job, output)
     if everything and confirm is not None:
-        confirm(_worth(folder, layout, stored))
+        confirm(_worth(output))
     try:
-        with Lease(folder):
-            keys = _keys(job, folder, layout, everything)
-            cleaning.delete(folder, keys)
+        with Lease(output.folder):
+            keys = _keys(output, everything)
+            cleaning.delete(output.folder, keys)
     except LeaseHeld as held:
         fix = "stop it first; the lease of a driver that is gone ends after a minute"
         raise LeaseHeld(held.what, held.where, fix) from None
     return keys
 
 
-def _keys(job: Job, folder: Folder, layout: Layout, everything: bool) -> list[str]:
-    written = manifest.read(folder)
+def _keys(output: Output, everything: bool) -> list[str]:
+    written = manifest.read(output.folder)
     if not everything:
-        return cleaning.leftovers(folder, layout, unfinished_retry(written, state.scan(folder, layout)))
-    failed = {job.output.failed, written.failed_folder if written else None}
-    return cleaning.owned(folder, layout, [name for name in failed if name])
+        return cleaning.leftovers(output, unfinished_retry(written, output.scan()))
+    failed = {output.settings.failed, written.failed_folder if written else None}
+    return cleaning.owned(output, [name for name in failed if name])
 
 
-def _refuse_other_job(job: Job, folder: Folder, pinned: Identity, stored: list[Plan]) -> None:
+def _refuse_other_job(job: Job, output: Output) -> None:
     """By what the output itself and the job file say: neither model nor input is looked at."""
     settings = job.deciding()
     written = job.as_written(settings)
     name = job.as_written()["model"]["name"]
     differences = []
-    for one in [pinned, *(past.identity for past in retry.read(folder))]:
+    for one in [output.identity, *(past.identity for past in retry.read(output.folder))]:
         changed = identity.settings_changes(one, written, identity.digests(settings, written))
         if one.model and one.model != name:
             changed["model.name"] = f"model.name: {one.model} -> {name}"
         differences.append(list(changed.values()))
     lines = [] if [] in differences else differences[0]
     options = job.input.storage_options
-    files = [file.path for plan in stored for file in plan.files]
+    files = [file.path for file in output.plan.files]
     if foreign := [
         file for file in files if not any(covers(path, file, options) for path in job.input.paths)
     ]:
@@ -81,17 +75,16 @@ def _refuse_other_job(job: Job, folder: Folder, pinned: Identity, stored: list[P
     if lines:
         raise ChangedError(
             f"nothing deleted: it holds answers of another job ({'; '.join(lines)})",
-            folder.name,
+            output.folder.name,
             "clean it with the job file that it was made with, or delete the folder yourself",
         )
 
 
-def _worth(folder: Folder, layout: Layout, stored: list[Plan]) -> str:
+def _worth(output: Output) -> str:
     """What would be lost: rows, and what they cost."""
-    committed = state.scan(folder, layout).committed
-    partitions = [partition for plan in stored for partition in plan.partitions]
-    rows = sum(one.rows for one, there in zip(partitions, committed, strict=True) if there)
-    runs = record.read_all(folder)
+    committed = output.scan().committed
+    rows = sum(rows for rows, there in zip(output.rows, committed, strict=True) if there)
+    runs = record.read_all(output.folder)
     time = duration(sum(run.worker_seconds for run in runs))
     prices = [run.cost for run in runs if run.cost is not None]
     cost = (
@@ -99,4 +92,4 @@ def _worth(folder: Folder, layout: Layout, stored: list[Plan]) -> str:
         if prices
         else f" ({time} of workers' time)"
     )
-    return f"{rows:,} answered rows in {int(committed.sum()):,} parts of {folder.name}{cost}"
+    return f"{rows:,} answered rows in {int(committed.sum()):,} parts of {output.folder.name}{cost}"

@@ -20,7 +20,7 @@ from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.records import device_name, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
-from batchrun.output import identity, state
+from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
 from batchrun.telemetry.progress import duration
@@ -95,13 +95,13 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     job, schema = prepared.job, prepared.plan.schema
     names = carried_columns(job.input, schema, job.output.partition_by)
     carried = carried_schema(pa.schema([schema.field(name) for name in names]), job)
-    return {field.name: str(field.type) for field in part_schema(carried, job.output.answer_columns)}
+    return {field.name: str(field.type) for field in part_schema(carried, job.output.columns)}
 
 
 def _left(prepared: Prepared) -> list[Partition]:
     """The partitions that have no part yet; all of them where the output is another job's or nobody's."""
     plan = prepared.plan
-    pinned = identity.read(prepared.folder)
+    pinned = prepared.pinned
     if pinned is None or (pinned.plan_hash, pinned.job_hash) != (plan.hash, prepared.identity.job_hash):
         return plan.partitions
     committed = state.scan(prepared.folder, prepared.layout).committed

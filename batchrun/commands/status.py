@@ -9,15 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchrun.job.job import Job
-from batchrun.output import chunk, identity, lease, manifest, state
+from batchrun.output import chunk, lease, manifest, state
 from batchrun.output.chunk import BadChunk, Origin
-from batchrun.output.layout import PARTIAL, Layout
-from batchrun.output.output import open_output
+from batchrun.output.layout import PARTIAL
+from batchrun.output.output import Output
 from batchrun.report.summary import error_lines, number, size
-from batchrun.storage import Folder, NotFound
+from batchrun.storage import NotFound
 from batchrun.telemetry import record
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import RunRecord
@@ -59,12 +58,14 @@ class Status:
     runs: list[RunRecord]
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values for a program; of each run what `SHOWN_OF_RUN` names, and its counters."""
         runs = [
             {**{name: getattr(run, name) for name in SHOWN_OF_RUN}, **asdict(run.counts)} for run in self.runs
         ]
         return {**self.__dict__, "runs": runs}
 
     def lines(self) -> list[str]:
+        """The same for a person."""
         share = self.rows_committed / self.rows if self.rows else float(self.complete)
         how = "complete" if self.complete else f"{share:.0%} committed"
         grown = f", of {self.plans} plans" if self.plans > 1 else ""
@@ -108,9 +109,10 @@ def status(job: Job) -> Status:
     Raises:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
-    folder, pinned, plan, layout = open_output(job)
-    found = state.scan(folder, layout)
-    rows = np.array([partition.rows for partition in plan.partitions])
+    output = Output.open(job)
+    folder, layout = output.folder, output.layout
+    found = output.scan()
+    rows = np.array(output.rows)
     written = manifest.read(folder)
     holder = lease.read(folder)
     runs = record.settle(record.read_all(folder), holder)
@@ -118,9 +120,9 @@ def status(job: Job) -> Status:
     return Status(
         output=folder.name,
         complete=written is not None and written.describes(found),
-        rows=plan.rows,
+        rows=output.plan.rows,
         rows_committed=int(rows[found.committed].sum()),
-        rows_staged=_rows_staged(folder, pinned, layout, rows, np.flatnonzero(found.streaming).tolist()),
+        rows_staged=_rows_staged(output, np.flatnonzero(found.streaming).tolist()),
         partitions=layout.partitions,
         committed=int(found.committed.sum()),
         begun=int(found.streaming.sum()),
@@ -143,22 +145,19 @@ def _driver(holder: lease.Holder | None) -> str | None:
     return f"{holder}, last heartbeat {duration(age)} ago"
 
 
-def _rows_staged(
-    folder: Folder, pinned: identity.Identity, layout: Layout, rows: NDArray[np.int64], partitions: list[int]
-) -> int:
+def _rows_staged(output: Output, partitions: list[int]) -> int:
     """Rows that whole chunks hold, each once: what the next attempts will not generate again."""
+    folder, layout = output.folder, output.layout
 
     def count(partition: int) -> int:
-        origin = Origin(layout.hash_of(partition), pinned.job_hash, partition)
-        staged = np.zeros(rows[partition], dtype=bool)
+        origin = Origin(layout.hash_of(partition), output.identity.job_hash, partition)
+        staged = np.zeros(output.rows[partition], dtype=bool)
         chunks = [key for key in folder.list(layout.stage(partition)) if not key.endswith(PARTIAL)]
         for key in chunks:
             try:
                 staged[chunk.decode(folder.read(key), origin, len(staged))["row"].to_numpy()] = True
-            except (
-                BadChunk,
-                NotFound,
-            ):  # cut short, or swept since it was listed: an attempt would say the same
+            except (BadChunk, NotFound):
+                # Cut short, or swept since it was listed: an attempt would say the same.
                 continue
         return int(staged.sum())
 

@@ -22,10 +22,12 @@ class Commands(TyperGroup):
     """The commands; in place of typer's box of several lines, one with what, where and the fix."""
 
     def make_context(self, *words: Any, **how: Any) -> Any:
+        """Reads a command's words; wrong ones end it as `_one_line` says."""
         with _one_line():
             return super().make_context(*words, **how)
 
     def invoke(self, ctx: Any) -> Any:
+        """Runs the command that the words name, likewise."""
         with _one_line(ctx):
             return super().invoke(ctx)
 

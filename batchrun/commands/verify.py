@@ -9,9 +9,9 @@ from batchrun.dataset.plan import carried_columns
 from batchrun.dataset.rows import places_in, rows_of
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
-from batchrun.output.output import open_output
+from batchrun.output.output import Output
 from batchrun.output.verify import Verification
-from batchrun.output.verify import verify as verify_folder
+from batchrun.output.verify import verify as verify_output
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Checked:
 
     @property
     def exit_code(self) -> ExitCode:
+        """1 where anything disagrees, 3 where rows failed."""
         if not self.found.passed:
             return ExitCode.FAILED
         return ExitCode.FAILED_ROWS if self.found.failed else ExitCode.COMPLETE
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values for a program."""
         found = self.found
         return {
             "output": self.output,
@@ -42,6 +44,7 @@ class Checked:
         }
 
     def lines(self) -> list[str]:
+        """The same for a person; of many problems the first 20."""
         found = self.found
         counts = f"{found.rows:,} rows = {found.ok:,} ok + {found.failed:,} failed, in {found.parts:,} parts"
         if found.passed:
@@ -62,16 +65,13 @@ def verify(job: Job) -> Checked:
     Raises:
         OutputError: nothing was ever run into this output, or its files are damaged.
     """
-    folder, pinned, plan, layout = open_output(job)
+    output = Output.open(job)
+    plan = output.plan
     columns = carried_columns(job.input, plan.schema, job.output.partition_by)
     beside = bool(columns) or job.output.row_column is not None
-    found = verify_folder(
-        folder,
-        layout,
-        pinned.job_hash,
-        [partition.rows for partition in plan.partitions],
-        job.output,
+    found = verify_output(
+        output,
         (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if beside else None,
         places_in(job, plan),
     )
-    return Checked(folder.name, found)
+    return Checked(output.folder.name, found)

@@ -62,6 +62,7 @@ class Workload:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest row, its answer included."""
         return max(len(p) + n for p, n in zip(self.prompts, self.new_tokens, strict=True))
 
     @property

@@ -44,6 +44,7 @@ class Term(NamedTuple):
         return found if self.op == "in" else pc.invert(found)
 
     def expression(self) -> pc.Expression:
+        """The same as an expression of pyarrow's, for readers that filter by themselves."""
         field = pc.field(self.column)
         if self.op in _COMPARE:
             return _COMPARE[self.op][1](field, self.value)

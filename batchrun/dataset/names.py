@@ -37,6 +37,7 @@ class RowNames:
         self._partition, self._files, self._settings, self._batches = partition, files, settings, batches
 
     def __call__(self, row: int) -> str:
+        """The name of the row of this number, from 0 on."""
         if self._settings.filters:
             return self._filtered[row]
         slices = self._partition.slices

@@ -52,6 +52,7 @@ class DataFile:
 
     @property
     def rows(self) -> int:
+        """Rows of all its row groups, before any filter."""
         return sum(self.group_rows)
 
 

@@ -8,12 +8,12 @@ import queue
 import threading
 import time
 import uuid
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
-from distributed import Client, Future
+from distributed import Client, Future, KilledWorker
 
 from batchrun import signals
 from batchrun.cluster import dashboard
@@ -23,38 +23,44 @@ from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.stalls import Stalls
-from batchrun.engine.protocol import EngineStats
-from batchrun.errors import BatchrunError, CorruptInput, Interrupted, Refused, StorageError, TooManyFaults
+from batchrun.driver.totals import RunTotals
+from batchrun.errors import (
+    CorruptInput,
+    InternalError,
+    Interrupted,
+    Refused,
+    StorageError,
+    TooManyFaults,
+)
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
 from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, ProgressCallback, silent
-from batchrun.telemetry.record import SlowPartition
 from batchrun.worker.generation import AttemptCounters
-from batchrun.worker.task import (
-    BatchrunPlugin,
-    Task,
-    TaskReceipt,
-    WorkOrder,
-    end_at_once,
-    examine,
-    request_stop,
-    run_partition,
-    run_partitions,
-)
+from batchrun.worker.order import Task, TaskReceipt, WorkOrder
+from batchrun.worker.plugin import BatchrunPlugin, end_at_once, request_stop
+from batchrun.worker.task import examine, run_partition, run_partitions
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT_PER_SLOT = 1.25  # tasks in flight per slot: no slot waits, and a worker that joins finds work left
-POLL = 1.0  # seconds between two looks at the workers' counters
-TASK_SECONDS = 1.0  # partitions shorter than this share a task, which costs the driver 5 ms whatever is in it
-REGISTRATIONS = 3  # tries to reach all workers, of which one may be dying
-RECEIPT_TIMEOUT = 60.0  # seconds to wait for a finished task's receipt from its worker
-RECEIPT_AT_END = 5.0  # the same once the run is to end
-DRAIN_TIMEOUT = 30.0  # seconds that tasks have to stage what they hold after a stop
-SLOWEST = 10  # partitions that are named in the run's record
+# Tasks in flight per slot: no slot waits, and a worker that joins finds work left.
+IN_FLIGHT_PER_SLOT = 1.25
+# Seconds between two looks at the workers' counters.
+POLL = 1.0
+# Partitions shorter than this share a task, which costs the driver 5 ms whatever is in it.
+TASK_SECONDS = 1.0
+# Tries to reach all workers, of which one may be dying.
+REGISTRATIONS = 3
+# Seconds to wait for a finished task's receipt from its worker, and the same once the run is to end.
+RECEIPT_TIMEOUT, RECEIPT_AT_END = 60.0, 5.0
+# Seconds that tasks have to stage what they hold after a stop.
+DRAIN_TIMEOUT = 30.0
+# Seconds between two calls to stop: workers come meanwhile, and take up what others have lost.
+STOP_EVERY = 0.5
+# Seconds after a stop from which on only tasks that hold rows are waited for.
+OPENING = 2.5
 # Errors of a partition that end the run; others lose the attempt.
-FATAL_ERRORS = (Refused, StorageError, CorruptInput)
+FATAL_ERRORS = (Refused, StorageError, CorruptInput, InternalError)
 
 
 class Dispatch:
@@ -85,29 +91,28 @@ class Dispatch:
             retry=retry,
         )
         self.stop, self.on_progress, self.milestones = stop, on_progress, milestones
-        self.guard: ProgressCallback = silent  # raises once the run is to end
+        # Raises once the run is to end.
+        self.guard: ProgressCallback = silent
         self.todo = deque(work)
         self.rows_committed = self.plan.rows - sum(work.values())
         self.in_flight: dict[Future, list[int]] = {}
-        self.single: set[int] = set()  # partitions that share no task any more: one that they shared was lost
-        self.pace = math.inf  # seconds that a partition takes, as of late
+        # Partitions that share no task any more: one that they shared was lost.
+        self.single: set[int] = set()
+        # Seconds that a partition takes, as of late.
+        self.pace = math.inf
         self.finished: queue.Queue[Future] = queue.Queue()
         self.policy = LostAttemptPolicy(self.plan, self.folder, self.layout, proven=self.rows_committed > 0)
         self.stalls = Stalls(self.job.limits.stall_seconds)
-        self.isolated_attempts: dict[Future, IsolatedAttempt] = {}  # those of `in_flight` that try a suspect
-        self.kept: dict[Future, list[str]] = {}  # those that only some workers may do, and which
+        # Those of `in_flight` that try a suspect; those that only some workers may do, and which.
+        self.isolated_attempts: dict[Future, IsolatedAttempt] = {}
+        self.kept: dict[Future, list[str]] = {}
         self.workers: dict[str, Any] = {}
-        self.receipts: dict[int, Receipt] = {}  # of parts that this run saw committed
-        self.staged: dict[int, int] = {}  # rows, by partitions whose tasks were told to stop
-        self.total = Counters()  # of finished attempts
-        self.engines: dict[tuple[str, int], EngineStats] = {}
-        # Of engines that earlier runs have left; known from the first look, which is before the first task.
-        self.before: dict[tuple[str, int], EngineStats] | None = None
-        self.slowest: list[SlowPartition] = []
+        # Of parts that this run saw committed.
+        self.receipts: dict[int, Receipt] = {}
+        # Rows, by partitions whose tasks were told to stop.
+        self.staged: dict[int, int] = {}
+        self.totals = RunTotals()
         self.dashboard: str | None = None
-        self.started = time.monotonic()
-        self.seconds = 0.0  # since the start, as last shown
-        self.worker_time: dict[str, float] = defaultdict(float)  # seconds of all workers, by what they did
 
     def execute(self, client: Client) -> None:
         """Keeps the window full until every partition is committed."""
@@ -124,7 +129,9 @@ class Dispatch:
             lost = isinstance(interrupt, OSError | TimeoutError)
             reason = "lost the Dask scheduler" if lost else getattr(interrupt, "what", "stopped")
             fix = getattr(interrupt, "fix", "") or "the same command goes on from there"
-            raise Interrupted(f"{reason}; {self._safe()}", self.folder.name, fix) from None
+            stopped = Interrupted(f"{reason}; {self._safe()}", self.folder.name, fix)
+            signals.safe = str(stopped)
+            raise stopped from None
 
     def _work_off(self, client: Client) -> None:
         next_poll = 0.0
@@ -185,7 +192,8 @@ class Dispatch:
             return
         for future, isolated in list(self.isolated_attempts.items()):
             if isolated.worker not in self.workers and not future.done():
-                self.in_flight.pop(future)  # it left in peace, and nothing can be said of the rows
+                # It left in peace, and nothing can be said of the rows.
+                self.in_flight.pop(future)
                 del self.isolated_attempts[future]
                 future.cancel()
         for isolated in list(self.policy.isolated_attempts(self.isolated_attempts.values(), self.workers)):
@@ -200,8 +208,8 @@ class Dispatch:
     def _take_isolated(self, future: Future, isolated: IsolatedAttempt) -> None:
         try:
             outcome = future.result(timeout=RECEIPT_TIMEOUT)
-        except (Refused, StorageError) as error:
-            self._count_lost(error)
+        except (Refused, StorageError, InternalError) as error:
+            self.totals.add_lost(error)
             raise
         except Exception as error:
             self.policy.lost_alone(isolated, error, self.workers)
@@ -243,7 +251,7 @@ class Dispatch:
             try:
                 receipts: list[TaskReceipt] = future.result(timeout=RECEIPT_TIMEOUT)
             except FATAL_ERRORS as final:
-                self._count_lost(final)
+                self.totals.add_lost(final)
                 raise
             except Exception as lost:
                 # Its worker left with the receipts, and Dask may have begun the task anew. The parts may well be there.
@@ -257,14 +265,12 @@ class Dispatch:
             return
         error = future.exception() if future.status == "error" else None
         if isinstance(error, FATAL_ERRORS):
-            self._count_lost(error)
+            self.totals.add_lost(error)
             raise error
         self._lose(members, error)
 
     def _book(self, index: int, receipt: TaskReceipt) -> None:
-        self.total += receipt.counters
-        self._note_slow(receipt)
-        self._note_engine(receipt.worker, receipt.engine)
+        self.totals.add(receipt)
         if receipt.part is None:
             self.staged[index] = receipt.counters.reused + receipt.counters.rows
             if receipt.counters.rows:
@@ -280,6 +286,8 @@ class Dispatch:
 
     def _lose(self, members: list[int], error: BaseException | None) -> None:
         """A lost task that several partitions shared tells nothing of any one of them."""
+        # Dask's own words are five lines, and say no more.
+        error = None if isinstance(error, KilledWorker) else error
         if len(members) > 1:
             log.warning(
                 "%d partitions lost their task to %s; each goes on by itself", len(members), reason_of(error)
@@ -310,29 +318,22 @@ class Dispatch:
     def _show(self, workers: dict[str, Any]) -> tuple[Progress, Heartbeats]:
         """Gives the callback the run's counters, those of tasks in flight included."""
         in_flight = self._members()
-        beats = heartbeats.read(workers, self.order.run, self.total, in_flight)
-        if self.before is None:
-            self.before = {(address, stats.pid): stats for address, stats in beats.engines}
-        for address, stats in beats.engines:
-            self._note_engine(address, stats)
-        before, self.seconds = self.seconds, time.monotonic() - self.started
-        for worker in beats.worker_views:
-            self.worker_time[worker.doing] += self.seconds - before
+        totals = self.totals
+        beats = heartbeats.read(workers, self.order.run, totals.counts, in_flight)
+        totals.see(beats)
         now = Progress(
-            seconds=self.seconds,
+            seconds=totals.seconds,
             partitions=self.layout.partitions,
-            partitions_done=self.layout.partitions
-            - len(self.todo)
-            - len(in_flight | {*self.policy.suspected}),
+            partitions_done=self._parts(),
             partitions_in_flight=len(in_flight),
             rows=self.plan.rows,
             rows_done=min(self.rows_committed + beats.covered, self.plan.rows),
             counts=beats.total,
             workers=len(workers),
-            worker_time=dict(self.worker_time),
+            worker_time=dict(totals.worker_time),
             worker_views=beats.worker_views,
-            engines=list(self.engines.values()),
-            slowest=self.slowest,
+            engines=list(totals.engines.values()),
+            slowest=totals.slowest,
             dashboard=self.dashboard,
         )
         self.on_progress(now)
@@ -374,15 +375,27 @@ class Dispatch:
         self.todo.clear()
         if client.status != "running":
             return
-        client.run(request_stop, self.order.run, wait=False, on_error="ignore")
-        deadline = time.monotonic() + DRAIN_TIMEOUT
-        while self.in_flight and time.monotonic() < deadline:
+        began = time.monotonic()
+        next_call = began
+        while self.in_flight and (now := time.monotonic()) < began + DRAIN_TIMEOUT:
+            if now >= next_call:
+                client.run(request_stop, self.order.run, wait=False, on_error="ignore")
+                next_call = now + STOP_EVERY
             try:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:
+                if now > began + OPENING and not self._holding(client):
+                    break
                 continue
             self._count_late(future)
         client.cancel(list(self.in_flight))
+
+    def _holding(self, client: Client) -> bool:
+        """Whether any task in flight has begun: others wait for a worker, or for one that opens a tokenizer."""
+        self.workers = client.scheduler_info(n_workers=-1)["workers"]
+        return bool(
+            heartbeats.read(self.workers, self.order.run, self.totals.counts, self._members()).activity
+        )
 
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
@@ -391,44 +404,25 @@ class Dispatch:
         try:
             outcome = future.result(timeout=RECEIPT_AT_END)
         except Exception as error:
-            self._count_lost(error)
+            self.totals.add_lost(error)
             return
         receipts = outcome if isinstance(outcome, list) else [outcome]
         for index, receipt in zip(members, receipts, strict=False):
             if isinstance(receipt, TaskReceipt):
                 self._book(index, receipt)
 
-    def _count_lost(self, error: Exception) -> None:
-        """Takes in what an attempt had counted that is not tried again in this run."""
-        if isinstance(error, BatchrunError) and error.counters is not None:
-            self.total += error.counters
-
     def _safe(self) -> str:
         if self.order.retry is not None:
             return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
         staged = sum(self.staged.values())
-        parts = self.layout.partitions - len(self.work) + len(self.receipts)
         return (
             f"{self.rows_committed + staged:,} of {self.plan.rows:,} rows are safe: {self.rows_committed:,} in "
-            f"{parts:,} of {self.layout.partitions:,} parts, {staged:,} staged"
+            f"{self._parts():,} of {self.layout.partitions:,} parts, {staged:,} staged"
         )
 
-    def _note_slow(self, receipt: TaskReceipt) -> None:
-        mine = receipt.counters
-        slow = SlowPartition(mine.partition, receipt.seconds, mine.rows, mine.tokens, receipt.worker)
-        self.slowest = sorted([*self.slowest, slow], key=lambda s: -s.seconds)[:SLOWEST]
-
-    def _note_engine(self, worker: str, stats: EngineStats | None) -> None:
-        if stats is None or not stats.pid:  # not loaded yet
-            return
-        key = (worker, stats.pid)
-        if self.before and key in self.before:
-            stats = stats.since(self.before[key])
-            if not stats.requests:  # perhaps another model's
-                return
-        # A heartbeat may be older than the receipt that came before it.
-        if key not in self.engines or not stats.is_before(self.engines[key]):
-            self.engines[key] = stats
+    def _parts(self) -> int:
+        """How many the output has, those of earlier runs included."""
+        return self.layout.partitions - len(self.work) + len(self.receipts)
 
 
 def _register(client: Client) -> None:

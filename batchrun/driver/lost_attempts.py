@@ -13,7 +13,7 @@ from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded, TooMany
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
 from batchrun.worker.engine_health import LOADS
-from batchrun.worker.task import Task
+from batchrun.worker.order import Task
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,14 @@ class LostAttemptPolicy:
     with the guilty one."""
 
     def __init__(self, plan: Plan, folder: Folder, layout: Layout, proven: bool) -> None:
-        self.proven = proven  # whether an engine has ever finished a row of this output
-        self.given_up: dict[str, EngineError] = {}  # workers whose engine is not loaded any more, and why
+        # Whether an engine has ever finished a row of this output.
+        self.proven = proven
+        # Workers whose engine is not loaded any more, and why.
+        self.given_up: dict[str, EngineError] = {}
         self._plan, self._folder, self._layout = plan, folder, layout
         self._search = PoisonRowSearch()
-        self._staged: dict[int, int] = {}  # objects seen for partitions whose attempts were lost
+        # Objects seen for partitions whose attempts were lost.
+        self._staged: dict[int, int] = {}
 
     @property
     def suspected(self) -> Collection[int]:
@@ -110,6 +113,7 @@ class LostAttemptPolicy:
         self._search.progress(partition)
 
     def committed(self, partition: int) -> None:
+        """The partition's part is there: it is no suspect any more."""
         self.progress(partition)
         self._search.open.pop(partition, None)
 
@@ -119,12 +123,14 @@ class LostAttemptPolicy:
         """The next ones to begin: one partition to a worker."""
         busy = {isolated.worker for isolated in running}
         idle = [worker for worker in self.able(workers) if worker not in busy]
-        random.shuffle(idle)  # so that no suspect depends on one bad machine
+        # So that no suspect depends on one bad machine.
+        random.shuffle(idle)
         tried = {isolated.partition for isolated in running}
         for partition, worker in zip([i for i in self.suspected if i not in tried], idle, strict=False):
             yield IsolatedAttempt(partition, worker)
 
     def task(self, isolated: IsolatedAttempt) -> Task:
+        """What the worker of an isolated attempt is sent."""
         partition = self._plan.partitions[isolated.partition]
         poison_rows = dict.fromkeys(self._search.open[isolated.partition].poison_rows, WHY)
         return Task(

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SECONDS = 10.0  # for the whole request: a webhook never keeps a run from ending
+# For the whole request: a webhook never keeps a run from ending.
+SECONDS = 10.0
 
 
 def notifying(job: Job, work: Callable[[], RunResult]) -> RunResult:
@@ -68,7 +69,8 @@ def _send(job: Job, values: dict[str, Any]) -> None:
             request = urllib.request.Request(url, data, headers)
             with urllib.request.urlopen(request, timeout=SECONDS):
                 problem.clear()
-        except Exception as error:  # whatever it is, the run has ended as it has
+        except Exception as error:
+            # Whatever it is, the run has ended as it has.
             problem[0] = redact(one_line(error))
 
     thread = threading.Thread(target=post, name="batchrun-notify", daemon=True)

@@ -14,13 +14,12 @@ from collections.abc import Collection
 
 from batchrun.errors import BatchrunError, TooManyFaults
 
-STRIKES = (
-    3  # lost attempts without progress: of a partition, of a row alone, of a worker that loads no engine
-)
-HOPELESS = 16  # lost attempts in a row, anywhere in the run, that left nothing behind
-MAX_POISON_ROWS = (
-    20  # rows in one run: each costs a dozen starts of the engine, so more are no single rows' fault
-)
+# Lost attempts without progress: of a partition, of a row alone, of a worker that loads no engine.
+STRIKES = 3
+# Lost attempts in a row, anywhere in the run, that left nothing behind.
+HOPELESS = 16
+# Rows in one run: each costs a dozen starts of the engine, so more are no single rows' fault.
+MAX_POISON_ROWS = 20
 
 
 class Bisection:

@@ -7,14 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from batchrun.dataset.plan import (
-    Plan,
-    carried_columns,
-    check_output_names,
-    extend,
-    joined,
-    make_plan,
-)
+from batchrun.dataset.plan import Plan, carried_columns, check_output_names, joined
+from batchrun.dataset.planner import extend, make_plan
 from batchrun.dataset.rows import all_rows
 from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
 from batchrun.engine.names import refuse_wrong_name
@@ -27,7 +21,7 @@ from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed_rows, identity, plans, retry
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
-from batchrun.output.output import layout_of, open_folder
+from batchrun.output.output import Output, layout_of, open_folder
 from batchrun.prompt.codec import PromptCodec, open_codec
 from batchrun.prompt.template import prompt_columns
 from batchrun.prompt.tokens import check_sample
@@ -43,15 +37,18 @@ class Prepared:
     """A job that was checked: what the driver hands out, what workers need, and what pins the output.
 
     `plans` are all of the output's, of which the first `known` were read from it; `plan` is all of them as one.
+    `pinned` is the identity that the output had then, None where nothing was ever run into it.
     """
 
     job: Job
     plans: list[Plan]
     known: int
     model: ModelFolder
+    pinned: Identity | None
 
     @cached_property
     def plan(self) -> Plan:
+        """All plans of the output as one."""
         return joined(self.plans)
 
     @cached_property
@@ -61,14 +58,21 @@ class Prepared:
 
     @cached_property
     def folder(self) -> Folder:
+        """Where the output is, or will be."""
         return open_folder(self.job)
 
     @cached_property
     def layout(self) -> Layout:
+        """The output's keys."""
         return layout_of(self.plans, self.job.output.partition_by)
+
+    def output(self, pinned: Identity) -> Output:
+        """The job's output, with what it is pinned to by now."""
+        return Output(self.folder, self.job.output, pinned, self.plan, self.layout)
 
     @cached_property
     def identity(self) -> Identity:
+        """What the output is pinned to if this is its first run, and compared with otherwise."""
         settings = self.job.deciding()
         written = self.job.as_written(settings)
         fingerprint = self._fingerprint()
@@ -84,7 +88,7 @@ class Prepared:
 
     def _fingerprint(self) -> str:
         """The model's as the output pins it: an output that pinned samples of the same weights goes on with them."""
-        pinned = identity.read(self.folder)
+        pinned = self.pinned
         if pinned is None or pinned.model_fingerprint == self.model.fingerprint:
             return self.model.fingerprint
         known = {
@@ -115,9 +119,10 @@ def look(job: Job) -> Prepared:
         stored = plans.read(open_folder(job)) if job.input.since else []
     planned = _plan(job, stored)
     with first_contact():
-        made = _as_pinned(job, planned, identity.read(open_folder(job)))
+        pinned = identity.read(open_folder(job))
+    made = _as_pinned(job, planned, pinned)
     refuse_files_in_output(job, (file.path for plan in made for file in plan.files))
-    prepared = _prepare(job, [*stored, *made], len(stored))
+    prepared = _prepare(job, [*stored, *made], len(stored), pinned)
     if not prepared.plan.rows:
         _empty(job)
     return prepared
@@ -155,10 +160,11 @@ def prepare_again(job: Job) -> Prepared:
     """
     folder = open_folder(job)
     with first_contact():
-        stored = [] if identity.read(folder) is None else plans.read(folder)
+        pinned = identity.read(folder)
+        stored = [] if pinned is None else plans.read(folder)
     if not stored:
         raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
-    return _prepare(job, stored, len(stored))
+    return _prepare(job, stored, len(stored), pinned)
 
 
 def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
@@ -179,7 +185,7 @@ def _as_pinned(job: Job, made: list[Plan], pinned: Identity | None) -> list[Plan
     return [earlier] if pinned.plan_hash == earlier.hash else made
 
 
-def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
+def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -> Prepared:
     if not elsewhere(job.cluster):
         refuse_wrong_name(job.engine.kind)
     schema = plans[0].schema
@@ -189,7 +195,7 @@ def _prepare(job: Job, plans: list[Plan], known: int) -> Prepared:
     # Its bytes are hashed beside this, and nobody waits for them yet.
     model = resolve(job.model)
     check_model(model.path)
-    return Prepared(job, plans, known, model)
+    return Prepared(job, plans, known, model, pinned)
 
 
 def elsewhere(cluster: ClusterSettings) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
@@ -14,7 +15,7 @@ from types import ModuleType
 
 from batchrun.counters import SUMS
 from batchrun.driver.prepare import Prepared
-from batchrun.errors import BatchrunError, ExitCode, LeaseHeld, StorageError, one_line
+from batchrun.errors import BatchrunError, ExitCode, InternalError, LeaseHeld, StorageError, one_line
 from batchrun.storage.folder import PROBE_PATIENCE
 from batchrun.telemetry import engine_log, record
 from batchrun.telemetry.milestones import Milestones
@@ -24,7 +25,8 @@ from batchrun.telemetry.redact import Redactor
 
 log = logging.getLogger(__name__)
 
-WRITE_EVERY = 15.0  # seconds between two puts of a running run's record
+# Seconds between two puts of a running run's record.
+WRITE_EVERY = 15.0
 
 
 @contextmanager
@@ -40,7 +42,8 @@ def observed(
         callbacks = [on_progress]
         port = prepared.job.cluster.metrics_port
         if port is not None:
-            from batchrun.telemetry import prometheus  # only who asks for metrics pays for them
+            # Only who asks for metrics pays for them.
+            from batchrun.telemetry import prometheus
 
             info = {"model": prepared.job.model.name, "output": prepared.folder.name}
             callbacks.insert(0, stack.enter_context(prometheus.serve(port, info)))
@@ -55,7 +58,8 @@ def observed(
             yield forward
         except BaseException as error:
             # A store that has just failed for minutes is not waited for again; it may be the input's, though.
-            recorder.end(*_outcome(error), PROBE_PATIENCE if isinstance(error, StorageError) else None)
+            patience = PROBE_PATIENCE if isinstance(error, StorageError) else None
+            recorder.end(*_outcome(error), _traceback(error), patience)
             raise
         recorder.end("complete")
 
@@ -123,7 +127,9 @@ class Recorder:
             samples=self._timeline.columns(),
         )
 
-    def end(self, outcome: str, message: str = "", patience: float | None = None) -> None:
+    def end(
+        self, outcome: str, message: str = "", traceback: str = "", patience: float | None = None
+    ) -> None:
         """Writes the record for the last time, then the report. A run never fails over what only tells of it."""
         self._ended.set()
         self._thread.join()
@@ -131,6 +137,7 @@ class Recorder:
             self.record,
             outcome=outcome,
             message=message,
+            traceback=traceback,
             seconds=time.monotonic() - self._began,
             milestones=self.milestones.seconds,
         )
@@ -141,7 +148,8 @@ class Recorder:
             self._write(patience)
             _import_report().write(self.prepared.job, self.redact)
             self.milestones.reach("report")
-        except Exception as error:  # whatever it is, the answers are there and the run's own outcome stands
+        except Exception as error:
+            # Whatever it is, the answers are there and the run's own outcome stands.
             log.warning("the run's report could not be written: %s: %s", type(error).__name__, error)
 
     def _write_now_and_then(self) -> None:
@@ -168,6 +176,15 @@ def _outcome(error: BaseException) -> tuple[str, str]:
         interrupted = error.exit_code == ExitCode.INTERRUPTED or isinstance(error, LeaseHeld)
         return ("interrupted" if interrupted else "failed"), error.what
     return "failed", one_line(error)
+
+
+def _traceback(error: BaseException) -> str:
+    """Where the program went wrong; empty for an error that is no mistake of its own."""
+    if isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, BatchrunError) and not isinstance(error, InternalError)
+    ):
+        return ""
+    return "".join(traceback.format_exception(error))
 
 
 def _sample(now: Progress) -> dict[str, float | None]:

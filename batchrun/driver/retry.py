@@ -85,7 +85,8 @@ def _retry(
     milestones: Milestones,
 ) -> RunResult:
     prepared = prepare_again(job)
-    folder, layout = prepared.folder, prepared.layout
+    assert prepared.pinned is not None
+    folder, output = prepared.folder, prepared.output(prepared.pinned)
     written = manifest.read(folder)
     if written is None:
         raise OutputError("not complete yet", folder.name, "finish it with `batchrun run` first")
@@ -93,12 +94,12 @@ def _retry(
     milestones.reach("planned")
     try_store(folder)
     with Workers(prepared, client, milestones) as workers, Lease(folder, force=force) as lease:
-        found, _ = manifest.summaries(folder, layout)
+        found, _ = manifest.summaries(output)
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)
         work = {} if one is None else one.work(found)
         dispatch = Dispatch(prepared, work, stop, on_progress, milestones, one)
         if work:
             workers.begin()
-        done = finish(prepared, dispatch, lease, workers)
+        done = finish(prepared, output, dispatch, lease, workers)
     return result(prepared, done, milestones, dispatch)

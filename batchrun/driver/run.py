@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from distributed import Client
 
+from batchrun import signals
 from batchrun.counters import Counters
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
@@ -20,10 +21,13 @@ from batchrun.driver.notify import notifying
 from batchrun.driver.prepare import Prepared, look, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.workers import Workers
+from batchrun.errors import ExitCode
 from batchrun.job.job import Job
-from batchrun.output import failed_rows, identity, lease, manifest, plans, retry, state
+from batchrun.output import identity, lease, manifest, plans, retry, state
+from batchrun.output.identity import Identity
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
+from batchrun.output.output import Output
 from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder, deadline
@@ -91,9 +95,9 @@ def _run(
         try_prompt(prepared)
         milestones.reach("planned")
         with Lease(prepared.folder, force=force) as held:
-            _pin(prepared)
-            dispatch = Dispatch(prepared, _uncommitted(prepared), stop, on_progress, milestones)
-            done = finish(prepared, dispatch, held, workers)
+            output = prepared.output(_pin(prepared))
+            dispatch = Dispatch(prepared, _uncommitted(output), stop, on_progress, milestones)
+            done = finish(prepared, output, dispatch, held, workers)
     return result(prepared, done, milestones, dispatch)
 
 
@@ -105,7 +109,9 @@ def try_store(folder: Folder) -> None:
         )
 
 
-def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, workers: Workers) -> Manifest:
+def finish(
+    prepared: Prepared, output: Output, dispatch: Dispatch, lease: Lease, workers: Workers
+) -> Manifest:
     """Works off what the dispatch has to do, and writes what stands beside the parts, the manifest last."""
 
     def guard(now: Progress) -> None:
@@ -125,21 +131,21 @@ def finish(prepared: Prepared, dispatch: Dispatch, lease: Lease, workers: Worker
                 dispatch.execute(workers.client)
             finally:
                 workers.end()
-        done = _conclude(prepared, dispatch)
+        done = _conclude(prepared.job, output, dispatch)
+        # Whatever still interrupts the process, the output is complete.
+        signals.decided(ExitCode.FAILED_ROWS if done.failed else ExitCode.COMPLETE)
+        signals.safe = f"stopped; the output is complete: {prepared.folder.name}"
         dispatch.milestones.reach("manifest")
         return done
 
 
-def _conclude(prepared: Prepared, dispatch: Dispatch) -> Manifest:
-    folder, layout, job, plan = prepared.folder, prepared.layout, prepared.job, prepared.plan
-    pinned = identity.read(folder) or prepared.identity
+def _conclude(job: Job, output: Output, dispatch: Dispatch) -> Manifest:
     # A retry's parts may be replaced again at the same length: only a run's are what they were for good.
     receipts = dispatch.receipts if dispatch.order.retry is None else {}
     if job.output.failed is not None:
-        found, _ = manifest.summaries(folder, layout, receipts)
-        failed_rows.complete(folder, layout, found, job.output, places_in(job, plan))
-    rows = [partition.rows for partition in plan.partitions]
-    return manifest.write(folder, layout, pinned.job_hash, rows, receipts, job.output.failed)
+        found, _ = manifest.summaries(output, receipts)
+        output.failed_rows.complete(found, places_in(job, output.plan))
+    return manifest.write(output, receipts)
 
 
 def _spent(prepared: Prepared) -> float:
@@ -149,11 +155,11 @@ def _spent(prepared: Prepared) -> float:
     return sum(past.worker_seconds for past in record.read_all(prepared.folder))
 
 
-def _uncommitted(prepared: Prepared) -> dict[int, int]:
+def _uncommitted(output: Output) -> dict[int, int]:
     """Partitions without a part and their rows, in the plans' order."""
-    found = state.scan(prepared.folder, prepared.layout)
-    found.refuse_foreign(prepared.folder)
-    return {i: prepared.plan.partitions[i].rows for i in np.flatnonzero(~found.committed).tolist()}
+    found = output.scan()
+    found.refuse_foreign(output.folder)
+    return {i: output.rows[i] for i in np.flatnonzero(~found.committed).tolist()}
 
 
 def _finished(prepared: Prepared) -> Manifest | None:
@@ -164,35 +170,48 @@ def _finished(prepared: Prepared) -> Manifest | None:
         OutputError: it has other files, and no run of a job was ever started there.
     """
     folder = prepared.folder
-    if identity.read(folder) is None:
+    if prepared.pinned is None:
         # Whatever is in data/ is somebody else's, and so is the folder: not even a plan is left in it.
         state.scan(folder, prepared.layout).refuse_foreign(folder)
         return None
-    _compare(prepared)
+    _compare(prepared, prepared.pinned)
     written = manifest.read(folder)
     if written is None or written.failed_folder != prepared.job.output.failed:
         return None
     return written if written.describes(state.scan(folder, prepared.layout)) else None
 
 
-def _pin(prepared: Prepared) -> None:
-    if identity.read(prepared.folder) is not None:
-        _compare(prepared)
-        plans.add(prepared.folder, prepared.plans, max(prepared.known, 1))
-        return
+def _pin(prepared: Prepared) -> Identity:
+    """Pins the job and its plans, or the plans that are new; what the output is pinned to from now on.
+
+    Of an output that was compared before this run had its lease, it is read again: another run may have come between.
+    """
+    folder = prepared.folder
+    stored = None if prepared.pinned is None else identity.read(folder)
+    if stored is not None:
+        if stored != prepared.pinned:
+            _compare(prepared, stored)
+        plans.add(folder, prepared.plans, max(prepared.known, 1))
+        return stored
     # The job pins its first plan. A job without a plan would pin an input that nobody can tell any more.
-    plans.add(prepared.folder, prepared.plans, prepared.known)
-    _compare(prepared)
+    plans.add(folder, prepared.plans, prepared.known)
+    stored = identity.pin(folder, prepared.identity)
+    _compare(prepared, stored)
+    return stored
 
 
-def _compare(prepared: Prepared) -> None:
+def _compare(prepared: Prepared, pinned: Identity) -> None:
+    """Raises ChangedError where the output is of other inputs or of another job, which no retry brought in."""
     folder = prepared.folder
 
     def input_changes() -> list[str]:
         stored = plans.read(folder)
         return difference(joined(stored), prepared.plan) if stored else []
 
-    identity.pin(folder, prepared.identity, input_changes, [one.identity for one in retry.read(folder)])
+    def retried() -> list[Identity]:
+        return [one.identity for one in retry.read(folder)]
+
+    identity.refuse_other(pinned, prepared.identity, folder.name, input_changes, retried)
 
 
 def result(
@@ -213,8 +232,8 @@ def result(
         milestones=milestones.seconds,
         finish_reasons=done.finish_reasons,
         empty=done.empty,
-        counts=dispatch.total if dispatch else Counters(),
-        engines=list(dispatch.engines.values()) if dispatch else [],
+        counts=dispatch.totals.counts if dispatch else Counters(),
+        engines=list(dispatch.totals.engines.values()) if dispatch else [],
         part_keys=[part.key for part in done.parts],
         storage_options=prepared.job.output.storage_options,
     )

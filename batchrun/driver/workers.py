@@ -13,7 +13,7 @@ from batchrun.cluster import connect, is_local, refuse_unusable
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import EngineSpec
 from batchrun.telemetry.milestones import Milestones
-from batchrun.worker.task import start_engine
+from batchrun.worker.plugin import start_engine
 
 
 class Workers:

@@ -28,14 +28,17 @@ class PaddedBatch:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest row's start."""
         return max(map(_length, self.requests))
 
     @property
     def new_tokens(self) -> int:
+        """Tokens that may still be generated for the row that lacks most."""
         return max(request.remaining for request in self.requests)
 
     @property
     def padded_tokens(self) -> int:
+        """Tokens of the whole rectangle, those still to come included."""
         return len(self.requests) * (self.longest + self.new_tokens)
 
     def rectangle(self, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

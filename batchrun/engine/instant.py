@@ -16,9 +16,11 @@ class InstantEngine:
 
     @classmethod
     def load(cls, spec: EngineSpec) -> Self:
+        """There is nothing to load."""
         return cls()
 
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        """See `Engine`."""
         stats = self.stats
         for request in requests:
             if request is None:

@@ -17,9 +17,10 @@ from transformers import GenerationConfig
 from batchrun.engine.batching import PaddedBatch, by_length, take_batch
 from batchrun.engine.loading import choose_dtype, load_config, load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
-from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, EngineStats, Request
+from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, EngineStats, Request, TokenValues
 from batchrun.engine.steps import BatchState, logits_processors
 from batchrun.engine.stopping import StopStrings
+from batchrun.engine.token_values import ValuesOfTokens, first, join, to_numpy
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 # A small model's CPU time for 120 rows of about 250 tokens: 6.3 s with batches of 1,024 padded tokens,
@@ -56,6 +57,7 @@ class PaddedEngine:
         )
         self._stop_ids = torch.tensor(spec.stop_token_ids, dtype=torch.int64, device=spec.device)
         self._stop_strings = StopStrings(spec)
+        self._values_of_tokens = ValuesOfTokens(spec.sampling)
         self._left = not model.config.is_encoder_decoder
         # The model's own generation config would add what the job did not ask for: beams, penalties, lengths.
         own = model.generation_config
@@ -77,6 +79,7 @@ class PaddedEngine:
 
     @classmethod
     def load(cls, spec: EngineSpec) -> Self:
+        """See `Engine`."""
         model, why_not_flash = _load_with_best_attention(spec)
         engine = cls(spec, model)
         if why_not_flash:
@@ -84,10 +87,11 @@ class PaddedEngine:
         return engine
 
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        """See `Engine`."""
         for window in _windows(requests, self.window_rows):
             if not self._left:
                 for request in window:  # a decoder of its own starts over
-                    request.generated = NO_TOKENS
+                    request.generated, request.values = NO_TOKENS, {}
             waiting = deque(self.order(window))
             self.stats.requests += len(waiting)
             while waiting:
@@ -120,13 +124,14 @@ class PaddedEngine:
             state = self._new_state(batch)
             tokens = self._model_generate(batch, state)
             tokens = tokens[:, state.width :].to("cpu", torch.int32)
+            values = self._values_by_row(state)
             outcomes = torch.stack([state.lengths, state.stopped, state.broken, state.cut]).cpu().numpy()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         else:
             self._count(batch, state.steps, time.monotonic() - started)
-            rows = zip(batch.requests, tokens.numpy(), outcomes.T, strict=True)
+            rows = zip(batch.requests, tokens.numpy(), values, outcomes.T, strict=True)
             return [completion for row in rows if (completion := self._completion(*row))]
         # Out of the except block: the error's traceback holds the very tensors that are to be freed.
         self._shrink(batch)
@@ -135,7 +140,9 @@ class PaddedEngine:
     def _new_state(self, batch: PaddedBatch) -> BatchState:
         # `generate` gives answers back after the prompts, or after the one token that starts a decoder.
         width = batch.longest if self._left else 1
-        return BatchState(batch.requests, self._stop_ids, self._stop_strings, width, self.stats)
+        return BatchState(
+            batch.requests, self._stop_ids, self._stop_strings, width, self.stats, self._values_of_tokens
+        )
 
     def _model_generate(self, batch: PaddedBatch, state: BatchState, **options: Any) -> Any:
         """Start and answer of each row, int64 (rows, width + steps)."""
@@ -152,6 +159,14 @@ class PaddedEngine:
                 stopping_criteria=[state],
             )
 
+    def _values_by_row(self, state: BatchState) -> list[TokenValues]:
+        """Each row's values of all the batch's steps."""
+        if not state.values:
+            return [{} for _ in state.requests]
+        steps = {name: torch.stack([step[name] for step in state.values], dim=1) for name in state.values[0]}
+        columns = to_numpy(steps)
+        return [{name: column[row] for name, column in columns.items()} for row in range(len(state.requests))]
+
     def _count(self, batch: PaddedBatch, steps: int, seconds: float) -> None:
         # The rectangle: prompts as wide as the longest, and a column per step for every row, finished or
         # not. The last column was sampled and never run; counted on both sides, a batch without padding is
@@ -162,7 +177,7 @@ class PaddedEngine:
         self.stats.busy_seconds += seconds
 
     def _completion(
-        self, request: Request, tokens: NDArray[np.int32], outcome: NDArray[np.int64]
+        self, request: Request, tokens: NDArray[np.int32], values: TokenValues, outcome: NDArray[np.int64]
     ) -> Completion | None:
         length, stopped, broken, cut = outcome.tolist()
         if broken:
@@ -171,10 +186,11 @@ class PaddedEngine:
             )
         self.stats.output_tokens += length
         answer = np.concatenate([request.generated, tokens[:length]])
+        values = join([request.values, first(values, length)])
         if not cut:
-            return Completion(request.id, answer, "stop" if stopped else "length")
+            return Completion(request.id, answer, "stop" if stopped else "length", values=values)
         if self._left:
-            request.generated = answer
+            request.generated, request.values = answer, values
         return request.so_far() if request.cancelled else None
 
     def _shrink(self, batch: PaddedBatch) -> None:

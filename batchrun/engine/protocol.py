@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from batchrun.errors import RowFault
 
 TokenIds = NDArray[np.int32]
 NO_TOKENS: TokenIds = np.empty(0, np.int32)
+
+TokenValues = dict[str, NDArray[Any]]
+"""What comes beside tokens, such as their log probabilities: by name, arrays of a value or a row for each token."""
 
 
 @dataclass(slots=True)
@@ -26,7 +29,8 @@ class Request:
     64-bit number, the same in every run: with the job's seed and the position it decides the sampling noise.
     `token_ids` (prompt length,) is never empty, and `len(token_ids) + max_new_tokens` fits the model's context.
     `generated` (fewer than max_new_tokens,) are the first tokens of the answer, from an earlier attempt: an engine
-    goes on behind them, as if it had generated them itself, or starts over where its model cannot.
+    goes on behind them, as if it had generated them itself, or starts over where its model cannot; `values` are
+    theirs.
     Of rows that wait, those of the lowest `stream` go first: it ends while later ones keep the engine busy.
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
     """
@@ -38,6 +42,7 @@ class Request:
     generated: TokenIds = field(default_factory=lambda: NO_TOKENS)
     cancelled: bool = False
     stream: int = 0
+    values: TokenValues = field(default_factory=dict)
 
     @property
     def start(self) -> TokenIds:
@@ -49,9 +54,11 @@ class Request:
         """Tokens that may still be generated."""
         return self.max_new_tokens - len(self.generated)
 
-    def so_far(self, generated: TokenIds | None = None) -> Completion:
-        """The completion of a cancelled request: its tokens up to now."""
-        return Completion(self.id, self.generated if generated is None else generated, "cancelled")
+    def so_far(self, generated: TokenIds | None = None, values: TokenValues | None = None) -> Completion:
+        """The completion of a cancelled request: its tokens up to now, with their values."""
+        if generated is None:
+            generated, values = self.generated, self.values
+        return Completion(self.id, generated, "cancelled", values=values or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +69,22 @@ class Completion:
     "stop" (a stop token or a stop string), "length" (`max_new_tokens` were generated), "error" (see `fault`) or
     "cancelled": not an answer, but the tokens up to where the engine let go of it.
     A stop string ends generation at the token that completes it; the text is cut where it is decoded.
+    `values` are the tokens' own, if the sampling asks for any: see `batchrun.engine.token_values`.
     """
 
     id: int
     token_ids: TokenIds
     finish_reason: str
     fault: RowFault | None = None
+    values: TokenValues = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a token is chosen, in transformers' own words; `temperature` 0 is greedy."""
+    """How a token is chosen, in transformers' own words; `temperature` 0 is greedy.
+
+    `logprobs`: log probabilities are wanted, of the chosen tokens and of so many likeliest ones.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -81,6 +93,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

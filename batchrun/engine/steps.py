@@ -21,6 +21,7 @@ from transformers import (
 from batchrun.engine.noise import gumbel, signed
 from batchrun.engine.protocol import EngineStats, Request, Sampling
 from batchrun.engine.stopping import StopStrings
+from batchrun.engine.token_values import ValuesOfTokens
 
 # On a CPU, noise for so many (row, token) pairs at a time stays in the cache: 84 instead of 298 ms for 256
 # rows of 32,000 tokens on one core.
@@ -32,6 +33,7 @@ class BatchState(StoppingCriteria):
     """The rows' ends, kept on the device; `generate` asks after every step which rows are done.
 
     `lengths` (rows,) is how many new tokens of each answer count, `stopped` and `broken` (rows,) why it ended early.
+    `values` are those of each step's tokens, (rows,) or (rows, width).
     Once a request is cancelled the whole batch ends: `cut` (rows,) are those that would have gone on.
     """
 
@@ -42,6 +44,7 @@ class BatchState(StoppingCriteria):
         stop_strings: StopStrings,
         width: int,
         stats: EngineStats,
+        values_of_tokens: ValuesOfTokens,
     ) -> None:
         device = stop_ids.device
         self.requests, self.stats = requests, stats
@@ -57,11 +60,18 @@ class BatchState(StoppingCriteria):
         # `generate` hands over prompt and answer in one tensor; the answer starts here.
         self.width = width
         self.steps = 0
+        self.values_of_tokens = values_of_tokens
+        # The step's logits as the model gave them, and what was computed from those of every step.
+        self.logits: Tensor | None = None
+        self.values: list[dict[str, Tensor]] = []
         self._looked = time.monotonic()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """(rows,) bool: which rows are done after this step. `input_ids` (rows, width + steps)."""
         self.steps += 1
         self.stats.steps += 1
+        if self.logits is not None:
+            self.values.append(self.values_of_tokens.compute(self.logits, input_ids[:, -1]))
         stops = torch.isin(input_ids[:, -1], self.stop_ids)
         if self.stop_strings:
             stops |= self._string_completed(input_ids, ~(self.done | stops))
@@ -104,8 +114,11 @@ class CheckLogits(LogitsProcessor):
         self.state = state
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, vocabulary) logits of numbers only."""
         # NaN and infinity both come through a maximum; a single -inf is a legal "never this token".
         broken = ~torch.isfinite(scores.amax(-1))
+        if self.state.values_of_tokens:
+            self.state.logits = scores
         self.state.broken |= broken & ~self.state.done
         return scores.masked_fill(broken.unsqueeze(1), 0.0)
 
@@ -117,6 +130,7 @@ class GumbelNoise(LogitsProcessor):
         self.seed, self.state = seed, state
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, vocabulary) logits with the noise of this step added in place."""
         vocab = scores.shape[-1]
         rows = max(1, CACHED_NOISE // vocab) if scores.device.type == "cpu" else len(scores)
         state = self.state

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.engine.protocol import NO_TOKENS, Completion, EngineStats, Request, TokenIds
+from batchrun.engine.protocol import NO_TOKENS, Completion, EngineStats, Request, TokenIds, TokenValues
+from batchrun.engine.token_values import join
 from batchrun.errors import BatchrunError, RowFault
 
 # A request's id on the wire is its stream's number and its place in that stream.
@@ -26,10 +27,11 @@ class RequestPack:
     lengths: NDArray[np.int32]
     max_new_tokens: NDArray[np.int32]
     row_seeds: list[int]
-    generated: dict[int, TokenIds]
+    generated: dict[int, tuple[TokenIds, TokenValues]]
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
+        """Packs requests of a stream, of which `first_place` were sent before."""
         return cls(
             stream,
             first_place,
@@ -37,18 +39,19 @@ class RequestPack:
             np.array([len(request.token_ids) for request in requests], np.int32),
             np.array([request.max_new_tokens for request in requests], np.int32),
             [request.row_seed for request in requests],
-            {i: request.generated for i, request in enumerate(requests) if len(request.generated)},
+            {i: (one.generated, one.values) for i, one in enumerate(requests) if len(one.generated)},
         )
 
     def unpack(self) -> Iterator[Request]:
+        """The requests, under ids of the wire's own: the stream's number and the place in it."""
         number = (self.stream << PLACE_BITS) + self.first_place
         start = 0
         for i, (length, limit, seed) in enumerate(
             zip(self.lengths.tolist(), self.max_new_tokens.tolist(), self.row_seeds, strict=True)
         ):
-            generated = self.generated.get(i, NO_TOKENS)
+            generated, values = self.generated.get(i, (NO_TOKENS, {}))
             ids = self.token_ids[start : start + length]
-            yield Request(number + i, ids, limit, seed, generated, stream=self.stream)
+            yield Request(number + i, ids, limit, seed, generated, stream=self.stream, values=values)
             start += length
 
 
@@ -62,9 +65,11 @@ class CompletionPack:
     finish_reasons: list[str]
     faults: dict[int, RowFault]
     stats: EngineStats | None
+    values: TokenValues
 
     @classmethod
     def pack(cls, completions: Sequence[Completion], stats: EngineStats | None) -> CompletionPack:
+        """Packs completions of any streams, perhaps none."""
         arrays = [completion.token_ids for completion in completions]
         return cls(
             np.array([completion.id for completion in completions], np.int64),
@@ -73,6 +78,7 @@ class CompletionPack:
             [completion.finish_reason for completion in completions],
             {i: completion.fault for i, completion in enumerate(completions) if completion.fault},
             stats,
+            join([completion.values for completion in completions]),
         )
 
     def by_stream(self) -> Iterator[tuple[int, NDArray[np.intp]]]:
@@ -92,6 +98,7 @@ class CompletionPack:
                 self.token_ids[end - length : end],
                 self.finish_reasons[i],
                 self.faults.get(i),
+                {name: column[end - length : end] for name, column in self.values.items()},
             )
 
 

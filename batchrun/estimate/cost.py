@@ -60,9 +60,11 @@ class Range:
     high: float
 
     def times(self, factor: float) -> Range:
+        """The range scaled."""
         return Range(self.low * factor, self.likely * factor, self.high * factor)
 
     def plus(self, other: float) -> Range:
+        """The range moved."""
         return Range(self.low + other, self.likely + other, self.high + other)
 
 
@@ -82,6 +84,8 @@ class Estimate:
     source: str
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values, six digits of each."""
+
         def plain(figures: Range | None) -> dict[str, float] | None:
             if figures is None:
                 return None

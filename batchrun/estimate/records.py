@@ -17,7 +17,7 @@ import numpy as np
 from batchrun.cluster.local import visible_gpus
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.choose import BUILT_IN
-from batchrun.engine.process import available_cores
+from batchrun.engine.launch import available_cores
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.hashing import stable_hash
 from batchrun.telemetry import record

@@ -46,10 +46,12 @@ class Sample:
 
     @property
     def rows(self) -> int:
+        """Sampled rows, those without a prompt included."""
         return len(self.prompts) + len(self.faults)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
+        """(prompts,) tokens of each prompt."""
         return np.array([len(prompt) for prompt in self.prompts], np.int64)
 
     @property

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, Self
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from batchrun.errors import JobError
 from batchrun.job.explain import explain
 from batchrun.job.prompt import PromptSettings
 from batchrun.job.settings import (
+    ASKED_COLUMNS,
     AnswerSettings,
     ClusterSettings,
     EngineSettings,
@@ -49,7 +50,7 @@ class Job(Settings):
     generation: GenerationSettings = Field(
         GenerationSettings(), description="how tokens are chosen, in transformers' own words"
     )
-    answer: AnswerSettings = Field(AnswerSettings(), description="what an answer is taken apart into")
+    answer: AnswerSettings = Field(AnswerSettings(), description="what is written beside the answer's text")
     engine: EngineSettings = Field(
         EngineSettings(), description="what runs the model, and its budgets; decides no answer"
     )
@@ -73,11 +74,18 @@ class Job(Settings):
     _written: dict[str, Any] | None = PrivateAttr(None)
     _environment: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    @field_validator("output")
-    @classmethod
-    def _with_answer_columns(cls, output: OutputSettings, info: ValidationInfo) -> OutputSettings:
-        answer = info.data.get("answer")
-        return output if answer is None else output.with_columns(answer.columns)
+    @model_validator(mode="after")
+    def _asked_columns(self) -> Self:
+        """Columns that are asked for get their names, so that whoever has the output's settings knows of them."""
+        output, asked = self.output, self.answer.columns
+        for name in ASKED_COLUMNS:
+            if name in output.columns and name not in asked:
+                raise ValueError(f"output.columns: {name} is written where the answer section asks for it")
+        answer = output.column("answer")
+        named = {name: own or f"{answer}_{name}" for name, own in asked.items()} | output.columns
+        if named != output.columns:
+            self.__dict__["output"] = output.model_copy(update={"columns": named})
+        return self
 
     @model_validator(mode="after")
     def _priced(self) -> Self:
@@ -186,6 +194,7 @@ class Job(Settings):
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
+        # Like them, only where something is asked for.
         return {
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,

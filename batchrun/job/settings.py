@@ -7,12 +7,16 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from batchrun.errors import nearest
 from batchrun.job.durations import parse_deadline
 
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
+"""Columns that every output has."""
+
+ASKED_COLUMNS = ("logprobs", "top_logprobs", "mean_logprob", "reasoning", "reasoning_tokens")
+"""Columns that an output has if its job asks for them: see `AnswerSettings.columns`."""
 
 # A scheduler's address, whatever comm library has its protocol; http:// is that of its dashboard.
 _ADDRESS = re.compile(r"(?!https?://)(\w+://)?[^\s/]+:\d+(/.*)?|inproc://.+")
@@ -52,6 +56,7 @@ class InputSettings(Settings):
 
     @property
     def paths(self) -> list[str]:
+        """`path` as a list, whatever it was written as."""
         return [self.path] if isinstance(self.path, str) else self.path
 
     @field_validator("path", mode="before")
@@ -121,8 +126,15 @@ class GenerationSettings(Settings):
 
 
 class AnswerSettings(Settings):
-    """What an answer is taken apart into."""
+    """What is written beside the answer's text, and what is taken out of it."""
 
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="log probabilities as columns: of each token of the answer, their mean, and those of so many "
+        "likeliest tokens in its place; 0 is without the latter",
+    )
     reasoning: str | None = Field(
         None,
         min_length=1,
@@ -136,11 +148,15 @@ class AnswerSettings(Settings):
     )
 
     @property
-    def columns(self) -> dict[str, str]:
-        """The names of the columns that it adds to the output, by their own."""
-        if self.reasoning is None:
-            return {}
-        return {"reasoning": self.reasoning, "reasoning_tokens": f"{self.reasoning}_tokens"}
+    def columns(self) -> dict[str, str | None]:
+        """Those of ASKED_COLUMNS that are asked for, with their names where the job gives them here."""
+        found: dict[str, str | None] = {}
+        if self.logprobs is not None:
+            found |= {"logprobs": None, "mean_logprob": None}
+            found |= {"top_logprobs": None} if self.logprobs else {}
+        if self.reasoning is not None:
+            found |= {"reasoning": self.reasoning, "reasoning_tokens": f"{self.reasoning}_tokens"}
+        return found
 
     @model_validator(mode="after")
     def _two_markers_of_a_column(self) -> Self:
@@ -187,7 +203,7 @@ class OutputSettings(Settings):
         min_length=1, description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it"
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description=f"other names for {', '.join(OUTPUT_COLUMNS)}"
+        default_factory=dict, description=f"other names for {', '.join((*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
     )
     failed: str | None = Field(
         None, description="a folder beside data/: the failed rows alone, each with its place in the input"
@@ -220,8 +236,10 @@ class OutputSettings(Settings):
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         for name in columns:
-            if name not in OUTPUT_COLUMNS:
-                raise ValueError(f"{name!r} is no output column{nearest(name, OUTPUT_COLUMNS)}")
+            if name not in (*OUTPUT_COLUMNS, *ASKED_COLUMNS):
+                raise ValueError(
+                    f"{name!r} is no output column{nearest(name, (*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
+                )
             if not columns[name]:
                 raise ValueError(f"give {name} a name, or leave it out")
         return columns
@@ -233,23 +251,13 @@ class OutputSettings(Settings):
             raise ValueError("give the name of a folder beside data/ and _job/, such as failed")
         return failed
 
-    # Those that the job's answer section adds.
-    _more_columns: dict[str, str] = PrivateAttr(default_factory=dict)
-
     @property
-    def answer_columns(self) -> dict[str, str]:
-        """The names of all columns of an answer in this job, by their own: OUTPUT_COLUMNS and those that its answer
-        section adds."""
-        return {**{name: self.column(name) for name in OUTPUT_COLUMNS}, **self._more_columns}
-
-    def with_columns(self, more: dict[str, str]) -> Self:
-        """The same with `more` columns of an answer: their names in this job, by their own."""
-        copy = self.model_copy()
-        copy._more_columns = more
-        return copy
+    def answer_columns(self) -> list[str]:
+        """OUTPUT_COLUMNS and those of ASKED_COLUMNS that the job asks for: a job names these in `columns`."""
+        return [*OUTPUT_COLUMNS, *(name for name in ASKED_COLUMNS if name in self.columns)]
 
     def column(self, name: str) -> str:
-        """The name that the output column `name` (one of OUTPUT_COLUMNS) has in this job."""
+        """The name that the output column `name` (one of `answer_columns`) has in this job."""
         return self.columns.get(name, name)
 
 
@@ -344,6 +352,7 @@ class NotifySettings(Settings):
 
     @property
     def for_slack(self) -> bool:
+        """Whether the message is one for Slack."""
         return self.format == "slack" or (self.format is None and "://hooks.slack.com/" in self.url)
 
 

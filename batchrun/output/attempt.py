@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,11 @@ from batchrun.storage import Folder, NotFound
 log = logging.getLogger(__name__)
 
 
+# In memory offsets of text are 64 bits wide, so that a partition's answers may exceed 2 GB.
+def _wide(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in schema])
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """A committed part: its key, bytes, what it says of itself, and whether this attempt's own bytes won."""
@@ -36,10 +43,14 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class PartialAnswer:
-    """The first tokens (int32) of an answer that is not finished, behind a prompt of so many."""
+    """The first tokens (int32) of an answer that is not finished, behind a prompt of so many.
+
+    `values` are what the engine gave beside them: by name, arrays of a value or a row for each token.
+    """
 
     prompt_tokens: int
     tokens: NDArray[np.int32]
+    values: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Attempt:
@@ -66,20 +77,14 @@ class Attempt:
         self.rows = rows
         self.attempt_id = attempt_id
         self.settings = settings
+        self._schema = chunk.answers_schema(settings.columns)
         # For people.
         self.name_of: Callable[[int], str] = lambda row: f"row {row}"
         self.restored = 0
-        self.begun: dict[
-            int, PartialAnswer
-        ] = {}  # by row: what earlier attempts had to let go of, the longest of each
+        # By row: what earlier attempts had to let go of, the longest of each.
+        self.begun: dict[int, PartialAnswer] = {}
         self._origin = Origin(layout.hash_of(partition), job_hash, partition)
         self._key = layout.part(partition)
-        # The answers' columns in this job. In memory offsets of text are 64 bits wide, so that a partition's answers
-        # may exceed 2 GB.
-        self._schema = chunk.answers_schema(settings.answer_columns)
-        self._wide = pa.schema(
-            [f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in self._schema]
-        )
         self._chunks_known = False
         self._chunks_written = 0
         self._answers: list[pa.Table] = []
@@ -99,6 +104,7 @@ class Attempt:
 
     @property
     def covered(self) -> bool:
+        """Whether no row is missing any more."""
         return self._held - self._replaced == self.rows
 
     def open(self) -> Receipt | None:
@@ -124,13 +130,13 @@ class Attempt:
         return None
 
     def add(self, answers: pa.Table | pa.RecordBatch) -> None:
-        """Takes finished rows, schema ANSWERS or the job's, in any order, each of them missing until now.
+        """Takes finished rows, schema `chunk.answers_schema`, in any order, each of them missing until now.
 
         Raises:
             ValueError: a row outside the partition, or one that is there already.
         """
         table = pa.Table.from_batches([answers]) if isinstance(answers, pa.RecordBatch) else answers
-        table = chunk.in_schema(table, self._schema)
+        table = chunk.conform(table, self._schema)
         if table.num_rows == 0:
             return
         try:
@@ -147,8 +153,8 @@ class Attempt:
         self._pending_bytes += table.nbytes
 
     def overwrite(self, answers: pa.Table) -> None:
-        """Takes these rows, schema ANSWERS or the job's, in place of the answers that are there already."""
-        self._hold(chunk.in_schema(answers, self._schema))
+        """Takes these rows, schema ANSWERS, in place of the answers that are there already."""
+        self._hold(answers)
         self._replaced += answers.num_rows
 
     def maybe_flush(self) -> bool:
@@ -188,6 +194,7 @@ class Attempt:
                 "row": list(begun),
                 "prompt_tokens": [one.prompt_tokens for one in begun.values()],
                 "tokens": pa.array([one.tokens for one in begun.values()], pa.list_(pa.int32())),
+                "values": [_packed(one.values) for one in begun.values()],
             },
             schema=chunk.PARTIALS,
         )
@@ -213,13 +220,7 @@ class Attempt:
             path = Path(scratch) / "part.parquet"
             try:
                 mine = part.build(
-                    path,
-                    carried,
-                    schema,
-                    answers,
-                    self.settings.answer_columns,
-                    self.settings.compression,
-                    mine,
+                    path, carried, schema, answers, self.settings.columns, self.settings.compression, mine
                 )
             except OSError as error:
                 raise StorageError(
@@ -278,10 +279,9 @@ class Attempt:
             return
         table = chunk.decode_partial(data, self._origin, self.rows)
         tokens = table["tokens"].combine_chunks()
-        for i, (row, prompt) in enumerate(
-            zip(table["row"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True)
-        ):
-            one = PartialAnswer(prompt, tokens[i].values.to_numpy())
+        columns = (table[name].to_pylist() for name in ("row", "prompt_tokens", "values"))
+        for i, (row, prompt, values) in enumerate(zip(*columns, strict=True)):
+            one = PartialAnswer(prompt, tokens[i].values.to_numpy(), _unpacked(values))
             if row not in self.begun or len(one.tokens) > len(self.begun[row].tokens):
                 self.begun[row] = one
 
@@ -293,13 +293,30 @@ class Attempt:
 
     def _hold(self, table: pa.Table) -> None:
         self._place[table["row"].to_numpy()] = np.arange(self._held, self._held + table.num_rows)
-        self._answers.append(table.cast(self._wide))
+        self._answers.append(table.cast(_wide(self._schema)))
         self._held += table.num_rows
 
     def _in_order(self) -> pa.Table:
         table = (
-            pa.concat_tables([self._wide.empty_table(), *self._answers]).combine_chunks().take(self._place)
+            pa.concat_tables([_wide(self._schema).empty_table(), *self._answers])
+            .combine_chunks()
+            .take(self._place)
         )
         if not np.array_equal(table["row"].to_numpy(), np.arange(self.rows)):
             raise AssertionError("rows out of order")
         return table
+
+
+def _packed(values: Mapping[str, NDArray[Any]]) -> bytes | None:
+    if not values:
+        return None
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, **values)
+    return packed.getvalue()
+
+
+def _unpacked(packed: bytes | None) -> dict[str, NDArray[Any]]:
+    if packed is None:
+        return {}
+    with np.load(io.BytesIO(packed), allow_pickle=False) as values:
+        return dict(values)

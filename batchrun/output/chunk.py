@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,18 +26,41 @@ ANSWERS = pa.schema(
     ]
 )
 
-# Columns that a job may ask for beside them, null for rows without an answer: what a reasoning model thought, and how
-# many of the output's tokens that took.
-OPTIONAL = pa.schema([pa.field("reasoning", pa.string()), pa.field("reasoning_tokens", pa.int32())])
+# Columns that the job asks for, beside those. A list has a value for each token of the answer, the ending one too.
+_TOKEN = pa.struct({"token_id": pa.int32(), "token": pa.string(), "logprob": pa.float32()})
+ASKED = pa.schema(
+    [
+        pa.field("logprobs", pa.list_(pa.float32())),
+        pa.field("top_logprobs", pa.list_(pa.list_(_TOKEN))),
+        pa.field("mean_logprob", pa.float32()),
+        pa.field("reasoning", pa.string()),
+        pa.field("reasoning_tokens", pa.int32()),
+    ]
+)
 
-# One row is an answer that was begun: its first tokens, behind a prompt of so many.
+# One row is an answer that was begun: its first tokens, behind a prompt of so many, and the tokens' values as .npz.
 PARTIALS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("prompt_tokens", pa.int32(), nullable=False),
         pa.field("tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("values", pa.binary()),
     ]
 )
+
+
+def answers_schema(asked: Collection[str]) -> pa.Schema:
+    """ANSWERS, and those of the columns ASKED that are named."""
+    return pa.schema([*ANSWERS, *(field for field in ASKED if field.name in asked)])
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table in another schema: columns that only some jobs ask for are null where it lacks them."""
+    for field in schema:
+        if field.name in (*ASKED.names, "values") and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(schema.names).cast(schema)
+
 
 # Parquet checks its pages but not its footer. So a digest of the whole file stands in the footer's metadata,
 # taken while zeros stood in its place; the file stays plain Parquet.
@@ -58,24 +81,8 @@ class Origin:
     partition: int
 
 
-def answers_schema(columns: Iterable[str]) -> pa.Schema:
-    """ANSWERS and those OPTIONAL columns that are among `columns`."""
-    return pa.schema([*ANSWERS, *(field for field in OPTIONAL if field.name in columns)])
-
-
-def in_schema(answers: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The same answers with the columns of a job's `schema`; those that they lack are null."""
-    columns = [
-        answers[field.name]
-        if field.name in answers.column_names
-        else pa.chunked_array([pa.nulls(answers.num_rows, field.type)])
-        for field in schema
-    ]
-    return pa.table(columns, names=schema.names).cast(schema)
-
-
 def encode(rows: pa.Table, origin: Origin, attempt_id: str) -> bytes:
-    """A chunk of `rows` (a job's answers, or PARTIALS), as Parquet bytes."""
+    """A chunk of `rows` (schema ANSWERS or PARTIALS), as Parquet bytes."""
     sink = pa.BufferOutputStream()
     metadata = json.dumps({**asdict(origin), "attempt": attempt_id})
     with pq.ParquetWriter(
@@ -90,7 +97,7 @@ def encode(rows: pa.Table, origin: Origin, attempt_id: str) -> bytes:
 
 
 def decode(data: bytes, expected: Origin, rows: int, schema: pa.Schema = ANSWERS) -> pa.Table:
-    """The answers of a chunk, in their job's `schema`; `rows` is how many its partition has.
+    """The answers of a chunk, in `schema`; `rows` is how many its partition has.
 
     Raises:
         BadChunk: anything but the very bytes that were encoded for this plan, job and partition.
@@ -111,7 +118,7 @@ def _decode(data: bytes, expected: Origin, schema: pa.Schema) -> pa.Table:
     _check_digest(data)
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        table = file.read().cast(schema)
+        table = conform(file.read(), schema)
         origin = json.loads((file.metadata.metadata or {})[b"batchrun"])
         foreign = {key: origin.get(key) for key in asdict(expected)} != asdict(expected)
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:

@@ -20,12 +20,14 @@ from batchrun.output.layout import (
     Layout,
     retry_of_chunk,
 )
+from batchrun.output.output import Output
 from batchrun.storage import Folder
 
 # A temporary file older than this belongs to no put that is still running.
 STALE_SECONDS = 3600.0
 
-PROBES = f"{JOB_FOLDER}probe-"  # of drivers that died while they tried the store
+# Of drivers that died while they tried the store.
+PROBES = f"{JOB_FOLDER}probe-"
 
 _RECORD = re.compile(
     rf"{JOB}|{MANIFEST}|{LEASE}|{JOB_FOLDER}report\.html|{JOB_FOLDER}runs/\d{{8}}T\d{{6}}Z-[^/]+\.json"
@@ -34,24 +36,24 @@ _RECORD = re.compile(
 )
 
 
-def leftovers(folder: Folder, layout: Layout, retrying: int = 0) -> list[str]:
+def leftovers(output: Output, retrying: int = 0) -> list[str]:
     """Keys that finished or killed runs may have left and that no run needs any more, sorted.
 
     That is, what is staged for partitions that are committed, and by retries other than the unfinished one
     (`retrying`, 0 where there is none); temporary files of writes long dead.
     """
-    keys = folder.list(follow_links=False)
-    return sorted([*_swept(keys, layout, retrying), *_stale(folder, keys)])
+    keys = output.folder.list(follow_links=False)
+    return sorted([*_swept(keys, output.layout, retrying), *_stale(output.folder, keys)])
 
 
-def owned(folder: Folder, layout: Layout, failed_folders: Iterable[str] = ()) -> list[str]:
+def owned(output: Output, failed_folders: Iterable[str] = ()) -> list[str]:
     """Every key that batchrun wrote for these plans, sorted: parts, files of failed rows, and what is in _job/.
 
     `failed_folders` are the names that the folder of failed rows has, or had. Files of others, parts of other
     plans, and whatever lies behind a symbolic link are not among them.
     """
-    keys = folder.list(follow_links=False)
-    return sorted(key for key in keys if _is_owned(key, layout, set(failed_folders)))
+    keys = output.folder.list(follow_links=False)
+    return sorted(key for key in keys if _is_owned(key, output.layout, set(failed_folders)))
 
 
 def delete(folder: Folder, keys: list[str]) -> None:

@@ -22,8 +22,6 @@ from batchrun.output.layout import Layout
 from batchrun.output.part import Summary
 from batchrun.storage import Folder, NotFound
 
-# Where a row stands in the input: the file, the number of its row group, and its place in there from 0 on.
-
 # Whole parts are held while they are read, so few at a time.
 READERS = 4
 
@@ -39,95 +37,99 @@ def refuse_taken(carried: Sequence[str], settings: OutputSettings) -> None:
         )
 
 
-def update(folder: Folder, layout: Layout, partition: int, settings: OutputSettings, places: Places) -> None:
-    """Makes the partition's file of failed rows agree with its part: one put, or a delete where none failed."""
-    key = _key(settings, layout, partition)
-    table, summary = _failed(folder, layout, partition, settings, places)
-    if table.num_rows == 0:
-        folder.delete([key])
-        return
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(
-        sink, table.schema, compression=settings.compression, write_page_checksum=True
-    ) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({"batchrun": json.dumps({"attempt": summary.attempt})})
-    folder.put(key, sink.getvalue().to_pybytes())
+class FailedRows:
+    """The dataset of failed rows beside an output's parts, where its `settings` want one."""
 
+    def __init__(self, folder: Folder, layout: Layout, settings: OutputSettings) -> None:
+        self._folder, self._layout, self._settings = folder, layout, settings
 
-def complete(
-    folder: Folder, layout: Layout, summaries: Sequence[Summary], settings: OutputSettings, places: Places
-) -> None:
-    """Writes what is missing or of a part's earlier bytes, and deletes what no part has failed rows for."""
-    there = folder.list(f"{settings.failed}/")
-    wanted = {_key(settings, layout, i): i for i, summary in enumerate(summaries) if summary.failed}
+    def update(self, partition: int, places: Places) -> None:
+        """Makes the partition's file agree with its part: one put, or a delete where none failed."""
+        key = self._key(partition)
+        table, summary = self._of_part(partition, places)
+        if table.num_rows == 0:
+            self._folder.delete([key])
+            return
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(
+            sink, table.schema, compression=self._settings.compression, write_page_checksum=True
+        ) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({"batchrun": json.dumps({"attempt": summary.attempt})})
+        self._folder.put(key, sink.getvalue().to_pybytes())
 
-    def bring_up(key: str) -> None:
-        i = wanted[key]
-        if key not in there or _attempt_of(folder, key) != summaries[i].attempt:
-            update(folder, layout, i, settings, places)
+    def complete(self, summaries: Sequence[Summary], places: Places) -> None:
+        """Writes what is missing or of a part's earlier bytes, and deletes what no part has failed rows for."""
+        there = self._there()
+        wanted = {self._key(i): i for i, summary in enumerate(summaries) if summary.failed}
 
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(bring_up, wanted))
-    mine = (key for key in there if partition_of(key, settings.failed or "", layout) is not None)
-    folder.delete([key for key in mine if key not in wanted])
+        def bring_up(key: str) -> None:
+            i = wanted[key]
+            if key not in there or _attempt_of(self._folder, key) != summaries[i].attempt:
+                self.update(i, places)
 
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(bring_up, wanted))
+        failed = self._settings.failed or ""
+        mine = (key for key in there if partition_of(key, failed, self._layout) is not None)
+        self._folder.delete([key for key in mine if key not in wanted])
 
-def problems(
-    folder: Folder,
-    layout: Layout,
-    failed: Sequence[int],
-    settings: OutputSettings,
-    places: Places | None,
-) -> Iterator[str]:
-    """What is wrong with the dataset of failed rows, `failed` of them per partition; every value is compared."""
-    there = folder.list(f"{settings.failed}/")
-    wanted = {_key(settings, layout, i): i for i, rows in enumerate(failed) if rows}
-    yield from (f"{key}: no part of this output has these failed rows" for key in there if key not in wanted)
-    for key, i in wanted.items():
-        if key not in there:
-            yield f"{key}: missing"
-            continue
-        try:
-            found = pq.read_table(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
-            expected, _ = _failed(folder, layout, i, settings, places)
-        except (BatchrunError, pa.ArrowException, OSError, ValueError, KeyError) as error:
-            yield f"{key}: {error}"
-            continue
-        names = [name for name in expected.column_names if places or name not in PLACE.names]
-        # Arrow holds NaN unequal to itself; as text it is not.
-        if [*found.column_names] != expected.column_names or repr(found.select(names).to_pylist()) != repr(
-            expected.select(names).to_pylist()
-        ):
-            yield f"{key}: other rows than the part's failed ones"
+    def problems(self, failed: Sequence[int], places: Places | None) -> Iterator[str]:
+        """What is wrong with it, given how many rows of each partition `failed`; every value is compared."""
+        there = self._there()
+        wanted = {self._key(i): i for i, rows in enumerate(failed) if rows}
+        yield from (
+            f"{key}: no part of this output has these failed rows" for key in there if key not in wanted
+        )
+        for key, i in wanted.items():
+            if key not in there:
+                yield f"{key}: missing"
+                continue
+            try:
+                found = pq.read_table(
+                    pa.BufferReader(self._folder.read(key)), page_checksum_verification=True
+                )
+                expected, _ = self._of_part(i, places)
+            except (BatchrunError, pa.ArrowException, OSError, ValueError, KeyError) as error:
+                yield f"{key}: {error}"
+                continue
+            names = [name for name in expected.column_names if places or name not in PLACE.names]
+            # Arrow holds NaN unequal to itself; as text it is not.
+            if [*found.column_names] != expected.column_names or repr(
+                found.select(names).to_pylist()
+            ) != repr(expected.select(names).to_pylist()):
+                yield f"{key}: other rows than the part's failed ones"
+
+    def _of_part(self, partition: int, places: Places | None) -> tuple[pa.Table, Summary]:
+        """The part's failed rows with their places, and the footer of the very bytes they were read from."""
+        folder, settings, key = self._folder, self._settings, self._layout.part(partition)
+        file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
+        rows = file.read()
+        own = {settings.column(name) for name in settings.answer_columns}
+        names = [name for name in rows.column_names if name not in own] + [settings.column("error")]
+        failed = pc.equal(rows[settings.column("status")], "failed")
+        empty = pa.table({field.name: pa.nulls(rows.num_rows, field.type) for field in PLACE})
+        some = places is not None and pc.any(failed, min_count=0).as_py()
+        place = pa.Table.from_batches(places(partition), PLACE) if some and places else empty
+        if place.num_rows != rows.num_rows:
+            raise part.damaged(folder, key, f"{rows.num_rows} rows where the input gives {place.num_rows}")
+        table = pa.table(
+            [rows[name] for name in names] + place.columns,
+            schema=pa.schema([*(rows.schema.field(name) for name in names), *PLACE]),
+        )
+        return table.filter(failed), part.read_summary(file.metadata, folder, key)
+
+    def _there(self) -> dict[str, int]:
+        return self._folder.list(f"{self._settings.failed}/")
+
+    def _key(self, partition: int) -> str:
+        return f"{self._settings.failed}/{self._layout.part(partition).rpartition('/')[2]}"
 
 
 def partition_of(key: str, failed: str, layout: Layout) -> int | None:
     """Which partition's failed rows the key in the folder `failed` is; None where it is no such file."""
     name = key.removeprefix(f"{failed}/")
     return None if name == key else layout.partition_named(name)
-
-
-def _failed(
-    folder: Folder, layout: Layout, partition: int, settings: OutputSettings, places: Places | None
-) -> tuple[pa.Table, Summary]:
-    """The part's failed rows with their places, and the footer of the very bytes they were read from."""
-    key = layout.part(partition)
-    file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
-    rows = file.read()
-    own = set(settings.answer_columns.values())
-    names = [name for name in rows.column_names if name not in own] + [settings.column("error")]
-    failed = pc.equal(rows[settings.column("status")], "failed")
-    empty = pa.table({field.name: pa.nulls(rows.num_rows, field.type) for field in PLACE})
-    some = places is not None and pc.any(failed, min_count=0).as_py()
-    place = pa.Table.from_batches(places(partition), PLACE) if some and places else empty
-    if place.num_rows != rows.num_rows:
-        raise part.damaged(folder, key, f"{rows.num_rows} rows where the input gives {place.num_rows}")
-    table = pa.table(
-        [rows[name] for name in names] + place.columns,
-        schema=pa.schema([*(rows.schema.field(name) for name in names), *PLACE]),
-    )
-    return table.filter(failed), part.read_summary(file.metadata, folder, key)
 
 
 def _attempt_of(folder: Folder, key: str) -> str:
@@ -137,7 +139,3 @@ def _attempt_of(folder: Folder, key: str) -> str:
         return str(json.loads(metadata[b"batchrun"])["attempt"])
     except (NotFound, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _key(settings: OutputSettings, layout: Layout, partition: int) -> str:
-    return f"{settings.failed}/{layout.part(partition).rpartition('/')[2]}"

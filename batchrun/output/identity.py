@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -54,34 +54,40 @@ def digests(values: dict[str, Any], written: dict[str, Any]) -> dict[str, str]:
     return {key: stable_hash(value) for key, value in _flat(values) if shown.get(key) != value}
 
 
-def pin(
-    folder: Folder,
-    identity: Identity,
-    input_changes: Callable[[], Iterable[str]] = tuple,
-    fixed: Sequence[Identity] = (),
-) -> bool:
-    """Writes job.json if there is none, and compares with it otherwise; whether it was written.
+def pin(folder: Folder, identity: Identity) -> Identity:
+    """Writes job.json if there is none; the identity that is pinned now, this one or another.
 
-    `input_changes` is called where the inputs differ, for lines that say how. `fixed` are the jobs of retries,
-    which were recorded and are as good as the first one.
+    Raises:
+        OutputError: job.json is damaged.
+    """
+    if folder.put_if_absent(JOB, document.encode(asdict(identity))):
+        return identity
+    return read(folder) or identity
+
+
+def refuse_other(
+    pinned: Identity,
+    now: Identity,
+    output: str,
+    input_changes: Callable[[], Iterable[str]] = tuple,
+    retried: Callable[[], Iterable[Identity]] = tuple,
+) -> None:
+    """Compares a job with the one that the output is pinned to.
+
+    `retried` gives the jobs of retries, which were recorded and are as good as the first one, and `input_changes` lines
+    that say how the inputs differ. Each is called only where there is a difference.
 
     Raises:
         ChangedError: inputs, settings or model differ from those pinned; lists each difference.
-        OutputError: job.json is damaged.
     """
-    pinned = read(folder)
-    if pinned is None:
-        if folder.put_if_absent(JOB, document.encode(asdict(identity))):
-            return True
-        pinned = read(folder) or identity
-    pinned = next((one for one in fixed if one.job_hash == identity.job_hash), pinned)
-    lines = list(changes(pinned, identity).values())
-    if pinned.plan_hash != identity.plan_hash:
-        inputs = f"inputs: {_shown(pinned.plan_hash)} -> {_shown(identity.plan_hash)}"
+    if pinned.job_hash != now.job_hash:
+        pinned = next((one for one in retried() if one.job_hash == now.job_hash), pinned)
+    lines = list(changes(pinned, now).values())
+    if pinned.plan_hash != now.plan_hash:
+        inputs = f"inputs: {_shown(pinned.plan_hash)} -> {_shown(now.plan_hash)}"
         lines += list(input_changes()) or [inputs]
     if lines:
-        raise ChangedError(f"it holds answers of another job ({'; '.join(lines)})", folder.name, FIX)
-    return False
+        raise ChangedError(f"it holds answers of another job ({'; '.join(lines)})", output, FIX)
 
 
 def read(folder: Folder) -> Identity | None:

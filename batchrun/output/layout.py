@@ -55,6 +55,7 @@ class Layout:
         return self._plan(partition)[0]
 
     def part(self, partition: int) -> str:
+        """The key of the partition's part."""
         return f"{DATA}{self._folder(partition)}part-{self._name(partition)}.parquet"
 
     def stage(self, partition: int) -> str:
@@ -63,6 +64,7 @@ class Layout:
         return f"{STAGE}{self._name(partition)}{retry}/"
 
     def chunk(self, partition: int, first_row: int, attempt_id: str, number: int) -> str:
+        """A key for rows that the attempt stages, the `number`-th time; `first_row` is the lowest of them."""
         return f"{self.stage(partition)}{first_row}-{attempt_id}-{number}.chunk"
 
     def partial(self, partition: int, first_row: int, attempt_id: str, number: int) -> str:

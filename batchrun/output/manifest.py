@@ -19,6 +19,7 @@ from batchrun.output import document, part, retry, state
 from batchrun.output.attempt import Receipt
 from batchrun.output.document import Damaged
 from batchrun.output.layout import MANIFEST, Layout
+from batchrun.output.output import Output
 from batchrun.output.part import Summary
 from batchrun.output.retry import Retry
 from batchrun.storage import Folder, NotFound
@@ -121,7 +122,7 @@ class Manifest:
 
 
 def summaries(
-    folder: Folder, layout: Layout, receipts: Mapping[int, Receipt] = MappingProxyType({})
+    output: Output, receipts: Mapping[int, Receipt] = MappingProxyType({})
 ) -> tuple[list[Summary], list[int]]:
     """What every part says of itself, and its bytes, in order.
 
@@ -131,7 +132,8 @@ def summaries(
         Incomplete: a part is missing.
         OutputError: a part is damaged or foreign: names what and where.
     """
-    found = state.scan(folder, layout)
+    folder, layout = output.folder, output.layout
+    found = output.scan()
     found.refuse_foreign(folder)
     if not found.complete:
         missing = np.flatnonzero(~found.committed)
@@ -150,29 +152,23 @@ def summaries(
         return list(pool.map(summary_of, range(layout.partitions))), sizes
 
 
-def write(
-    folder: Folder,
-    layout: Layout,
-    job_hash: str,
-    rows: Sequence[int],
-    receipts: Mapping[int, Receipt] = MappingProxyType({}),
-    failed_folder: str | None = None,
-) -> Manifest:
-    """Checks every part against `rows` (per partition, by the plans) and writes the manifest, once.
+def write(output: Output, receipts: Mapping[int, Receipt] = MappingProxyType({})) -> Manifest:
+    """Checks every part against the plan and writes the manifest, once; `receipts` as for `summaries`.
 
-    `job_hash` is the pinned job's; parts may also be of a retry's. `receipts` as for `summaries`.
+    Parts are of the pinned job or of a retry's.
 
     Raises:
         Incomplete: a part is missing.
         OutputError: a part is damaged, foreign or of another length: names what and where.
     """
-    found, sizes = summaries(folder, layout, receipts)
+    folder = output.folder
+    found, sizes = summaries(output, receipts)
     retries = retry.read(folder)
-    known = job_hashes(job_hash, retries)
+    known = job_hashes(output, retries)
     for i, summary in enumerate(found):
-        if problem := disagreement(summary, layout, known, i, rows[i]):
-            raise part.damaged(folder, layout.part(i), problem)
-    manifest = _total(found, layout, job_hash, sizes, retries, failed_folder)
+        if problem := disagreement(summary, output, known, i):
+            raise part.damaged(folder, output.layout.part(i), problem)
+    manifest = _total(output, found, sizes, retries)
     if read(folder) != manifest:
         folder.put(MANIFEST, document.encode(asdict(manifest)))
     return manifest
@@ -196,16 +192,15 @@ def read(folder: Folder) -> Manifest | None:
         raise OutputError(f"damaged ({error})", where, "delete it and run again") from error
 
 
-def job_hashes(pinned: str, retries: Sequence[Retry]) -> set[str]:
+def job_hashes(output: Output, retries: Sequence[Retry]) -> set[str]:
     """Of which jobs parts may be: the pinned one and those that retries recorded."""
-    return {pinned, *(one.identity.job_hash for one in retries)}
+    return {output.identity.job_hash, *(one.identity.job_hash for one in retries)}
 
 
-def disagreement(
-    summary: Summary, layout: Layout, job_hashes: Container[str], partition: int, rows: int
-) -> str | None:
+def disagreement(summary: Summary, output: Output, job_hashes: Container[str], partition: int) -> str | None:
     """What keeps a part from being the plan's, if anything does."""
-    mine = summary.plan_hash == layout.hash_of(partition) and summary.partition == partition
+    rows = output.rows[partition]
+    mine = summary.plan_hash == output.layout.hash_of(partition) and summary.partition == partition
     if not mine or summary.job_hash not in job_hashes:
         return "a part of another job, plan or partition"
     if summary.rows != rows:
@@ -213,14 +208,8 @@ def disagreement(
     return None
 
 
-def _total(
-    summaries: list[Summary],
-    layout: Layout,
-    job_hash: str,
-    sizes: list[int],
-    retries: Sequence[Retry],
-    failed_folder: str | None,
-) -> Manifest:
+def _total(output: Output, summaries: list[Summary], sizes: list[int], retries: Sequence[Retry]) -> Manifest:
+    layout = output.layout
     errors: Counter[str] = Counter()
     finish_reasons: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
@@ -234,7 +223,7 @@ def _total(
                 shown.append(f"{layout.part(i)}, {example}" if example.startswith("row ") else example)
     return Manifest(
         plan_hash=layout.plan_hash,
-        job_hash=job_hash,
+        job_hash=output.identity.job_hash,
         rows=sum(s.rows for s in summaries),
         ok=sum(s.ok for s in summaries),
         failed=sum(s.failed for s in summaries),
@@ -242,7 +231,7 @@ def _total(
         output_tokens=sum(s.output_tokens for s in summaries),
         errors=dict(errors),
         examples=examples,
-        failed_folder=failed_folder,
+        failed_folder=output.settings.failed,
         plans=_planned(summaries),
         retries=[_retried(one, summaries, layout) for one in retries],
         parts=[

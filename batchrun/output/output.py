@@ -1,15 +1,20 @@
-"""An output as its first run pinned it: the folder, whose it is, its plan, and where its keys are."""
+"""An output as a command finds it: the folder, whose it is, its plan, and where its keys are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from batchrun.dataset.plan import Plan, folders_of, joined
 from batchrun.errors import OutputError
 from batchrun.job.job import Job
-from batchrun.output import identity, plans
+from batchrun.job.settings import OutputSettings
+from batchrun.output import identity, plans, state
+from batchrun.output.failed_rows import FailedRows
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
+from batchrun.output.state import State
 from batchrun.storage import Folder
 from batchrun.storage.folder import first_contact
 
@@ -25,24 +30,60 @@ def layout_of(plans: Sequence[Plan], partition_by: Sequence[str]) -> Layout:
     return Layout.of([(plan.hash, len(plan.partitions)) for plan in plans], folders)
 
 
-def partitioned_by(pinned: Identity) -> list[str]:
-    """The keys of the folders that the output's parts are in."""
-    keys: list[str] = pinned.settings["output"].get("partition_by", [])
-    return keys
+@dataclass(frozen=True)
+class Output:
+    """An output that a job was run into, opened once by a command or a run.
 
-
-def open_output(job: Job) -> tuple[Folder, Identity, Plan, Layout]:
-    """The output as the job's first run pinned it.
-
-    Raises:
-        OutputError: nothing was ever run into this output, or its files are damaged.
+    `identity` is what the first run pinned, `plan` all plans of the output as one, `layout` its keys. None of them ever
+    changes but by a run that adds a plan; `settings` are those of the job at hand.
     """
-    folder = open_folder(job)
-    with first_contact():
-        pinned = identity.read(folder)
-    if pinned is None:
-        raise OutputError("no run was ever started here", folder.name, "start one with `batchrun run`")
-    stored = plans.read(folder)
-    if not stored:
-        raise OutputError("the plan is missing", folder.name, "`batchrun run` writes it again")
-    return folder, pinned, joined(stored), layout_of(stored, partitioned_by(pinned))
+
+    folder: Folder
+    settings: OutputSettings
+    identity: Identity
+    plan: Plan
+    layout: Layout
+
+    @classmethod
+    def find(cls, job: Job) -> Output | None:
+        """The job's output; None where nothing was ever run into it.
+
+        Raises:
+            OutputError: its files are damaged, or nobody may read them.
+        """
+        folder = open_folder(job)
+        with first_contact():
+            pinned = identity.read(folder)
+        if pinned is None:
+            return None
+        stored = plans.read(folder)
+        if not stored:
+            raise OutputError("the plan is missing", folder.name, "`batchrun run` writes it again")
+        layout = layout_of(stored, pinned.settings["output"].get("partition_by", []))
+        return cls(folder, job.output, pinned, joined(stored), layout)
+
+    @classmethod
+    def open(cls, job: Job) -> Output:
+        """The job's output, which has to be there.
+
+        Raises:
+            OutputError: nothing was ever run into it, or as `find`.
+        """
+        if found := cls.find(job):
+            return found
+        where = open_folder(job).name
+        raise OutputError("no run was ever started here", where, "start one with `batchrun run`")
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """How many rows each partition has, by the plan."""
+        return [partition.rows for partition in self.plan.partitions]
+
+    @property
+    def failed_rows(self) -> FailedRows:
+        """The dataset of its failed rows, if `settings` want one."""
+        return FailedRows(self.folder, self.layout, self.settings)
+
+    def scan(self) -> State:
+        """How far it is now: one listing."""
+        return state.scan(self.folder, self.layout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -16,6 +16,12 @@ from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output import digest
 from batchrun.output.chunk import answers_schema
 from batchrun.storage import Folder, NotFound
+
+
+def answer_fields(columns: Collection[str]) -> list[pa.Field]:
+    """The answer's fields of a part; `columns` names those that the job asks for."""
+    return [field for field in answers_schema(columns) if field.name != "row"]
+
 
 # Large enough to compress and scan well, small enough that a reader with little memory takes one at a time.
 ROW_GROUP_BYTES = 64 << 20
@@ -74,14 +80,9 @@ class Summary:
         return self.retries[-1].generation if self.retries else 0
 
 
-def answer_fields(columns: Iterable[str]) -> list[pa.Field]:
-    """The fields that a part has of its answers, under their own names, with the optional ones among `columns`."""
-    return [field for field in answers_schema(columns) if field.name != "row"]
-
-
 def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
     """Carried fields and the schema's metadata as they are, then the answer's fields; `columns` gives other names to
-    some of the latter, and names the optional ones."""
+    some of the latter."""
     answers = [field.with_name(columns.get(field.name, field.name)) for field in answer_fields(columns)]
     return pa.schema([*carried, *answers], metadata=carried.metadata)
 
@@ -101,7 +102,7 @@ def summarize(
     retries: Sequence[Replacement] = (),
     name_of: Callable[[int], str] = lambda row: f"row {row}",
 ) -> Summary:
-    """Counts over a partition's answers in order (any string type, a job's schema otherwise)."""
+    """Counts over a partition's answers in order (any string type, ANSWERS otherwise)."""
     ok = pc.sum(pc.equal(answers["status"], "ok"), min_count=0).as_py()
     failed = answers.filter(pc.equal(answers["status"], "failed"))
     codes = error_codes(failed["error"])
@@ -143,9 +144,7 @@ def build(
     with pq.ParquetWriter(
         path, part_schema(schema, columns), compression=compression, write_page_checksum=True
     ) as writer:
-        for group in _row_groups(
-            _beside(carried, schema, answers, answer_fields(columns), writer.schema), writer.schema
-        ):
+        for group in _row_groups(_beside(carried, schema, answers, columns, writer.schema), writer.schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
         values = asdict(replace(summary, digest=digest.BLANK))
         writer.add_key_value_metadata({"batchrun": json.dumps(values, sort_keys=True)})
@@ -222,7 +221,7 @@ def _beside(
     carried: Iterable[pa.RecordBatch],
     schema: pa.Schema,
     answers: pa.Table,
-    fields: Sequence[pa.Field],
+    columns: Mapping[str, str],
     target: pa.Schema,
 ) -> Iterator[pa.Table]:
     first = 0
@@ -231,7 +230,7 @@ def _beside(
         if these.num_rows != batch.num_rows:
             raise _other_rows(answers.num_rows, "more")
         arrays = [batch.column(name) for name in schema.names]
-        arrays += [these[field.name].cast(field.type) for field in fields]
+        arrays += [these[field.name].cast(field.type) for field in answer_fields(columns)]
         yield pa.Table.from_arrays(arrays, schema=target)
         first += batch.num_rows
     if first != answers.num_rows:

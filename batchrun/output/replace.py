@@ -43,7 +43,8 @@ class ReplacingAttempt(Attempt):
     ) -> None:
         super().__init__(folder, layout, retry.identity.job_hash, partition, rows, attempt_id, settings)
         self.retry = retry
-        self.carried = pa.table({})  # the part's input columns, which a retry keeps as they are
+        # The part's input columns, which a retry keeps as they are.
+        self.carried = pa.table({})
         self._old: Summary | None = None
         self._retried: NDArray[np.bool_] = np.zeros(rows, dtype=bool)
 
@@ -55,7 +56,7 @@ class ReplacingAttempt(Attempt):
         try:
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
             table = file.read()
-            known = read_answers(table, self.settings.answer_columns)
+            known = read_answers(table, self.settings.columns)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise part.damaged(self.folder, self._key, f"damaged ({error})") from error
         # Of these very bytes: another retry may have replaced the part since it was looked at.
@@ -64,7 +65,7 @@ class ReplacingAttempt(Attempt):
         part.check_digest(data, self._old, self.folder, self._key)
         if self._old.generation >= self.retry.number:
             return Receipt(self._key, len(data), self._old, won=False)
-        own = [*self.settings.answer_columns.values()]
+        own = [self.settings.column(field.name) for field in part.answer_fields(self.settings.columns)]
         metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"batchrun"}
         self.carried = table.drop_columns(own).replace_schema_metadata(metadata)
         self._retried = selected(known, self.retry)
@@ -113,7 +114,7 @@ class ReplacingAttempt(Attempt):
 
 
 def read_answers(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
-    """A part's answers in its job's schema; `columns` gives other names to some of its columns."""
+    """A part's answers as `answers_schema` has them; `columns` gives other names to some of its columns."""
     named = {field.name: columns.get(field.name, field.name) for field in part.answer_fields(columns)}
     rows = pa.array(np.arange(table.num_rows))
     return pa.table([rows, *(table[name] for name in named.values())], names=["row", *named]).cast(

@@ -45,6 +45,7 @@ class Retry:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def selects(self, code: str) -> bool:
+        """Whether rows with this error code are run again."""
         return not self.errors or code in self.errors
 
     def work(self, summaries: Sequence[Summary]) -> dict[int, int]:

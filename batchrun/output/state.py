@@ -26,10 +26,12 @@ class State:
 
     @property
     def committed(self) -> NDArray[np.bool_]:
+        """(partitions,) Whether the part is there."""
         return self.part_bytes > 0
 
     @property
     def streaming(self) -> NDArray[np.bool_]:
+        """(partitions,) Whether rows are staged and no part is there."""
         return (self.staged_bytes > 0) & ~self.committed
 
     @property
@@ -39,6 +41,7 @@ class State:
 
     @property
     def complete(self) -> bool:
+        """Whether every part is there."""
         return bool(self.committed.all())
 
     def refuse_foreign(self, folder: Folder) -> None:

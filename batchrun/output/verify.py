@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from batchrun.dataset.rows import Places
 from batchrun.errors import BatchrunError
 from batchrun.job.settings import OutputSettings
-from batchrun.output import digest, failed_rows, manifest, part, retry, state
-from batchrun.output.layout import Layout
-from batchrun.storage import Folder
+from batchrun.output import digest, manifest, part, retry
+from batchrun.output.output import Output
+from batchrun.output.state import State
 
 # Whole parts are held while they are read, so few at a time.
 READERS = 4
@@ -39,33 +39,25 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing disagrees."""
         return not self.problems
 
 
-def verify(
-    folder: Folder,
-    layout: Layout,
-    job_hash: str,
-    rows: Sequence[int],
-    settings: OutputSettings,
-    carried: Carried | None = None,
-    places: Places | None = None,
-) -> Verification:
-    """Reads every row of every part and counts them against the plan (`rows` per partition) and the manifest.
+def verify(output: Output, carried: Carried | None = None, places: Places | None = None) -> Verification:
+    """Reads every row of every part and counts them against the plan and the manifest.
 
     With `carried`, which gives a partition's input again, every carried value is compared too, in order. The
     dataset of failed rows, where the job has one, is compared with the parts, and with `places` to the input.
     """
-    found = state.scan(folder, layout)
+    found = output.scan()
     problems = [f"{key}: not a part of this plan" for key in found.foreign]
-    known = manifest.job_hashes(job_hash, retry.read(folder))
+    known = manifest.job_hashes(output, retry.read(output.folder))
 
     def check(partition: int) -> _Counted:
-        size = int(found.part_bytes[partition])
-        return _check_part(folder, layout, known, partition, rows[partition], settings, carried, size)
+        return _check_part(output, known, partition, int(found.part_bytes[partition]), carried)
 
     with ThreadPoolExecutor(READERS) as pool:
-        counted = list(pool.map(check, range(layout.partitions)))
+        counted = list(pool.map(check, range(output.layout.partitions)))
     for one in counted:
         problems += one.problems
     total = Verification(
@@ -76,10 +68,9 @@ def verify(
         problems=problems,
         without_digest=sum(one.there and not one.digest for one in counted),
     )
-    total.problems.extend(_check_manifest(folder, layout, job_hash, found, total, counted))
-    if settings.failed is not None:
-        failed_counts = [one.failed for one in counted]
-        total.problems.extend(failed_rows.problems(folder, layout, failed_counts, settings, places))
+    total.problems.extend(_check_manifest(output, found, total, counted))
+    if output.settings.failed is not None:
+        total.problems.extend(output.failed_rows.problems([one.failed for one in counted], places))
     return total
 
 
@@ -95,16 +86,9 @@ class _Counted:
 
 
 def _check_part(
-    folder: Folder,
-    layout: Layout,
-    job_hashes: set[str],
-    partition: int,
-    rows: int,
-    settings: OutputSettings,
-    carried: Carried | None,
-    size: int,
+    output: Output, job_hashes: set[str], partition: int, size: int, carried: Carried | None
 ) -> _Counted:
-    key = layout.part(partition)
+    folder, settings, key = output.folder, output.settings, output.layout.part(partition)
     counted = _Counted()
     if not size:
         counted.there = False
@@ -130,7 +114,7 @@ def _check_part(
     except (BatchrunError, FileNotFoundError, pa.ArrowException, OSError, KeyError) as error:
         counted.problems.append(f"{key}: {error}")
         return counted
-    if problem := manifest.disagreement(summary, layout, job_hashes, partition, rows):
+    if problem := manifest.disagreement(summary, output, job_hashes, partition):
         counted.problems.append(f"{key}: {problem}")
     if (counted.rows, counted.ok, counted.failed) != (summary.rows, summary.ok, summary.failed):
         counted.problems.append(
@@ -142,7 +126,7 @@ def _check_part(
 
 def _holds_answers(schema: pa.Schema, settings: OutputSettings) -> bool:
     """Names and types stand in the footer, which no checksum covers."""
-    answers = part.part_schema(pa.schema([]), settings.answer_columns)
+    answers = part.part_schema(pa.schema([]), settings.columns)
     return bool(pa.schema(list(schema)[-len(answers) :]).equals(answers))
 
 
@@ -188,22 +172,17 @@ class _Rows:
 
 
 def _check_manifest(
-    folder: Folder,
-    layout: Layout,
-    job_hash: str,
-    found: state.State,
-    total: Verification,
-    counted: Sequence[_Counted],
+    output: Output, found: State, total: Verification, counted: Sequence[_Counted]
 ) -> Iterator[str]:
     try:
-        written = manifest.read(folder)
+        written = manifest.read(output.folder)
     except BatchrunError as error:
         yield str(error)
         return
     if written is None:
         yield "no manifest: the run has not finished"
         return
-    if (written.plan_hash, written.job_hash) != (layout.plan_hash, job_hash):
+    if (written.plan_hash, written.job_hash) != (output.layout.plan_hash, output.identity.job_hash):
         yield "the manifest is of another job or plan"
     if (written.rows, written.ok, written.failed) != (total.rows, total.ok, total.failed):
         yield f"the manifest counts {written.rows} rows, {written.ok} ok, {written.failed} failed"

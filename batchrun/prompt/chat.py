@@ -79,6 +79,7 @@ class ChatSource:
             self._refuse_lost_tools()
 
     def rows(self, batch: pa.RecordBatch) -> list[Chat | RowFault]:
+        """See `PromptSource`: a row is a conversation."""
         messages = self._messages(batch)
         if self.tools_column is None:
             return [row if isinstance(row, RowFault) else Chat(row, self.tools) for row in messages]
@@ -86,17 +87,21 @@ class ChatSource:
         return [_chat(row, own) for row, own in zip(messages, tools, strict=True)]
 
     def texts(self, rows: list[Chat]) -> list[str | RowFault]:
+        """The conversations as the chat template writes them, or its fault."""
         chats = [(self._as_read(row.messages), row.tools) for row in rows]
         return RENDERER.chats(self.chat_template, self.variables, chats)
 
     def is_empty(self, row: Chat) -> bool:
+        """Whether no user says anything."""
         return not any(any(_texts(message)) for message in _asking(row.messages))
 
     def begun(self, row: Chat) -> str | None:
+        """The text of a last message of the assistant, None without one."""
         last = row.messages[-1] if row.messages else None
         return None if last is None or last["role"] != "assistant" else _joined(last)
 
     def shorten(self, row: Chat, excess: int, drop: Drop) -> Chat | None:
+        """The conversation with less of its longest part; None where that is empty."""
         asking = _asking(row.messages)
         longest, place = max(
             ((message, i) for message in asking for i in range(len(_texts(message)))),

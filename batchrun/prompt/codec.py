@@ -73,6 +73,7 @@ def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int
         repetition_penalty=generation.repetition_penalty,
         stop=tuple(generation.stop),
         seed=generation.seed,
+        logprobs=job.answer.logprobs,
     )
     return EngineSpec(
         kind=job.engine.kind,

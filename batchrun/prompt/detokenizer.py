@@ -40,5 +40,9 @@ class Detokenizer:
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         return text[: min(places)] if places else text
 
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token alone, special ones by their names; a part of a character is U+FFFD."""
+        return [self._tokenizer.decode([one], clean_up_tokenization_spaces=False) for one in ids]
+
     def _without_ending(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in self._ending else ids

@@ -35,6 +35,7 @@ class Marker:
 
     @classmethod
     def of(cls, text: str, tokenizer: Any) -> Marker:
+        """The marker as the tokenizer spells it."""
         added = tokenizer.get_added_vocab()
         if text in added:
             return cls(text, (added[text],), True)

@@ -129,9 +129,10 @@ def _expired(*_: object) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Answers until the parent closes its side. Signals to the process group are the parent's to heed."""
+    """Answers until the parent closes its side, or is killed. Signals to the process group are the parent's to heed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGVTALRM, _expired)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -140,9 +141,13 @@ def main(descriptor: int) -> None:
         while True:
             try:
                 kind, arguments = connection.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 return
-            connection.send(answers[kind](*arguments))
+            answer = answers[kind](*arguments)
+            try:
+                connection.send(answer)
+            except OSError:
+                return
 
 
 if __name__ == "__main__":

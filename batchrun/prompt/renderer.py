@@ -17,6 +17,9 @@ from batchrun.errors import FaultCode, RowFault
 # Rows sent at once: few enough that large documents fit the renderer's memory, many enough to hide the round trip.
 CHUNK_ROWS = 128
 END_SECONDS = 5.0
+KILLED = "rendering was killed, for memory perhaps"
+# As often a row, or a template, has to be alone in a process that is killed before it is blamed.
+KILLS = 3
 
 
 class Renderer:
@@ -29,7 +32,7 @@ class Renderer:
 
     def compile_errors(self, sources: Sequence[str]) -> list[str | None]:
         """(templates,) What is wrong with each template, if anything."""
-        answer = self._ask("compile", sources)
+        answer = self._insist("compile", sources)
         # One of them, and nobody knows which, was so dear that the process ended.
         return [answer] * len(sources) if isinstance(answer, str) else answer
 
@@ -58,8 +61,16 @@ class Renderer:
 
     def _alone(self, kind: str, what: tuple[Any, ...], row: Any) -> Any:
         """The row by itself, after the process ended on it and others: the one that does it again is at fault."""
-        answer = self._ask(kind, *what, [row])
+        answer = self._insist(kind, *what, [row])
         return RowFault(FaultCode.TEMPLATE_ERROR, answer) if isinstance(answer, str) else answer[0]
+
+    def _insist(self, kind: str, *arguments: Any) -> Any:
+        """The process's answer, or what it died of. What kills it from outside may mean something else."""
+        for _ in range(KILLS):
+            answer = self._ask(kind, *arguments)
+            if answer != KILLED:
+                break
+        return answer
 
     def _ask(self, kind: str, *arguments: Any) -> Any:
         """The process's answer, or what it died of."""
@@ -95,7 +106,7 @@ class Renderer:
         status = self._process.wait(END_SECONDS)
         if status == -signal.SIGPROF:
             return "rendering takes too much CPU time"
-        return f"rendering ended its process (status {status})"
+        return KILLED if status == -signal.SIGKILL else f"rendering ended its process (status {status})"
 
 
 RENDERER = Renderer()

@@ -26,7 +26,9 @@ class PromptSource(Protocol):
         """(rows,) What the tokenizer gets."""
         ...
 
-    def is_empty(self, row: Any) -> bool: ...
+    def is_empty(self, row: Any) -> bool:
+        """Whether the row asks nothing."""
+        ...
 
     def begun(self, row: Any) -> str | None:
         """What there is of the answer already, where the prompt is one that the model goes on with; else None."""
@@ -77,19 +79,24 @@ class TextSource:
         self.template = Templates(settings, guard)
 
     def rows(self, batch: pa.RecordBatch) -> list[str | RowFault]:
+        """See `PromptSource`: a row is its text."""
         if self.column is not None:
             column = values(batch.column(self.column))
             return [null_prompt(self.column) if v is None else self.guard(v) for v in column]
         return [row if isinstance(row, RowFault) else row[0] for row in self.template.render(batch)]
 
     def texts(self, rows: list[str]) -> list[str | RowFault]:
+        """The rows themselves."""
         return [*rows]
 
     def is_empty(self, row: str) -> bool:
+        """Whether there is no text."""
         return not row
 
     def begun(self, row: str) -> str | None:
+        """None: a text is a prompt, and no answer."""
         return None
 
     def shorten(self, row: str, excess: int, drop: Drop) -> str | None:
+        """The text cut by `drop`."""
         return drop(row, excess) or None

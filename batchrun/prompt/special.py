@@ -29,6 +29,7 @@ class Guarded(str):
 
     @classmethod
     def of(cls, marked: str) -> Guarded:
+        """The text without its marks, which `marked` keeps."""
         text = cls(marked.replace(MARK, ""))
         text.marked = marked
         return text

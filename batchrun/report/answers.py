@@ -123,7 +123,7 @@ class _RowReader:
         there = file.schema_arrow.names
         # Where the prompt's columns were not carried, the row is shown by those that were.
         whole = all(name in there for name in self.wanted)
-        answers = set(self.job.output.answer_columns.values())
+        answers = {self.job.output.column(name) for name in self.job.output.answer_columns}
         return whole, self.wanted if whole else [name for name in there if name not in answers]
 
     def _row(

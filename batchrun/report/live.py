@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 
 from rich.console import Console, Group, RenderableType
@@ -42,9 +42,15 @@ def show(console: Console, log_format: str, job: Job) -> Iterator[ProgressCallba
     else:
         view = View(job)
         # Redrawn when there is something new, once a second: a thread that redraws on its own costs more.
-        with Live(view.render(None), console=console, auto_refresh=False, transient=True) as live:
-            live.refresh()
+        live = Live(view.render(None), console=console, auto_refresh=False, transient=True)
+        # A terminal that is gone is no error of the run, and must not take the place of one.
+        with suppress(OSError):
+            live.start(refresh=True)
+        try:
             yield lambda now: live.update(view.render(now), refresh=True)
+        finally:
+            with suppress(OSError):
+                live.stop()
 
 
 class View:

@@ -15,7 +15,7 @@ from batchrun.job.job import Job
 from batchrun.output import lease, manifest, state
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
-from batchrun.output.output import open_output
+from batchrun.output.output import Output
 from batchrun.report import answers, bill, plots
 from batchrun.report.answers import Look
 from batchrun.report.summary import money, number, size
@@ -45,8 +45,9 @@ class Facts:
     @classmethod
     def read(cls, job: Job) -> Facts:
         """Raises OutputError where nothing was ever run, or files are damaged."""
-        folder, pinned, plan, layout = open_output(job)
-        found = state.scan(folder, layout)
+        output = Output.open(job)
+        folder, layout = output.folder, output.layout
+        found = output.scan()
         written = manifest.read(folder)
         if written is not None and not written.describes(found):
             written = None
@@ -54,10 +55,11 @@ class Facts:
         parts = [i for i in range(layout.partitions) if sizes[i]]
         look = answers.look(folder, job, [layout.part(i) for i in parts], [sizes[i] for i in parts])
         runs = record.settle(record.read_all(folder), lease.read(folder))
-        return cls(folder, job, pinned, plan, layout, found, written, runs, look)
+        return cls(folder, job, output.identity, output.plan, layout, found, written, runs, look)
 
     @cached_property
     def rows_committed(self) -> int:
+        """Rows of the parts that are there."""
         return sum(p.rows for p in self.plan.partitions if self.found.part_bytes[p.index])
 
     @cached_property

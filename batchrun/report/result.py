@@ -61,10 +61,12 @@ class RunResult:
 
     @property
     def exit_code(self) -> ExitCode:
+        """The command's: 3 where rows failed, else 0."""
         return ExitCode.FAILED_ROWS if self.failed else ExitCode.COMPLETE
 
     @property
     def folder(self) -> Folder:
+        """The output's folder."""
         return Folder(self.output, self.storage_options)
 
     def to_json(self) -> dict[str, Any]:

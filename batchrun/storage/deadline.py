@@ -111,6 +111,7 @@ class TimedFile:
         self._file = file
 
     def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, all that is left by default. Raises DeadlineExceeded."""
         seconds = sized(size) if size >= 0 else UNSIZED
         data: bytes = within(seconds, lambda: self._file.read(size))
         return data

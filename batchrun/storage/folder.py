@@ -92,6 +92,7 @@ class Folder:
         return self._with_retries(key, lambda store: store.size(key))
 
     def exists(self, key: str) -> bool:
+        """Whether the object is there: asked of the store anew."""
         return self.size(key) is not None
 
     def modified(self, key: str) -> float | None:

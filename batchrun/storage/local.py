@@ -31,6 +31,7 @@ class LocalStore:
         self.root = Path(root)
 
     def find(self, parent: str, follow_links: bool = True) -> dict[str, int]:
+        """See `Store`. A folder that goes away meanwhile has no keys."""
         found: dict[str, int] = {}
         folders = [parent]
         while folders:
@@ -48,6 +49,7 @@ class LocalStore:
         return found
 
     def read(self, key: str, start: int | None, end: int | None) -> bytes:
+        """See `Store`."""
         first = start or 0
         try:
             with open(self.root / key, "rb") as file:
@@ -57,18 +59,22 @@ class LocalStore:
             raise NotFound(key) from error
 
     def size(self, key: str) -> int | None:
+        """See `Store`: of regular files only."""
         status = self._status(key)
         return None if status is None else status.st_size
 
     def modified(self, key: str) -> float | None:
+        """See `Store`."""
         status = self._status(key)
         return None if status is None else status.st_mtime
 
     def put(self, key: str, data: Data) -> None:
+        """See `Store`: by a rename."""
         with self._temporary(data) as temporary:
             self._place(os.replace, temporary, key)
 
     def create(self, key: str, data: Data) -> bool:
+        """See `Store`: by a hard link. Raises Unconditional where the disk has none."""
         with self._temporary(data) as temporary:
             try:
                 self._place(os.link, temporary, key)
@@ -81,6 +87,7 @@ class LocalStore:
             return True
 
     def delete(self, keys: Sequence[str]) -> None:
+        """See `Store`. Folders that become empty go, too."""
         for key in keys:
             with suppress(FileNotFoundError):
                 os.unlink(self.root / key)
@@ -88,6 +95,7 @@ class LocalStore:
             self._prune(folder)
 
     def abort_uploads(self) -> int:
+        """A disk has none."""
         return 0
 
     def _status(self, key: str) -> os.stat_result | None:

@@ -40,6 +40,7 @@ class RemoteStore:
         self.if_absent: dict[str, Any] = {"overwrite": False} if protocols & AZURE else {"mode": "create"}
 
     def find(self, parent: str, follow_links: bool = True) -> dict[str, int]:
+        """See `Store`."""
         self.fs.invalidate_cache()
         try:
             found = self._listing(parent)
@@ -55,12 +56,14 @@ class RemoteStore:
         }
 
     def read(self, key: str, start: int | None, end: int | None) -> bytes:
+        """See `Store`."""
         try:
             return cast(bytes, self.fs.cat_file(self._path(key), start=start, end=end))
         except FileNotFoundError as error:
             raise NotFound(key) from error
 
     def size(self, key: str) -> int | None:
+        """See `Store`."""
         self.fs.invalidate_cache()
         try:
             info = self.fs.info(self._path(key))
@@ -69,6 +72,7 @@ class RemoteStore:
         return int(info["size"]) if info["type"] == "file" else None
 
     def modified(self, key: str) -> float | None:
+        """See `Store`."""
         self.fs.invalidate_cache()
         try:
             return float(self.fs.modified(self._path(key)).timestamp())
@@ -76,9 +80,11 @@ class RemoteStore:
             return None
 
     def put(self, key: str, data: Data) -> None:
+        """See `Store`."""
         self._write(key, data)
 
     def create(self, key: str, data: Data) -> bool:
+        """See `Store`: by the store's own conditional put."""
         if self.in_memory:
             with self.memory_lock:
                 if self.size(key) is not None:
@@ -100,6 +106,7 @@ class RemoteStore:
         return True
 
     def delete(self, keys: Sequence[str]) -> None:
+        """See `Store`: one request for many keys where the store has such."""
         try:
             self.fs.rm([self._path(key) for key in keys])
         except FileNotFoundError:
@@ -108,6 +115,7 @@ class RemoteStore:
                     self.fs.rm_file(self._path(key))
 
     def abort_uploads(self) -> int:
+        """None that fsspec could name."""
         return 0
 
     def _listing(self, parent: str) -> Listing:
@@ -132,6 +140,7 @@ class S3Store(RemoteStore):
     """S3 without the requests that s3fs spends on telling a missing file from a folder."""
 
     def size(self, key: str) -> int | None:
+        """See `Store`: one HEAD request."""
         bucket, name, _ = self.fs.split_path(self._path(key))
         try:
             return int(
@@ -141,6 +150,7 @@ class S3Store(RemoteStore):
             return None
 
     def abort_uploads(self) -> int:
+        """See `Store`."""
         bucket, key, _ = self.fs.split_path(self.root)
         below = f"{key}/" if key else ""
         try:

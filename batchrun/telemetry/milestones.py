@@ -33,6 +33,7 @@ class Milestones:
 
     @property
     def seconds(self) -> dict[str, float]:
+        """When each was reached, in seconds since the start; those that were not are missing."""
         return {name: round(self._reached[name], 2) for name in NAMES if name in self._reached}
 
     def reach(self, name: str) -> None:

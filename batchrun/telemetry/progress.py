@@ -78,6 +78,7 @@ class Progress:
 
     @property
     def batches(self) -> int:
+        """Batches of all engines together."""
         return sum(engine.batches for engine in self.engines)
 
     @property
@@ -124,6 +125,7 @@ class Rates:
         self._remaining = Remaining()
 
     def add(self, now: Progress) -> None:
+        """Takes in the newest progress."""
         if not now.counts.tokens:
             self._recent.clear()  # loading an engine says nothing of its speed
         self._recent.append(now)

@@ -92,10 +92,12 @@ class Exporter(Collector):
         self._highest: dict[str, float] = {}
 
     def on_progress(self, now: Progress) -> None:
+        """Takes in the newest progress."""
         self._rates.add(now)
         self._now = now
 
     def collect(self) -> Iterable[Metric]:
+        """The client library's call for each scrape."""
         yield InfoMetricFamily("batchrun_run", "What runs.", self.info)
         yield GaugeMetricFamily("batchrun_start_time_seconds", "When the run began, Unix time.", self.started)
         if self._now is not None:

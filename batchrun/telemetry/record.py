@@ -44,7 +44,8 @@ class SlowPartition:
 class RunRecord:
     """One run as its driver saw it, last written at `seconds` after `started` (UTC, ISO 8601).
 
-    `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed. `counts` are of
+    `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed; `message` says
+    why, and `traceback` where, if it was a mistake in batchrun. `counts` are of
     what this run itself generated. `workers` is the most there were at once, `worker_time` their seconds added up by
     what they did: with one GPU each, GPU seconds. `load_seconds` is the longest load of an engine, `busy_seconds` the
     time of all of them in the model; `real_tokens` of the `computed_tokens` were no padding. `engine_logs` are the keys
@@ -57,6 +58,7 @@ class RunRecord:
     outcome: str
     seconds: float
     message: str = ""
+    traceback: str = ""
     plan_rows: int = 0
     partitions: int = 0
     counts: Counters = field(default_factory=Counters)
@@ -91,6 +93,7 @@ class RunRecord:
 
     @property
     def worker_seconds(self) -> float:
+        """Seconds of all workers together."""
         return sum(self.worker_time.values())
 
     @property
@@ -220,6 +223,7 @@ class Timeline:
             self.step = 2 * seconds / self.LIMIT
 
     def columns(self) -> dict[str, list[float | None]]:
+        """The samples kept, a list per quantity, all equally long."""
         names = self._rows[0] if self._rows else {}
         return {name: [_short(row[name]) for row in self._rows] for name in names}
 

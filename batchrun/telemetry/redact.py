@@ -41,6 +41,7 @@ class Redactor:
         self._known: re.Pattern[str] | None = None
 
     def add(self, secrets: Iterable[str]) -> None:
+        """From now on these are replaced, too, and parts of theirs that are secret by themselves."""
         self._secrets |= {part for secret in secrets for part in _parts(secret) if part}
         spelt = {form for secret in self._secrets for form in _spellings(secret)}
         # The longest first: a secret may begin with another one.
@@ -48,6 +49,7 @@ class Redactor:
         self._known = re.compile("|".join(map(_pattern, forms))) if forms else None
 
     def __call__(self, text: str) -> str:
+        """The text without secrets."""
         if self._known is not None:
             text = self._known.sub("***", text)
         return _URL_CREDENTIALS.sub("***", text)

@@ -46,6 +46,7 @@ class Remaining:
         self._now: Progress | None = None
 
     def add(self, now: Progress) -> None:
+        """Takes in the newest progress."""
         self._now = now
         point = _Point(_busy(now), now.counts.rows, now.counts.prompt_tokens)
         if len(self._points) < 2 and not point.rows:

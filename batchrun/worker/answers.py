@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchrun.engine.protocol import Completion
+from batchrun.engine.protocol import Completion, TokenValues
 from batchrun.errors import RowFault
-from batchrun.output.chunk import answers_schema
+from batchrun.output.chunk import ANSWERS, ASKED
 from batchrun.prompt.codec import PromptCodec
+from batchrun.prompt.detokenizer import Detokenizer
 
 
 def answered(
@@ -24,7 +25,7 @@ def answered(
     """Completions as answers; `lengths` are the prompts' tokens, and `reasoning` tells whose model is thinking already
     where its prompt ends, both by row."""
     rows = np.fromiter((c.id for c in done), np.int64, len(done))
-    more: dict[str, list[Any]] = {}
+    asked = _asked(done, codec.detokenizer)
     texts: list[str | None]
     if codec.reasoning is None:
         texts = list(codec.detokenizer.decode([c.token_ids for c in done]))
@@ -32,20 +33,51 @@ def answered(
         parts = [codec.reasoning.take_apart(c.token_ids, bool(reasoning[c.id])) for c in done]
         texts = [one.answer for one in parts]
         good = [completion.fault is None for completion in done]
-        more["reasoning"] = [one.reasoning if ok else None for one, ok in zip(parts, good, strict=True)]
-        more["reasoning_tokens"] = [one.tokens if ok else None for one, ok in zip(parts, good, strict=True)]
+        asked["reasoning"] = [one.reasoning if ok else None for one, ok in zip(parts, good, strict=True)]
+        asked["reasoning_tokens"] = [one.tokens if ok else None for one, ok in zip(parts, good, strict=True)]
     for i, completion in enumerate(done):
         if completion.fault is not None:
             texts[i] = None
-    return _table(
+    table = _table(
         rows=rows,
         answer=texts,
         finish_reason=[c.finish_reason for c in done],
         prompt_tokens=lengths[rows],
         output_tokens=np.fromiter((len(c.token_ids) for c in done), np.int32, len(done)),
         error=[None if c.fault is None else str(c.fault) for c in done],
-        **more,
     )
+    for name, column in asked.items():
+        table = table.append_column(ASKED.field(name), pa.array(column, ASKED.field(name).type))
+    return table
+
+
+def _asked(done: Sequence[Completion], detokenizer: Detokenizer) -> dict[str, list[Any]]:
+    """The columns that the engine gave values for; rows without an answer have none."""
+    given = [c.values if c.fault is None else {} for c in done]
+    names = {name for values in given for name in values}
+    columns: dict[str, list[Any]] = {}
+    if "logprobs" in names:
+        logprobs = [values.get("logprobs") for values in given]
+        columns["logprobs"] = logprobs
+        columns["mean_logprob"] = [None if one is None or not len(one) else one.mean() for one in logprobs]
+    if "top_tokens" in names:
+        ids = np.unique(np.concatenate([v["top_tokens"].ravel() for v in given if v])).tolist()
+        texts = dict(zip(ids, detokenizer.tokens(ids), strict=True))
+        columns["top_logprobs"] = [_likeliest(values, texts) if values else None for values in given]
+    return columns
+
+
+def _likeliest(values: TokenValues, texts: Mapping[int, str]) -> list[list[dict[str, Any]]]:
+    """For each token of an answer, the likeliest ones in its place."""
+    return [
+        [
+            {"token_id": token, "token": texts[token], "logprob": logprob}
+            for token, logprob in zip(tokens, logprobs, strict=True)
+        ]
+        for tokens, logprobs in zip(
+            values["top_tokens"].tolist(), values["top_logprobs"].tolist(), strict=True
+        )
+    ]
 
 
 def failed(faults: Mapping[int, RowFault]) -> pa.Table:
@@ -67,7 +99,6 @@ def _table(
     prompt_tokens: NDArray[np.int32],
     output_tokens: NDArray[np.int32],
     error: Sequence[str | None],
-    **more: list[Any],
 ) -> pa.Table:
     columns = {
         "row": rows,
@@ -77,7 +108,5 @@ def _table(
         "output_tokens": output_tokens,
         "status": ["ok" if e is None else "failed" for e in error],
         "error": error,
-        **more,
     }
-    schema = answers_schema(more)
-    return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+    return pa.table([pa.array(columns[f.name], f.type) for f in ANSWERS], schema=ANSWERS)

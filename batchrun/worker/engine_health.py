@@ -17,7 +17,8 @@ from batchrun.storage import Folder
 from batchrun.telemetry import engine_log
 from batchrun.telemetry.redact import Redactor
 
-LOADS = 3  # of a worker's engine in a row that finish no row: it is not loaded again in that run
+# Of a worker's engine in a row that finish no row: it is not loaded again in that run.
+LOADS = 3
 TURN_SECONDS = 0.5
 
 
@@ -34,10 +35,14 @@ class EngineHealth:
         self._folder, self._redact = folder, Redactor()
         self._redact.add(secrets)
         self.fruitless = 0
+        # Whether a fresh engine failed the same rows again: then it is the rows, and no engine is renewed for a few.
+        self.rows_to_blame = False
         self._last: EngineError | None = None
-        self._ended: dict[int, str] = {}  # by number of the launch: what a message says of its output
+        # By number of the launch: what a message says of its output.
+        self._ended: dict[int, str] = {}
         self._fruitful: set[int] = set()
-        self._tried: set[tuple[int, int]] = set()  # rows that were to prove the engine, since it last did
+        # Rows that were to prove the engine, since it last did.
+        self._tried: set[tuple[int, int]] = set()
         self._lock, self._turn = threading.Lock(), threading.Lock()
 
     def check(self) -> None:

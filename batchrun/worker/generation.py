@@ -20,11 +20,14 @@ from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec
 from batchrun.worker.answers import answered, failed
 
-ANSWER_BATCH = 512  # completions decoded together: large enough to amortize, small enough to be staged soon
-SETTLE_SECONDS = 0.5  # between two looks at what is due, however steadily completions come
-REPEATED = (
-    64  # tokens: an answer of at least so many, all the same one and cut by length, comes of a broken model
-)
+# Completions decoded together: large enough to amortize, small enough to be staged soon.
+ANSWER_BATCH = 512
+# Between two looks at what is due, however steadily completions come.
+SETTLE_SECONDS = 0.5
+# An answer of at least so many tokens, all the same one and cut by length, comes of a broken model.
+REPEATED = 64
+
+NOTHING = PartialAnswer(0, NO_TOKENS)
 
 Read = Callable[[Sequence[str]], Iterator[RowBatch]]
 
@@ -46,7 +49,8 @@ class Generation:
     """Fills an attempt with the answers to `rows` (bool, by row of the partition).
 
     A row whose logits were no numbers, or whose answer is one token repeated, is tried once more in a fresh engine
-    at the end. `begun` holds what rows are so far that the engine let go of when they were not wanted any more.
+    at the end, unless `rows_to_blame` said before that a fresh engine changes nothing; it says so now, if none of the
+    rows came right. `begun` holds what rows are so far that the engine let go of when they were not wanted any more.
     """
 
     def __init__(
@@ -57,7 +61,9 @@ class Generation:
         max_new_tokens: int,
         counters: AttemptCounters,
         rows: NDArray[np.bool_],
+        rows_to_blame: bool = False,
     ) -> None:
+        self.rows_to_blame = rows_to_blame
         self.begun: dict[int, PartialAnswer] = {}
         self._read, self._attempt, self._codec, self._counters = read, attempt, codec, counters
         self._max_new_tokens = max_new_tokens
@@ -66,22 +72,32 @@ class Generation:
         self._reasoning = np.zeros(len(rows), bool)
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
-        self.answered = 0  # rows that the engine finished and the attempt has taken
-        self._doubtful: list[int] = []
+        # Rows that the engine finished and the attempt has taken.
+        self.answered = 0
+        self._doubtful: dict[int, Completion] = {}
         self._doubtful_pid = 0
         self._second = False
+        self._healed = False
         self._settled = time.monotonic()
 
     def run(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         """Raises what reading, the engine and storage raise; what was finished before is in the attempt."""
         self._counters.doing = "generating"
         self._once(engine, still_wanted)
-        if self._doubtful and still_wanted():
-            self._second = True
-            self._rows = np.zeros_like(self._rows)
-            self._rows[self._doubtful] = True
-            engine.renew(self._doubtful_pid)
-            self._once(engine, still_wanted)
+        if not self._doubtful or not still_wanted():
+            return
+        # A fresh engine keeps the worker from its other rows while it loads. A broken one fails more than a few.
+        if self.rows_to_blame and len(self._doubtful) <= self.answered:
+            self._done += self._doubtful.values()
+            self._settle()
+            return
+        self._second = True
+        self._rows = np.zeros_like(self._rows)
+        self._rows[[*self._doubtful]] = True
+        engine.renew(self._doubtful_pid)
+        self._once(engine, still_wanted)
+        if still_wanted():
+            self.rows_to_blame = not self._healed
 
     def _once(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         try:
@@ -94,9 +110,11 @@ class Generation:
                             continue
                     self._settle()
         except StorageError:
-            raise  # minutes of patience went into that flush; another would only be waited for as long
+            # Minutes of patience went into that flush; another would only be waited for as long.
+            raise
         except BaseException:
-            self._settle()  # what was finished before the engine died is not generated again
+            # What was finished before the engine died is not generated again.
+            self._settle()
             raise
         self._settle()
 
@@ -123,29 +141,33 @@ class Generation:
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
                 self._counters.requests += 1
                 self._counters.sent_tokens += length
-                generated = self._begun_before(row, length)
-                yield Request(row, prompt.token_ids, self._max_new_tokens, seed, generated)
+                begun = self._begun_before(row, length)
+                yield Request(
+                    row, prompt.token_ids, self._max_new_tokens, seed, begun.tokens, values=begun.values
+                )
 
-    def _begun_before(self, row: int, prompt_tokens: int) -> NDArray[np.int32]:
+    def _begun_before(self, row: int, prompt_tokens: int) -> PartialAnswer:
         """The tokens that an earlier attempt left; none where they cannot be this prompt's."""
         one = self._attempt.begun.get(row)
         if one is None or self._second or one.prompt_tokens != prompt_tokens:
-            return NO_TOKENS
-        return one.tokens if len(one.tokens) < self._max_new_tokens else NO_TOKENS
+            return NOTHING
+        return one if len(one.tokens) < self._max_new_tokens else NOTHING
 
     def _sort(self, completion: Completion, engine: EngineProcess) -> None:
         """To the finished rows, the begun ones, or those that are tried again."""
         if completion.finish_reason == "cancelled":
             if len(completion.token_ids):
                 self.begun[completion.id] = PartialAnswer(
-                    int(self._lengths[completion.id]), completion.token_ids
+                    int(self._lengths[completion.id]), completion.token_ids, completion.values
                 )
             return
         completion = _judged(completion)
-        if completion.fault is None or self._second or completion.fault.code not in SECOND_TRY:
+        doubtful = completion.fault is not None and completion.fault.code in SECOND_TRY
+        if self._second or not doubtful:
+            self._healed |= self._second and not doubtful
             self._done.append(completion)
             return
-        self._doubtful.append(completion.id)
+        self._doubtful[completion.id] = completion
         self._doubtful_pid = engine.pid or 0
 
     def _settle(self) -> None:
@@ -176,4 +198,4 @@ def _judged(completion: Completion) -> Completion:
     if (tokens != tokens[0]).any():
         return completion
     fault = RowFault(FaultCode.REPEATED_TOKEN, f"{len(tokens)} times token {tokens[0]} and nothing else")
-    return replace(completion, token_ids=NO_TOKENS, finish_reason="error", fault=fault)
+    return replace(completion, token_ids=NO_TOKENS, finish_reason="error", fault=fault, values={})

@@ -6,128 +6,41 @@ signal, a crash, a scheduler that went away, the next attempt goes on from what 
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import signal
-import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
-from distributed import Worker, WorkerPlugin, get_worker
+from distributed import get_worker
 from numpy.typing import NDArray
 
-from batchrun.dataset.names import RowNames
-from batchrun.dataset.plan import Partition, carried_columns
-from batchrun.dataset.reader import RowBatch
-from batchrun.dataset.rows import Places, carried, carried_schema, places_of, read_rows
-from batchrun.dataset.source import DataFile
-from batchrun.engine.process import EngineProcess
-from batchrun.engine.protocol import EngineSpec, EngineStats
+from batchrun.dataset.plan import carried_columns
+from batchrun.dataset.rows import carried, carried_schema
+from batchrun.engine.protocol import EngineStats
 from batchrun.errors import (
     BatchrunError,
-    ChangedError,
     CorruptInput,
     EngineError,
     FaultCode,
+    InternalError,
     RowFault,
     StorageError,
+    is_mistake,
 )
-from batchrun.job.job import Job
-from batchrun.model.folder import resolve
-from batchrun.model.light import import_tokenizers
 from batchrun.output.attempt import Attempt, PartialAnswer, Receipt
-from batchrun.output.failed_rows import update as update_failed
-from batchrun.output.layout import Layout
+from batchrun.output.failed_rows import FailedRows
 from batchrun.output.replace import ReplacingAttempt
-from batchrun.output.retry import Retry
-from batchrun.prompt.codec import PromptCodec, open_codec
-from batchrun.storage import Folder, deadline
-from batchrun.telemetry.gpu import gpu_now
 from batchrun.worker.answers import failed
-from batchrun.worker.engine_health import EngineHealth
 from batchrun.worker.generation import AttemptCounters, Generation
+from batchrun.worker.order import Task, TaskReceipt, WorkOrder
+from batchrun.worker.state import worker_state
 
 log = logging.getLogger(__name__)
 
-WANTED_EVERY = 0.5  # seconds between two looks at whether the task is still wanted
-FLUSH_ON_EXIT = (
-    8.0  # seconds that a worker told to leave waits for its tasks to stage what they hold; 3 as a rule
-)
-
-
-@dataclass(frozen=True)
-class WorkOrder:
-    """What every task of a run carries: the job, and the hashes that its parts are stamped with."""
-
-    run: str
-    job: Job
-    schema: pa.Schema
-    layout: Layout
-    job_hash: str
-    model_fingerprint: str
-    retry: Retry | None = None
-
-    def attempt(self, partition: Partition) -> Attempt:
-        """A new attempt at the partition, or in a retry at the part that it has."""
-        output = self.job.output
-        folder = Folder(output.path, output.storage_options)
-        place = (partition.index, partition.rows, uuid.uuid4().hex[:12], output)
-        if self.retry is None:
-            return Attempt(folder, self.layout, self.job_hash, *place)
-        return ReplacingAttempt(folder, self.layout, *place, self.retry)
-
-    def read(self, task: Task, columns: Sequence[str]) -> Iterator[RowBatch]:
-        return read_rows(self.job, self.schema, task.partition, task.files, columns)
-
-    def names(self, task: Task) -> RowNames:
-        return RowNames(task.partition, task.files, self.job.input, lambda: self.read(task, ()))
-
-    def places(self, task: Task) -> Places:
-        return lambda _: places_of(self.job, self.schema, task.partition, task.files)
-
-
-@dataclass(frozen=True)
-class Task:
-    """One partition and the files that it reads, by the numbers its slices use.
-
-    With `rows`, only these are generated. `poison_rows` rows go to no engine; each has the reason that is its error.
-    `proven` says that engines have finished rows of this output before: what kills one may then be the row that it has.
-    """
-
-    partition: Partition
-    files: dict[int, DataFile]
-    rows: Sequence[int] | None = None
-    poison_rows: Mapping[int, str] = field(default_factory=dict)
-    proven: bool = False
-
-
-@dataclass(frozen=True)
-class TaskReceipt:
-    """What a task tells the driver. `part` is None when it was told to stop before its partition was covered."""
-
-    worker: str
-    part: Receipt | None
-    counters: AttemptCounters
-    engine: EngineStats | None
-    seconds: float
-
-
-_lock = threading.Lock()
-_codecs: dict[str, PromptCodec] = {}
-_engines: dict[str, EngineProcess] = {}
-_health: dict[str, EngineHealth] = {}  # of the engines, by the same keys
-_running: dict[int, AttemptCounters] = {}
-_stopped_runs: set[str] = set()
-_opening = threading.Event()
-_leaving = threading.Event()
-_leave_tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds no task
+# Seconds between two looks at whether the task is still wanted.
+WANTED_EVERY = 0.5
 
 
 def run_partitions(order: WorkOrder, tasks: Sequence[Task], seconds: float) -> list[TaskReceipt]:
@@ -186,10 +99,12 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
             return receipt(None)
         sealing = time.monotonic()
         counters.doing = "sealing"
-        part = _seal(order, task, attempt, counters)
+        with _staging(attempt):
+            part = _seal(order, task, attempt, counters)
         counters.commits, counters.commit_seconds = 1, time.monotonic() - sealing
         if output.failed is not None and (part.summary.failed or order.retry is not None):
-            update_failed(attempt.folder, order.layout, task.partition.index, output, order.places(task))
+            failed_rows = FailedRows(attempt.folder, order.layout, output)
+            failed_rows.update(task.partition.index, order.places(task))
         return receipt(part)
 
 
@@ -199,9 +114,9 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
         attempt = order.attempt(task.partition)
         if attempt.open():
             return []
-        spec = _codec_for(order).engine
-        health = _health_for(order, spec)
-        with _engine_for(spec) as engine:
+        spec = worker_state.codec(order).engine
+        health = worker_state.health(order, spec)
+        with worker_state.engine(spec) as engine:
             health.check()
             try:
                 engine.load()
@@ -213,37 +128,26 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
 
 @contextmanager
 def _counted(order: WorkOrder, task: Task) -> Iterator[AttemptCounters]:
-    """The task's counters, which the heartbeat carries for as long as this is open."""
-    counters = AttemptCounters(run=order.run, partition=task.partition.index)
-    _running[id(counters)] = counters
-    try:
-        with deadline.until(lambda: order.run in _stopped_runs or _leaving.is_set()):
+    """The task's counters, which the heartbeat carries for as long as this is open, and an error that ends it."""
+    with worker_state.attempt(order.run, task.partition.index) as counters:
+        try:
             yield counters
-    except BatchrunError as error:
-        error.counters = counters
-        raise
-    finally:
-        del _running[id(counters)]
+        except BatchrunError as error:
+            error.counters = counters
+            raise
+        except Exception as error:
+            if not is_mistake(error):
+                raise
+            mistake = InternalError.of(error, kept_by="the run's record in _job/runs/")
+            mistake.counters = counters
+            raise mistake from None
 
 
 def _generate(
     order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCounters, missing: NDArray[np.bool_]
 ) -> tuple[EngineStats, Mapping[int, PartialAnswer]]:
     """Generates the missing rows, as far as they are wanted; the engine's counters and the rows that were begun."""
-    spec = _codec_for(order).engine
-    with _engine_for(spec) as engine:
-        return _generate_with(engine, _health_for(order, spec), order, task, attempt, counters, missing)
-
-
-def _generate_with(
-    engine: EngineProcess,
-    health: EngineHealth,
-    order: WorkOrder,
-    task: Task,
-    attempt: Attempt,
-    counters: AttemptCounters,
-    missing: NDArray[np.bool_],
-) -> tuple[EngineStats, Mapping[int, PartialAnswer]]:
+    codec = worker_state.codec(order)
     wanted = _wanted_check(order.run)
     alone = np.count_nonzero(missing) == 1
     begun: dict[int, PartialAnswer] = {}
@@ -251,18 +155,21 @@ def _generate_with(
 
     def generate(rows: NDArray[np.bool_]) -> bool:
         """Whether the engine finished any of the rows; those that it did are in the attempt."""
-        codec, tokens = _codec_for(order), order.job.generation.max_new_tokens
+        tokens = order.job.generation.max_new_tokens
         generation = Generation(
-            lambda columns: order.read(task, columns), attempt, codec, tokens, counters, rows
+            lambda columns: order.read(task, columns),
+            attempt,
+            codec,
+            tokens,
+            counters,
+            rows,
+            health.rows_to_blame,
         )
         try:
-            generation.run(engine, wanted)
-        except StorageError:
-            raise
-        except Exception as error:
-            attempt.flush()  # what was finished before costs no second time
-            if not isinstance(error, EngineError):
-                raise
+            with _staging(attempt):
+                generation.run(engine, wanted)
+            health.rows_to_blame = generation.rows_to_blame
+        except EngineError as error:
             if generation.answered:
                 health.progress(error.launch)
             counts = not (alone and task.proven)
@@ -274,14 +181,28 @@ def _generate_with(
             health.progress(engine.launches)
         return generation.answered > 0
 
-    with health.in_doubt(wanted) as in_doubt:
-        if in_doubt:
-            proved = generate(health.one_of(attempt.partition, missing))
-            attempt.flush()
-            missing = missing & _missing(attempt, task)
-    if missing.any():
-        generate(missing)
-    return engine.stats(), begun
+    with worker_state.engine(codec.engine) as engine:
+        health = worker_state.health(order, codec.engine)
+        with health.in_doubt(wanted) as in_doubt:
+            if in_doubt:
+                proved = generate(health.one_of(attempt.partition, missing))
+                attempt.flush()
+                missing = missing & _missing(attempt, task)
+        if missing.any():
+            generate(missing)
+        return engine.stats(), begun
+
+
+@contextmanager
+def _staging(attempt: Attempt) -> Iterator[None]:
+    """What was finished by the time that an error leaves this is staged, and so costs no second time."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception:
+        attempt.flush()
+        raise
 
 
 def _missing(attempt: Attempt, task: Task) -> NDArray[np.bool_]:
@@ -323,60 +244,6 @@ def _seal(order: WorkOrder, task: Task, attempt: Attempt, counters: AttemptCount
     return attempt.seal(carry(lost), nullable)
 
 
-def _codec_for(order: WorkOrder) -> PromptCodec:
-    with _lock:
-        # Budgets of the engine decide no output, yet a living worker must heed a change of them.
-        key = f"{order.job_hash} {order.job.engine.model_dump_json()}"
-        if key not in _codecs:
-            _opening.set()
-            try:
-                model = resolve(order.job.model)
-                codec = open_codec(order.job, model, order.schema)
-                if model.fingerprint != order.model_fingerprint:
-                    raise ChangedError(
-                        "the model on this worker differs from the driver's",
-                        order.job.model.name,
-                        "give every machine the same model folder",
-                    )
-                _codecs.clear()  # a worker runs one job at a time as a rule, and tokenizers are large
-                _codecs[key] = codec
-            finally:
-                _opening.clear()
-        return _codecs[key]
-
-
-@contextmanager
-def _engine_for(spec: EngineSpec) -> Iterator[EngineProcess]:
-    """The worker's engine process for this specification, kept while this is open.
-
-    Idle ones of other jobs make room for it.
-    """
-    with ExitStack() as held:
-        with _lock:
-            engine = held.enter_context(_engine(repr(asdict(spec)), spec).in_use())
-        yield engine
-
-
-def _health_for(order: WorkOrder, spec: EngineSpec) -> EngineHealth:
-    """That of the engine in this run."""
-    key = repr(asdict(spec))
-    with _lock:
-        if key not in _health or _health[key].run != order.run:
-            folder = Folder(order.job.output.path, order.job.output.storage_options)
-            _health[key] = EngineHealth(order.run, folder, order.job.secrets())
-        return _health[key]
-
-
-def _engine(key: str, spec: EngineSpec) -> EngineProcess:
-    """The one for this specification, new or not. Whoever calls holds the lock."""
-    if key not in _engines:
-        for other in [k for k, engine in _engines.items() if engine.idle]:
-            _engines.pop(other).stop()
-            _health.pop(other, None)
-        _engines[key] = EngineProcess(spec)
-    return _engines[key]
-
-
 def _wanted_check(run: str) -> Callable[[], bool]:
     """Whether the current task should go on: looked up at most twice a second.
 
@@ -392,85 +259,7 @@ def _wanted_check(run: str) -> Callable[[], bool]:
         if now - last >= WANTED_EVERY:
             last = now
             state = worker.state.tasks.get(key)
-            cancelled = state is None or state.state in ("cancelled", "resumed")
-            wanted = not (cancelled or run in _stopped_runs)
-        return wanted and not _leaving.is_set()
+            wanted = state is not None and state.state not in ("cancelled", "resumed")
+        return wanted and not worker_state.is_stopped(run)
 
     return check
-
-
-async def start_engine(spec: EngineSpec) -> None:
-    """Run on the workers of this machine at a run's start: the engine loads before the first task comes."""
-
-    def start() -> None:
-        with _lock:
-            engine = _engine(repr(asdict(spec)), spec)
-        engine.start()
-        # The first task would wait for it.
-        import_tokenizers()
-
-    # Not on the event loop, which must never wait for a task that holds the lock.
-    threading.Thread(target=start, name="batchrun-start", daemon=True).start()
-
-
-async def request_stop(run: str) -> None:
-    """Run on every worker when the driver was interrupted: tasks of this run flush and return."""
-    _stopped_runs.add(run)
-
-
-async def end_at_once() -> None:
-    """Run on a worker that hangs: its nanny, or whoever started it, starts another one."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def snapshot(dask_worker: Worker) -> dict[str, Any]:
-    """The worker's part of the heartbeat: plain values of all running tasks, of the engine and of the GPU.
-
-    `loading` is the CPU time of what has no counters yet: engines, and this process while it opens a tokenizer.
-    """
-    engines = list(_engines.values())
-    gpu = gpu_now()
-    own = time.process_time() if _opening.is_set() else 0.0
-    return {
-        "tasks": [asdict(counters) for counters in list(_running.values())],
-        "engines": [asdict(engine.stats()) for engine in engines],
-        "loading": own + sum(engine.loading_seconds() for engine in engines),
-        "gpu": asdict(gpu) if gpu else None,
-    }
-
-
-async def _stop_work() -> None:
-    """Tasks stage what they hold and return; then the engines end."""
-    _leaving.set()
-    deadline = time.monotonic() + FLUSH_ON_EXIT
-    while _running and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
-    for engine in list(_engines.values()):
-        engine.stop()
-
-
-async def _leave() -> None:
-    """On SIGTERM, which a nanny's worker would die of at once. Whether another one takes its place is the nanny's
-    decision; a worker that closes by itself it would take for one that is not wanted any more."""
-    await _stop_work()
-    os._exit(128 + signal.SIGTERM)
-
-
-class BatchrunPlugin(WorkerPlugin):
-    """Registered once per run: hooks the heartbeat, and lets a leaving worker stage what it holds."""
-
-    name = "batchrun"
-    idempotent = True
-
-    def setup(self, worker: Worker) -> None:
-        worker.metrics["batchrun"] = snapshot
-        if threading.current_thread() is threading.main_thread():
-            # Ctrl-C and a closed terminal reach the whole process group; the driver decides what that means here.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-                loop = asyncio.get_running_loop()
-                loop.add_signal_handler(signal.SIGTERM, lambda: _leave_tasks.add(loop.create_task(_leave())))
-
-    async def teardown(self, worker: Worker) -> None:
-        await _stop_work()

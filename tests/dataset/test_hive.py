@@ -15,7 +15,8 @@ from tiny import plan_of, rows_of, write
 import batchrun as library
 from batchrun.commands.verify import verify
 from batchrun.dataset import source
-from batchrun.dataset.plan import Plan, extend
+from batchrun.dataset.plan import Plan
+from batchrun.dataset.planner import extend
 from batchrun.errors import ChangedError, InputError, Interrupted
 from batchrun.job.settings import InputSettings
 from jobs import load, write_job

@@ -81,6 +81,14 @@ def test_doubtful_rows_are_tried_once_more_in_a_fresh_engine_and_then_fail(setti
     assert len(again) == len(set(again)), "once"
 
 
+def test_rows_that_fail_in_a_fresh_engine_too_cost_the_run_no_other_engine(setting):
+    one = setting("RepeatingEngine", rows=40, generation={"max_new_tokens": 64}, output={"rows_per_part": 5})
+    one.run()
+    one.check(dict.fromkeys(range(4, 40, 5), "REPEATED_TOKEN"))
+    # Partitions in flight together may each have had one of their own.
+    assert len(one.processes) <= 3
+
+
 def test_a_worker_told_to_leave_keeps_what_its_rows_are_so_far(setting):
     long = {"prompt": {"template": "{{ text }}" + " and so on" * 25}, "generation": {"max_new_tokens": 200}}
     one = setting("SteppingEngine", **long)

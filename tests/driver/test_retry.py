@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -45,8 +46,14 @@ def replaced_since(folder: Path, before: dict[str, bytes]) -> set[str]:
 def staged_for_others(folder: Path, before: dict[str, bytes]) -> list[Path]:
     """Chunks of the first retry for parts that it has not replaced yet."""
     replaced = replaced_since(folder, before)
-    chunks = (folder / "out").rglob("*-r1/*.chunk")
-    return [chunk for chunk in chunks if f"part-{chunk.parent.name[:-3]}.parquet" not in replaced]
+    # Unlike glob, it does not mind a folder that is swept meanwhile.
+    folders = [(Path(where), names) for where, _, names in os.walk(folder / "out") if where.endswith("-r1")]
+    return [
+        where / name
+        for where, names in folders
+        for name in names
+        if name.endswith(".chunk") and f"part-{where.name[:-3]}.parquet" not in replaced
+    ]
 
 
 def failing_job(folder: Path, model: Path, **sections: object) -> Path:

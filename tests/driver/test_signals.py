@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from chaos.command import Command
 from chaos.processes import start_store
 from slow_server import slow_server
 from stores import s3_bucket
@@ -140,6 +141,56 @@ def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_stop_is_heard_by_the_worker_that_takes_the_place_of_a_lost_one(tmp_path, tiny_llama):
+    engine, output = {"kind": "engines:SecondsEngine"}, {"rows_per_part": 200, "flush_rows": 2}
+    job = write_job(tmp_path, tiny_llama, rows=600, row_group=200, engine=engine, output=output)
+    process = start("run", str(job))
+    wait_until(lambda: any((tmp_path / "out/_job").glob("stage/*/*.chunk")))
+    for child in psutil.Process(process.pid).children():
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.kill()
+    code, seconds, said = ended(process, signal.SIGTERM)
+    assert code == 4, said
+    assert "0 in 0 of 3 parts" in said.splitlines()[-1]
+    assert "3/3 parts" not in said, "partitions that were given up are not done"
+    assert seconds < SOON
+
+
+def test_a_stop_after_the_manifest_ends_with_what_the_data_is(tmp_path, tiny_llama):
+    process = start("run", str(write_job(tmp_path, tiny_llama)))
+    wait_until((tmp_path / "out/_job/manifest.json").exists)
+    code, seconds, said = ended(process, signal.SIGTERM)
+    assert code == 0, said
+    assert "the same command goes on" not in said
+    assert seconds < SOON
+
+
+def test_a_terminal_that_is_closed_stops_a_run_with_4(tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"})
+    command = Command(["run", str(job)], tmp_path / "log", True, environment())
+    try:
+        wait_until(lambda: any((tmp_path / "out/_job").glob("stage/*/*.chunk")))
+        command.hang_up()
+        assert command.process.wait(60) == 4, command.text
+    finally:
+        command.clear()
+
+
+def test_a_process_that_hangs_after_its_tasks_have_staged_ends_all_the_same(tmp_path):
+    script = (
+        "import os, signal, threading\n"
+        "from batchrun import signals\n"
+        "signals.install()\n"
+        "with signals.attended():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "threading.Event().wait()\n"
+    )
+    began = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, timeout=60)
+    assert ran.returncode == 4, ran.stderr
+    assert time.monotonic() - began < SOON
 
 
 def test_a_store_is_not_waited_for_once_the_run_was_told_to_stop(monkeypatch):

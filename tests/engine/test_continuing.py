@@ -163,12 +163,12 @@ class SmallDevice:
 
 
 @pytest.mark.parametrize("room", [100, 20])
-def test_the_paged_engine_makes_smaller_packs_and_rounds_on_out_of_memory(room):
+def test_the_paged_engine_makes_smaller_batches_on_out_of_memory(room):
     engine = make("paged", spec(SAMPLINGS["seeded"]))
     whole = run(engine, requests(30))
     runner = engine._runner
-    runner.prefill = SmallDevice(runner.prefill, room, lambda pack: sum(s.stop - s.start for s in pack))
-    runner.decode = SmallDevice(runner.decode, 3, lambda work: len(work.rows))
+    runner.prefill = SmallDevice(runner.prefill, room, lambda chunks: sum(s.stop - s.start for s in chunks))
+    runner.decode = SmallDevice(runner.decode, 3, lambda batch: len(batch.sequences))
     shared = [replace(r, id=100 + r.id, token_ids=np.concatenate([np.full(300, 9, np.int32), r.token_ids])) for r in
               requests(3)]  # fmt: skip
     found = run(engine, [*requests(30), *[replace(r, max_new_tokens=4) for r in shared]])
@@ -193,8 +193,8 @@ def test_a_row_that_never_fits_is_out_of_memory_and_its_neighbours_are_not(what)
     runner, whole = engine._runner, run(engine, requests(8))
 
     def poisoned(work: Any) -> int:
-        rows = [s.row for s in work] if what == "prefill" else work.rows
-        return int(any(row.request.id == 5 for row in rows))
+        sequences = [s.sequence for s in work] if what == "prefill" else work.sequences
+        return int(any(one.request.id == 5 for one in sequences))
 
     setattr(runner, what, SmallDevice(getattr(runner, what), 0, poisoned))
     found = run(engine, requests(8))

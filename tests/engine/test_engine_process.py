@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import model_folder
 
-from batchrun.engine.process import EngineProcess, available_cores
+from batchrun.engine.launch import available_cores
+from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, Request
 from batchrun.engine.wire import CompletionPack, RequestPack
 from batchrun.errors import EngineDied, EngineError, FaultCode, JobError, ModelError, RowFault

@@ -19,7 +19,7 @@ from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine, unsupported
 from batchrun.engine.paged.architecture import Unsupported, attention_layers
 from batchrun.engine.paged.compiling import compile_layers
-from batchrun.engine.paged.projections import join_projections
+from batchrun.engine.paged.projections import fuse_projections
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
 from batchrun.errors import FaultCode, ModelError
 
@@ -77,7 +77,7 @@ def _run(engine: PagedEngine, requests: list[Request]) -> dict[int, Completion]:
     completions = list(engine.generate(iter(requests)))
     engine._scheduler.check()
     assert sorted(c.id for c in completions) == sorted(r.id for r in requests)
-    assert engine._scheduler.pool.available == engine._scheduler.pool.pages
+    assert engine._scheduler.pool.available == engine._scheduler.pool.num_pages
     return {c.id: c for c in completions}
 
 
@@ -139,7 +139,7 @@ def test_greedy_tokens_do_not_depend_on_batch_pool_prefix_or_steps(
     _check_greedy(models[name], requests, completions)
 
 
-def test_rows_evicted_from_a_small_pool_keep_their_answers(
+def test_rows_preempted_in_a_small_pool_keep_their_answers(
     folders: dict[str, Path], models: dict[str, Any]
 ) -> None:
     # Hoping for short answers, it admits too many rows.
@@ -148,7 +148,7 @@ def test_rows_evicted_from_a_small_pool_keep_their_answers(
         Request(r.id, r.token_ids, max_new_tokens=100) for r in _requests(seed=3, rows=12, longest=16)
     ]
     completions = _run(engine, requests)
-    assert engine.stats.gauges["evictions"] > 0
+    assert engine.stats.gauges["preemptions"] > 0
     _check_greedy(models["llama"], requests, completions)
 
 
@@ -304,7 +304,7 @@ def test_joined_and_compiled_layers_give_the_same_tokens_and_compile_once(folder
     plain = _tokens(_run(_engine(folders["qwen3"]), requests))
     engine = _engine(folders["qwen3"])
     model = engine._runner._model
-    assert join_projections(model) == 4
+    assert fuse_projections(model) == 4
     assert compile_layers(model, engine._runner.cache.modules) == 2
     torch._dynamo.utils.counters.clear()
     assert _tokens(_run(engine, requests)) == plain

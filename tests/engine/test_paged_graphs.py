@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def _engine(folder: Path, monkeypatch: pytest.MonkeyPatch, capturing: bool) -> PagedEngine:
     spec = EngineSpec("paged", str(folder), str(folder), max_context=tiny_models.MAX_CONTEXT)
     engine = PagedEngine(spec, load_model(spec), page_size=16)
-    engine._runner._captures = capturing
+    engine._runner._use_graphs = capturing
     monkeypatch.setattr(DecodeGraphs, "_capture", lambda _, step: Recorded(engine, step))
     return engine
 
@@ -69,14 +69,14 @@ def test_the_step_captured_to_measure_memory_is_not_used_afterwards(
     """As when an engine starts: the largest step is captured while the cache is a single page."""
     expected = _answers(_engine(folder, monkeypatch, capturing=False), seed=1, rows=64)
     # Rows of any number use the widest step met so far, here that of the warm-up.
-    monkeypatch.setattr("batchrun.engine.paged.runner.NARROW_ROWS", 0)
+    monkeypatch.setattr("batchrun.engine.paged.runner.NARROW_BATCH", 0)
     engine = _engine(folder, monkeypatch, capturing=True)
     runner = engine._runner
     pages = runner.cache.memory.shape[2]
     runner.cache.allocate(1)
     runner.warm_up(prefill_tokens=64)
     runner.cache.allocate(pages)
-    runner._widest = runner._largest.pages
+    runner._max_pages = runner._largest_shape.pages
     assert _answers(engine, seed=1, rows=64) == expected
 
 
@@ -99,7 +99,7 @@ def test_running_out_of_memory_in_a_capture_leaves_no_graph_and_loses_no_row(
 
 
 def test_packs_have_few_different_numbers_of_tokens() -> None:
-    """A number that products have not met before costs the host time in every pack of a run over new rows."""
+    """A number that products have not met before costs the host time in every prefill of a run over new rows."""
     numbers = {tokens: _round_tokens(tokens) for tokens in range(1, 16385)}
     assert all(tokens <= made < tokens * 1.04 + 8 for tokens, made in numbers.items())
     assert len({made for tokens, made in numbers.items() if tokens > 8192}) == 32

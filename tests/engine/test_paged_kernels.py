@@ -18,8 +18,8 @@ from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.paged import attention_kernels, kernels
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.batch import Batch
 from batchrun.engine.paged.gathered import GatheredPages
+from batchrun.engine.paged.metadata import AttentionMetadata
 from batchrun.engine.paged.sampler import top_p_threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,23 +63,27 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     layer: Layer, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
-        monkeypatch.setattr(attention_kernels, "_chunk", lambda rows: chunk)
+        monkeypatch.setattr(attention_kernels, "_split_size", lambda rows: chunk)
     keys, values = _pages(layer)
-    tables, lengths = _int([[1, 11], [3, 11], [5, 6], [7, 8], [9, 10]]), _int([1, 64, 65, 100, 128])
-    places = (_int([1, 3, 6, 8, 10]) * 64 + _int([0, 63, 0, 35, 63])).long()
+    block_tables, seq_lens = _int([[1, 11], [3, 11], [5, 6], [7, 8], [9, 10]]), _int([1, 64, 65, 100, 128])
+    slot_mapping = (_int([1, 3, 6, 8, 10]) * 64 + _int([0, 63, 0, 35, 63])).long()
     query, own = _random(5, layer.query_heads, layer.head_dim), _own(layer, 5)
     reference = keys.clone(), values.clone()
     for pages in (keys, values):
-        pages.flatten(0, 1)[places] = float("nan")  # what was there before the new token is not read
-    out, lse = attention_kernels.decode(query, *own, keys, values, places, tables, lengths, layer)
-    batch = Batch(places=places, tables=tables, lengths=lengths)
-    expected = GatheredPages().decode(query, *own, *reference, batch, layer, None)
+        pages.flatten(0, 1)[slot_mapping] = float("nan")  # what was there before the new token is not read
+    out, lse = attention_kernels.decode(
+        query, *own, keys, values, slot_mapping, block_tables, seq_lens, layer
+    )
+    metadata = AttentionMetadata(slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens)
+    expected = GatheredPages().decode(query, *own, *reference, metadata, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
     assert torch.equal(keys[:11], reference[0][:11])
     assert torch.equal(values[:11], reference[1][:11])
     assert lse.shape == (5, layer.query_heads)
     monkeypatch.undo()
-    whole = attention_kernels.decode(query, *own, keys, values, places, tables, lengths, layer)[1]
+    whole = attention_kernels.decode(query, *own, keys, values, slot_mapping, block_tables, seq_lens, layer)[
+        1
+    ]
     torch.testing.assert_close(lse, whole, **CLOSE)
 
 
@@ -87,23 +91,25 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
 @pytest.mark.parametrize("paged", [True, False])
 def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Layer, paged: bool) -> None:
     new, old = [40, 7, 64, 1], [0, 70, 13, 127] if paged else [0, 0, 0, 0]
-    lengths = _int([a + b for a, b in zip(new, old, strict=True)])
-    starts = _int([0, 40, 47, 111, 112])
-    tables = _int([[1, 2], [3, 4], [5, 6], [7, 8]])
+    seq_lens = _int([a + b for a, b in zip(new, old, strict=True)])
+    cu_seqlens_q = _int([0, 40, 47, 111, 112])
+    block_tables = _int([[1, 2], [3, 4], [5, 6], [7, 8]])
     query, own = _random(112, layer.query_heads, layer.head_dim), _own(layer, 112)
     keys, values = _pages(layer)
-    places = torch.cat([
-        tables[row].long().repeat_interleave(64)[b : b + n] * 64 + torch.arange(b, b + n, device=DEVICE) % 64
+    slot_mapping = torch.cat([
+        block_tables[row].long().repeat_interleave(64)[b : b + n] * 64 + torch.arange(b, b + n, device=DEVICE) % 64
         for row, (n, b) in enumerate(zip(new, old, strict=True))
     ])  # fmt: skip
     reference = keys.clone(), values.clone()
-    kernels.write(*own, keys, values, places)
+    kernels.write_kv_cache(*own, keys, values, slot_mapping)
     if paged:
-        out = attention_kernels.prefill(query, keys, values, tables, starts, lengths, 64, layer)
+        out = attention_kernels.prefill(query, keys, values, block_tables, cu_seqlens_q, seq_lens, 64, layer)
     else:
-        out = attention_kernels.prefill(query, *own, None, starts, lengths, 64, layer)
-    batch = Batch(places=places, tables=tables, lengths=lengths, starts=starts)
-    expected = GatheredPages().prefill(query, *own, *reference, batch, layer, None)
+        out = attention_kernels.prefill(query, *own, None, cu_seqlens_q, seq_lens, 64, layer)
+    metadata = AttentionMetadata(
+        slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
+    )
+    expected = GatheredPages().prefill(query, *own, *reference, metadata, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
     assert torch.equal(keys[:11], reference[0][:11])
     assert torch.equal(values[:11], reference[1][:11])
@@ -112,7 +118,7 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Lay
 def test_a_copied_page_is_the_same_up_to_the_copied_token_in_every_plane() -> None:
     memory = _random(6, 9, 16, 24)
     before = memory.clone()
-    kernels.copy(memory, _int([1, 1, 4]).long(), _int([2, 3, 8]).long(), 5)
+    kernels.copy_pages(memory, _int([1, 1, 4]).long(), _int([2, 3, 8]).long(), 5)
     before[:, [2, 3, 8], :5] = before[:, [1, 1, 4], :5]
     assert torch.equal(memory, before)
 
@@ -127,7 +133,7 @@ def test_attention_over_two_halves_joins_to_attention_over_the_whole() -> None:
 
     whole, whole_lse = attend(keys, values)
     (a, a_lse), (b, b_lse) = attend(keys[:11], values[:11]), attend(keys[11:], values[11:])
-    joined, lse = kernels.join(a, a_lse.t().contiguous(), b, b_lse.contiguous())
+    joined, lse = kernels.merge_attn_states(a, a_lse.t().contiguous(), b, b_lse.contiguous())
     torch.testing.assert_close(joined, whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lse, whole_lse, atol=1e-4, rtol=1e-4)
 

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchrun.engine.paged.sampler import BAD, Sampler, penalize
+from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler, apply_repetition_penalty
 from batchrun.engine.protocol import Sampling
 
 SETTINGS = [
@@ -49,7 +49,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling: Sampling
     draws, vocabulary = 40_000, 24
     logits = _logits(1, vocabulary)
     sampler = Sampler(sampling)
-    tokens = sampler.choose(
+    tokens = sampler.sample(
         logits.expand(draws, -1), torch.arange(draws), torch.zeros(draws, dtype=torch.long)
     )
     exact = sampler.warp(logits)[0].softmax(dim=0).double()
@@ -66,21 +66,21 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling: Sampling
 def test_a_row_draws_the_same_token_in_every_batch() -> None:
     sampler = Sampler(Sampling(temperature=1.0, top_p=0.95, seed=11))
     logits, seeds, positions = _logits(50), torch.arange(50) * 7919, torch.arange(50) % 9
-    together = sampler.choose(logits, seeds, positions)
+    together = sampler.sample(logits, seeds, positions)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
-    assert sampler.choose(logits[order], seeds[order], positions[order]).tolist() == together[order].tolist()
+    assert sampler.sample(logits[order], seeds[order], positions[order]).tolist() == together[order].tolist()
     alone = [
-        int(sampler.choose(logits[i : i + 1], seeds[i : i + 1], positions[i : i + 1])) for i in range(50)
+        int(sampler.sample(logits[i : i + 1], seeds[i : i + 1], positions[i : i + 1])) for i in range(50)
     ]
     assert alone == together.tolist()
-    assert sampler.choose(logits, seeds, positions + 1).tolist() != together.tolist()
+    assert sampler.sample(logits, seeds, positions + 1).tolist() != together.tolist()
 
 
 def test_the_penalty_is_that_of_transformers() -> None:
     logits, tokens = _logits(5), torch.tensor(np.random.default_rng(0).integers(0, 64, (5, 9)))
     seen = torch.zeros(5, 64, dtype=torch.bool).scatter(1, tokens, True)
     torch.testing.assert_close(
-        penalize(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits)
+        apply_repetition_penalty(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits)
     )
 
 
@@ -90,5 +90,5 @@ def test_logits_that_are_no_numbers_give_no_token(temperature: float) -> None:
     logits[1, 3] = float("nan")
     logits[2] = float("-inf")
     row = torch.arange(4)
-    tokens = Sampler(Sampling(temperature=temperature)).choose(logits, row, row)
-    assert (tokens == BAD).tolist() == [False, True, True, False]
+    tokens = Sampler(Sampling(temperature=temperature)).sample(logits, row, row)
+    assert (tokens == INVALID_TOKEN).tolist() == [False, True, True, False]

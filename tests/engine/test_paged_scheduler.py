@@ -1,4 +1,4 @@
-"""Pages, rows and rounds without a model: a device of plain lists checks what every row would read."""
+"""Pages, prefills and decode batches without a model: a device of plain lists checks what every row would read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.paged.pool import Pool
-from batchrun.engine.paged.queue import Queue, Row
-from batchrun.engine.paged.scheduler import OutputLengths, Round, Scheduler, Segment
+from batchrun.engine.paged.output_lengths import OutputLengths
+from batchrun.engine.paged.page_pool import PagePool
+from batchrun.engine.paged.queue import Sequence, WaitingQueue
+from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
 from batchrun.engine.protocol import Request
 
 
@@ -27,15 +28,15 @@ class Device:
         self.size = page_size
         self.memory = [[-1] * page_size for _ in range(pages)]
 
-    def prefill(self, pack: list[Segment]) -> None:
-        copies = [(s, list(self.memory[s.copy_from])) for s in pack if s.copied]
-        for segment, source in copies:
-            self.memory[segment.copy_to][: segment.copied] = source[: segment.copied]
-        for segment in pack:
-            for place in range(segment.start, segment.stop):
-                self.write(segment.row.pages, place, int(segment.row.prompt[place]))
-        for segment in pack:
-            self.check(segment.row.pages, segment.row.prompt[: segment.stop].tolist())
+    def prefill(self, chunks: list[PrefillChunk]) -> None:
+        copies = [(s, list(self.memory[s.copy_from])) for s in chunks if s.copied]
+        for chunk, source in copies:
+            self.memory[chunk.copy_to][: chunk.copied] = source[: chunk.copied]
+        for chunk in chunks:
+            for place in range(chunk.start, chunk.stop):
+                self.write(chunk.sequence.pages, place, int(chunk.sequence.prompt[place]))
+        for chunk in chunks:
+            self.check(chunk.sequence.pages, chunk.sequence.prompt[: chunk.stop].tolist())
 
     def write(self, pages: list[int], place: int, token: int) -> None:
         self.memory[pages[place // self.size]][place % self.size] = token
@@ -51,59 +52,59 @@ class Run:
     def __init__(self, scheduler: Scheduler, device: Device, rng: random.Random, stop_chance: float) -> None:
         self.scheduler, self.device, self.rng, self.stop_chance = scheduler, device, rng, stop_chance
         self.ended: dict[int, int] = {}
-        self.behind: list[tuple[Row, list[int]]] = []
-        self.said: dict[Row, list[int]] = {}
-        self.stopped: set[Row] = set()
+        self.behind: list[tuple[Sequence, list[int]]] = []
+        self.said: dict[Sequence, list[int]] = {}
+        self.stopped: set[Sequence] = set()
 
-    def say(self, row: Row) -> int:
+    def say(self, sequence: Sequence) -> int:
         """The device's next token of a row, which the host knows only after `read`."""
         token = self.rng.randrange(5)
-        self.said.setdefault(row, []).append(token)
+        self.said.setdefault(sequence, []).append(token)
         if self.rng.random() < self.stop_chance:
-            self.stopped.add(row)
+            self.stopped.add(sequence)
         return token
 
-    def prefill(self, pack: list[Segment]) -> None:
-        self.device.prefill(pack)
-        self.behind += [(s.row, [self.say(s.row)]) for s in pack if s.complete]
-        self.scheduler.launched_pack()
+    def prefill(self, chunks: list[PrefillChunk]) -> None:
+        self.device.prefill(chunks)
+        self.behind += [(s.sequence, [self.say(s.sequence)]) for s in chunks if s.complete]
+        self.scheduler.prefill_launched()
 
-    def decode(self, work: Round) -> None:
+    def decode(self, work: DecodeBatch) -> None:
         results = []
-        for row, table in zip(work.rows, work.tables.tolist(), strict=True):
+        for sequence, table in zip(work.sequences, work.block_tables.tolist(), strict=True):
             new: list[int] = []
-            known = row.request.token_ids.tolist() + self.said[row]
-            assert table[: work.trunk] == work.tables[0, : work.trunk].tolist()
+            known = sequence.request.token_ids.tolist() + self.said[sequence]
+            assert table[: work.prefix_pages] == work.block_tables[0, : work.prefix_pages].tolist()
             for _ in range(work.steps):
-                if row in self.stopped or len(known) > row.last:
+                if sequence in self.stopped or len(known) > sequence.final_len:
                     break
-                assert len(known) - 1 >= work.trunk * self.device.size
+                assert len(known) - 1 >= work.prefix_pages * self.device.size
                 self.device.write(table, len(known) - 1, known[-1])
                 self.device.check(table, known)
-                new.append(self.say(row))
+                new.append(self.say(sequence))
                 known.append(new[-1])
-            results.append((row, new))
+            results.append((sequence, new))
         self.read()
         self.behind = results
 
     def read(self) -> None:
-        for row, tokens in self.behind:
-            if row.done:
+        for sequence, tokens in self.behind:
+            if sequence.finished:
                 continue
-            row.output += tokens
-            full = len(row.output) == row.request.max_new_tokens
-            if full or (row in self.stopped and row.output == self.said[row]):
-                self.ended[row.request.id] = self.ended.get(row.request.id, 0) + 1
-                self.scheduler.finish(row)
+            sequence.output += tokens
+            full = len(sequence.output) == sequence.request.max_new_tokens
+            if full or (sequence in self.stopped and sequence.output == self.said[sequence]):
+                self.ended[sequence.request.id] = self.ended.get(sequence.request.id, 0) + 1
+                self.scheduler.finish(sequence)
         self.behind = []
 
     def turn(self, steps: int) -> bool:
-        while self.scheduler.worth_a_pack() and (pack := self.scheduler.next_pack()):
-            self.prefill(pack)
+        while self.scheduler.should_prefill() and (chunks := self.scheduler.next_prefill()):
+            self.prefill(chunks)
             self.scheduler.check()
-        if self.scheduler.short_of_pages(steps):
+        if self.scheduler.must_preempt(steps):
             self.read()
-        work = self.scheduler.next_round(steps)
+        work = self.scheduler.next_decode(steps)
         if work is None:
             self.read()
         else:
@@ -127,7 +128,7 @@ def test_under_any_schedule_rows_read_their_own_tokens_no_page_leaks_and_each_ro
     seed: int, page_size: int, pages: int, max_rows: int, prefill_tokens: int, steps: int, certain: bool
 ) -> None:
     rng = random.Random(seed)
-    pool = Pool(pages, page_size)
+    pool = PagePool(pages, page_size)
     context = min(120, (pages - 1) * page_size)
     scheduler = Scheduler(pool, max_rows, prefill_tokens, context, OutputLengths(certain))
     run = Run(scheduler, Device(pages, page_size), rng, 0.0 if certain else rng.choice([0.0, 0.05, 0.3]))
@@ -140,7 +141,7 @@ def test_under_any_schedule_rows_read_their_own_tokens_no_page_leaks_and_each_ro
         waiting.append(_request(number, prompt, rng.randrange(1, min(30, context - len(prompt)) + 1)))
     going = True
     while waiting or going:
-        scheduler.last_rows = not waiting
+        scheduler.no_more_requests = not waiting
         for _ in range(rng.randrange(4)):
             if waiting:
                 request = waiting.pop()
@@ -148,18 +149,18 @@ def test_under_any_schedule_rows_read_their_own_tokens_no_page_leaks_and_each_ro
                 scheduler.add(request)
         going = run.turn(steps)
     assert set(run.ended.values()) == {1}
-    assert len(run.ended) == scheduler._admissions - scheduler.evictions
-    assert pool.available == pool.pages
+    assert len(run.ended) == scheduler._admissions - scheduler.preemptions
+    assert pool.available == pool.num_pages
 
 
 def test_rows_are_served_longest_first_and_groups_as_a_whole() -> None:
-    queue = Queue()
+    queue = WaitingQueue()
     shared = list(range(80))
     for number, length in enumerate([3, 9, 5]):
-        queue.push(Row.of(_request(number, [7] * length, 1)))
+        queue.push(Sequence.of(_request(number, [7] * length, 1)))
     for number, length in enumerate([2, 1, 6], start=10):
-        queue.push(Row.of(_request(number, shared + [9] * length, 1)))
-    queue.push(Row.of(_request(20, [8] * 100, 1)))
+        queue.push(Sequence.of(_request(number, shared + [9] * length, 1)))
+    queue.push(Sequence.of(_request(20, [8] * 100, 1)))
     order = []
     while len(queue):
         first = queue.peek()
@@ -172,39 +173,39 @@ def test_rows_are_served_longest_first_and_groups_as_a_whole() -> None:
 @given(seed=st.integers(0, 10**9))
 def test_the_queue_knows_how_much_its_rows_may_generate_and_the_longest_of_them(seed: int) -> None:
     rng = random.Random(seed)
-    queue, waiting = Queue(), []
+    queue, waiting = WaitingQueue(), []
     for number in range(80):
         if waiting and rng.random() < 0.4:
-            row = queue.pop()
-            waiting.remove(row)
+            sequence = queue.pop()
+            waiting.remove(sequence)
             if rng.random() < 0.2:
-                row.prompt = np.concatenate([row.prompt, np.zeros(1, np.int32)])
-                queue.push_first(row)
-                waiting.append(row)
+                sequence.prompt = np.concatenate([sequence.prompt, np.zeros(1, np.int32)])
+                queue.push_front(sequence)
+                waiting.append(sequence)
                 assert queue.pop() is waiting.pop()
         else:
             beginning = [rng.randrange(3)] * rng.choice([1, 70])
-            waiting.append(Row.of(_request(number, beginning, rng.randrange(2, 40))))
+            waiting.append(Sequence.of(_request(number, beginning, rng.randrange(2, 40))))
             queue.push(waiting[-1])
-        assert queue.new_tokens == sum(row.request.max_new_tokens for row in waiting)
-        assert queue.longest == max((row.request.max_new_tokens for row in waiting), default=0)
+        assert queue.new_tokens == sum(sequence.request.max_new_tokens for sequence in waiting)
+        assert queue.longest == max((sequence.request.max_new_tokens for sequence in waiting), default=0)
 
 
 def test_the_last_rows_end_together_instead_of_leaving_a_few_to_steps_of_their_own() -> None:
     rng = random.Random(0)
     lengths = [min(600, max(8, int(rng.lognormvariate(4.6, 0.7)))) for _ in range(1500)]
 
-    def rows_per_step(last_rows: bool) -> list[int]:
-        scheduler = Scheduler(Pool(6000, 16), 2048, 4096, 640, OutputLengths(certain=True))
-        scheduler.last_rows = last_rows
+    def rows_per_step(no_more_requests: bool) -> list[int]:
+        scheduler = Scheduler(PagePool(6000, 16), 2048, 4096, 640, OutputLengths(certain=True))
+        scheduler.no_more_requests = no_more_requests
         for number, new in enumerate(lengths):
             scheduler.add(_request(number, [number % 50] * 20, new))
         rows: list[int] = []
         while scheduler.active or len(scheduler.queue):
-            while scheduler.worth_a_pack() and scheduler.next_pack():
-                scheduler.launched_pack()
-            if work := scheduler.next_round(8):
-                rows += [len(work.rows)] * work.steps
+            while scheduler.should_prefill() and scheduler.next_prefill():
+                scheduler.prefill_launched()
+            if work := scheduler.next_decode(8):
+                rows += [len(work.sequences)] * work.steps
         return rows
 
     hasty, even = rows_per_step(False), rows_per_step(True)
@@ -213,16 +214,16 @@ def test_the_last_rows_end_together_instead_of_leaving_a_few_to_steps_of_their_o
     assert sum(rows < 128 for rows in even) < 0.1 * len(even)
 
 
-def test_an_evicted_row_comes_first_with_its_output() -> None:
-    scheduler = Scheduler(Pool(29, 4), 4, 100, 68, OutputLengths(certain=False))
+def test_a_preempted_row_comes_first_with_its_output() -> None:
+    scheduler = Scheduler(PagePool(29, 4), 4, 100, 68, OutputLengths(certain=False))
     run = Run(scheduler, Device(29, 4), random.Random(0), 0.0)
     for number in range(3):
         scheduler.add(_request(number, [number] * 5, 60))
-    while not scheduler.evictions:
+    while not scheduler.preemptions:
         assert run.turn(steps=2)
-    evicted = scheduler.queue.peek()
-    assert evicted.output == run.said[evicted]
-    assert evicted.prompt.tolist() == evicted.request.token_ids.tolist() + evicted.output
+    preempted = scheduler.queue.peek()
+    assert preempted.output == run.said[preempted]
+    assert preempted.prompt.tolist() == preempted.request.token_ids.tolist() + preempted.output
     while run.turn(steps=2):
         pass
     assert run.ended == {0: 1, 1: 1, 2: 1}
@@ -230,16 +231,16 @@ def test_an_evicted_row_comes_first_with_its_output() -> None:
 
 def test_waiting_rows_cost_nothing_per_step() -> None:
     def seconds_per_round(waiting: int) -> float:
-        scheduler = Scheduler(Pool(2000, 16), 64, 512, 512, OutputLengths(certain=True))
+        scheduler = Scheduler(PagePool(2000, 16), 64, 512, 512, OutputLengths(certain=True))
         for number in range(waiting):
             scheduler.add(_request(number, [number % 50] * 9, 400))
-        while scheduler.worth_a_pack() and scheduler.next_pack():
-            scheduler.launched_pack()
+        while scheduler.should_prefill() and scheduler.next_prefill():
+            scheduler.prefill_launched()
         best = 1.0
         for _ in range(30):
             started = time.perf_counter()
-            scheduler.worth_a_pack()
-            scheduler.next_round(4)
+            scheduler.should_prefill()
+            scheduler.next_decode(4)
             best = min(best, time.perf_counter() - started)
         return best
 
@@ -257,39 +258,39 @@ def test_expected_lengths_are_learned_and_never_above_the_limit() -> None:
 
 
 def test_pages_in_the_index_are_given_out_last_and_the_start_of_a_prompt_last_of_all() -> None:
-    pool = Pool(9, 4)
+    pool = PagePool(9, 4)
     prompt = np.arange(17, dtype=np.int32)
-    pages = pool.take(4)
-    pool.index(prompt, pages, 0, 16)
+    pages = pool.allocate(4)
+    pool.insert(prompt, pages, 0, 16)
     pool.launched()
-    pool.release(pages)
-    assert pool.match(prompt).pages == tuple(pages)
-    assert not set(pool.take(4)) & set(pages)
-    assert pool.take(1) == [pages[3]]
-    assert pool.match(prompt).pages == tuple(pages[:3])
+    pool.free(pages)
+    assert pool.match_prefix(prompt).pages == tuple(pages)
+    assert not set(pool.allocate(4)) & set(pages)
+    assert pool.allocate(1) == [pages[3]]
+    assert pool.match_prefix(prompt).pages == tuple(pages[:3])
 
 
 def test_rows_of_the_oldest_stream_go_first_and_in_a_stream_the_longest() -> None:
-    queue, shared = Queue(), [1] * 64
+    queue, shared = WaitingQueue(), [1] * 64
     rows = [(2, [9] * 90), (1, [8] * 10), (2, shared + [9] * 40), (1, shared + [9] * 5), (1, [7] * 30)]
     for number, (stream, prompt) in enumerate(rows):
-        queue.push(Row.of(replace(_request(number, prompt, 1), stream=stream)))
+        queue.push(Sequence.of(replace(_request(number, prompt, 1), stream=stream)))
     assert [queue.pop().request.id for _ in rows] == [3, 4, 1, 2, 0]
 
 
-def test_a_pack_is_filled_past_rows_that_wait_to_copy_what_it_computes() -> None:
-    """Rows with a beginning in common are together in the queue; the first one would end each pack otherwise."""
-    scheduler = Scheduler(Pool(200, 32), 64, 1000, 512, OutputLengths(certain=True))
+def test_a_prefill_is_filled_past_rows_that_wait_to_copy_what_it_computes() -> None:
+    """Rows with a beginning in common are together in the queue; the first one would end each prefill otherwise."""
+    scheduler = Scheduler(PagePool(200, 32), 64, 1000, 512, OutputLengths(certain=True))
     alike = [5] * 20
     for number in range(3):
         scheduler.add(_request(number, [*alike, 7 + number, 8], 4))
     for number in range(3, 8):
         scheduler.add(_request(number, [100 + number] * 20, 4))
-    pack = scheduler.next_pack()
-    assert [segment.row.request.id for segment in pack] == [0, 3, 4, 5, 6, 7]
-    scheduler.launched_pack()
-    pack = scheduler.next_pack()
-    assert [segment.row.request.id for segment in pack] == [1, 2]
-    assert all(segment.copied == len(alike) for segment in pack)
-    scheduler.launched_pack()
+    chunks = scheduler.next_prefill()
+    assert [chunk.sequence.request.id for chunk in chunks] == [0, 3, 4, 5, 6, 7]
+    scheduler.prefill_launched()
+    chunks = scheduler.next_prefill()
+    assert [chunk.sequence.request.id for chunk in chunks] == [1, 2]
+    assert all(chunk.copied == len(alike) for chunk in chunks)
+    scheduler.prefill_launched()
     assert not len(scheduler.queue)

@@ -26,9 +26,9 @@ pytest.importorskip("triton")
 
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.batch import Batch, Trunk
 from batchrun.engine.paged.flash import FlashAttention
 from batchrun.engine.paged.gathered import GatheredPages
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefix
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
 
 pytestmark = pytest.mark.gpu
@@ -126,49 +126,64 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, alone: bool
         pytest.skip("sinks need flash-attn")
     flash, plain = FlashAttention(), GatheredPages()
     if alone:
-        flash.cascades = False
+        flash.supports_cascade = False
     rng = torch.Generator(DEVICE).manual_seed(rows)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=DEVICE, generator=rng).bfloat16()
 
     sinks = random(layer.query_heads) if layer.sinks else None
-    keys, values = (random(4 * rows, 256, layer.kv_heads, layer.head_dim) for _ in range(2))
-    tables = torch.randperm(4 * rows, device=DEVICE, generator=rng).int().view(rows, 4)
-    lengths = torch.randint(513, 1025, (rows,), device=DEVICE, generator=rng).int()
+    key_cache, value_cache = (random(4 * rows, 256, layer.kv_heads, layer.head_dim) for _ in range(2))
+    block_tables = torch.randperm(4 * rows, device=DEVICE, generator=rng).int().view(rows, 4)
+    seq_lens = torch.randint(513, 1025, (rows,), device=DEVICE, generator=rng).int()
 
-    def agree(what: str, query: torch.Tensor, ours: Batch, theirs: Batch) -> None:
+    def agree(what: str, query: torch.Tensor, ours: AttentionMetadata, theirs: AttentionMetadata) -> None:
         own = [random(len(query), layer.kv_heads, layer.head_dim) for _ in range(2)]
         results = []
-        for provider, batch in ((flash, ours), (plain, theirs)):
-            pages = keys.clone(), values.clone()
-            out = getattr(provider, what)(query, *own, *pages, batch, layer, sinks)
+        for backend, metadata in ((flash, ours), (plain, theirs)):
+            pages = key_cache.clone(), value_cache.clone()
+            out = getattr(backend, what)(query, *own, *pages, metadata, layer, sinks)
             results.append((out.float(), *pages))
         torch.testing.assert_close(results[0][0], results[1][0], atol=2e-2, rtol=2e-2)
         assert torch.equal(results[0][1], results[1][1])
         assert torch.equal(results[0][2], results[1][2])
 
-    def places(new: list[int]) -> torch.Tensor:
-        ends = lengths.tolist()
-        tokens = [torch.arange(end - n, end, device=DEVICE) for end, n in zip(ends, new, strict=True)]
-        return torch.cat([tables[row, t // 256].long() * 256 + t % 256 for row, t in enumerate(tokens)])
+    def slot_mapping(new: list[int]) -> torch.Tensor:
+        cu_seqlens_k = seq_lens.tolist()
+        tokens = [torch.arange(end - n, end, device=DEVICE) for end, n in zip(cu_seqlens_k, new, strict=True)]
+        return torch.cat([block_tables[row, t // 256].long() * 256 + t % 256 for row, t in enumerate(tokens)])
 
     query = random(rows, layer.query_heads, layer.head_dim)
-    step = Batch(places=places([1] * rows), tables=tables, lengths=lengths)
+    step = AttentionMetadata(
+        slot_mapping=slot_mapping([1] * rows), block_tables=block_tables, seq_lens=seq_lens
+    )
     agree("decode", query, step, step)
     new = [1 + 37 * row % 500 for row in range(rows)]
-    starts = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=DEVICE)
-    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    pack = Batch(places=places(new), tables=tables, lengths=lengths, starts=starts, ends=ends,
-                 longest_query=max(new), longest=1024)  # fmt: skip
-    agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), pack, pack)
-    if flash.cascades and layer.window is None:
-        tables[:, :2] = tables[0, :2]
-        ends = torch.tensor([0, 512], dtype=torch.int32, device=DEVICE)
-        starts = torch.tensor([0, rows], dtype=torch.int32, device=DEVICE)
-        step = Batch(places=places([1] * rows), tables=tables, lengths=lengths)
-        own = Batch(places=step.places, tables=tables[:, 2:].contiguous(), lengths=lengths - 512,
-                    trunk=Trunk(tables[:1, :2].contiguous(), ends, starts))  # fmt: skip
+    cu_seqlens_q = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=DEVICE)
+    cu_seqlens_k = torch.nn.functional.pad(seq_lens.cumsum(0), (1, 0)).int()
+    packed = AttentionMetadata(
+        slot_mapping=slot_mapping(new),
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max(new),
+        max_seqlen_k=1024,
+    )
+    agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), packed, packed)
+    if flash.supports_cascade and layer.window is None:
+        block_tables[:, :2] = block_tables[0, :2]
+        cu_seqlens_k = torch.tensor([0, 512], dtype=torch.int32, device=DEVICE)
+        cu_seqlens_q = torch.tensor([0, rows], dtype=torch.int32, device=DEVICE)
+        step = AttentionMetadata(
+            slot_mapping=slot_mapping([1] * rows), block_tables=block_tables, seq_lens=seq_lens
+        )
+        own = AttentionMetadata(
+            slot_mapping=step.slot_mapping,
+            block_tables=block_tables[:, 2:].contiguous(),
+            seq_lens=seq_lens - 512,
+            shared_prefix=SharedPrefix(block_tables[:1, :2].contiguous(), cu_seqlens_k, cu_seqlens_q),
+        )
         agree("decode", query, own, step)
 
 

@@ -51,7 +51,7 @@ def _turn(engine: PagedEngine, rows: int, shift: int = 0, at_once: int = 0) -> A
     engine._scheduler.check()
     assert len(got) == rows
     seconds = time.perf_counter() - started
-    gauges = {name: engine.stats.gauges[name] for name in ("evictions", "shared_prompt_tokens")}
+    gauges = {name: engine.stats.gauges[name] for name in ("preemptions", "shared_prompt_tokens")}
     assert most >= at_once
     print(f"{rows} rows, {seconds:.1f} s, {dict(reasons)}, at most {most} at once, {gauges}", flush=True)
     return got
@@ -74,7 +74,7 @@ def test_a_pool_too_small_for_the_rows_at_once_preempts_and_loses_none() -> None
     # A stop token that hardly comes: the engine does not know how long answers get, and is too hopeful.
     engine = _engine(real_rows.LARGE, stops=(3,), cache_tokens=60_000)
     got = _turn(engine, 4_000)
-    assert engine.stats.gauges["evictions"] > 0
+    assert engine.stats.gauges["preemptions"] > 0
     large = _engine(real_rows.LARGE, stops=(3,))
     assert _equal(got, _turn(large, 4_000)) > 0.8
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import pin
 from test_secrets import check_silence
 
 from batchrun.errors import ChangedError, JobError
@@ -128,14 +129,14 @@ def test_an_output_pinned_with_values_in_clear_text_goes_on(
     monkeypatch.setenv("WORD", "shoes")
     folder = Folder(str(tmp_path))
     before = Identity("p", "j", {"prompt": {"template": "about shoes"}}, "m", "0")
-    identity.pin(folder, before)
+    pin(folder, before)
     values, written = {"prompt": {"template": "about shoes"}}, {"prompt": {"template": "about ${WORD}"}}
     now = Identity("p", "j", written, "m", "0", from_environment=identity.digests(values, written))
-    assert identity.pin(folder, now) is False
+    assert pin(folder, now) is False
     values["prompt"]["template"] = "about hats"
     other = Identity("p", "k", written, "m", "0", from_environment=identity.digests(values, written))
     with pytest.raises(ChangedError, match=r"prompt\.template: about shoes -> about \$\{WORD\}"):
-        identity.pin(folder, other)
+        pin(folder, other)
 
 
 SHOWN: dict[str, Any] = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchrun.errors import BatchrunError, JobError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
-from batchrun.job.settings import ClusterSettings, OutputSettings
+from batchrun.job.settings import OUTPUT_COLUMNS, ClusterSettings, OutputSettings
 from batchrun.telemetry.redact import Redactor
 
 BASE = """
@@ -159,7 +159,8 @@ def test_jobs_that_share_an_output_section_have_columns_of_their_own() -> None:
     output = OutputSettings(path="out")
     sections = {"input": {"path": "in"}, "prompt": {"column": "t"}, "model": {"name": "m"}, "output": output}
     thinking = pickle.loads(pickle.dumps(Job(**sections, answer={"reasoning": "why"})))
-    assert [*thinking.output.answer_columns.values()][-2:] == ["why", "why_tokens"]
+    names = [thinking.output.column(name) for name in thinking.output.answer_columns]
+    assert names[-2:] == ["why", "why_tokens"]
     assert "reasoning" not in Job(**sections).output.answer_columns
     assert "reasoning" not in output.answer_columns
 
@@ -230,3 +231,20 @@ def test_a_variable_may_have_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DAY")
     with pytest.raises(JobError, match=r"DAY is not set; export DAY=\.\.\., or write \$\{DAY:-default\}"):
         Job.parse(BASE.replace("s3://bucket/in/", "${DAY}"))
+
+
+def test_columns_that_a_job_asks_for_have_names_and_outputs_that_ask_for_none_go_on():
+    plain = Job.parse(BASE)
+    assert "answer" not in plain.deciding()
+    assert plain.output.answer_columns == list(OUTPUT_COLUMNS)
+    asked = Job.parse(BASE, ["answer.logprobs=0", "output.columns={answer: label}"])
+    assert asked.output.columns == {
+        "answer": "label", "logprobs": "label_logprobs", "mean_logprob": "label_mean_logprob",
+    }  # fmt: skip
+    named = Job.parse(BASE, ["answer.logprobs=2", "output.columns={logprobs: lp}"])
+    assert [named.output.column(name) for name in named.output.answer_columns[-3:]] == [
+        "lp", "answer_top_logprobs", "answer_mean_logprob",
+    ]  # fmt: skip
+    assert len({stable_hash(one.deciding()) for one in (plain, asked, named)}) == 3
+    with pytest.raises(JobError, match="logprobs is written where"):
+        Job.parse(BASE, ["output.columns={logprobs: lp}"])

@@ -49,18 +49,19 @@ def seconds_per_step(folder: str, args: argparse.Namespace, known: bool) -> floa
     engine = PagedEngine(spec, load_model(spec))
     runner, steps, begun = engine._runner, 0, 0.0
 
-    def prefill(pack: list[PrefillChunk]) -> Pending:
-        rows = [chunk.row for chunk in pack if chunk.complete]
-        return Pending(rows, torch.full((1, len(rows)), TOKEN, dtype=torch.int32), None)
+    def prefill(chunks: list[PrefillChunk]) -> Pending:
+        sequences = [chunk.sequence for chunk in chunks if chunk.complete]
+        tokens = torch.full((1, len(sequences)), TOKEN, dtype=torch.int32)
+        return Pending(sequences, tokens, runner._mark(), runner._mark())
 
-    def decode(work: DecodeBatch) -> Pending:
+    def decode(batch: DecodeBatch) -> Pending:
         nonlocal steps, begun
         begun = begun or time.perf_counter()
-        steps += work.steps
-        runner._upload(
-            runner._shape(len(work.rows), work.block_tables.shape[1], 0), work.slots, work.block_tables, 0
-        )
-        return Pending(work.rows, torch.full((work.steps, len(work.rows)), TOKEN, dtype=torch.int32), None)
+        steps += batch.steps
+        size, tables = len(batch.sequences), batch.block_tables
+        runner._upload(runner._shape(size, tables.shape[1], 0), batch.slots, tables, 0)
+        tokens = torch.full((batch.steps, size), TOKEN, dtype=torch.int32)
+        return Pending(batch.sequences, tokens, runner._mark(), runner._mark())
 
     runner.prefill, runner.decode = prefill, decode  # type: ignore[method-assign]
     rng = np.random.default_rng(0)

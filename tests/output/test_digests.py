@@ -7,7 +7,7 @@ import random
 from dataclasses import asdict, replace
 
 import pytest
-from parts import JOB_HASH, SCHEMA, answers, attempt, carried, commit, faulty_folder, layout
+from parts import JOB_HASH, SCHEMA, answers, attempt, carried, commit, faulty_folder, layout, output
 from parts import settings as output_settings
 from test_replace import JOB as PINNED
 
@@ -29,12 +29,12 @@ def place() -> Folder:
     folder, _ = faulty_folder()
     for partition, rows in enumerate(ROWS):
         commit(folder, PLAN, partition, rows)
-    manifest.write(folder, PLAN, JOB_HASH, ROWS)
+    manifest.write(output(folder, PLAN, ROWS))
     return folder
 
 
 def check(folder: Folder) -> verify.Verification:
-    return verify.verify(folder, PLAN, JOB_HASH, ROWS, output_settings(), lambda i: carried(i, ROWS[i]))
+    return verify.verify(output(folder, PLAN, ROWS), lambda i: carried(i, ROWS[i]))
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -66,13 +66,11 @@ def test_a_part_carries_the_digest_of_all_its_bytes(place: Folder) -> None:
 def test_receipt_and_manifest_have_the_digest_of_the_part() -> None:
     folder, _ = faulty_folder()
     receipts = [commit(folder, PLAN, partition, rows) for partition, rows in enumerate(ROWS)]
-    written = manifest.write(folder, PLAN, JOB_HASH, ROWS, dict(enumerate(receipts)))
+    written = manifest.write(output(folder, PLAN, ROWS), dict(enumerate(receipts)))
     assert [one.summary.digest for one in receipts] == [entry.digest for entry in written.parts]
     for entry in written.parts:
         assert digest.matches(folder.read(entry.key), entry.digest)
-    assert manifest.write(folder, PLAN, JOB_HASH, ROWS) == written, (
-        "told from the parts alone, it is the same"
-    )
+    assert manifest.write(output(folder, PLAN, ROWS)) == written, "told from the parts alone, it is the same"
 
 
 def test_a_whole_part_in_place_of_the_manifests_is_refused(place: Folder) -> None:
@@ -139,7 +137,7 @@ def test_outputs_without_digests_stay_readable_and_verify_says_so(place: Folder)
     lines = Checked("out", found).lines()
     assert "2 parts were written by an earlier version, without a digest" in lines[1]
     before = place.read(MANIFEST)
-    assert manifest.write(place, PLAN, JOB_HASH, ROWS).ok == sum(ROWS)
+    assert manifest.write(output(place, PLAN, ROWS)).ok == sum(ROWS)
     assert place.read(MANIFEST) == before, "a run after success writes nothing"
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 from interleaving import Actor, Interleaving, OneThread
 from numpy.typing import NDArray
-from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout
+from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, output, pin
 
 from batchrun.errors import BatchrunError
-from batchrun.output import chunk, clean, identity, manifest, state
+from batchrun.output import chunk, clean, manifest, state
 from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.identity import Identity
@@ -106,14 +106,12 @@ class ExactlyOnce(Interleaving):
             self.failures.append(f"begun answers of {short} in {one.partition} were lost")
 
     def one_run(self, actor: Actor, who: str, flush_rows: int, step: int) -> None:
-        identity.pin(
-            self.folder, Identity(self.plan.plan_hash, JOB_HASH, {"a": 1}, "model", "0", created="now")
-        )
+        pin(self.folder, Identity(self.plan.plan_hash, JOB_HASH, {"a": 1}, "model", "0", created="now"))
         committed = state.scan(self.folder, self.plan).committed
         for partition in range(len(self.rows)):
             if not committed[partition]:
                 self.one_attempt(actor, partition, f"{who}.{partition}", flush_rows, step)
-        manifest.write(self.folder, self.plan, JOB_HASH, self.rows)
+        manifest.write(output(self.folder, self.plan, self.rows))
 
     # The search
 
@@ -128,7 +126,7 @@ class ExactlyOnce(Interleaving):
             "attempt": lambda actor: self.one_attempt(actor, some, who, flush_rows, step),
             "leaver": lambda actor: self.one_attempt(actor, some, who, flush_rows, step, leaves=True),
             "run": lambda actor: self.one_run(actor, who, flush_rows, step),
-            "clean": lambda actor: clean.delete(self.folder, clean.leftovers(self.folder, self.plan)),
+            "clean": lambda actor: clean.delete(self.folder, clean.leftovers(output(self.folder, self.plan))),
         }
         self.spawn(work[kind])
 
@@ -240,7 +238,7 @@ class ExactlyOnce(Interleaving):
         self.parts_are_whole_and_of_the_plan()
         assert len(self.checked) == len(self.rows)
         self.a_repeated_run_writes_nothing()
-        self.spawn(lambda actor: clean.delete(self.folder, clean.leftovers(self.folder, self.plan)))
+        self.spawn(lambda actor: clean.delete(self.folder, clean.leftovers(output(self.folder, self.plan))))
         self.actors[-1].finish()
         assert not [key for key in self.store.objects if STAGE in key], (
             "no chunk of any kind outlives a clean"

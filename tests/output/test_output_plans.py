@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from parts import faulty_folder, store_of
 
-from batchrun.dataset.plan import Plan, extend, joined, make_plan
+from batchrun.dataset.plan import Plan, joined
+from batchrun.dataset.planner import extend, make_plan
 from batchrun.errors import ChangedError
 from batchrun.job.settings import InputSettings
 from batchrun.output import plans

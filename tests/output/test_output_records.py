@@ -19,8 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import JOB_HASH, answers, attempt, carried, commit, faulty_folder, layout, other_holder, store_of
-from parts import settings as output_settings
+from parts import (
+    answers,
+    attempt,
+    carried,
+    commit,
+    faulty_folder,
+    layout,
+    other_holder,
+    output,
+    pin,
+    store_of,
+)
 
 from batchrun.errors import BatchrunError, ChangedError, Incomplete, LeaseHeld, OutputError
 from batchrun.output import clean, document, identity, lease, manifest, state, verify
@@ -48,7 +58,7 @@ def place() -> Folder:
 def complete(place: Folder) -> manifest.Manifest:
     for partition, rows in enumerate(ROWS):
         commit(place, PLAN, partition, rows)
-    return manifest.write(place, PLAN, JOB_HASH, ROWS)
+    return manifest.write(output(place, PLAN, ROWS))
 
 
 # Documents
@@ -97,24 +107,24 @@ IDENTITY = Identity(
 
 
 def test_the_first_run_pins_and_the_same_job_goes_on(place: Folder) -> None:
-    assert identity.pin(place, IDENTITY)
-    assert not identity.pin(place, replace(IDENTITY, created="later", batchrun_version="0.2.0"))
+    assert pin(place, IDENTITY)
+    assert not pin(place, replace(IDENTITY, created="later", batchrun_version="0.2.0"))
     assert store_of(place).counts()["create"] == 1
     assert identity.read(place) == IDENTITY
 
 
 def test_a_lost_acknowledgement_of_the_pin_is_success(place: Folder) -> None:
     store_of(place).script("create", JOB, "lost")
-    identity.pin(place, IDENTITY)
+    pin(place, IDENTITY)
     assert identity.read(place) == IDENTITY
 
 
 def test_changed_settings_are_refused_with_each_difference(place: Folder) -> None:
-    identity.pin(place, IDENTITY)
+    pin(place, IDENTITY)
     other = {"generation": {"temperature": 0.7, "stop": ["\n"]}, "prompt": {"column": "a"}}
     changed = replace(IDENTITY, settings=other, job_hash="k" * 64)
     with pytest.raises(ChangedError) as caught:
-        identity.pin(place, changed)
+        pin(place, changed)
     text = str(caught.value)
     assert "generation.temperature: 0.0 -> 0.7" in text
     assert 'generation.stop: [] -> ["\\n"]' in text
@@ -125,26 +135,26 @@ def test_changed_settings_are_refused_with_each_difference(place: Folder) -> Non
 
 
 def test_a_changed_model_is_refused(place: Folder) -> None:
-    identity.pin(place, IDENTITY)
+    pin(place, IDENTITY)
     with pytest.raises(ChangedError, match=r"model: mmm.* -> nnn"):
-        identity.pin(place, replace(IDENTITY, model_fingerprint="n" * 64, job_hash="k" * 64))
+        pin(place, replace(IDENTITY, model_fingerprint="n" * 64, job_hash="k" * 64))
     with pytest.raises(ChangedError, match=r"job: jjj.* -> kkk"):
-        identity.pin(place, replace(IDENTITY, job_hash="k" * 64))
+        pin(place, replace(IDENTITY, job_hash="k" * 64))
 
 
 def test_changed_inputs_are_refused_with_the_lines_of_the_caller(place: Folder) -> None:
-    identity.pin(place, IDENTITY)
+    pin(place, IDENTITY)
     changed = replace(IDENTITY, plan_hash="q" * 64)
     with pytest.raises(ChangedError, match=r"a.parquet: 3 rows -> 4 rows; b.parquet: added"):
-        identity.pin(place, changed, lambda: ["a.parquet: 3 rows -> 4 rows", "b.parquet: added"])
+        pin(place, changed, lambda: ["a.parquet: 3 rows -> 4 rows", "b.parquet: added"])
     with pytest.raises(ChangedError, match=r"inputs: ppp.* -> qqq"):
-        identity.pin(place, changed)
+        pin(place, changed)
 
 
 def test_another_format_is_refused_by_its_version(place: Folder) -> None:
     place.put(JOB, document.encode({**asdict(IDENTITY), "format": 99, "batchrun_version": "9.0", "more": 1}))
     with pytest.raises(ChangedError, match=r"written by batchrun 9.0 in format 99; run batchrun 9.0"):
-        identity.pin(place, IDENTITY)
+        pin(place, IDENTITY)
 
 
 def test_two_drivers_that_pin_at_once_agree_or_one_is_refused(place: Folder) -> None:
@@ -152,7 +162,7 @@ def test_two_drivers_that_pin_at_once_agree_or_one_is_refused(place: Folder) -> 
 
     def run(one: Identity) -> None:
         try:
-            outcomes.append(identity.pin(place, one))
+            outcomes.append(pin(place, one))
         except ChangedError as error:
             outcomes.append(error)
 
@@ -222,23 +232,23 @@ def test_a_second_manifest_writes_nothing(place: Folder) -> None:
 def test_no_manifest_without_every_part(place: Folder) -> None:
     commit(place, PLAN, 0, 3)
     with pytest.raises(Incomplete, match="2 of 3 parts are missing, the first is data/part-00001"):
-        manifest.write(place, PLAN, JOB_HASH, ROWS)
+        manifest.write(output(place, PLAN, ROWS))
     assert manifest.read(place) is None
 
 
 def test_no_manifest_over_parts_of_another_length_or_job(place: Folder) -> None:
     complete(place)
     with pytest.raises(OutputError, match="5 rows where the plan has 6"):
-        manifest.write(place, PLAN, JOB_HASH, [3, 6, 0])
+        manifest.write(output(place, PLAN, [3, 6, 0]))
     with pytest.raises(OutputError, match="another job"):
-        manifest.write(place, PLAN, "other", ROWS)
+        manifest.write(output(place, PLAN, ROWS, "other"))
 
 
 # Verification
 
 
 def check(place: Folder, **kw: object) -> verify.Verification:
-    return verify.verify(place, PLAN, JOB_HASH, ROWS, output_settings(), **kw)  # type: ignore[arg-type]
+    return verify.verify(output(place, PLAN, ROWS), **kw)  # type: ignore[arg-type]
 
 
 def test_a_finished_output_verifies(place: Folder) -> None:
@@ -254,15 +264,9 @@ def test_nan_is_no_difference(place: Folder) -> None:
     one.open()
     one.add(answers(0, range(3)))
     one.seal(table.to_batches(), table.schema)
-    manifest.write(place, layout(1), JOB_HASH, [3])
-    found = verify.verify(
-        place,
-        layout(1),
-        JOB_HASH,
-        [3],
-        output_settings(),
-        carried=lambda _: table.to_batches(max_chunksize=1),
-    )
+    manifest.write(output(place, layout(1), [3]))
+    one_by_one = table.to_batches(max_chunksize=1)
+    found = verify.verify(output(place, layout(1), [3]), carried=lambda _: one_by_one)
     assert found.passed, found.problems
 
 
@@ -335,7 +339,7 @@ def test_cleaning_sweeps_what_is_committed_and_nothing_else(place: Folder) -> No
         place.put(key, b"x")
         store_of(place).written[f"{place.url.removeprefix('faulty://')}/{key}"] -= 7200
     swept = ["_job/probe-of-a-killed-driver", "_job/stage/00000-abcdef01/1-zombie-1.chunk", "_job/tmp/old"]
-    assert clean.leftovers(place, PLAN) == swept
+    assert clean.leftovers(output(place, PLAN)) == swept
     clean.delete(place, swept)
     kept = {"_job/stage/00001-abcdef01/1-zombie-1.chunk", "_job/tmp/young", "data/foreign", PLAN.part(0)}
     assert set(place.list()) == kept
@@ -343,10 +347,10 @@ def test_cleaning_sweeps_what_is_committed_and_nothing_else(place: Folder) -> No
 
 def test_cleaning_everything_leaves_what_is_not_ours(place: Folder) -> None:
     complete(place)
-    identity.pin(place, IDENTITY)
+    pin(place, IDENTITY)
     place.put("data/part-0.parquet", b"theirs")
     place.put("notes.txt", b"theirs")
-    clean.delete(place, clean.owned(place, PLAN))
+    clean.delete(place, clean.owned(output(place, PLAN)))
     assert set(place.list()) == {"data/part-0.parquet", "notes.txt"}
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, store_of
+from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, output, store_of
 
 from batchrun.output import chunk, clean, state
 from batchrun.output.attempt import PartialAnswer
@@ -47,6 +48,27 @@ def test_a_later_attempt_finds_the_longest_of_what_earlier_ones_let_go_of():
     assert len(folder.list(plan.stage(0))) == 2, "nothing to keep is no object"
 
 
+def test_begun_answers_keep_the_values_of_their_tokens_and_those_of_before_there_were_any_are_taken_up():
+    folder, _ = faulty_folder()
+    plan = layout(1)
+    one = attempt(folder, plan, 0, ROWS, "a")
+    one.open()
+    values = {
+        "logprobs": np.array([-0.5, -1.5], np.float32),
+        "top_tokens": np.array([[1, 2], [3, 4]], np.int32),
+    }
+    one.keep({2: PartialAnswer(3, np.array([7, 8], np.int32), values)} | begun(r1=4))
+    found = opened(folder, plan).begun
+    assert found[1].values == {}
+    assert {name: column.tolist() for name, column in found[2].values.items()} == {
+        name: column.tolist() for name, column in values.items()
+    }
+    origin = Origin(plan.plan_hash, JOB_HASH, 0)
+    before = pa.table({"row": [4], "prompt_tokens": [3], "tokens": [[9]]})
+    table = chunk.decode_partial(chunk.encode(before, origin, "old"), origin, ROWS)
+    assert table.to_pylist() == [{"row": 4, "prompt_tokens": 3, "tokens": [9], "values": None}]
+
+
 def test_begun_answers_cover_no_row_and_are_swept_with_the_chunks():
     folder, _ = faulty_folder()
     plan = layout(1)
@@ -75,7 +97,7 @@ def test_begun_answers_that_outlive_their_part_are_swept_by_the_next_attempt_and
     assert attempt(folder, plan, 0, ROWS, "next").open() is not None
     assert not folder.list(plan.stage(0))
     late.keep(begun(r1=4))
-    clean.delete(folder, clean.leftovers(folder, plan))
+    clean.delete(folder, clean.leftovers(output(folder, plan)))
     assert not folder.list(plan.stage(0))
 
 

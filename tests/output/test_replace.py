@@ -9,11 +9,23 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, store_of, unique
+from parts import (
+    JOB_HASH,
+    SCHEMA,
+    answers,
+    attempt,
+    carried,
+    faulty_folder,
+    layout,
+    output,
+    pin,
+    store_of,
+    unique,
+)
 from parts import settings as output_settings
 
 from batchrun.errors import ChangedError, OutputError
-from batchrun.output import identity, manifest, retry
+from batchrun.output import manifest, retry
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout, retry_key
 from batchrun.output.replace import ReplacingAttempt
@@ -39,7 +51,7 @@ def place() -> Folder:
 
 def complete(place: Folder) -> Folder:
     """Two parts, of which the first has failed rows 1 and 2."""
-    identity.pin(place, JOB)
+    pin(place, JOB)
     for partition, rows in enumerate(ROWS):
         one = attempt(place, PLAN, partition, rows, "run", compression="zstd")
         one.open()
@@ -50,13 +62,13 @@ def complete(place: Folder) -> Folder:
 
 
 def finish(place: Folder) -> manifest.Manifest:
-    return manifest.write(place, PLAN, JOB_HASH, ROWS)
+    return manifest.write(output(place, PLAN, ROWS))
 
 
 def begin(
     place: Folder, errors: Iterable[str] = (), job: Identity = JOB, allow: Iterable[str] = ()
 ) -> Retry | None:
-    found, _ = manifest.summaries(place, PLAN)
+    found, _ = manifest.summaries(output(place, PLAN))
     written = manifest.read(place)
     assert written is not None
     recorded = [past.number for past in written.retries if past.finished]
@@ -160,14 +172,14 @@ def test_a_retry_killed_before_the_manifest_is_finished_without_generating_anyth
     replace(place, one, failed=[2])
     again = begin(place)
     assert again == one
-    assert again.work(manifest.summaries(place, PLAN)[0]) == {}
+    assert again.work(manifest.summaries(output(place, PLAN))[0]) == {}
     done = finish(place)
     assert [past.finished for past in done.retries] == [True]
     assert (done.failed, done.retries[0].parts[0].rows, done.retries[0].parts[0].ok) == (1, 2, 1)
     # Asked for once more, the row that failed again is tried again: by a retry of its own.
     more = begin(place)
     assert more is not None
-    assert (more.number, more.work(manifest.summaries(place, PLAN)[0])) == (2, {0: 1})
+    assert (more.number, more.work(manifest.summaries(output(place, PLAN))[0])) == (2, {0: 1})
 
 
 def test_a_retry_killed_before_the_first_overwrite_goes_on_under_its_number(place: Folder) -> None:
@@ -213,9 +225,9 @@ def test_a_changed_job_may_free_rows_but_changes_answers_only_by_name(place: Fol
     assert finish(place).retries[0].changes == one.changes
     # A run of a recorded job goes on here; of a job that nobody recorded it does not.
     recorded = [past.identity for past in retry.read(place)]
-    assert not identity.pin(place, job(template="b"), fixed=recorded)
+    assert not pin(place, job(template="b"), retried=lambda: recorded)
     with pytest.raises(ChangedError, match="model"):
-        identity.pin(place, other_model, fixed=recorded)
+        pin(place, other_model, retried=lambda: recorded)
 
 
 def test_a_part_that_vanished_is_said_to_be_gone(place: Folder) -> None:

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 from interleaving import Actor, Interleaving, OneThread
-from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout
+from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, output, pin
 from parts import settings as output_settings
 
 from batchrun.errors import BatchrunError
-from batchrun.output import chunk, failed_rows, identity, manifest, retry, verify
+from batchrun.output import chunk, failed_rows, manifest, retry, verify
 from batchrun.output.chunk import BadChunk, Origin
-from batchrun.output.failed_rows import PLACE
+from batchrun.output.failed_rows import PLACE, FailedRows
 from batchrun.output.identity import Identity
 from batchrun.output.layout import MANIFEST, STAGE, Layout
 from batchrun.output.part import read_summary
@@ -78,7 +78,8 @@ class Retries(Interleaving):
         self.settings = output_settings(failed=FAILED)
         self.folder, self.store = faulty_folder()
         self.root = self.folder.url.removeprefix("faulty://")
-        identity.pin(self.folder, pinned(self.plan))
+        self.output = output(self.folder, self.plan, rows, failed=FAILED)
+        pin(self.folder, pinned(self.plan))
         for partition, count in enumerate(rows):
             one = attempt(self.folder, self.plan, partition, count, f"run.{partition}")
             one.open()
@@ -99,7 +100,7 @@ class Retries(Interleaving):
     # What an actor does
 
     def one_retry(self, actor: Actor, who: str, errors: list[str], flush_rows: int, step: int) -> None:
-        found, _ = manifest.summaries(self.folder, self.plan)
+        found, _ = manifest.summaries(self.output)
         written = manifest.read(self.folder)
         assert written is not None
         recorded = [past.number for past in written.retries if past.finished]
@@ -129,12 +130,12 @@ class Retries(Interleaving):
             mine.add(answers(partition, some, who, failed=[row for row in some if row % 8 == 5]))
             mine.maybe_flush()
         mine.seal(carried(partition, rows), SCHEMA)
-        failed_rows.update(self.folder, plan, partition, self.settings, lambda i: places(i, rows))
+        FailedRows(self.folder, plan, self.settings).update(partition, lambda i: places(i, rows))
 
     def finish(self) -> None:
-        found, _ = manifest.summaries(self.folder, self.plan)
-        failed_rows.complete(self.folder, self.plan, found, self.settings, lambda i: places(i, self.rows[i]))
-        manifest.write(self.folder, self.plan, JOB_HASH, self.rows, failed_folder=FAILED)
+        found, _ = manifest.summaries(self.output)
+        self.output.failed_rows.complete(found, lambda i: places(i, self.rows[i]))
+        manifest.write(self.output)
 
     # The search
 
@@ -246,9 +247,8 @@ class Retries(Interleaving):
             assert [one.old for one in past] == chain[:-1]
             assert chain[-1] == written.parts[partition].attempt == self.summary(partition).attempt
         checked = verify.verify(
-            self.folder, self.plan, JOB_HASH, self.rows, self.settings,
-            lambda i: carried(i, self.rows[i]), lambda i: places(i, self.rows[i]),
-        )  # fmt: skip
+            self.output, lambda i: carried(i, self.rows[i]), lambda i: places(i, self.rows[i])
+        )
         assert checked.passed, checked.problems
 
 

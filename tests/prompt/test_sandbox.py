@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pyarrow as pa
@@ -183,3 +187,53 @@ def test_threads_share_a_renderer_and_its_death_costs_no_row() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(render, range(20))) == [[[str(n)], [str(n + 1)]] for n in range(20)]
+
+
+def test_a_template_is_not_to_blame_for_a_renderer_that_was_killed():
+    renderer = Renderer()
+    assert renderer.compile_errors(["{{ text }}"]) == [None]
+    assert renderer._process is not None
+    renderer._process.kill()
+    renderer._process.wait()
+    assert renderer.compile_errors(["{{ text }}", "{{ text"])[0] is None
+
+
+def test_a_row_is_blamed_for_a_killed_renderer_only_after_three_kills(monkeypatch):
+    renderer = Renderer()
+    ask, kills = renderer._ask, [3]
+
+    def kill_before(*arguments: Any) -> Any:
+        if kills[0]:
+            kills[0] -= 1
+            if renderer._connection is None:
+                renderer._start()
+            assert renderer._process is not None
+            renderer._process.kill()
+            renderer._process.wait()
+        return ask(*arguments)
+
+    assert renderer.rows(["{{ text }}"], ["text"], [("a",)]) == [["a"]]
+    monkeypatch.setattr(renderer, "_ask", kill_before)
+    assert renderer.rows(["{{ text }}"], ["text"], [("a",), ("b",)]) == [["a"], ["b"]]
+    kills[0] = 4
+    first, second = renderer.rows(["{{ text }}"], ["text"], [("a",), ("b",)])
+    assert isinstance(first, RowFault)
+    assert second == ["b"]
+
+
+def test_a_renderer_whose_parent_was_killed_ends_without_a_word():
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchrun.prompt.render_server", str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    theirs.close()
+    connection = Connection(ours.detach())
+    connection.send(("compile", (["{{ text }}"],)))
+    assert connection.poll(60)
+    # An answer that nobody reads resets the connection.
+    connection.close()
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (0, "")

@@ -15,8 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import stores
-from parts import JOB_HASH, SCHEMA, answers, attempt, carried, commit, faulty_folder, layout, unique
-from parts import settings as output_settings
+from parts import (
+    JOB_HASH,
+    SCHEMA,
+    answers,
+    attempt,
+    carried,
+    commit,
+    faulty_folder,
+    layout,
+    output,
+    unique,
+)
 from stores import Place, s3_bucket
 from wire import Wire, answer, wire
 
@@ -206,16 +216,16 @@ def test_a_whole_run_with_a_zombie_and_a_resumption(place: Folder) -> None:
         zombie.seal(carried(0, 7), SCHEMA)
         for partition in (1, 2):
             commit(place, plan, partition, rows[partition], flush_rows=2)
-        written = manifest.write(place, plan, JOB_HASH, rows)
+        written = manifest.write(output(place, plan, rows))
     assert written.rows == 11
     assert state.scan(place, plan).complete
     assert set(place.list("_job/")) == {"_job/job.json", "_job/manifest.json"}
-    found = verify.verify(place, plan, JOB_HASH, rows, output_settings(), lambda i: carried(i, rows[i]))
+    found = verify.verify(output(place, plan, rows), lambda i: carried(i, rows[i]))
     assert found.passed, found.problems
     table = pq.read_table(pa.BufferReader(place.read(plan.part(0))))
     assert table["id"].to_pylist() == [f"0/{row}" for row in range(7)]
     place.put("data/theirs", b"x")
-    clean.delete(place, clean.owned(place, plan))
+    clean.delete(place, clean.owned(output(place, plan)))
     assert place.list() == {"data/theirs": 1}
 
 

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from batchrun.engine.paged import attention_kernels as kernels
+from batchrun.engine.paged import kernels as small_kernels
 
 # Compute capability, and bytes of shared memory that a block of threads may have there.
 GPUS = {80: 166912, 90: 232448}
@@ -28,32 +29,53 @@ SHAPES = {
     "falcon": (71, 1, 64, 0, False),
 }
 POINTERS = {
-    **dict.fromkeys(("query", "key", "value", "keys", "values", "out"), "bf16"),
-    **dict.fromkeys(("tables", "starts", "lengths"), "i32"),
-    **{"places": "i64", "lse": "fp32", "part_out": "fp32", "part_lse": "fp32"},
+    **dict.fromkeys(("query", "key", "value", "keys", "values", "key_cache", "value_cache", "out"), "bf16"),
+    **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens"), "i32"),
+    **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
 }
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 
 
 def main() -> None:
+    check_names()
     for gpu, memory in GPUS.items():
-        for name, (heads, kv_heads, size, window, softcap) in SHAPES.items():
-            group, columns = heads // kv_heads, triton.next_power_of_2(size)
-            shape = {"GROUP": group, "SIZE": size, "WINDOW": window, "SOFTCAP": softcap, "COLUMNS": columns}
-            members = kernels.matrix_rows(group)
-            constants = {**shape, "KV_HEADS": kv_heads, "MEMBERS": members, "PAGE": 256}
+        for name, (heads, num_kv_heads, head_dim, window, softcap) in SHAPES.items():
+            group_size, block_d = heads // num_kv_heads, triton.next_power_of_2(head_dim)
+            shape = {
+                "GROUP_SIZE": group_size,
+                "HEAD_DIM": head_dim,
+                "WINDOW": window,
+                "SOFTCAP": softcap,
+                "BLOCK_D": block_d,
+            }
+            block_m = kernels.decode_block_m(group_size)
+            constants = {**shape, "NUM_KV_HEADS": num_kv_heads, "BLOCK_M": block_m, "PAGE_SIZE": 256}
             for split, choices in ((False, kernels.DECODE_BLOCKS), (True, kernels.SPLIT_BLOCKS)):
-                block, stages = kernels.fitting(choices, members, 2 * columns, memory)
-                own = {"BLOCK": block, "STAGES": stages, "SPLIT": split}
+                block_n, num_stages = kernels.fitting_blocks(choices, block_m, 2 * block_d, memory)
+                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split}
                 report(gpu, name, kernels._decode, {**constants, **own}, 4)
-            own = {"HEADS": heads, "SIZE": size, "COLUMNS": columns, "WINDOW": window, "BLOCK": block}
+            own = {
+                "NUM_HEADS": heads,
+                "HEAD_DIM": head_dim,
+                "BLOCK_D": block_d,
+                "WINDOW": window,
+                "BLOCK_N": block_n,
+            }
             report(gpu, name, kernels._combine, own, 1)
-            constants = {**shape, "HEADS": heads, "PACK": kernels.packed_heads(group)}
+            constants = {**shape, "NUM_HEADS": heads, "PACKED_HEADS": kernels.packed_heads(group_size)}
             for paged, longest in product((True, False), (100, 8000)):
-                tile = kernels.prefill_tile(size, 2, memory, longest, paged)
-                own = dict(zip(("QUERIES", "BLOCK", "STAGES"), tile, strict=False))
-                own |= {"PAGED": paged, "PAGE": 256 if paged else 1}
+                tile = kernels.prefill_tile(head_dim, 2, memory, longest, paged)
+                own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
+                own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
                 report(gpu, name, kernels._prefill, {**constants, **own}, tile[-1])
+
+
+def check_names() -> None:
+    """Triton ignores names that no argument has, and then compiles a variant for each value that it meets."""
+    for kernel in [*vars(kernels).values(), *vars(small_kernels).values()]:
+        if isinstance(kernel, triton.JITFunction):
+            named = {*(kernel.do_not_specialize or ()), *(kernel.do_not_specialize_on_alignment or ())}
+            assert named <= set(kernel.arg_names), (kernel.__name__, named)
 
 
 def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any], warps: int) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 from faulty import FaultyStore, new_store, stores
 
+from batchrun.dataset.plan import Partition, Plan
 from batchrun.job.settings import OutputSettings
+from batchrun.output import identity
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
+from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.output.lease import Holder
+from batchrun.output.output import Output
 from batchrun.storage import Folder
 
 PLAN_HASH = "abcdef0123456789" * 4
@@ -105,3 +109,24 @@ def other_holder(**kw: object) -> Holder:
         "heartbeat": now,
     }
     return Holder(**{**values, **kw})  # type: ignore[arg-type]
+
+
+def output(
+    folder: Folder, plan: Layout, rows: Sequence[int] = (), job_hash: str = JOB_HASH, **kw: object
+) -> Output:
+    """The output of these keys, its partitions of so many rows."""
+    partitions = [Partition(i, (), count) for i, count in enumerate(rows)]
+    pinned = Identity(plan.plan_hash, job_hash, {}, "model", "0")
+    return Output(folder, settings(**kw), pinned, Plan([], SCHEMA, partitions), plan)
+
+
+def pin(
+    folder: Folder,
+    now: Identity,
+    input_changes: Callable[[], Iterable[str]] = tuple,
+    retried: Callable[[], Iterable[Identity]] = tuple,
+) -> bool:
+    """Pins a job, or compares it with the pinned one, as a run does; whether it was the first."""
+    pinned = identity.read(folder) or identity.pin(folder, now)
+    identity.refuse_other(pinned, now, folder.name, input_changes, retried)
+    return pinned is now

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from batchrun.dataset.plan import Partition, Plan, make_plan
+from batchrun.dataset.plan import Partition, Plan
+from batchrun.dataset.planner import make_plan
 from batchrun.dataset.reader import RowBatch, read_partition
 from batchrun.job.settings import InputSettings
 

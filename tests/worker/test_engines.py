@@ -8,32 +8,33 @@ import numpy as np
 import pytest
 
 from batchrun.engine.protocol import EngineSpec, Request
-from batchrun.worker import task
+from batchrun.worker.state import WorkerState
 
 MINE = EngineSpec("batchrun.engine.instant:InstantEngine", "mine", "")
 ANOTHERS = EngineSpec("batchrun.engine.instant:InstantEngine", "another's", "")
 
 
-@pytest.fixture(autouse=True)
-def engines() -> Iterator[None]:
-    yield
-    for engine in task._engines.values():
-        engine.stop()
-    task._engines.clear()
+@pytest.fixture
+def state() -> Iterator[WorkerState]:
+    made = WorkerState()
+    yield made
+    made.stop_engines()
 
 
-def test_an_engine_that_was_handed_out_and_streams_nothing_yet_is_not_taken_by_another_job() -> None:
-    with task._engine_for(MINE) as mine:
-        with task._engine_for(ANOTHERS):
-            assert mine in task._engines.values()
+def test_an_engine_that_was_handed_out_and_streams_nothing_yet_is_not_taken_by_another_job(
+    state: WorkerState,
+) -> None:
+    with state.engine(MINE) as mine:
+        with state.engine(ANOTHERS):
+            assert mine in state.engines
         assert [c.id for c in mine.generate(iter([Request(3, np.array([1, 2], np.int32), 4)])) if c] == [3]
-        with task._engine_for(MINE) as again:
+        with state.engine(MINE) as again:
             assert again is mine
 
 
-def test_an_engine_that_nobody_uses_makes_room_for_another_jobs() -> None:
-    with task._engine_for(MINE) as mine:
+def test_an_engine_that_nobody_uses_makes_room_for_another_jobs(state: WorkerState) -> None:
+    with state.engine(MINE) as mine:
         mine.load()
-    with task._engine_for(ANOTHERS):
-        assert mine not in task._engines.values()
-        assert [engine.spec for engine in task._engines.values()] == [ANOTHERS]
+    with state.engine(ANOTHERS):
+        assert mine not in state.engines
+        assert [engine.spec for engine in state.engines] == [ANOTHERS]

@@ -118,4 +118,4 @@ def test_a_plan_shows_the_columns_and_refuses_names_that_are_taken(tmp_path, tin
     assert "error (string), plan (string), plan_tokens (int32)" in str(lines(found))
     with pytest.raises(OutputError, match="name 'kind' of the reasoning column is taken") as caught:
         preview(load(job, "answer.reasoning=kind"))
-    assert caught.value.where == "answer.reasoning"
+    assert caught.value.where == "output.columns"

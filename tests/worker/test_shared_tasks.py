@@ -6,7 +6,7 @@ import types
 from typing import Any
 
 import pytest
-from parts import JOB_HASH, commit, faulty_folder, layout
+from parts import commit, faulty_folder, layout, output
 
 import batchrun as library
 from batchrun.errors import StorageError
@@ -80,5 +80,5 @@ def test_parts_that_a_run_has_receipts_of_are_not_read_again_unless_they_changed
     other = commit(faulty_folder()[0], plan, 2, 4, who="another attempt")
     receipts[2] = other
     assert other.bytes != place.size(plan.part(2))
-    manifest.write(place, plan, JOB_HASH, [4, 4, 4], receipts)
+    manifest.write(output(place, plan, [4, 4, 4]), receipts)
     assert sorted(read) == [plan.part(1), plan.part(2)]

@@ -1,4 +1,4 @@
-"""The one attention room: a custom operator that models call, and the providers that compute it over pages."""
+"""Paged attention for models: a custom operator that they call, and the backends that compute it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Layer, attention_layers
-from batchrun.engine.paged.batch import Batch, Provider
 from batchrun.engine.paged.gathered import GatheredPages
+from batchrun.engine.paged.metadata import AttentionBackend, AttentionMetadata
 
 IMPLEMENTATION = "batchrun_paged"
 """The name under which transformers finds the attention function."""
 
-CASCADE_ROWS = 16
-"""Rows from which the pages that all have in common are read once for all of them.
+CASCADE_MIN_BATCH = 16
+"""Cascade attention, which reads the pages that all sequences share once for all of them, from so many on.
 
-On an H200 a step of 1024 rows of 600 tokens (Qwen3-0.6B) takes 8.7 instead of 20.9 ms when 512 are common."""
+On an H200 a step of 1024 sequences of 600 tokens (Qwen3-0.6B) takes 8.7 instead of 20.9 ms when 512 are common."""
 
 
-class Cache:
+class KVCache:
     """The key/value pool's memory, and the model's attention layers bound to it."""
 
     def __init__(self, model: nn.Module, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -33,8 +34,10 @@ class Cache:
         self.sinks = [getattr(module, "sinks", None) for module, _ in found]
         self.modules = [module for module, _ in found]
         self.page_size = page_size
-        self.provider = choose(self.layers, dtype, device)
-        self.cascades = self.provider.cascades and not any(layer.window for layer in self.layers)
+        self.backend = choose_backend(self.layers, dtype, device)
+        self.supports_cascade = self.backend.supports_cascade and not any(
+            layer.window for layer in self.layers
+        )
         self._dtype, self._device = dtype, device
         for number, module in enumerate(self.modules):
             # A tensor, not a number: one compiled layer then serves all of them.
@@ -44,6 +47,7 @@ class Cache:
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of one page in all layers, keys and values together."""
         layer = self.layers[0]
         return len(self.layers) * 2 * self.page_size * layer.kv_heads * layer.head_dim * self._dtype.itemsize
 
@@ -54,45 +58,54 @@ class Cache:
         shape = (len(self.layers), 2, pages, self.page_size, layer.kv_heads, layer.head_dim)
         self.memory = torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def copy(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
+    def copy_pages(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
         """The first `tokens` tokens of each source page, in all layers, to its target page."""
-        if self.memory.is_cuda:
+        if devices.is_gpu(self.memory.device):
             from batchrun.engine.paged import kernels
 
-            kernels.copy(self.memory.flatten(4).flatten(0, 1), sources, targets, tokens)
+            kernels.copy_pages(self.memory.flatten(4).flatten(0, 1), sources, targets, tokens)
         else:
             self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
 
 
 @contextmanager
-def using(cache: Cache, batch: Batch) -> Iterator[None]:
-    """Model calls inside attend over `cache` as `batch` says."""
+def forward_context(cache: KVCache, metadata: AttentionMetadata) -> Iterator[None]:
+    """Model calls inside attend over `cache` as `metadata` says."""
     global _current
-    before, _current = _current, (cache, batch)
+    before, _current = _current, (cache, metadata)
     try:
         yield
     finally:
         _current = before
 
 
-_current: tuple[Cache, Batch] | None = None
+_current: tuple[KVCache, AttentionMetadata] | None = None
 
 
 @torch.library.custom_op("batchrun::paged_attention", mutates_args=())
 def paged_attention(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) -> Tensor:
     """Writes keys and values to the pool, then attends over it.
 
-    The pool is reached through `using`, not through arguments: a compiled graph neither depends on its size nor
-    copies it, and one graph serves every layer. query (1, heads, tokens, size) -> (1, tokens, heads, size).
+    The pool is reached through `forward_context`, not through arguments: a compiled graph neither depends on its size
+    nor copies it, and one graph serves every layer. query (1, heads, tokens, size) -> (1, tokens, heads, size).
     """
     assert _current is not None, "a paged model was called outside its engine"
-    cache, batch = _current
+    cache, metadata = _current
     number = int(layer)
-    keys, values = cache.memory[number, 0], cache.memory[number, 1]
+    key_cache, value_cache = cache.memory[number, 0], cache.memory[number, 1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    attend = cache.provider.decode if batch.starts is None else cache.provider.prefill
+    attend = cache.backend.decode if metadata.cu_seqlens_q is None else cache.backend.prefill
     needs, sinks = cache.layers[number], cache.sinks[number]
-    out = attend(query, _packed(key), _packed(value), keys, values, batch, needs, sinks)
+    out = attend(
+        query,
+        _with_packed_heads(key),
+        _with_packed_heads(value),
+        key_cache,
+        value_cache,
+        metadata,
+        needs,
+        sinks,
+    )
     return out.contiguous()[None]
 
 
@@ -111,19 +124,19 @@ def _attention_function(
 AttentionInterface.register(IMPLEMENTATION, _attention_function)
 
 
-def choose(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> Provider:
-    """The fastest provider that can do what all of the model's layers need."""
-    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+def choose_backend(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    """The fastest backend that can do what all of the model's layers need."""
+    half = devices.is_gpu(device) and dtype in (torch.bfloat16, torch.float16)
     ampere = half and torch.cuda.get_device_capability(device) >= (8, 0)
     if ampere and layers[0].head_dim <= 256 and importlib.util.find_spec("triton"):
         from batchrun.engine.paged.flash import FlashAttention
 
-        provider = FlashAttention()
-        if provider.cascades or not any(layer.sinks for layer in layers):
-            return provider
+        backend = FlashAttention()
+        if backend.supports_cascade or not any(layer.sinks for layer in layers):
+            return backend
     return GatheredPages()
 
 
-def _packed(x: Tensor) -> Tensor:
+def _with_packed_heads(x: Tensor) -> Tensor:
     """A token's heads side by side, as the kernels want them; a copy only if they are not."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor
 from batchrun.engine.paged.architecture import Layer
 
 _LOG2_E = 1.4426950408889634
-_MOST_PACKED = 16
+_MAX_PACKED_HEADS = 16
 # Numbers and addresses that differ from call to call and make no code faster are not compiled for: each variant would
 # cost a run that meets it first about two seconds.
 
@@ -23,326 +23,379 @@ DECODE_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 SPLIT_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
 PREFILL_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
 # Queries in a block of threads, and its warps.
-QUERIES, WARPS = 64, 4
+PREFILL_BLOCK_M, PREFILL_WARPS = 64, 4
 
-LONG_ROW, LONG_QUERIES, LONG_BLOCK, LONG_WARPS, LONG_MEMORY = 2048, 128, 128, 8, 232448
-"""Packs with a row of so many tokens take larger blocks, where one may have so many bytes of shared memory (Hopper). On
-an H100, two rows of 8,000 and 16 query heads: 489 instead of 449 TFLOP/s; a continued row, over its pages, 462
-instead of 401. Rows of 600 would lose a fifth."""
+LONG_SEQLEN, LONG_BLOCK_M, LONG_BLOCK_N, LONG_WARPS, LONG_MEMORY = 2048, 128, 128, 8, 232448
+"""Prefills with a sequence of so many tokens take larger blocks, where one may have so many bytes of shared memory
+(Hopper). On an H100, two sequences of 8,000 and 16 query heads: 489 instead of 449 TFLOP/s; a continued sequence,
+over its pages, 462 instead of 401. Sequences of 600 would lose a fifth."""
 
-_FULL_BLOCKS = 1024
-"""Blocks of threads from which a decode step is not split any further. On an H100, 60 rows of about 8,000 tokens and 8
-key heads: 2.95 TB/s split, 2.59 not; 16 rows 2.71 and 1.62; 4 rows 1.86 and 0.68; 128 rows of 1,500 the same."""
+_MIN_UNSPLIT_BLOCKS = 1024
+"""Blocks of threads from which a decode step is not split any further. On an H100, 60 sequences of about 8,000 tokens
+and 8 key heads: 2.95 TB/s split, 2.59 not; 16 sequences 2.71 and 1.62; 4 sequences 1.86 and 0.68; 128 sequences of
+1,500 the same."""
 
 
 @triton.jit
-def _capped(score, scale, softcap):
+def _softcap(qk, scale, softcap):
     """A tanh of what the GPU has an instruction for, in powers of two."""
-    bent = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale * score / softcap)) - 1.0
+    bent = 2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * scale * qk / softcap)) - 1.0
     return softcap * 1.4426950408889634 * bent
 
 
 @triton.jit
-def _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+def _attend(q, k, v, mask, m_i, l_i, acc, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
     """One block of keys into a running softmax (Milakov and Gimelshein, 2018), in powers of two."""
-    score = tl.dot(q, k)
+    qk = tl.dot(q, k)
     if SOFTCAP:
-        score, scale = _capped(score, scale, softcap), 1.0
+        qk, scale = _softcap(qk, scale, softcap), 1.0
     if MASKED:
-        score = tl.where(seen, score, float("-inf"))
-    higher = tl.maximum(top, tl.max(score, axis=1) * scale)
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    shrink = tl.exp2(top - base)
-    weight = tl.exp2(score * scale - base[:, None])  # one instruction for both, since the scale comes last
-    sums = tl.dot(weight.to(v.dtype), v, sums * shrink[:, None])
-    return higher, total * shrink + tl.sum(weight, axis=1), sums
+        qk = tl.where(mask, qk, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(qk, axis=1) * scale)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_safe)
+    p = tl.exp2(qk * scale - m_safe[:, None])  # one instruction for both, since the scale comes last
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return m_new, l_i * alpha + tl.sum(p, axis=1), acc
 
 
 @triton.jit
-def _first_key(length, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the blocks of keys begin that a row's last token sees."""
+def _first_key(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the blocks of keys begin that a sequence's last token sees."""
     first = 0
     if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0) // BLOCK * BLOCK
+        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
     return first
 
 
 @triton.jit(
-    do_not_specialize=["chunk", "table_row", "rows"],
-    do_not_specialize_on_alignment=["places", "tables", "lengths"],
+    do_not_specialize=["split_size", "block_table_stride", "num_seqs"],
+    do_not_specialize_on_alignment=["slot_mapping", "block_tables", "seq_lens"],
 )
 def _decode(
-    query, key, value, keys, values, places, tables, lengths, out, lse, scale, softcap, chunk,
-    query_row, query_head, key_row, value_row, table_row, rows,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
+    query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, out, lse, scale, softcap,
+    split_size,
+    query_seq_stride, query_head_stride, key_seq_stride, value_seq_stride, block_table_stride, num_seqs,
+    NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SPLIT_KV: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    length = tl.load(lengths + row)
-    first = _first_key(length, WINDOW, BLOCK)
-    stop = length - 1
-    part = tl.program_id(1)
-    if SPLIT:
-        first += part * chunk
-        if (part > 0) & (first >= stop):
+    seq, head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
+    seq_len = tl.load(seq_lens + seq)
+    first = _first_key(seq_len, WINDOW, BLOCK_N)
+    stop = seq_len - 1
+    split = tl.program_id(1)
+    if SPLIT_KV:
+        first += split * split_size
+        if (split > 0) & (first >= stop):
             return
-        stop = tl.minimum(first + chunk, stop)
-    member = tl.arange(0, MEMBERS)  # GROUP of them share a key
-    column = tl.arange(0, COLUMNS)
-    own = member < GROUP
-    inside = column < SIZE
-    long_row = row.to(tl.int64)
-    asked = query + long_row * query_row + (head * GROUP + member[:, None]) * query_head + column[None, :]
-    q = tl.load(asked, mask=own[:, None] & inside[None, :], other=0.0)
-    top = tl.full((MEMBERS,), float("-inf"), tl.float32)
-    total = tl.zeros((MEMBERS,), tl.float32)
-    sums = tl.zeros((MEMBERS, COLUMNS), tl.float32)
-    if part == 0:
-        # The row's new token goes to its page and begins the softmax; nobody else reads or writes it in this step.
-        own_key = tl.load(key + long_row * key_row + head * SIZE + column, mask=inside, other=0.0)
-        own_value = tl.load(value + long_row * value_row + head * SIZE + column, mask=inside, other=0.0)
-        new = (tl.load(places + row) * KV_HEADS + head) * SIZE + column
-        tl.store(keys + new, own_key, mask=inside)
-        tl.store(values + new, own_value, mask=inside)
-        top = tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], axis=1)
-        top = _capped(top, scale, softcap) if SOFTCAP else top * scale
-        total += 1.0
-        sums += own_value.to(tl.float32)[None, :]
-    for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
-        page = tl.load(tables + long_row * table_row + start // PAGE).to(tl.int64)
-        token = start + tl.arange(0, BLOCK)
-        seen = token < length - 1
-        if WINDOW > 0:
-            seen = seen & (token >= length - WINDOW)
-        offset = ((page * PAGE + token % PAGE) * KV_HEADS + head) * SIZE
-        k = tl.load(keys + offset[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0.0)
-        v = tl.load(
-            values + offset[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0
-        )
-        top, total, sums = _attend(q, k, v, seen[None, :], top, total, sums, scale, softcap, SOFTCAP, True)
-    place = (part.to(tl.int64) * rows + long_row) * KV_HEADS * GROUP + head * GROUP + member
-    written = own[:, None] & inside[None, :]
-    tl.store(
-        out + place[:, None] * SIZE + column[None, :],
-        (sums / total[:, None]).to(out.dtype.element_ty),
-        mask=written,
+        stop = tl.minimum(first + split_size, stop)
+    offs_m = tl.arange(0, BLOCK_M)  # GROUP_SIZE of them share a key
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < GROUP_SIZE
+    mask_d = offs_d < HEAD_DIM
+    long_seq = seq.to(tl.int64)
+    query_ptrs = (
+        query
+        + long_seq * query_seq_stride
+        + (head * GROUP_SIZE + offs_m[:, None]) * query_head_stride
+        + offs_d[None, :]
     )
-    tl.store(lse + place, (top + tl.log2(total)) * 0.6931471805599453, mask=own)
+    q = tl.load(query_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if split == 0:
+        # The sequence's new token goes to its page and begins the softmax; nobody else reads or writes it in this step.
+        new_key = tl.load(key + long_seq * key_seq_stride + head * HEAD_DIM + offs_d, mask=mask_d, other=0.0)
+        new_value = tl.load(
+            value + long_seq * value_seq_stride + head * HEAD_DIM + offs_d, mask=mask_d, other=0.0
+        )
+        new_offset = (tl.load(slot_mapping + seq) * NUM_KV_HEADS + head) * HEAD_DIM + offs_d
+        tl.store(key_cache + new_offset, new_key, mask=mask_d)
+        tl.store(value_cache + new_offset, new_value, mask=mask_d)
+        m_i = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1)
+        m_i = _softcap(m_i, scale, softcap) if SOFTCAP else m_i * scale
+        l_i += 1.0
+        acc += new_value.to(tl.float32)[None, :]
+    for start in tl.range(first, stop, BLOCK_N, num_stages=NUM_STAGES):
+        page = tl.load(block_tables + long_seq * block_table_stride + start // PAGE_SIZE).to(tl.int64)
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < seq_len - 1
+        if WINDOW > 0:
+            mask_n = mask_n & (offs_n >= seq_len - WINDOW)
+        kv_offset = ((page * PAGE_SIZE + offs_n % PAGE_SIZE) * NUM_KV_HEADS + head) * HEAD_DIM
+        k = tl.load(
+            key_cache + kv_offset[None, :] + offs_d[:, None],
+            mask=mask_n[None, :] & mask_d[:, None],
+            other=0.0,
+        )
+        v = tl.load(
+            value_cache + kv_offset[:, None] + offs_d[None, :],
+            mask=mask_n[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        m_i, l_i, acc = _attend(q, k, v, mask_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, True)
+    out_offset = (
+        (split.to(tl.int64) * num_seqs + long_seq) * NUM_KV_HEADS * GROUP_SIZE + head * GROUP_SIZE + offs_m
+    )
+    out_mask = mask_m[:, None] & mask_d[None, :]
+    tl.store(
+        out + out_offset[:, None] * HEAD_DIM + offs_d[None, :],
+        (acc / l_i[:, None]).to(out.dtype.element_ty),
+        mask=out_mask,
+    )
+    tl.store(lse + out_offset, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=mask_m)
 
 
 def decode(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor, tables: Tensor,
-    lengths: Tensor, layer: Layer,
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor, layer: Layer,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes each row's new key and value to its pages as `write` does, and attends over the pages with its query.
+    """Writes each sequence's new key and value to its pages as `write_kv_cache` does, and attends over them.
 
-    A block of threads for each row and key head; where those are too few to fill the device or too unlike, one for
-    each chunk of a row's keys (Flash-Decoding: Dao et al., 2023).
+    A block of threads for each sequence and key head; where those are too few to fill the device or too unlike, one
+    for each split of a sequence's keys (Flash-Decoding: Dao et al., 2023).
 
     Args:
-        query: (rows, query heads, head size), a head's numbers contiguous.
-        key, value: (rows, kv heads, head size), each row's heads contiguous.
-        keys, values: (pages, page size, kv heads, head size), contiguous.
-        places: (rows,) int64, where the new ones go: the last of the row's tokens.
-        tables: (rows, pages) int32. lengths: (rows,) int32, the new token included.
+        query: (sequences, query heads, head size), a head's numbers contiguous.
+        key, value: (sequences, kv heads, head size), each sequence's heads contiguous.
+        key_cache, value_cache: (pages, page size, kv heads, head size), contiguous.
+        slot_mapping: (sequences,) int64, where the new ones go: the last of the sequence's tokens.
+        block_tables: (sequences, pages) int32. seq_lens: (sequences,) int32, the new token included.
 
     Returns:
-        (rows, query heads, head size), and the scores' log-sum-exp (rows, query heads) float32.
+        (sequences, query heads, head size), and the scores' log-sum-exp (sequences, query heads) float32.
     """
-    rows, heads, size = query.shape
-    group = heads // layer.kv_heads
-    members = matrix_rows(group)
-    out = torch.empty((rows, heads, size), dtype=query.dtype, device=query.device)
-    lse = torch.empty((rows, heads), dtype=torch.float32, device=query.device)
-    chunk = _chunk(rows)
-    seen = min(tables.shape[1] * keys.shape[1], layer.window or 1 << 30)
-    parts = 1 if rows * layer.kv_heads >= _FULL_BLOCKS else triton.cdiv(seen, chunk)
-    columns = triton.next_power_of_2(size)
-    choices = DECODE_BLOCKS if parts == 1 else SPLIT_BLOCKS
-    block, stages = fitting(choices, members, columns * query.itemsize, _shared_memory(query))
-    if parts > 1:
+    num_seqs, heads, head_dim = query.shape
+    group_size = heads // layer.kv_heads
+    block_m = decode_block_m(group_size)
+    out = torch.empty((num_seqs, heads, head_dim), dtype=query.dtype, device=query.device)
+    lse = torch.empty((num_seqs, heads), dtype=torch.float32, device=query.device)
+    split_size = _split_size(num_seqs)
+    max_keys = min(block_tables.shape[1] * key_cache.shape[1], layer.window or 1 << 30)
+    num_splits = 1 if num_seqs * layer.kv_heads >= _MIN_UNSPLIT_BLOCKS else triton.cdiv(max_keys, split_size)
+    block_d = triton.next_power_of_2(head_dim)
+    choices = DECODE_BLOCKS if num_splits == 1 else SPLIT_BLOCKS
+    block_n, num_stages = fitting_blocks(choices, block_m, block_d * query.itemsize, _shared_memory(query))
+    if num_splits > 1:
         # A window's first block of keys begins before the window.
-        parts = triton.cdiv(seen + block, chunk) if layer.window else parts
-        part_out = torch.empty((parts, rows, heads, size), dtype=torch.float32, device=query.device)
-        part_lse = torch.empty((parts, rows, heads), dtype=torch.float32, device=query.device)
+        num_splits = triton.cdiv(max_keys + block_n, split_size) if layer.window else num_splits
+        split_out = torch.empty(
+            (num_splits, num_seqs, heads, head_dim), dtype=torch.float32, device=query.device
+        )
+        split_lse = torch.empty((num_splits, num_seqs, heads), dtype=torch.float32, device=query.device)
     else:
-        part_out, part_lse = out, lse
-    _decode[(rows * layer.kv_heads, parts)](
-        query, key, value, keys, values, places, tables, lengths, part_out, part_lse,
-        layer.scale * (1.0 if layer.softcap else _LOG2_E), layer.softcap or 0.0, chunk,
-        query.stride(0), query.stride(1), key.stride(0), value.stride(0), tables.stride(0), rows,
-        KV_HEADS=layer.kv_heads, GROUP=group, MEMBERS=members, SIZE=size, PAGE=keys.shape[1],
+        split_out, split_lse = out, lse
+    _decode[(num_seqs * layer.kv_heads, num_splits)](
+        query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, split_out, split_lse,
+        layer.scale * (1.0 if layer.softcap else _LOG2_E), layer.softcap or 0.0, split_size,
+        query.stride(0), query.stride(1), key.stride(0), value.stride(0), block_tables.stride(0), num_seqs,
+        NUM_KV_HEADS=layer.kv_heads, GROUP_SIZE=group_size, BLOCK_M=block_m, HEAD_DIM=head_dim,
+        PAGE_SIZE=key_cache.shape[1],
         WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None,
-        BLOCK=block, COLUMNS=columns, STAGES=stages, SPLIT=parts > 1, num_warps=4,
+        BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, SPLIT_KV=num_splits > 1, num_warps=4,
     )  # fmt: skip
-    if parts > 1:
-        _combine[(rows, heads)](
-            part_out, part_lse, lengths, out, lse, chunk, rows,
-            HEADS=heads, SIZE=size, COLUMNS=columns, WINDOW=layer.window or 0, BLOCK=block, num_warps=1,
+    if num_splits > 1:
+        _combine[(num_seqs, heads)](
+            split_out, split_lse, seq_lens, out, lse, split_size, num_seqs,
+            NUM_HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, WINDOW=layer.window or 0, BLOCK_N=block_n, num_warps=1,
         )  # fmt: skip
     return out, lse
 
 
-@triton.jit(do_not_specialize=["chunk", "rows"], do_not_specialize_on_alignment=["lengths"])
+@triton.jit(do_not_specialize=["split_size", "num_seqs"], do_not_specialize_on_alignment=["seq_lens"])
 def _combine(
-    part_out, part_lse, lengths, out, lse, chunk, rows,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    split_out, split_lse, seq_lens, out, lse, split_size, num_seqs,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths + row)
-    parts = tl.maximum(tl.cdiv(length - 1 - _first_key(length, WINDOW, BLOCK), chunk), 1)
-    column = tl.arange(0, COLUMNS)
-    inside = column < SIZE
-    own = row.to(tl.int64) * HEADS + head
-    top, total, sums = float("-inf"), 0.0, tl.zeros((COLUMNS,), tl.float32)
-    for part in range(0, parts):
-        place = own + part * rows * HEADS
-        other = tl.load(part_lse + place)
-        values = tl.load(part_out + place * SIZE + column, mask=inside, other=0.0)
-        higher = tl.maximum(top, other)
-        shrink, weight = tl.exp(top - higher), tl.exp(other - higher)
-        top, total, sums = higher, total * shrink + weight, sums * shrink + values * weight
-    tl.store(out + own * SIZE + column, (sums / total).to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + own, top + tl.log(total))
+    seq, head = tl.program_id(0), tl.program_id(1)
+    seq_len = tl.load(seq_lens + seq)
+    num_splits = tl.maximum(tl.cdiv(seq_len - 1 - _first_key(seq_len, WINDOW, BLOCK_N), split_size), 1)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    head_row = seq.to(tl.int64) * NUM_HEADS + head
+    m_i, l_i, acc = float("-inf"), 0.0, tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(0, num_splits):
+        split_row = head_row + split * num_seqs * NUM_HEADS
+        lse_i = tl.load(split_lse + split_row)
+        split_values = tl.load(split_out + split_row * HEAD_DIM + offs_d, mask=mask_d, other=0.0)
+        m_new = tl.maximum(m_i, lse_i)
+        alpha, beta = tl.exp(m_i - m_new), tl.exp(lse_i - m_new)
+        m_i, l_i, acc = m_new, l_i * alpha + beta, acc * alpha + split_values * beta
+    tl.store(out + head_row * HEAD_DIM + offs_d, (acc / l_i).to(out.dtype.element_ty), mask=mask_d)
+    tl.store(lse + head_row, m_i + tl.log(l_i))
 
 
-@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["tables", "starts", "lengths"])
+@triton.jit(
+    do_not_specialize=["block_table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "seq_lens"],
+)
 def _prefill(
-    query, keys, values, tables, starts, lengths, out, scale, softcap,
-    query_token, query_head, key_token, value_token, table_row,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PAGED: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    query, keys, values, block_tables, cu_seqlens_q, seq_lens, out, scale, softcap,
+    query_token_stride, query_head_stride, key_token_stride, value_token_stride, block_table_stride,
+    NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, PACKED_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PAGED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     # PACK heads of a group, which have their keys in common, fill a block's queries: it then spans fewer tokens, and
-    # less of it is lost at a row's end and to keys that are too late.
-    TOKENS: tl.constexpr = QUERIES // PACK
-    # The last queries of a row see most keys: they go first, so that no long block is left for the end.
-    block, pack, row = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    begin = tl.load(starts + row)
-    count = tl.load(starts + row + 1) - begin
-    if block * TOKENS >= count:
-        return
-    length = tl.load(lengths + row)
-    number = tl.arange(0, QUERIES)
-    member = block * TOKENS + number // PACK
-    head = pack * PACK + number % PACK
-    column = tl.arange(0, COLUMNS)
-    inside = column < SIZE
-    part = pack * PACK // GROUP * SIZE + column
-    own = ((member < count) & (number < TOKENS * PACK))[:, None] & inside[None, :]
-    token = (begin + member).to(tl.int64)
-    q = tl.load(
-        query + (token * query_token + head * query_head)[:, None] + column[None, :], mask=own, other=0.0
+    # less of it is lost at a sequence's end and to keys that are too late.
+    TOKENS: tl.constexpr = BLOCK_M // PACKED_HEADS
+    # The last queries of a sequence see most keys: they go first, so that no long block is left for the end.
+    query_block, head_pack, seq = (
+        tl.num_programs(0) - 1 - tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2),
     )
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    sums = tl.zeros((QUERIES, COLUMNS), tl.float32)
-    place = length - count + member
-    earliest = length - count + block * TOKENS
+    query_start = tl.load(cu_seqlens_q + seq)
+    query_len = tl.load(cu_seqlens_q + seq + 1) - query_start
+    if query_block * TOKENS >= query_len:
+        return
+    seq_len = tl.load(seq_lens + seq)
+    offs_m = tl.arange(0, BLOCK_M)
+    query_index = query_block * TOKENS + offs_m // PACKED_HEADS
+    head = head_pack * PACKED_HEADS + offs_m % PACKED_HEADS
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    kv_column = head_pack * PACKED_HEADS // GROUP_SIZE * HEAD_DIM + offs_d
+    mask_q = ((query_index < query_len) & (offs_m < TOKENS * PACKED_HEADS))[:, None] & mask_d[None, :]
+    token = (query_start + query_index).to(tl.int64)
+    q = tl.load(
+        query + (token * query_token_stride + head * query_head_stride)[:, None] + offs_d[None, :],
+        mask=mask_q,
+        other=0.0,
+    )
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    position = seq_len - query_len + query_index
+    first_position = seq_len - query_len + query_block * TOKENS
     first = 0
     if WINDOW > 0:
-        first = tl.maximum(earliest - WINDOW + 1, 0) // BLOCK * BLOCK
-        whole = first
+        first = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        unmasked_stop = first
     else:
-        whole = (earliest + 1) // BLOCK * BLOCK  # keys before it are seen by every query
-    for start in tl.range(first, whole, BLOCK, num_stages=STAGES):
-        other = start + tl.arange(0, BLOCK)
+        unmasked_stop = (first_position + 1) // BLOCK_N * BLOCK_N  # keys before it are seen by every query
+    for start in tl.range(first, unmasked_stop, BLOCK_N, num_stages=NUM_STAGES):
+        offs_n = start + tl.arange(0, BLOCK_N)
         if PAGED:
-            page = tl.load(tables + row.to(tl.int64) * table_row + start // PAGE).to(tl.int64)
-            source = page * PAGE + other % PAGE
+            page = tl.load(block_tables + seq.to(tl.int64) * block_table_stride + start // PAGE_SIZE).to(
+                tl.int64
+            )
+            kv_token = page * PAGE_SIZE + offs_n % PAGE_SIZE
         else:
-            source = (begin + other).to(tl.int64)
-        k = tl.load(keys + (source * key_token)[None, :] + part[:, None], mask=inside[:, None], other=0.0)
-        v = tl.load(values + (source * value_token)[:, None] + part[None, :], mask=inside[None, :], other=0.0)
-        top, total, sums = _attend(q, k, v, other[None, :], top, total, sums, scale, softcap, SOFTCAP, False)
-    for start in tl.range(whole, tl.minimum(earliest + TOKENS, length), BLOCK, num_stages=STAGES):
-        other = start + tl.arange(0, BLOCK)
-        there = other < length
-        if PAGED:
-            page = tl.load(tables + row.to(tl.int64) * table_row + start // PAGE).to(tl.int64)
-            source = page * PAGE + other % PAGE
-        else:
-            source = (begin + other).to(tl.int64)
+            kv_token = (query_start + offs_n).to(tl.int64)
         k = tl.load(
-            keys + (source * key_token)[None, :] + part[:, None],
-            mask=there[None, :] & inside[:, None],
+            keys + (kv_token * key_token_stride)[None, :] + kv_column[:, None],
+            mask=mask_d[:, None],
             other=0.0,
         )
         v = tl.load(
-            values + (source * value_token)[:, None] + part[None, :],
-            mask=there[:, None] & inside[None, :],
+            values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
+            mask=mask_d[None, :],
             other=0.0,
         )
-        seen = other[None, :] <= place[:, None]
+        m_i, l_i, acc = _attend(q, k, v, offs_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, False)
+    for start in tl.range(
+        unmasked_stop, tl.minimum(first_position + TOKENS, seq_len), BLOCK_N, num_stages=NUM_STAGES
+    ):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < seq_len
+        if PAGED:
+            page = tl.load(block_tables + seq.to(tl.int64) * block_table_stride + start // PAGE_SIZE).to(
+                tl.int64
+            )
+            kv_token = page * PAGE_SIZE + offs_n % PAGE_SIZE
+        else:
+            kv_token = (query_start + offs_n).to(tl.int64)
+        k = tl.load(
+            keys + (kv_token * key_token_stride)[None, :] + kv_column[:, None],
+            mask=mask_n[None, :] & mask_d[:, None],
+            other=0.0,
+        )
+        v = tl.load(
+            values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
+            mask=mask_n[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        mask = offs_n[None, :] <= position[:, None]
         if WINDOW > 0:
-            seen = seen & (other[None, :] > place[:, None] - WINDOW)
-        top, total, sums = _attend(q, k, v, seen, top, total, sums, scale, softcap, SOFTCAP, True)
-    target = out + (token * HEADS + head)[:, None] * SIZE + column[None, :]
-    tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), mask=own)
+            mask = mask & (offs_n[None, :] > position[:, None] - WINDOW)
+        m_i, l_i, acc = _attend(q, k, v, mask, m_i, l_i, acc, scale, softcap, SOFTCAP, True)
+    out_ptrs = out + (token * NUM_HEADS + head)[:, None] * HEAD_DIM + offs_d[None, :]
+    tl.store(out_ptrs, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=mask_q)
 
 
 def prefill(
-    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor | None, starts: Tensor, lengths: Tensor,
-    longest_query: int, layer: Layer,
+    query: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor | None, cu_seqlens_q: Tensor, seq_lens: Tensor,
+    max_seqlen_q: int, layer: Layer,
 ) -> Tensor:  # fmt: skip
-    """Causal attention of packed rows, over their pages or, without `tables`, over the pack itself.
+    """Causal attention of packed sequences, over their pages or, without `block_tables`, over the prefill batch
+    itself.
 
     Args:
-        query: (tokens, query heads, head size), a head's numbers contiguous.
-        keys, values: (pages, page size, kv heads, head size), or (tokens, kv heads, head size) without `tables`.
-        tables: (rows, pages) int32. starts: (rows + 1,) int32, where each row's queries begin. lengths: (rows,)
-            int32, each row's keys; its queries stand at the last of them. longest_query: of any row.
+        query: (tokens, query heads, head size), a head's numbers contiguous. keys, values: (pages, page size, kv
+        heads, head size), or (tokens, kv heads, head size) without `block_tables`. block_tables: (sequences, pages)
+        int32. cu_seqlens_q: (sequences + 1,) int32, where each sequence's queries begin. seq_lens: (sequences,)
+            int32,
+            each sequence's keys; its queries stand at the last of them. max_seqlen_q: queries of the longest sequence.
 
     Returns:
         (tokens, query heads, head size).
     """
-    tokens, heads, size = query.shape
-    out = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
-    columns = triton.next_power_of_2(size)
-    queries, block, stages, warps = prefill_tile(
-        size, query.itemsize, _shared_memory(query), longest_query, paged=tables is not None
+    tokens, heads, head_dim = query.shape
+    out = torch.empty((tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+    block_d = triton.next_power_of_2(head_dim)
+    block_m, block_n, num_stages, warps = prefill_tile(
+        head_dim, query.itemsize, _shared_memory(query), max_seqlen_q, paged=block_tables is not None
     )
-    axis = 0 if tables is None else 1
-    group = heads // layer.kv_heads
-    pack = packed_heads(group)
-    grid = (triton.cdiv(longest_query, queries // pack), heads // pack, len(lengths))
+    axis = 0 if block_tables is None else 1
+    group_size = heads // layer.kv_heads
+    num_packed = packed_heads(group_size)
+    grid = (triton.cdiv(max_seqlen_q, block_m // num_packed), heads // num_packed, len(seq_lens))
     _prefill[grid](
-        query, keys, values, lengths if tables is None else tables, starts, lengths, out,
+        query, keys, values, seq_lens if block_tables is None else block_tables, cu_seqlens_q, seq_lens, out,
         layer.scale * (1.0 if layer.softcap else _LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), keys.stride(axis), values.stride(axis),
-        0 if tables is None else tables.stride(0),
-        HEADS=heads, GROUP=group, PACK=pack, SIZE=size, PAGE=1 if tables is None else keys.shape[1],
-        WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None, PAGED=tables is not None,
-        QUERIES=queries, BLOCK=block, COLUMNS=columns, STAGES=stages, num_warps=warps,
+        0 if block_tables is None else block_tables.stride(0),
+        NUM_HEADS=heads, GROUP_SIZE=group_size, PACKED_HEADS=num_packed, HEAD_DIM=head_dim,
+        PAGE_SIZE=1 if block_tables is None else keys.shape[1],
+        WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None, PAGED=block_tables is not None,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, num_warps=warps,
     )  # fmt: skip
     return out
 
 
-def matrix_rows(group: int) -> int:
+def decode_block_m(group_size: int) -> int:
     """Rows that a group's heads take in a decode step's products; a matrix unit takes 16 at least."""
-    return int(max(16, triton.next_power_of_2(group)))
+    return int(max(16, triton.next_power_of_2(group_size)))
 
 
-def packed_heads(group: int) -> int:
+def packed_heads(group_size: int) -> int:
     """How many of a group's heads stand side by side in a prefill's block."""
-    return max(heads for heads in range(1, _MOST_PACKED + 1) if group % heads == 0)
+    return max(heads for heads in range(1, _MAX_PACKED_HEADS + 1) if group_size % heads == 0)
 
 
 def prefill_tile(
-    head_dim: int, itemsize: int, memory: int, longest_query: int, paged: bool
+    head_dim: int, itemsize: int, memory: int, max_seqlen_q: int, paged: bool
 ) -> tuple[int, int, int, int]:
     """Queries and keys in a block, blocks in flight, and warps, with `memory` bytes for a block."""
     head_bytes = triton.next_power_of_2(head_dim) * itemsize
-    if longest_query >= LONG_ROW and head_bytes <= 256 and memory >= LONG_MEMORY:
-        return LONG_QUERIES, LONG_BLOCK, 2 if paged else 3, LONG_WARPS
-    return QUERIES, *fitting(PREFILL_BLOCKS, QUERIES, head_bytes, memory), WARPS
+    if max_seqlen_q >= LONG_SEQLEN and head_bytes <= 256 and memory >= LONG_MEMORY:
+        return LONG_BLOCK_M, LONG_BLOCK_N, 2 if paged else 3, LONG_WARPS
+    return (
+        PREFILL_BLOCK_M,
+        *fitting_blocks(PREFILL_BLOCKS, PREFILL_BLOCK_M, head_bytes, memory),
+        PREFILL_WARPS,
+    )
 
 
-def _chunk(rows: int) -> int:
-    """Keys of a row for one block of threads of a split decode step: few rows are cut finer."""
-    return 1024 if rows >= 16 else 512
+def _split_size(num_seqs: int) -> int:
+    """Keys of a sequence for one block of threads of a split decode step: few sequences are cut finer."""
+    return 1024 if num_seqs >= 16 else 512
 
 
 def _shared_memory(x: Tensor) -> int:
@@ -353,11 +406,11 @@ def _shared_memory(x: Tensor) -> int:
     return int(getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block))
 
 
-def fitting(
-    choices: tuple[tuple[int, int], ...], queries: int, head_bytes: int, memory: int
+def fitting_blocks(
+    choices: tuple[tuple[int, int], ...], block_m: int, head_bytes: int, memory: int
 ) -> tuple[int, int]:
     """The first choice that leaves a quarter of the shared memory free, or the last one. Sizes in bytes."""
-    for block, stages in choices:
-        if (queries + 2 * block * stages) * head_bytes <= 0.75 * memory:
-            return block, stages
+    for block_n, num_stages in choices:
+        if (block_m + 2 * block_n * num_stages) * head_bytes <= 0.75 * memory:
+            return block_n, num_stages
     return choices[-1]

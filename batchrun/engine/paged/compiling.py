@@ -26,7 +26,7 @@ def compile_layers(model: nn.Module, attention: list[nn.Module]) -> int:
 
 def compile_sampler(sampler: Sampler) -> None:
     """Compiles the drawing of tokens, whose many passes over rows x vocabulary would each go through memory."""
-    choose = torch.compile(sampler.choose, fullgraph=True)
+    sample = torch.compile(sampler.sample, fullgraph=True)
 
     def call(logits: Tensor, row_seeds: Tensor, positions: Tensor, seen: Tensor | None = None) -> Tensor:
         # A single row would be compiled for itself.
@@ -35,9 +35,9 @@ def compile_sampler(sampler: Sampler) -> None:
         given = [torch.cat([x, x]) if spare else x for x in given]
         for x in given:
             torch._dynamo.mark_dynamic(x, 0)
-        return choose(*given)[: len(logits)]
+        return sample(*given)[: len(logits)]
 
-    sampler.choose = call  # type: ignore[method-assign]
+    sampler.sample = call  # type: ignore[method-assign]
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:

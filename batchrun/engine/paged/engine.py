@@ -13,24 +13,28 @@ import torch
 from batchrun.engine import stage
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
+from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Unsupported, check_positions, unsupported
-from batchrun.engine.paged.attention import Cache
+from batchrun.engine.paged.attention import KVCache
 from batchrun.engine.paged.compiling import compile_layers, compile_sampler
 from batchrun.engine.paged.memory import Budget, affordable_pages
-from batchrun.engine.paged.pool import Pool
-from batchrun.engine.paged.projections import join_projections
-from batchrun.engine.paged.queue import Row
+from batchrun.engine.paged.output_lengths import OutputLengths
+from batchrun.engine.paged.page_pool import PagePool
+from batchrun.engine.paged.projections import fuse_projections
+from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.runner import Pending, Runner
-from batchrun.engine.paged.sampler import BAD, Sampler
-from batchrun.engine.paged.scheduler import OutputLengths, Round, Scheduler, Segment
-from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
+from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
+from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request, TokenValues
 from batchrun.engine.stopping import StopStrings
+from batchrun.engine.token_values import ValuesOfTokens, first, join
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256
 """Tokens; flash-attn 2 wants a multiple of it."""
 Work = TypeVar("Work")
-CANCEL_SECONDS = 0.2  # between two looks at whether rows are still wanted
+# Between two looks at which sequences are cancelled.
+CANCEL_SECONDS = 0.2
 
 
 class PagedEngine:
@@ -48,22 +52,30 @@ class PagedEngine:
         device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
         budget = Budget.of(spec.options, device)
         check_positions(model.config, spec.max_context)
-        cache = Cache(model.requires_grad_(False), page_size, dtype, device)
-        if device.type == "cuda":
-            join_projections(model)
+        cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
+        if devices.is_gpu(device):
+            fuse_projections(model)
         sampler = Sampler(spec.sampling)
         if budget.compile:
             compile_layers(model, cache.modules)
             if not sampler.greedy:
                 compile_sampler(sampler)
-        self._stops = frozenset(spec.stop_token_ids)
-        self._strings = StopStrings(spec)
-        self._longer_strings = StopStrings(spec)
-        self._longer_strings.tail += budget.decode_steps
-        self._looked = 0.0
+        self._stop_ids = frozenset(spec.stop_token_ids)
+        self._stop_strings = StopStrings(spec)
+        self._round_stop_strings = StopStrings(spec)
+        self._round_stop_strings.tail += budget.decode_steps
+        self._cancel_checked = 0.0
         self._window, self._steps = budget.window_rows, budget.decode_steps
         self._runner = Runner(
-            model, cache, sampler, sorted(self._stops), budget.max_rows, spec.max_context, self._steps, device
+            model,
+            cache,
+            sampler,
+            sorted(self._stop_ids),
+            budget.max_rows,
+            spec.max_context,
+            self._steps,
+            device,
+            ValuesOfTokens(spec.sampling),
         )
 
         def warm_up() -> None:
@@ -73,16 +85,18 @@ class PagedEngine:
 
         pages = affordable_pages(cache, budget, spec.max_context, device, warm_up)
         cache.allocate(pages)
-        lengths = OutputLengths(certain=not self._stops and not self._strings)
-        pool = Pool(pages, page_size)
-        self._scheduler = Scheduler(pool, budget.max_rows, budget.prefill_tokens, spec.max_context, lengths)
+        output_lengths = OutputLengths(certain=not self._stop_ids and not self._stop_strings)
+        pool = PagePool(pages, page_size)
+        self._scheduler = Scheduler(
+            pool, budget.max_rows, budget.prefill_tokens, spec.max_context, output_lengths
+        )
         self._never_run = 0
         self.stats = EngineStats(
             engine="paged",
-            attention=cache.provider.name,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            attention=cache.backend.name,
+            device=torch.cuda.get_device_name(device) if devices.is_gpu(device) else str(device),
             dtype=str(dtype).removeprefix("torch."),
-            gauges={"pool_tokens": pool.pages * page_size},
+            gauges={"pool_tokens": pool.num_pages * page_size},
         )
 
     @classmethod
@@ -108,27 +122,29 @@ class PagedEngine:
     unsupported = staticmethod(unsupported)
 
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
-        """See `Engine.generate`. Closing the generator lets every row go; the engine can be used again."""
+        """See `Engine.generate`. Closing the generator aborts every sequence; the engine can be used again."""
         feed = _Feed(requests)
         scheduler, runner = self._scheduler, self._runner
         pending: deque[Pending] = deque()
         try:
             while True:
                 yield from self._pull(feed)
-                scheduler.last_rows = feed.ended
-                yield from self._let_go(pending)
-                while scheduler.worth_a_pack() and (pack := scheduler.next_pack()):
-                    if (prefilled := self._try(runner.prefill, pack)) is None:
-                        yield from self._retreat(pack, [segment.row for segment in pack], pending)
+                scheduler.no_more_requests = feed.ended
+                yield from self._abort_cancelled(pending)
+                while scheduler.should_prefill() and (chunks := scheduler.next_prefill()):
+                    if (prefilled := self._launch(runner.prefill, chunks)) is None:
+                        yield from self._shrink_after_oom(
+                            chunks, [chunk.sequence for chunk in chunks], pending
+                        )
                         continue
                     pending.append(prefilled)
-                    scheduler.launched_pack()
-                if scheduler.short_of_pages(self._steps):
+                    scheduler.prefill_launched()
+                if scheduler.must_preempt(self._steps):
                     yield from self._read(pending, leaving=0)
-                work = scheduler.next_round(self._steps)
+                work = scheduler.next_decode(self._steps)
                 if work is not None:
-                    if (decoded := self._try(runner.decode, work)) is None:
-                        yield from self._retreat(work, work.rows, pending)
+                    if (decoded := self._launch(runner.decode, work)) is None:
+                        yield from self._shrink_after_oom(work, work.sequences, pending)
                         continue
                     pending.append(decoded)
                 yield from self._read(pending, leaving=0 if work is None else 1)
@@ -139,7 +155,7 @@ class PagedEngine:
             for work_in_flight in pending:
                 work_in_flight.read()
                 self.stats.busy_seconds += work_in_flight.seconds
-            scheduler.drop_all()
+            scheduler.abort_all()
             self._count()
 
     def _pull(self, feed: _Feed) -> Iterator[Completion]:
@@ -154,25 +170,34 @@ class PagedEngine:
                 yield self._complete(request, [], "error", RowFault(FaultCode.OUT_OF_MEMORY, message))
 
     def _read(self, pending: deque[Pending], leaving: int) -> Iterator[Completion]:
-        """Reads results back, the oldest first, until so many are left; yields the rows that have ended."""
+        """Reads results back, the oldest first, until so many are left; yields the sequences that have ended."""
         while len(pending) > leaving:
             results = pending.popleft()
             columns = results.read()
             self.stats.busy_seconds += results.seconds
-            going = [(row, tokens) for row, tokens in zip(results.rows, columns, strict=True) if not row.done]
-            ended = {row: reason for row, tokens in going if (reason := self._take(row, tokens))}
-            if self._strings:
-                ended |= dict.fromkeys(self._cut_at_strings(going), "stop")
-            for row, reason in ended.items():
-                self._scheduler.finish(row)
+            running: list[tuple[Sequence, list[int]]] = []
+            ended: dict[Sequence, str] = {}
+            for number, (sequence, tokens) in enumerate(zip(results.sequences, columns, strict=True)):
+                if sequence.finished:
+                    continue
+                running.append((sequence, tokens))
+                before = len(sequence.output)
+                if reason := self._append(sequence, tokens):
+                    ended[sequence] = reason
+                if results.values:
+                    sequence.values.append(results.values_of(number, len(sequence.output) - before))
+            if self._stop_strings:
+                ended |= dict.fromkeys(self._cut_at_stop_strings(running), "stop")
+            for sequence, reason in ended.items():
+                self._scheduler.finish(sequence)
                 fault = (
                     RowFault(FaultCode.BAD_LOGITS, "the model gave no finite logits")
                     if reason == "error"
                     else None
                 )
-                yield self._complete(row.request, row.output, reason, fault)
+                yield self._complete(sequence.request, sequence.output, reason, fault, _values(sequence))
 
-    def _try(self, launch: Callable[[Work], Pending], work: Work) -> Pending | None:
+    def _launch(self, launch: Callable[[Work], Pending], work: Work) -> Pending | None:
         """What was launched, or None when it did not fit the device."""
         try:
             return launch(work)
@@ -181,68 +206,74 @@ class PagedEngine:
                 raise
         return None
 
-    def _retreat(
-        self, work: list[Segment] | Round, rows: list[Row], pending: deque[Pending]
+    def _shrink_after_oom(
+        self, work: list[PrefillChunk] | DecodeBatch, sequences: list[Sequence], pending: deque[Pending]
     ) -> Iterator[Completion]:
-        """After an out-of-memory: smaller packs and rounds from now on, and a row's fault only if it was alone."""
+        """After an out-of-memory: smaller batches from now on, and a row's fault only if it was alone."""
         yield from self._read(pending, leaving=0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if self._scheduler.retreat(work):
-            self.stats.notes.append(f"out of memory with {len(rows)} rows, smaller work since")
+        if self._scheduler.shrink_after_oom(work):
+            self.stats.notes.append(f"out of memory with {len(sequences)} rows, smaller work since")
             return
-        for row in rows:
+        for sequence in sequences:
             fault = RowFault(FaultCode.OUT_OF_MEMORY, "does not fit the device, even alone")
-            self._scheduler.fail(row)
-            yield self._complete(row.request, [], "error", fault)
+            self._scheduler.fail(sequence)
+            yield self._complete(sequence.request, [], "error", fault)
 
-    def _let_go(self, pending: deque[Pending]) -> Iterator[Completion]:
-        """Rows that are not wanted any more leave with the tokens they have; looks for them now and then."""
+    def _abort_cancelled(self, pending: deque[Pending]) -> Iterator[Completion]:
+        """Cancelled sequences leave with the tokens they have; looks for them now and then."""
         now = time.monotonic()
-        if now - self._looked < CANCEL_SECONDS:
+        if now - self._cancel_checked < CANCEL_SECONDS:
             return
-        self._looked = now
-        if self._scheduler.unwanted:
+        self._cancel_checked = now
+        if self._scheduler.has_cancelled:
             yield from self._read(pending, leaving=0)
-        for row in self._scheduler.let_go():
-            self._count_output(row.request, row.output)
-            yield row.request.so_far(np.array(row.output, np.int32))
+        for sequence in self._scheduler.abort_cancelled():
+            self._count_output(sequence.request, sequence.output)
+            output = np.array(sequence.output, np.int32)
+            yield sequence.request.so_far(output, _values(sequence))
 
-    def _take(self, row: Row, tokens: list[int]) -> str | None:
-        """Adds a row's new tokens to its output; its finish reason, once it has one."""
+    def _append(self, sequence: Sequence, tokens: list[int]) -> str | None:
+        """Adds a sequence's new tokens to its output; its finish reason, once it has one."""
         if tokens[-1] >= 0:
-            row.output += tokens
+            sequence.output += tokens
         else:
-            row.output += [token for token in tokens if token >= 0]
-            if BAD in tokens:
+            sequence.output += [token for token in tokens if token >= 0]
+            if INVALID_TOKEN in tokens:
                 return "error"
-        if row.output[-1] in self._stops:
+        if sequence.output[-1] in self._stop_ids:
             return "stop"
-        return "length" if len(row.output) >= row.request.max_new_tokens else None
+        return "length" if len(sequence.output) >= sequence.request.max_new_tokens else None
 
-    def _cut_at_strings(self, going: list[tuple[Row, list[int]]]) -> list[Row]:
-        """Rows whose new tokens complete a stop string, their output cut after the token that does."""
-        grown = [row for row, _ in going if row.output]
+    def _cut_at_stop_strings(self, running: list[tuple[Sequence, list[int]]]) -> list[Sequence]:
+        """Sequences whose new tokens complete a stop string, their output cut after the token that does."""
+        grown = [sequence for sequence, _ in running if sequence.output]
         if not grown:
             return []
-        near = self._longer_strings.completed([row.output for row in grown])
+        near = self._round_stop_strings.completed([sequence.output for sequence in grown])
         cut = []
-        for row in (row for row, hit in zip(grown, near, strict=True) if hit):
-            first = max(0, len(row.output) - self._steps)
-            ends = range(first + 1, len(row.output) + 1)
-            hits = self._strings.completed([row.output[:end] for end in ends])
+        for sequence in (sequence for sequence, hit in zip(grown, near, strict=True) if hit):
+            first = max(0, len(sequence.output) - self._steps)
+            ends = range(first + 1, len(sequence.output) + 1)
+            hits = self._stop_strings.completed([sequence.output[:end] for end in ends])
             if any(hits):
-                del row.output[ends[hits.index(True)] :]
-                cut.append(row)
+                del sequence.output[ends[hits.index(True)] :]
+                cut.append(sequence)
         return cut
 
     def _complete(
-        self, request: Request, output: list[int], reason: str, fault: RowFault | None
+        self,
+        request: Request,
+        output: list[int],
+        reason: str,
+        fault: RowFault | None,
+        values: TokenValues | None = None,
     ) -> Completion:
         self.stats.completions += 1
         self._never_run += bool(output)
         self._count_output(request, output)
-        return Completion(request.id, np.array(output, np.int32), reason, fault)
+        return Completion(request.id, np.array(output, np.int32), reason, fault, values or {})
 
     def _count_output(self, request: Request, output: list[int]) -> None:
         self.stats.output_tokens += max(0, len(output) - len(request.generated))
@@ -257,11 +288,16 @@ class PagedEngine:
         stats.gauges |= {
             "active_rows": scheduler.active,
             "waiting_rows": len(scheduler.queue),
-            "pages": scheduler.pool.pages,
+            "pages": scheduler.pool.num_pages,
             "pages_free": scheduler.pool.available,
-            "evictions": scheduler.evictions,
+            "preemptions": scheduler.preemptions,
             "shared_prompt_tokens": scheduler.shared_tokens,
         }
+
+
+def _values(sequence: Sequence) -> TokenValues:
+    """Those of its output, which may have been cut."""
+    return first(join(sequence.values), len(sequence.output))
 
 
 class _Feed:

@@ -1,8 +1,8 @@
 """FlashAttention over pages on a GPU: Triton kernels of our own, and flash-attn 2 (Dao, 2023) where it is better.
 
-Measured on an H200 in bf16, microseconds, ours against flash-attn 2.8.3: decode of 1024 rows of 20 to 1500 tokens
-271 : 369 (4.4 : 3.2 TB/s); of 300 rows of 20 to 3300 tokens 261 : 322; prefill, 32 query heads, of 27 prompts of 600
-tokens 327 : 444, of 109 of 150 tokens 216 : 393, of 5 of 3000 tokens 943 : 1200.
+Measured on an H200 in bf16, microseconds, ours against flash-attn 2.8.3: decode of 1024 sequences of 20 to 1500
+tokens 271 : 369 (4.4 : 3.2 TB/s); of 300 sequences of 20 to 3300 tokens 261 : 322; prefill, 32 query heads, of 27
+prompts of 600 tokens 327 : 444, of 109 of 150 tokens 216 : 393, of 5 of 3000 tokens 943 : 1200.
 """
 
 from __future__ import annotations
@@ -14,70 +14,91 @@ from torch import Tensor
 
 from batchrun.engine.paged import attention_kernels, kernels
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.batch import Batch
+from batchrun.engine.paged.metadata import AttentionMetadata
 
 
 class FlashAttention:
-    """flash-attn, if installed, reads a common trunk once, and gives what attention sinks need."""
+    """flash-attn, if installed, reads a shared prefix once, and gives what attention sinks need."""
 
     def __init__(self) -> None:
-        self.cascades = importlib.util.find_spec("flash_attn") is not None
-        self.name = "triton and flash-attn 2" if self.cascades else "triton"
+        self.supports_cascade = importlib.util.find_spec("flash_attn") is not None
+        self.name = "triton and flash-attn 2" if self.supports_cascade else "triton"
 
     def prefill(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
-        sinks: Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        assert batch.starts is not None
-        kernels.write(key, value, keys, values, batch.places)
+        """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages."""
+        assert metadata.cu_seqlens_q is not None
+        kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
         if sinks is None:
-            # Rows without older tokens need no detour through the pages.
-            keys, values, tables = (key, value, None) if batch.fresh else (keys, values, batch.tables)
+            # Sequences without older tokens need no detour through the pages.
+            key_cache, value_cache, block_tables = (
+                (key, value, None) if metadata.no_context else (key_cache, value_cache, metadata.block_tables)
+            )
             return attention_kernels.prefill(
-                query, keys, values, tables, batch.starts, batch.lengths, batch.longest_query, layer
+                query,
+                key_cache,
+                value_cache,
+                block_tables,
+                metadata.cu_seqlens_q,
+                metadata.seq_lens,
+                metadata.max_seqlen_q,
+                layer,
             )
         from flash_attn import flash_attn_varlen_func
 
         out, lse, _ = flash_attn_varlen_func(
-            query, keys, values, batch.starts, batch.ends, batch.longest_query, batch.longest,
-            block_table=batch.tables, causal=True, return_attn_probs=True, **_options(layer),
+            query, key_cache, value_cache, metadata.cu_seqlens_q, metadata.cu_seqlens_k, metadata.max_seqlen_q,
+            metadata.max_seqlen_k,
+            block_table=metadata.block_tables, causal=True, return_attn_probs=True, **_flash_kwargs(layer),
         )  # fmt: skip
         return _with_sinks(out, lse.t(), sinks)
 
     def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
-        sinks: Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        """See `AttentionBackend`: writing and attending in one kernel, a shared prefix read once."""
         out, lse = attention_kernels.decode(
-            query, key, value, keys, values, batch.places, batch.tables, batch.lengths, layer
+            query,
+            key,
+            value,
+            key_cache,
+            value_cache,
+            metadata.slot_mapping,
+            metadata.block_tables,
+            metadata.seq_lens,
+            layer,
         )
-        if batch.trunk is not None:
-            out, lse = self._join_trunk(query, keys, values, batch, layer, out, lse)
+        if metadata.shared_prefix is not None:
+            out, lse = self._merge_shared_prefix(query, key_cache, value_cache, metadata, layer, out, lse)
         return out if sinks is None else _with_sinks(out, lse, sinks)
 
-    def _join_trunk(
+    def _merge_shared_prefix(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        batch: Batch,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
         layer: Layer,
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """All rows' queries are one long query over the common pages: those are read once, not once per row."""
+        """Cascade attention: all queries are one long query over the shared pages, which are then read once."""
         from flash_attn import flash_attn_varlen_func
 
-        assert batch.trunk is not None
-        trunk, trunk_lse, _ = flash_attn_varlen_func(
-            query, keys, values, batch.trunk.starts, batch.trunk.ends,
-            len(query), batch.trunk.table.shape[1] * keys.shape[1],
-            block_table=batch.trunk.table, causal=False, return_attn_probs=True, **_options(layer),
+        assert metadata.shared_prefix is not None
+        prefix_out, prefix_lse, _ = flash_attn_varlen_func(
+            query, key_cache, value_cache, metadata.shared_prefix.cu_seqlens_q, metadata.shared_prefix.cu_seqlens_k,
+            len(query), metadata.shared_prefix.block_table.shape[1] * key_cache.shape[1],
+            block_table=metadata.shared_prefix.block_table, causal=False, return_attn_probs=True,
+            **_flash_kwargs(layer),
         )  # fmt: skip
-        return kernels.join(trunk, trunk_lse, out.contiguous(), lse.contiguous())
+        return kernels.merge_attn_states(prefix_out, prefix_lse, out.contiguous(), lse.contiguous())
 
 
-def _options(layer: Layer) -> dict[str, object]:
+def _flash_kwargs(layer: Layer) -> dict[str, object]:
     return {
         "softmax_scale": layer.scale,
         "window_size": (-1, -1) if layer.window is None else (layer.window - 1, 0),

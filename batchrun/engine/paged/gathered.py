@@ -1,4 +1,4 @@
-"""Plain attention over a copy of each row's pages: any device, any dtype, and the reference for the kernels."""
+"""Plain attention over a copy of each sequence's pages: any device, any dtype, and the reference for the kernels."""
 
 from __future__ import annotations
 
@@ -7,61 +7,67 @@ from torch import Tensor
 from torch.nn import functional
 
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.batch import Batch
+from batchrun.engine.paged.metadata import AttentionMetadata
 
 
 class GatheredPages:
-    """Plain attention over a copy of each row's pages: any device, any dtype, and the reference for the others."""
+    """Plain attention over a copy of each sequence's pages, on any device and for any dtype."""
 
     name = "sdpa over gathered pages"
-    cascades = False
+    supports_cascade = False
 
     def prefill(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
-        sinks: Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        assert batch.starts is not None
-        _write(key, value, keys, values, batch)
+        """See `AttentionBackend`: one sequence after another."""
+        assert metadata.cu_seqlens_q is not None
+        _write(key, value, key_cache, value_cache, metadata)
         out = torch.empty_like(query)
-        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-        for row, length in enumerate(lengths):
-            begin, end = starts[row], starts[row + 1]
+        cu_seqlens_q, seq_lens = metadata.cu_seqlens_q.tolist(), metadata.seq_lens.tolist()
+        for row, seq_len in enumerate(seq_lens):
+            begin, end = cu_seqlens_q[row], cu_seqlens_q[row + 1]
             if end > begin:
-                table = batch.tables[row, : -(-length // keys.shape[1])].long()
-                own_keys, own_values = (x[table].flatten(0, 1)[:length] for x in (keys, values))
-                places = torch.arange(length - (end - begin), length, device=query.device)
+                block_table = metadata.block_tables[row, : -(-seq_len // key_cache.shape[1])].long()
+                own_keys, own_values = (
+                    x[block_table].flatten(0, 1)[:seq_len] for x in (key_cache, value_cache)
+                )
+                positions = torch.arange(seq_len - (end - begin), seq_len, device=query.device)
                 out[begin:end] = _attend(
-                    query[begin:end][None], own_keys[None], own_values[None], places[None], layer, sinks
+                    query[begin:end][None], own_keys[None], own_values[None], positions[None], layer, sinks
                 )[0]
         return out
 
     def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch, layer: Layer,
-        sinks: Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        _write(key, value, keys, values, batch)
-        tables = batch.tables.long()
-        own_keys, own_values = (x[tables].flatten(1, 2) for x in (keys, values))
-        places = (batch.lengths - 1).long()[:, None]
-        # A row's last page keeps what earlier rows left behind its end, which need not be finite.
-        behind = (torch.arange(own_keys.shape[1], device=query.device) > places)[:, :, None, None]
+        """See `AttentionBackend`: all sequences at once, as long as the longest block table."""
+        _write(key, value, key_cache, value_cache, metadata)
+        block_tables = metadata.block_tables.long()
+        own_keys, own_values = (x[block_tables].flatten(1, 2) for x in (key_cache, value_cache))
+        positions = (metadata.seq_lens - 1).long()[:, None]
+        # A sequence's last page keeps what earlier sequences left behind its end, which need not be finite.
+        behind = (torch.arange(own_keys.shape[1], device=query.device) > positions)[:, :, None, None]
         own_keys, own_values = own_keys.masked_fill(behind, 0), own_values.masked_fill(behind, 0)
-        return _attend(query[:, None], own_keys, own_values, places, layer, sinks)[:, 0]
+        return _attend(query[:, None], own_keys, own_values, positions, layer, sinks)[:, 0]
 
 
-def _write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: Batch) -> None:
-    keys.flatten(0, 1).index_copy_(0, batch.places, key)
-    values.flatten(0, 1).index_copy_(0, batch.places, value)
+def _write(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata
+) -> None:
+    key_cache.flatten(0, 1).index_copy_(0, metadata.slot_mapping, key)
+    value_cache.flatten(0, 1).index_copy_(0, metadata.slot_mapping, value)
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, layer: Layer, sinks: Tensor | None
+    query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, layer: Layer, sinks: Tensor | None
 ) -> Tensor:
-    """query (rows, q, heads, size) at `places` (rows, q) over keys (rows, k, kv heads, size) at 0, 1, 2, ..."""
-    behind = places[:, :, None] - torch.arange(keys.shape[1], device=query.device)
-    seen = behind >= 0
+    """query (batch, q, heads, size) at `positions` (batch, q) over keys (batch, k, kv heads, size) at 0, 1, 2, ..."""
+    distance = positions[:, :, None] - torch.arange(keys.shape[1], device=query.device)
+    seen = distance >= 0
     if layer.window is not None:
-        seen &= behind < layer.window
+        seen &= distance < layer.window
     query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
     seen = seen[:, None]
     if layer.softcap is None and sinks is None:

@@ -12,27 +12,32 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from batchrun.engine.paged import devices
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a captured decode step is made for: rows, pages per row, and pages that all rows have in common."""
+    """What a captured decode step is made for: sequences, pages of each, and pages that all of them share."""
 
-    rows: int
+    batch_size: int
     pages: int
-    trunk: int
+    prefix_pages: int
 
 
 class Graph(Protocol):
     """A captured step."""
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Runs the step again on what its buffers hold now; does not wait for it."""
+        ...
 
 
 class DecodeGraphs:
     """One graph for each shape of a decode step, all of them over the same memory.
 
-    A graph holds addresses, not tensors: once the memory behind them is replaced, by whomever, replaying it would read
-    and write what now belongs to somebody else. So every use names the memory, and graphs over another are dropped.
+    A graph holds addresses, not tensors: once the memory behind them is replaced, by whomever, replaying it would
+    read and write what now belongs to somebody else. So every use names the memory, and graphs over another are
+    dropped.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,7 +47,7 @@ class DecodeGraphs:
         self._pool: Any = None
         # torch's own annotation of it is incomplete.
         new_stream: Any = torch.cuda.Stream
-        self._stream: Any = new_stream(device) if device.type == "cuda" else None
+        self._stream: Any = new_stream(device) if devices.is_gpu(device) else None
 
     def find(self, shape: Shape, memory: Tensor) -> Graph | None:
         """The graph for this shape over `memory`, if there is one."""

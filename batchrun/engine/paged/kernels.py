@@ -1,4 +1,4 @@
-"""The engine's small GPU kernels, in Triton: writing and copying pages, joining two attentions, a top-p threshold."""
+"""The engine's small GPU kernels, in Triton: writing and copying pages, merging attention states, a top-p threshold."""
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
 
@@ -10,55 +10,57 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize_on_alignment=["places"])
-def _write(
-    key, value, keys, values, places, key_stride, value_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
+def _write_kv_cache(
+    key, value, key_cache, value_cache, slot_mapping, key_stride, value_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0)
-    place = tl.load(places + token)
+    slot = tl.load(slot_mapping + token)
     column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
+    mask = column < WIDTH
     tl.store(
-        keys + place * WIDTH + column, tl.load(key + token * key_stride + column, mask=inside), mask=inside
+        key_cache + slot * WIDTH + column, tl.load(key + token * key_stride + column, mask=mask), mask=mask
     )
     tl.store(
-        values + place * WIDTH + column,
-        tl.load(value + token * value_stride + column, mask=inside),
-        mask=inside,
+        value_cache + slot * WIDTH + column,
+        tl.load(value + token * value_stride + column, mask=mask),
+        mask=mask,
     )
 
 
-def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> None:
-    """keys[places[i]] = key[i], and the same for values.
+def write_kv_cache(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """key_cache[slot_mapping[i]] = key[i], and the same for values.
 
     Args:
         key, value: (tokens, heads, head size), each token's heads contiguous.
-        keys, values: (pages, page size, heads, head size), contiguous.
-        places: (tokens,) int64, page * page size + offset.
+        key_cache, value_cache: (pages, page size, heads, head size), contiguous.
+        slot_mapping: (tokens,) int64, page * page size + offset.
     """
     tokens, heads, head_dim = key.shape
     width = heads * head_dim
     if tokens:
-        _write[(tokens,)](
-            key, value, keys, values, places, key.stride(0), value.stride(0),
+        _write_kv_cache[(tokens,)](
+            key, value, key_cache, value_cache, slot_mapping, key.stride(0), value.stride(0),
             WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["sources", "targets"])
-def _copy(
-    memory, sources, targets, pages, tokens, WIDTH: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr
+def _copy_pages(
+    memory, sources, targets, pages, tokens, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
     plane = tl.program_id(1).to(tl.int64) * pages
-    source = (plane + tl.load(sources + tl.program_id(0))) * PAGE * WIDTH
-    target = (plane + tl.load(targets + tl.program_id(0))) * PAGE * WIDTH
+    source = (plane + tl.load(sources + tl.program_id(0))) * PAGE_SIZE * WIDTH
+    target = (plane + tl.load(targets + tl.program_id(0))) * PAGE_SIZE * WIDTH
     for start in range(0, tokens * WIDTH, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place < tokens * WIDTH
-        tl.store(memory + target + place, tl.load(memory + source + place, mask=inside), mask=inside)
+        offset = start + tl.arange(0, BLOCK)
+        mask = offset < tokens * WIDTH
+        tl.store(memory + target + offset, tl.load(memory + source + offset, mask=mask), mask=mask)
 
 
-def copy(memory: Tensor, sources: Tensor, targets: Tensor, tokens: int) -> None:
+def copy_pages(memory: Tensor, sources: Tensor, targets: Tensor, tokens: int) -> None:
     """The first `tokens` tokens of each source page, in all planes, to its target page; needs no memory besides.
 
     Args:
@@ -66,50 +68,52 @@ def copy(memory: Tensor, sources: Tensor, targets: Tensor, tokens: int) -> None:
         sources, targets: (copies,) int64; no target is a source.
     """
     planes, pages, page_size, width = memory.shape
-    _copy[(len(sources), planes)](
-        memory, sources, targets, pages, tokens, WIDTH=width, PAGE=page_size, BLOCK=4096, num_warps=8
+    _copy_pages[(len(sources), planes)](
+        memory, sources, targets, pages, tokens, WIDTH=width, PAGE_SIZE=page_size, BLOCK=4096, num_warps=8
     )
 
 
 @triton.jit
-def _join(
-    first, first_lse, second, second_lse, joined, lse, heads, lse_row, lse_head,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+def _merge_attn_states(
+    prefix, prefix_lse, suffix, suffix_lse, out, lse, heads, lse_row_stride, lse_head_stride,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0), tl.program_id(1)
-    a = tl.load(first_lse + head * lse_head + row * lse_row)
-    b = tl.load(second_lse + row * heads + head)
-    top = tl.maximum(a, b)
-    weight_a, weight_b = tl.exp(a - top), tl.exp(b - top)
+    a = tl.load(prefix_lse + head * lse_head_stride + row * lse_row_stride)
+    b = tl.load(suffix_lse + row * heads + head)
+    m_new = tl.maximum(a, b)
+    weight_a, weight_b = tl.exp(a - m_new), tl.exp(b - m_new)
     column = tl.arange(0, BLOCK)
-    inside = column < SIZE
-    place = (row * heads + head) * SIZE + column
-    x = tl.load(first + place, mask=inside).to(tl.float32)
-    y = tl.load(second + place, mask=inside).to(tl.float32)
-    mixed = (x * weight_a + y * weight_b) / (weight_a + weight_b)
-    tl.store(joined + place, mixed.to(joined.dtype.element_ty), mask=inside)
-    tl.store(lse + row * heads + head, top + tl.log(weight_a + weight_b))
+    mask = column < HEAD_DIM
+    offset = (row * heads + head) * HEAD_DIM + column
+    x = tl.load(prefix + offset, mask=mask).to(tl.float32)
+    y = tl.load(suffix + offset, mask=mask).to(tl.float32)
+    merged = (x * weight_a + y * weight_b) / (weight_a + weight_b)
+    tl.store(out + offset, merged.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + row * heads + head, m_new + tl.log(weight_a + weight_b))
 
 
-def join(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attn_states(
+    prefix: Tensor, prefix_lse: Tensor, suffix: Tensor, suffix_lse: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from the attentions over each: a mean weighted by exp(log-sum-exp).
 
     (Online softmax: Milakov and Gimelshein, 2018.)
 
     Args:
-        first, second: (rows, heads, head size), contiguous.
-        first_lse: (heads, rows) float32. second_lse: (rows, heads) float32, contiguous.
+        prefix, suffix: (sequences, heads, head size), contiguous.
+        prefix_lse: (heads, sequences) float32. suffix_lse: (sequences, heads) float32, contiguous.
 
     Returns:
-        (rows, heads, head size) and the log-sum-exp over both, (rows, heads) float32.
+        (sequences, heads, head size) and the log-sum-exp over both, (sequences, heads) float32.
     """
-    rows, heads, size = first.shape
-    joined, lse = torch.empty_like(second), torch.empty_like(second_lse)
-    _join[(rows, heads)](
-        first, first_lse, second, second_lse, joined, lse, heads, first_lse.stride(1), first_lse.stride(0),
-        SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=1,
+    rows, heads, head_dim = prefix.shape
+    out, lse = torch.empty_like(suffix), torch.empty_like(suffix_lse)
+    _merge_attn_states[(rows, heads)](
+        prefix, prefix_lse, suffix, suffix_lse, out, lse, heads, prefix_lse.stride(1), prefix_lse.stride(0),
+        HEAD_DIM=head_dim, BLOCK=triton.next_power_of_2(head_dim), num_warps=1,
     )  # fmt: skip
-    return joined, lse
+    return out, lse
 
 
 @triton.jit

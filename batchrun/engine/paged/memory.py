@@ -9,15 +9,16 @@ from typing import Any, Self
 
 import torch
 
-from batchrun.engine.paged.attention import Cache
+from batchrun.engine.paged import devices
+from batchrun.engine.paged.attention import KVCache
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
     """The paged engine's part of the job's engine settings, filled in for a device.
 
-    `max_rows` decode at once, `prefill_tokens` are computed in one pack, `decode_steps` run between two looks at the
-    host, `memory_fraction` of the device's memory is used in all.
+    `max_rows` sequences decode at once, `prefill_tokens` are computed in one batch, `decode_steps` run between two
+    looks at the host, `memory_fraction` of the device's memory is used in all.
     """
 
     max_rows: int
@@ -30,7 +31,8 @@ class Budget:
 
     @classmethod
     def of(cls, options: dict[str, object], device: torch.device) -> Self:
-        gpu = device.type == "cuda"
+        """What the job's engine settings say; what they leave out follows from the device."""
+        gpu = devices.is_gpu(device)
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         return cls(
             max_rows=given.get("max_rows", 2048 if gpu else 64),
@@ -44,13 +46,13 @@ class Budget:
 
 
 def affordable_pages(
-    cache: Cache, budget: Budget, max_context: int, device: torch.device, warm_up: Callable[[], None]
+    cache: KVCache, budget: Budget, max_context: int, device: torch.device, warm_up: Callable[[], None]
 ) -> int:
-    """Pages for the pool, the trash page included: what is free once `warm_up` has run the largest shapes.
+    """Pages for the pool, the null page included: what is free once `warm_up` has run the largest shapes.
 
-    On a CPU as many as `max_rows` of the longest rows can need, in at most a quarter of the machine's memory.
+    On a CPU as many as `max_rows` of the longest sequences can need, in at most a quarter of the machine's memory.
     """
-    if device.type == "cuda":
+    if devices.is_gpu(device):
         # What came before, the weights' loading or another engine of this process, is no measure of this one's work.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,11 +1,10 @@
-"""The model on the device: prefill packs and decode rounds over the pool, as CUDA graphs where there are any."""
+"""The model on the device: prefill and decode batches over the pool, as CUDA graphs where there are any."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -14,21 +13,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batchrun.engine.noise import signed
-from batchrun.engine.paged.attention import CASCADE_ROWS, Cache, using
-from batchrun.engine.paged.batch import Batch, Trunk
+from batchrun.engine.paged import devices
+from batchrun.engine.paged.attention import CASCADE_MIN_BATCH, KVCache, forward_context
 from batchrun.engine.paged.graphs import DecodeGraphs, Graph, Shape
 from batchrun.engine.paged.last_layer import LastLayer
-from batchrun.engine.paged.pool import TRASH
-from batchrun.engine.paged.queue import Row
-from batchrun.engine.paged.sampler import BAD, Sampler
-from batchrun.engine.paged.scheduler import Ints, Round, Segment
-from batchrun.engine.protocol import Request
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefix
+from batchrun.engine.paged.page_pool import NULL_PAGE
+from batchrun.engine.paged.queue import Sequence
+from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
+from batchrun.engine.paged.scheduler import DecodeBatch, Ints, PrefillChunk
+from batchrun.engine.protocol import Request, TokenValues
+from batchrun.engine.token_values import ValuesOfTokens
 
-NONE = -1
-"""In place of a token that a row no longer wanted."""
+NO_TOKEN = -1
+"""In place of a token that a sequence no longer wanted."""
 
-_BUCKETS = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
-NARROW_ROWS = 128
+_BATCH_SIZES = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
+NARROW_BATCH = 128
 
 
 # A moment on the device: an event of its stream, or on a CPU, which computes while the host waits, the time.
@@ -37,19 +38,25 @@ Mark = torch.cuda.Event | float
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Tokens on their way back: `tokens` (steps, at least as many as rows) int32, valid once `done` has happened."""
+    """Tokens on their way back: `tokens` (steps, at least as many as sequences) int32, valid once `done` happened."""
 
-    rows: list[Row]
+    sequences: list[Sequence]
     tokens: Tensor
     began: Mark
     done: Mark
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self) -> list[list[int]]:
-        """Waits, and gives each row's tokens of these steps: NONE after its end, BAD where it has no next token."""
+        """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one."""
         if not isinstance(self.done, float):
             self.done.synchronize()
-        columns: list[list[int]] = self.tokens[:, : len(self.rows)].t().tolist()
+        columns: list[list[int]] = self.tokens[:, : len(self.sequences)].t().tolist()
         return columns
+
+    def values_of(self, number: int, tokens: int) -> TokenValues:
+        """Those of the first so many tokens of a sequence, by its place in `sequences`; once it has been read."""
+        # A copy: the rest of the memory is not kept for as long as the sequence runs.
+        return {name: column[:tokens, number].numpy().copy() for name, column in self.values.items()}
 
     @property
     def seconds(self) -> float:
@@ -61,18 +68,19 @@ class Pending:
 
 
 class Runner:
-    """Rows live in slots: their last token, length and fate stay on the device and are read back a round later."""
+    """Sequences have slots: their last tokens, lengths and whether they run stay on the device, read a round later."""
 
     def __init__(
         self,
         model: nn.Module,
-        cache: Cache,
+        cache: KVCache,
         sampler: Sampler,
-        stop_token_ids: Sequence[int],
-        max_rows: int,
+        stop_token_ids: list[int],
+        max_sequences: int,
         max_context: int,
         decode_steps: int,
         device: torch.device,
+        values_of_tokens: ValuesOfTokens,
     ) -> None:
         self.cache = cache
         self.computed_tokens = 0
@@ -80,251 +88,295 @@ class Runner:
         self._model, self._sampler, self._device = model, sampler, device
         self._last_layer = LastLayer(model, cache.modules)
         self._graphs = DecodeGraphs(device)
-        self._captures = device.type == "cuda"
-        self._widest = 1
-        self._trash_slot = max_rows
-        slots = max_rows + 1
+        self._use_graphs = devices.is_gpu(device)
+        self._max_pages = 1
+        self._null_slot = max_sequences
+        slots = max_sequences + 1
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._token = zeros(torch.long, slots)
-        self._length = zeros(torch.long, slots)
-        self._last = zeros(torch.long, slots)
-        self._origin = zeros(torch.long, slots)
+        self._last_token = zeros(torch.long, slots)
+        self._seq_len = zeros(torch.long, slots)
+        self._final_len = zeros(torch.long, slots)
+        self._prompt_len = zeros(torch.long, slots)
         self._seed = zeros(torch.long, slots)
-        self._alive = zeros(torch.bool, slots)
+        self._running = zeros(torch.bool, slots)
         self._stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=device)
         self._step = zeros(torch.long, 1)
+        self._values_of_tokens = values_of_tokens
         self._sampled = zeros(torch.int32, decode_steps, slots)
         # Captured steps read it, so it is as large as it can ever be from the start.
         pages = _power_of_two(-(-max_context // cache.page_size))
-        self._largest = Shape(_bucket(max_rows), pages, 0)
-        self._inputs = zeros(torch.int32, _input_size(Shape(_bucket(max_rows), pages, pages)))
+        self._largest_shape = Shape(_bucket(max_sequences), pages, 0)
+        self._inputs = zeros(torch.int32, _input_size(Shape(_bucket(max_sequences), pages, pages)))
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
+        # Like `_sampled`, of every step of a decode batch.
+        self._values = {
+            name: zeros(one.dtype, decode_steps, slots, *one.shape[1:])
+            for name, one in values_of_tokens.compute(
+                zeros(torch.float32, 1, vocabulary), zeros(torch.long, 1)
+            ).items()
+        }
         self._true = torch.ones((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def prefill(self, pack: list[Segment]) -> Pending:
-        """Computes a pack; gives the first new token of every row that it completes."""
+    def prefill(self, chunks: list[PrefillChunk]) -> Pending:
+        """Computes a prefill batch; gives the first new token of every sequence that it completes."""
         size = self.cache.page_size
-        copies = [segment for segment in pack if segment.copied]
+        copies = [chunk for chunk in chunks if chunk.copied]
         if copies:
-            self.cache.copy(
-                self._put([s.copy_from for s in copies], np.int64),
-                self._put([s.copy_to for s in copies], np.int64),
+            self.cache.copy_pages(
+                self._to_device([s.copy_from for s in copies], np.int64),
+                self._to_device([s.copy_to for s in copies], np.int64),
                 max(s.copied for s in copies),
             )
-        counts = [s.stop - s.start for s in pack]
-        # What makes the number of tokens a round one belongs to a row of the trash page.
-        spare = _round_tokens(sum(counts)) - sum(counts)
-        counts.append(spare)
-        lengths = [*(s.stop for s in pack), spare]
-        positions = np.concatenate([*(np.arange(s.start, s.stop) for s in pack), np.arange(spare)])
-        tokens = np.concatenate([*(s.row.prompt[s.start : s.stop] for s in pack), np.zeros(spare, np.int32)])
-        width = max(-(-spare // size), *(len(s.row.pages) for s in pack))
-        tables = np.full((len(counts), width), TRASH, np.int32)
-        for row, segment in enumerate(pack):
-            tables[row, : len(segment.row.pages)] = segment.row.pages
-        owners = np.repeat(np.arange(len(counts)), counts)
-        places = tables[owners, positions // size].astype(np.int64) * size + positions % size
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        chosen = [i for i, segment in enumerate(pack) if segment.complete]
-        rows = [pack[i].row for i in chosen]
-        batch = Batch(
-            places=self._put(places, np.int64),
-            tables=self._put(tables, np.int32),
-            lengths=self._put(lengths, np.int32),
-            starts=self._put(starts, np.int32),
-            ends=self._put(np.concatenate([[0], np.cumsum(lengths)]), np.int32),
-            longest_query=max(counts),
-            longest=max(lengths),
-            fresh=all(s.start == 0 for s in pack),
+        query_lens = [s.stop - s.start for s in chunks]
+        # Padding, up to one of few numbers of tokens, belongs to a sequence of its own on the null page.
+        padding = _round_tokens(sum(query_lens)) - sum(query_lens)
+        query_lens.append(padding)
+        seq_lens = [*(s.stop for s in chunks), padding]
+        positions = np.concatenate([*(np.arange(s.start, s.stop) for s in chunks), np.arange(padding)])
+        tokens = np.concatenate(
+            [*(s.sequence.prompt[s.start : s.stop] for s in chunks), np.zeros(padding, np.int32)]
+        )
+        width = max(-(-padding // size), *(len(s.sequence.pages) for s in chunks))
+        block_tables = np.full((len(query_lens), width), NULL_PAGE, np.int32)
+        for number, chunk in enumerate(chunks):
+            block_tables[number, : len(chunk.sequence.pages)] = chunk.sequence.pages
+        seq_ids = np.repeat(np.arange(len(query_lens)), query_lens)
+        slot_mapping = block_tables[seq_ids, positions // size].astype(np.int64) * size + positions % size
+        cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)])
+        completed = [i for i, chunk in enumerate(chunks) if chunk.complete]
+        sequences = [chunks[i].sequence for i in completed]
+        metadata = AttentionMetadata(
+            slot_mapping=self._to_device(slot_mapping, np.int64),
+            block_tables=self._to_device(block_tables, np.int32),
+            seq_lens=self._to_device(seq_lens, np.int32),
+            cu_seqlens_q=self._to_device(cu_seqlens_q, np.int32),
+            cu_seqlens_k=self._to_device(np.concatenate([[0], np.cumsum(seq_lens)]), np.int32),
+            max_seqlen_q=max(query_lens),
+            max_seqlen_k=max(seq_lens),
+            no_context=all(s.start == 0 for s in chunks),
         )
         self.computed_tokens += len(tokens)
         self.launches += 1
-        last = self._put([starts[i + 1] - 1 for i in chosen] or [0], np.int64)
-        token_ids, position_ids = self._put(tokens, np.int64), self._put(positions, np.int64)
+        logits_to_keep = self._to_device([cu_seqlens_q[i + 1] - 1 for i in completed] or [0], np.int64)
+        token_ids, position_ids = self._to_device(tokens, np.int64), self._to_device(positions, np.int64)
         began = self._mark()
-        logits = self._forward(token_ids, position_ids, batch, last)
-        if not rows:
+        logits = self._forward(token_ids, position_ids, metadata, logits_to_keep)
+        if not sequences:
             return Pending([], torch.empty(1, 0, dtype=torch.int32), began, self._mark())
-        return self._back(rows, self._begin(rows, [pack[i].stop for i in chosen], logits)[None], began)
+        token = self._start(sequences, [chunks[i].stop for i in completed], logits)
+        values = {
+            name: column[None]
+            for name, column in self._values_of_tokens.compute(logits, token.long()).items()
+        }
+        return self._to_host(sequences, token[None], began, values)
 
     @torch.no_grad()
-    def decode(self, work: Round) -> Pending:
-        """Runs a round and gives its tokens."""
-        trunk = work.trunk if self.cache.cascades and len(work.rows) >= CASCADE_ROWS else 0
-        shape = self._shape(len(work.rows), work.tables.shape[1] - trunk, trunk)
-        step = self._graph(shape) if self._captures else None
-        self._upload(shape, work.slots, work.tables, trunk)
+    def decode(self, batch: DecodeBatch) -> Pending:
+        """Runs a decode batch and gives its tokens."""
+        prefix_pages = (
+            batch.prefix_pages
+            if self.cache.supports_cascade and len(batch.sequences) >= CASCADE_MIN_BATCH
+            else 0
+        )
+        shape = self._shape(len(batch.sequences), batch.block_tables.shape[1] - prefix_pages, prefix_pages)
+        step = self._graph(shape) if self._use_graphs else None
+        self._upload(shape, batch.slots, batch.block_tables, prefix_pages)
         began = self._mark()
-        for _ in range(work.steps):
+        for _ in range(batch.steps):
             if step is None:
                 self._decode_step(shape)
             else:
                 step.replay()
-        self.computed_tokens += shape.rows * work.steps
+        self.computed_tokens += shape.batch_size * batch.steps
         self.launches += 1
-        return self._back(work.rows, self._sampled[: work.steps, : shape.rows], began)
+        values = {name: column[: batch.steps, : shape.batch_size] for name, column in self._values.items()}
+        return self._to_host(batch.sequences, self._sampled[: batch.steps, : shape.batch_size], began, values)
 
-    def _shape(self, rows: int, pages: int, trunk: int) -> Shape:
-        """Few different shapes. Only few rows share out a row's pages to several blocks, so that the width matters."""
-        self._widest = max(self._widest, pages)
+    def _shape(self, batch_size: int, pages: int, prefix_pages: int) -> Shape:
+        """Few different shapes. The width matters only to few sequences, whose pages are split over several blocks."""
+        self._max_pages = max(self._max_pages, pages)
         return Shape(
-            rows=_bucket(rows),
-            pages=_power_of_two(pages if rows <= NARROW_ROWS else self._widest),
-            trunk=_power_of_two(trunk) if trunk else 0,
+            batch_size=_bucket(batch_size),
+            pages=_power_of_two(pages if batch_size <= NARROW_BATCH else self._max_pages),
+            prefix_pages=_power_of_two(prefix_pages) if prefix_pages else 0,
         )
 
     def warm_up(self, prefill_tokens: int) -> None:
-        """Runs the largest pack and the largest decode step that may come, on the trash page and slot.
+        """Runs the largest prefill batch and the largest decode step that may come, on the null page and slot.
 
         Nothing of it is kept but what was compiled: it is for finding out how much memory that takes.
         """
-        rows = min(self._trash_slot, prefill_tokens)
-        prompt = np.zeros(prefill_tokens // rows, np.int32)
-        pack = []
-        for number in range(rows):
-            row = Row.of(Request(number, prompt, max_new_tokens=1))
-            row.slot, row.pages = self._trash_slot, [TRASH] * -(-len(prompt) // self.cache.page_size)
-            pack.append(Segment(row, 0, len(prompt)))
-        self.prefill(pack).read()
-        self._graph(self._largest)
+        num_sequences = min(self._null_slot, prefill_tokens)
+        prompt = np.zeros(prefill_tokens // num_sequences, np.int32)
+        chunks = []
+        for number in range(num_sequences):
+            sequence = Sequence.of(Request(number, prompt, max_new_tokens=1))
+            sequence.slot, sequence.pages = (
+                self._null_slot,
+                [NULL_PAGE] * -(-len(prompt) // self.cache.page_size),
+            )
+            chunks.append(PrefillChunk(sequence, 0, len(prompt)))
+        self.prefill(chunks).read()
+        self._graph(self._largest_shape)
         self._graphs.clear()
         self.computed_tokens = self.launches = 0
 
     def _graph(self, shape: Shape) -> Graph:
-        """The captured decode step of a shape; captured, on rows of the trash slot, when it is first wanted."""
+        """The captured decode step of a shape; captured, on sequences of the null slot, when it is first wanted."""
         graph = self._graphs.find(shape, self.cache.memory)
         if graph is None:
             self._upload(shape, np.zeros(0, np.int32), np.zeros((0, 0), np.int32), 0)
             graph = self._graphs.capture(shape, lambda: self._decode_step(shape))
         return graph
 
-    def _upload(self, shape: Shape, slots: Ints, tables: Ints, trunk: int) -> None:
-        """One copy for all that a round needs, laid out as `_views` reads it."""
-        flat = torch.full((_input_size(shape),), TRASH, dtype=torch.int32)
-        round_slots, common, own = (part.numpy() for part in _views(flat, shape))
-        round_slots[:] = self._trash_slot
-        round_slots[: len(slots)] = slots
-        common[:4] = (0, trunk * self.cache.page_size, 0, shape.rows)
+    def _upload(self, shape: Shape, slots: Ints, block_tables: Ints, prefix_pages: int) -> None:
+        """One copy for all that a decode batch needs, laid out as `_views` reads it."""
+        flat = torch.full((_input_size(shape),), NULL_PAGE, dtype=torch.int32)
+        batch_slots, prefix_inputs, own = (part.numpy() for part in _views(flat, shape))
+        batch_slots[:] = self._null_slot
+        batch_slots[: len(slots)] = slots
+        prefix_inputs[:4] = (0, prefix_pages * self.cache.page_size, 0, shape.batch_size)
         if len(slots):
-            common[4 : 4 + trunk] = tables[0, :trunk]
-            own[: len(slots), : tables.shape[1] - trunk] = tables[:, trunk:]
+            prefix_inputs[4 : 4 + prefix_pages] = block_tables[0, :prefix_pages]
+            own[: len(slots), : block_tables.shape[1] - prefix_pages] = block_tables[:, prefix_pages:]
         self._inputs[: len(flat)].copy_(self._pin(flat), non_blocking=True)
         self._step.zero_()
 
     def _decode_step(self, shape: Shape) -> None:
-        """One token for each row of the round that still lives; runs under capture, so nothing is read back."""
-        slots, common, tables = _views(self._inputs, shape)
+        """One token for each sequence that still runs; runs under capture, so nothing is read back."""
+        slots, prefix_inputs, block_tables = _views(self._inputs, shape)
         slots = slots.long()
         size = self.cache.page_size
-        trunk = Trunk(common[None, 4:], common[:2], common[2:4]) if shape.trunk else None
-        before = common[1]  # tokens of the trunk
-        alive, length = self._alive[slots], self._length[slots]
-        position = torch.where(alive, length, before)
-        column = ((position - before) // size)[:, None]
-        page = torch.where(alive, tables.gather(1, column)[:, 0], TRASH)
-        batch = Batch(
-            places=page.long() * size + position % size,
-            tables=tables,
-            lengths=(position + 1 - before).int(),
-            trunk=trunk,
+        shared_prefix = (
+            SharedPrefix(prefix_inputs[None, 4:], prefix_inputs[:2], prefix_inputs[2:4])
+            if shape.prefix_pages
+            else None
         )
-        logits = self._forward(self._token[slots], position, batch, 0)
+        prefix_tokens = prefix_inputs[1]  # tokens of the shared prefix
+        running, seq_len = self._running[slots], self._seq_len[slots]
+        position = torch.where(running, seq_len, prefix_tokens)
+        page_index = ((position - prefix_tokens) // size)[:, None]
+        page = torch.where(running, block_tables.gather(1, page_index)[:, 0], NULL_PAGE)
+        metadata = AttentionMetadata(
+            slot_mapping=page.long() * size + position % size,
+            block_tables=block_tables,
+            seq_lens=(position + 1 - prefix_tokens).int(),
+            shared_prefix=shared_prefix,
+        )
+        logits = self._forward(self._last_token[slots], position, metadata, 0)
         seen = None if self._seen is None else self._seen[slots]
-        token = self._sampler.choose(logits, self._seed[slots], length + 1 - self._origin[slots], seen)
-        self._sampled[:, : shape.rows].index_copy_(0, self._step, torch.where(alive, token, NONE).int()[None])
+        token = self._sampler.sample(logits, self._seed[slots], seq_len + 1 - self._prompt_len[slots], seen)
+        self._sampled[:, : shape.batch_size].index_copy_(
+            0, self._step, torch.where(running, token, NO_TOKEN).int()[None]
+        )
+        for name, column in self._values_of_tokens.compute(logits, token).items():
+            self._values[name][:, : shape.batch_size].index_copy_(0, self._step, column[None])
         self._step += 1
-        length = torch.where(alive, length + 1, length)
-        self._length[slots] = length
-        self._settle(slots, token, alive & self._goes_on(token, length, self._last[slots]))
+        seq_len = torch.where(running, seq_len + 1, seq_len)
+        self._seq_len[slots] = seq_len
+        self._update(slots, token, running & self._continues(token, seq_len, self._final_len[slots]))
 
-    def _begin(self, rows: list[Row], lengths: list[int], logits: Tensor) -> Tensor:
-        """Puts rows whose prompts are computed into their slots and chooses their first tokens."""
-        slots = self._put([row.slot for row in rows], np.int64)
-        length = self._put(lengths, np.int64)
-        last = self._put([row.last for row in rows], np.int64)
-        origin = self._put([len(row.request.token_ids) for row in rows], np.int64)
-        seed = self._put([signed(row.request.row_seed) for row in rows], np.int64)
+    def _start(self, sequences: list[Sequence], seq_lens: list[int], logits: Tensor) -> Tensor:
+        """Puts sequences whose prompts are computed into their slots and chooses their first tokens."""
+        slots = self._to_device([sequence.slot for sequence in sequences], np.int64)
+        seq_len = self._to_device(seq_lens, np.int64)
+        final_len = self._to_device([sequence.final_len for sequence in sequences], np.int64)
+        prompt_len = self._to_device([len(sequence.request.token_ids) for sequence in sequences], np.int64)
+        seed = self._to_device([signed(sequence.request.row_seed) for sequence in sequences], np.int64)
         seen = None
         if self._seen is not None:
-            owners = np.repeat(np.arange(len(rows)), [len(row.prompt) for row in rows])
-            tokens = self._put(np.concatenate([row.prompt for row in rows]), np.int64)
+            seq_ids = np.repeat(np.arange(len(sequences)), [len(sequence.prompt) for sequence in sequences])
+            tokens = self._to_device(np.concatenate([sequence.prompt for sequence in sequences]), np.int64)
             self._seen[slots] = False
-            self._seen[slots[self._put(owners, np.int64)], tokens] = True
+            self._seen[slots[self._to_device(seq_ids, np.int64)], tokens] = True
             seen = self._seen[slots]
-        token = self._sampler.choose(logits, seed, length - origin, seen)
-        self._length[slots], self._last[slots] = length, last
-        self._origin[slots], self._seed[slots] = origin, seed
-        self._settle(slots, token, self._goes_on(token, length, last))
+        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen)
+        self._seq_len[slots], self._final_len[slots] = seq_len, final_len
+        self._prompt_len[slots], self._seed[slots] = prompt_len, seed
+        self._update(slots, token, self._continues(token, seq_len, final_len))
         return token.int()
 
-    def _goes_on(self, token: Tensor, length: Tensor, last: Tensor) -> Tensor:
-        goes_on = (token != BAD) & (length < last)
-        return goes_on & ~torch.isin(token, self._stops) if len(self._stops) else goes_on
+    def _continues(self, token: Tensor, seq_len: Tensor, final_len: Tensor) -> Tensor:
+        continues = (token != INVALID_TOKEN) & (seq_len < final_len)
+        return continues & ~torch.isin(token, self._stops) if len(self._stops) else continues
 
-    def _settle(self, slots: Tensor, token: Tensor, alive: Tensor) -> None:
+    def _update(self, slots: Tensor, token: Tensor, running: Tensor) -> None:
         token = token.clamp(min=0)
-        self._token[slots] = token
-        self._alive[slots] = alive
+        self._last_token[slots] = token
+        self._running[slots] = running
         if self._seen is not None:
             self._seen.index_put_((slots, token), self._true)  # a plain True comes from the host
 
-    def _forward(self, tokens: Tensor, positions: Tensor, batch: Batch, keep: Tensor | int) -> Tensor:
-        """Logits (rows, vocabulary): of all tokens with `keep` 0, else of those that it points at."""
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_to_keep: Tensor | int
+    ) -> Tensor:
+        """Logits (sequences, vocabulary): of all tokens with `logits_to_keep` 0, else of those that it points at."""
         with (
-            using(self.cache, batch),
-            self._last_layer.only(keep) if isinstance(keep, Tensor) else nullcontext(),
+            forward_context(self.cache, metadata),
+            self._last_layer.only(logits_to_keep) if isinstance(logits_to_keep, Tensor) else nullcontext(),
         ):
             logits: Tensor = self._model(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=logits_to_keep,
             ).logits[0]
             return logits
 
-    def _back(self, rows: list[Row], tokens: Tensor, began: Mark) -> Pending:
-        if self._device.type != "cuda":
-            return Pending(rows, tokens.clone(), began, self._mark())
-        pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        pinned.copy_(tokens, non_blocking=True)
-        return Pending(rows, pinned, began, self._mark())
+    def _to_host(
+        self, sequences: list[Sequence], tokens: Tensor, began: Mark, values: dict[str, Tensor]
+    ) -> Pending:
+        tokens = self._copied(tokens)
+        values = {name: self._copied(column) for name, column in values.items()}
+        return Pending(sequences, tokens, began, self._mark(), values)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """On its way to the host; there once the device has come so far."""
+        if not devices.is_gpu(self._device):
+            return tensor.clone()
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
 
     def _mark(self) -> Mark:
-        if self._device.type != "cuda":
+        if not devices.is_gpu(self._device):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _put(self, values: Sequence[int] | NDArray[Any], dtype: type) -> Tensor:
+    def _to_device(self, values: list[int] | NDArray[Any], dtype: type) -> Tensor:
         return self._pin(torch.from_numpy(np.asarray(values, dtype))).to(self._device, non_blocking=True)
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+        return tensor.pin_memory() if devices.is_gpu(self._device) else tensor
 
 
 def _views(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """A round's inputs: slots (rows,); 0, tokens of the trunk, 0, rows, and the trunk's pages; tables (rows, pages)."""
-    begin, end = shape.rows, shape.rows + 4 + shape.trunk
-    return flat[:begin], flat[begin:end], flat[end : _input_size(shape)].view(shape.rows, shape.pages)
+    """A decode batch's inputs: slots (sequences,); 0, the shared prefix's tokens, 0, sequences, and the prefix's pages;
+    block tables (sequences, pages)."""
+    begin, end = shape.batch_size, shape.batch_size + 4 + shape.prefix_pages
+    return flat[:begin], flat[begin:end], flat[end : _input_size(shape)].view(shape.batch_size, shape.pages)
 
 
 def _input_size(shape: Shape) -> int:
-    return shape.rows + 4 + shape.trunk + shape.rows * shape.pages
+    return shape.batch_size + 4 + shape.prefix_pages + shape.batch_size * shape.pages
 
 
-def _bucket(rows: int) -> int:
-    """Rows that a captured step is made for: from 16 on at most a third more than wanted, mostly an eighth, and few
-    different numbers."""
-    fitting = [bucket for bucket in _BUCKETS if bucket >= rows]
-    return fitting[0] if fitting else -(-rows // 128) * 128
+def _bucket(batch_size: int) -> int:
+    """Sequences that a captured step is made for: from 16 on at most a third more than wanted, mostly an eighth, and
+    few different numbers."""
+    fitting = [size for size in _BATCH_SIZES if size >= batch_size]
+    return fitting[0] if fitting else -(-batch_size // 128) * 128
 
 
 def _round_tokens(tokens: int) -> int:
     """Up to a multiple of 8 and of about a hundredth: a number of tokens that products have not met before costs the
-    host some ten milliseconds for each pack, and 1% more tokens cost less."""
+    host some ten milliseconds for each prefill batch, and 1% more tokens cost less."""
     step = max(8, _power_of_two(tokens) // 64)
     return -(-tokens // step) * step
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from batchrun.engine.noise import gumbel
+from batchrun.engine.paged import devices
 from batchrun.engine.protocol import Sampling
 
-BAD = -2
+INVALID_TOKEN = -2
 """In place of a token where the logits hold no number to choose by."""
 
 
@@ -21,7 +22,7 @@ class Sampler:
         self.greedy = sampling.temperature == 0
         self.penalizes = sampling.repetition_penalty != 1
 
-    def choose(
+    def sample(
         self, logits: Tensor, row_seeds: Tensor, positions: Tensor, seen: Tensor | None = None
     ) -> Tensor:
         """The next token of each row, or BAD.
@@ -32,15 +33,15 @@ class Sampler:
             seen: (rows, vocabulary) bool, the tokens of the row so far; wanted if `penalizes`.
         """
         if seen is not None:
-            logits = penalize(logits.float(), seen, self._sampling.repetition_penalty)
+            logits = apply_repetition_penalty(logits.float(), seen, self._sampling.repetition_penalty)
         if self.greedy:
             best, token = logits.max(dim=-1)
-            return torch.where(best.isfinite(), token, BAD)
+            return torch.where(best.isfinite(), token, INVALID_TOKEN)
         logits = logits.float()
         usable = logits.amax(dim=-1).isfinite()
         noise = gumbel(self._sampling.seed, row_seeds, positions, logits.shape[1])
         drawn = (self.warp(logits) + noise).argmax(dim=-1)
-        return torch.where(usable, drawn, BAD)
+        return torch.where(usable, drawn, INVALID_TOKEN)
 
     def warp(self, logits: Tensor) -> Tensor:
         """Logits at the sampling's temperature, minus infinity where a token is not to be drawn. float32."""
@@ -61,7 +62,7 @@ class Sampler:
         return logits
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Makes tokens that stand in the row already less likely (Keskar et al., "CTRL", 2019)."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -72,7 +73,7 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
 
     Tokens as likely as the last one needed are kept as well. probabilities: (rows, vocabulary) float32.
     """
-    if probabilities.is_cuda:
+    if devices.is_gpu(probabilities.device):
         from batchrun.engine.paged import kernels
 
         return kernels.top_p_threshold(probabilities, top_p)

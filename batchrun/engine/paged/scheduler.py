@@ -1,4 +1,4 @@
-"""Which rows run next: packs of prompts to compute, rounds of rows to decode, and who leaves when pages run out."""
+"""Which sequences run next: prompts to prefill, sequences to decode, and which are preempted when pages run out."""
 
 from __future__ import annotations
 
@@ -8,406 +8,407 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.engine.paged.pool import TRASH, Match, Pool
-from batchrun.engine.paged.queue import Queue, Row
+from batchrun.engine.paged.output_lengths import OutputLengths
+from batchrun.engine.paged.page_pool import NULL_PAGE, PagePool, PrefixMatch
+from batchrun.engine.paged.queue import Sequence, WaitingQueue
 from batchrun.engine.protocol import Request
 
 Ints = NDArray[np.int32]
 
-SMALLEST_PACK = 16
-"""Tokens. Where the device has no memory even for these, the row itself does not fit."""
+MIN_PREFILL_TOKENS = 16
+"""Tokens. Where the device has no memory even for these, the sequence itself does not fit."""
 
-LOOK_PAST = 256
-"""Rows that are put back to the next pack, in which they can copy what this one computes, before it is cut short."""
+MAX_DEFERRED = 256
+"""Sequences deferred to the next prefill, in which they can copy what this one computes, before it is cut short."""
 
-EVEN_ROWS, EVEN_STEP, EVEN_SLACK = 256, 32, 1.2
-"""A step of fewer rows takes a GPU hardly less time, since it reads the weights all the same; a step is captured for
-a multiple of so many; and so much more than an even share, so that the longest row need not wait."""
+EVEN_SEQUENCES, EVEN_STEP, EVEN_SLACK = 256, 32, 1.2
+"""A step of fewer sequences takes a GPU hardly less time, since it reads the weights all the same; a step is captured
+for a multiple of so many; and so much more than an even share, so that the longest sequence need not wait."""
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Prompt tokens `start` to `stop` of a row, computed in one pack. `copied` leading tokens of its page
-    `copy_to` are first copied from page `copy_from`."""
+class PrefillChunk:
+    """Prompt tokens `start` to `stop` of a sequence, computed in one prefill batch. `copied` leading tokens of its
+    page `copy_to` are first copied from page `copy_from`."""
 
-    row: Row
+    sequence: Sequence
     start: int
     stop: int
-    copy_from: int = TRASH
-    copy_to: int = TRASH
+    copy_from: int = NULL_PAGE
+    copy_to: int = NULL_PAGE
     copied: int = 0
 
     @property
     def complete(self) -> bool:
-        """The row's first new token comes out of this pack."""
-        return self.stop == len(self.row.prompt)
+        """The sequence's first new token comes out of this prefill batch."""
+        return self.stop == len(self.sequence.prompt)
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """`steps` decode steps for some rows, those with most tokens in the pool first.
+class DecodeBatch:
+    """`steps` decode steps for some sequences, those with most tokens in the pool first.
 
-    `tables` (rows, pages) int32 are their pages, `trunk` how many of the first ones all rows have in common.
+    `block_tables` (sequences, pages) int32 are their pages, `prefix_pages` how many of the first ones all sequences
+    have in common.
     """
 
-    rows: list[Row]
+    sequences: list[Sequence]
     slots: Ints
-    tables: Ints
+    block_tables: Ints
     steps: int
-    trunk: int
-
-
-class OutputLengths:
-    """What rows are expected to generate, learned from those that have ended."""
-
-    def __init__(self, certain: bool) -> None:
-        self.certain = certain
-        self._mean = 0.0
-        self._seen = 0
-
-    def learn(self, length: int) -> None:
-        self._seen += 1
-        self._mean += (length - self._mean) / min(self._seen, 1024)
-
-    def expect(self, limits: Ints, done: Ints) -> Ints:
-        """Tokens that rows will have generated when they end: (rows,) of at most `limits`, above `done`.
-
-        Half as much again as the mean, because who guesses too low evicts rows and computes them twice.
-        """
-        if self.certain:
-            return limits
-        typical = 1.5 * self._mean + 16 if self._seen >= 32 else limits / 4 + 16
-        expected: Ints = np.minimum(limits, np.maximum(typical, 1.25 * done + 16)).astype(np.int32)
-        return expected
+    prefix_pages: int
 
 
 class Scheduler:
-    """Rows from the queue into slots and pages, and out again.
+    """Sequences from the queue into slots and pages, and out again.
 
-    A round is planned while the one before it still runs, so lengths here run ahead of what has been read back: rows
-    that end by length leave as planned, rows that end by a stop token one round late. Pages and slots are used again
-    only by work that is handed to the device afterwards, and the device works in order.
+    A decode batch is planned while the one before it still runs, so lengths here run ahead of what has been read back:
+    sequences that end by length leave as planned, sequences that end by a stop token one round late. Pages and slots
+    are used again only by work that is handed to the device afterwards, and the device works in order.
 
-    `last_rows` is for whoever calls to say: no rows will come but those that were added.
+    `no_more_requests` is for whoever calls to say: no sequences will come but those that were added.
     """
 
     def __init__(
-        self, pool: Pool, max_rows: int, prefill_tokens: int, max_context: int, lengths: OutputLengths
+        self,
+        pool: PagePool,
+        max_sequences: int,
+        prefill_tokens: int,
+        max_context: int,
+        output_lengths: OutputLengths,
     ) -> None:
         self.pool = pool
-        self.queue = Queue()
-        self.lengths = lengths
-        self.last_rows = False
-        self.evictions = 0
+        self.queue = WaitingQueue()
+        self.output_lengths = output_lengths
+        self.no_more_requests = False
+        self.preemptions = 0
         self.prompt_tokens = 0
         self.shared_tokens = 0
         self._prefill_tokens = prefill_tokens
-        self._most_rows = max_rows
-        self._rows: list[Row | None] = [None] * max_rows
-        self._free_slots = list(range(max_rows - 1, -1, -1))
-        self._table = np.zeros((max_rows, pool.pages_for(max_context)), np.int32)
-        self._length = np.zeros(max_rows, np.int32)
-        self._last = np.zeros(max_rows, np.int32)
-        self._prompt = np.zeros(max_rows, np.int32)
-        self._held = np.zeros(max_rows, np.int32)
-        self._admitted = np.zeros(max_rows, np.int64)
-        self._taken = np.zeros(max_rows, bool)
-        self._decoding = np.zeros(max_rows, bool)
+        self._max_sequences = max_sequences
+        self._sequences: list[Sequence | None] = [None] * max_sequences
+        self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self._block_tables = np.zeros((max_sequences, pool.pages_for(max_context)), np.int32)
+        self._seq_lens = np.zeros(max_sequences, np.int32)
+        self._final_lens = np.zeros(max_sequences, np.int32)
+        self._prompt_lens = np.zeros(max_sequences, np.int32)
+        self._num_pages = np.zeros(max_sequences, np.int32)
+        self._admitted = np.zeros(max_sequences, np.int64)
+        self._occupied = np.zeros(max_sequences, bool)
+        self._decoding = np.zeros(max_sequences, bool)
         self._admissions = 0
-        self._partial: Row | None = None
-        self._ending: list[Row] = []
+        self._partial_sequence: Sequence | None = None
+        self._ending: list[Sequence] = []
 
     @property
     def active(self) -> int:
-        """Rows that hold a slot."""
-        return len(self._rows) - len(self._free_slots)
+        """Sequences that hold a slot."""
+        return len(self._sequences) - len(self._free_slots)
 
-    def add(self, request: Request) -> Row:
-        """Queues a request. Its row must fit the pool: see `fits`."""
-        row = Row.of(request)
-        self.queue.push(row)
-        return row
+    def add(self, request: Request) -> Sequence:
+        """Queues a request. Its sequence must fit the pool: see `fits`."""
+        sequence = Sequence.of(request)
+        self.queue.push(sequence)
+        return sequence
 
     def fits(self, request: Request) -> bool:
         """Whether the pool could hold the request if it were alone."""
-        return self.pool.pages_for(len(request.token_ids) + request.max_new_tokens - 1) <= self.pool.pages
+        return self.pool.pages_for(len(request.token_ids) + request.max_new_tokens - 1) <= self.pool.num_pages
 
-    def worth_a_pack(self) -> bool:
-        """Whether enough rows can be admitted to fill the device: small packs cost as much time as large ones."""
+    def should_prefill(self) -> bool:
+        """Whether enough sequences can be admitted to fill the device: small prefill batches cost as much time as
+        large ones."""
         self._release_ended()
-        if self._partial is not None:
+        if self._partial_sequence is not None:
             return True
-        most = self._rows_at_once()
+        most = self._max_active()
         if not len(self.queue) or not self._free_slots or self.active >= most:
             return False
         if not self.active:
             return True
-        room, slots = self._room(), most - self.active
+        spare, slots = self._spare_pages(), most - self.active
         wanted = min(len(self.queue), max(1, most // 16))
-        return slots >= wanted and room >= min(
-            self.pool.pages // 16, wanted * self._needs(self.queue.peek(), Match())
+        return slots >= wanted and spare >= min(
+            self.pool.num_pages // 16, wanted * self._pages_needed(self.queue.peek(), PrefixMatch())
         )
 
-    def next_pack(self) -> list[Segment]:
+    def next_prefill(self) -> list[PrefillChunk]:
         """Prompts to compute together, at most `prefill_tokens` of them; empty when none fits."""
         self._release_ended()
-        segments: list[Segment] = []
-        tokens, room, most = self._prefill_tokens, self._room(), self._rows_at_once()
-        if self._partial is not None:
-            row, self._partial = self._partial, None
-            segments.append(self._segment(row, row.cached, tokens))
-            tokens -= segments[-1].stop - segments[-1].start
-        waiting: list[Row] = []
-        while tokens > 0 and len(self.queue) and self.active < most and self._partial is None:
-            row = self.queue.peek()
-            match = self.pool.match(row.prompt)
-            if match.wait and len(waiting) < LOOK_PAST:
-                waiting.append(self.queue.pop())
+        chunks: list[PrefillChunk] = []
+        tokens, spare, most = self._prefill_tokens, self._spare_pages(), self._max_active()
+        if self._partial_sequence is not None:
+            sequence, self._partial_sequence = self._partial_sequence, None
+            chunks.append(self._chunk(sequence, sequence.computed_tokens, tokens))
+            tokens -= chunks[-1].stop - chunks[-1].start
+        deferred: list[Sequence] = []
+        while tokens > 0 and len(self.queue) and self.active < most and self._partial_sequence is None:
+            sequence = self.queue.peek()
+            match = self.pool.match_prefix(sequence.prompt)
+            if match.wait and len(deferred) < MAX_DEFERRED:
+                deferred.append(self.queue.pop())
                 continue
-            needs = self._needs(row, match)
-            if match.copied and needs > room:
-                match = replace(match, source=TRASH, copied=0)
-                needs = self._needs(row, match)
+            needed = self._pages_needed(sequence, match)
+            if match.copied and needed > spare:
+                match = replace(match, copy_from=NULL_PAGE, copied=0)
+                needed = self._pages_needed(sequence, match)
             start = len(match.pages) * self.pool.page_size + match.copied
-            if match.wait or (segments and len(row.prompt) - start > tokens):
+            if match.wait or (chunks and len(sequence.prompt) - start > tokens):
                 break
-            if needs > room and self.active:
+            if needed > spare and self.active:
                 break
-            room -= needs
-            segments.append(self._admit(self.queue.pop(), match, start, tokens))
-            tokens -= segments[-1].stop - start
-        for row in waiting:
-            self.queue.push_first(row)
-        return segments
+            spare -= needed
+            chunks.append(self._admit(self.queue.pop(), match, start, tokens))
+            tokens -= chunks[-1].stop - start
+        for sequence in deferred:
+            self.queue.push_front(sequence)
+        return chunks
 
-    def launched_pack(self) -> None:
-        """The last pack has been handed to the device."""
+    def prefill_launched(self) -> None:
+        """The last prefill batch has been handed to the device."""
         self.pool.launched()
 
-    def short_of_pages(self, steps: int) -> bool:
-        """Whether the next round would have to evict a row."""
+    def must_preempt(self, steps: int) -> bool:
+        """Whether the next decode batch would have to preempt a sequence."""
         self._release_ended()
         slots = np.flatnonzero(self._decoding)
-        return int(self._growth(slots, steps).sum()) > self.pool.available
+        return int(self._missing_pages(slots, steps).sum()) > self.pool.available
 
-    def next_round(self, steps: int) -> Round | None:
-        """At most `steps` decode steps for every row whose prompt is computed; None when there is none.
+    def next_decode(self, steps: int) -> DecodeBatch | None:
+        """At most `steps` decode steps for every sequence whose prompt is computed; None when there is none.
 
-        Evicts the youngest rows while pages are short; whoever calls must have read back every round before,
-        if `short_of_pages`, since an evicted row keeps its output.
+        Preempts the youngest sequences while pages are short; whoever calls must have read back every round before,
+        if `must_preempt`, since an preempted sequence keeps its output.
         """
         self._release_ended()
         slots = np.flatnonzero(self._decoding)
-        while int(self._growth(slots, steps).sum()) > self.pool.available:
-            self._evict()
+        while int(self._missing_pages(slots, steps).sum()) > self.pool.available:
+            self._preempt()
             slots = np.flatnonzero(self._decoding)
         if not len(slots):
             return None
-        slots = slots[np.argsort(-self._length[slots], kind="stable")].astype(np.int32)
-        growth = self._growth(slots, steps)
-        for slot, count in zip(slots[growth > 0].tolist(), growth[growth > 0].tolist(), strict=True):
-            self._extend(slot, self.pool.take(count))
-        steps = int(min(steps, (self._last[slots] - self._length[slots]).max()))
-        self._length[slots] = np.minimum(self._length[slots] + steps, self._last[slots])
-        rows = [self._rows[slot] for slot in slots.tolist()]
-        for slot in slots[self._length[slots] == self._last[slots]].tolist():
+        slots = slots[np.argsort(-self._seq_lens[slots], kind="stable")].astype(np.int32)
+        missing = self._missing_pages(slots, steps)
+        for slot, count in zip(slots[missing > 0].tolist(), missing[missing > 0].tolist(), strict=True):
+            self._extend(slot, self.pool.allocate(count))
+        steps = int(min(steps, (self._final_lens[slots] - self._seq_lens[slots]).max()))
+        self._seq_lens[slots] = np.minimum(self._seq_lens[slots] + steps, self._final_lens[slots])
+        sequences = [self._sequences[slot] for slot in slots.tolist()]
+        for slot in slots[self._seq_lens[slots] == self._final_lens[slots]].tolist():
             self._end(slot)
-        width = int(self._held[slots].max())
-        tables = self._table[slots, :width]
-        return Round(rows, slots, tables, steps, self._trunk(slots, tables))  # type: ignore[arg-type]
+        width = int(self._num_pages[slots].max())
+        block_tables = self._block_tables[slots, :width]
+        return DecodeBatch(
+            sequences,  # type: ignore[arg-type]
+            slots,  # type: ignore[arg-type]
+            block_tables,
+            steps,
+            self._shared_prefix_pages(slots, block_tables),  # type: ignore[arg-type]
+        )
 
-    def finish(self, row: Row) -> None:
-        """A row has ended, expected or not: what it holds is free for work handed over from now on."""
-        if row.done:
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence has ended, expected or not: what it holds is free for work handed over from now on."""
+        if sequence.finished:
             return
-        row.done = True
-        self.lengths.learn(len(row.output))
-        if row.slot >= 0 and row not in self._ending:
-            self._release(row)
+        sequence.finished = True
+        self.output_lengths.learn(len(sequence.output))
+        if sequence.slot >= 0 and sequence not in self._ending:
+            self._release(sequence)
 
     @property
-    def unwanted(self) -> bool:
-        """Whether an active row is not wanted any more."""
-        return any(row is not None and row.request.cancelled for row in self._rows)
+    def has_cancelled(self) -> bool:
+        """Whether an active sequence is cancelled."""
+        return any(sequence is not None and sequence.request.cancelled for sequence in self._sequences)
 
-    def let_go(self) -> list[Row]:
-        """Rows that are not wanted any more leave, waiting or active; every round must have been read back before."""
+    def abort_cancelled(self) -> list[Sequence]:
+        """Sequences that are not wanted any more leave, waiting or active; every round must have been read back
+        before."""
         self._release_ended()
-        gone = self.queue.take_cancelled()
-        for row in self._rows:
-            if row is not None and row.request.cancelled:
-                gone.append(row)
-                self._release(row)
-                row.done = True
-                if row is self._partial:
-                    self._partial = None
-        return gone
+        aborted = self.queue.take_cancelled()
+        for sequence in self._sequences:
+            if sequence is not None and sequence.request.cancelled:
+                aborted.append(sequence)
+                self._release(sequence)
+                sequence.finished = True
+                if sequence is self._partial_sequence:
+                    self._partial_sequence = None
+        return aborted
 
-    def retreat(self, work: list[Segment] | Round) -> bool:
-        """Work that did not fit the device is undone; its rows wait again, and later work is half as large.
+    def shrink_after_oom(self, work: list[PrefillChunk] | DecodeBatch) -> bool:
+        """Work that did not fit the device is undone; its sequences wait again, and later work is half as large.
 
         Whoever calls must have read back every round before. False, and nothing is undone, if it cannot be halved.
         """
-        if isinstance(work, Round):
-            rows, smaller = work.rows, len(work.rows) // 2
-            self._most_rows = smaller or self._most_rows
+        if isinstance(work, DecodeBatch):
+            sequences, smaller = work.sequences, len(work.sequences) // 2
+            self._max_sequences = smaller or self._max_sequences
         else:
-            rows, smaller = [segment.row for segment in work], self._prefill_tokens // 2
-            if len(rows) == 1 and smaller < SMALLEST_PACK:
+            sequences, smaller = [chunk.sequence for chunk in work], self._prefill_tokens // 2
+            if len(sequences) == 1 and smaller < MIN_PREFILL_TOKENS:
                 return False
             self._prefill_tokens = max(1, smaller)
-            for segment in work:  # what was to be computed is not
-                self.pool.forget(segment.row.pages[segment.start // self.pool.page_size :])
+            for chunk in work:  # what was to be computed is not
+                self.pool.invalidate(chunk.sequence.pages[chunk.start // self.pool.page_size :])
         if not smaller:
             return False
-        for row in reversed(rows):
-            if row.slot >= 0 and not row.done:
-                self._requeue(row)
-        self._ending = [row for row in self._ending if row.slot >= 0]
+        for sequence in reversed(sequences):
+            if sequence.slot >= 0 and not sequence.finished:
+                self._requeue(sequence)
+        self._ending = [sequence for sequence in self._ending if sequence.slot >= 0]
         self.pool.launched()
         return True
 
-    def fail(self, row: Row) -> None:
-        """A row whose work never ran leaves."""
-        row.done = True
-        if row is self._partial:
-            self._partial = None
-        self.pool.forget(row.pages)
-        self._ending = [other for other in self._ending if other is not row]
-        self._release(row)
+    def fail(self, sequence: Sequence) -> None:
+        """A sequence whose work never ran leaves."""
+        sequence.finished = True
+        if sequence is self._partial_sequence:
+            self._partial_sequence = None
+        self.pool.invalidate(sequence.pages)
+        self._ending = [other for other in self._ending if other is not sequence]
+        self._release(sequence)
         self.pool.launched()
 
-    def drop_all(self) -> None:
-        """Lets every row go, waiting or active."""
+    def abort_all(self) -> None:
+        """Every sequence leaves, waiting or active."""
         self._release_ended()
-        self._partial = None
-        for row in self._rows:
-            if row is not None:
-                self._release(row)
+        self._partial_sequence = None
+        for sequence in self._sequences:
+            if sequence is not None:
+                self._release(sequence)
         self.pool.launched()
-        self.queue = Queue()
+        self.queue = WaitingQueue()
 
     def check(self) -> None:
         """Raises AssertionError where pages have leaked or are held by mistake."""
         self.pool.check(
-            [row.pages for row in self._rows if row is not None] + [[p] for p in self.pool.borrowed]
+            [sequence.pages for sequence in self._sequences if sequence is not None]
+            + [[p] for p in self.pool.copy_sources]
         )
 
-    def _rows_at_once(self) -> int:
-        """As many as the device takes; of the last rows, if it is known how long they get, as many as let the short
-        ones last as long as the longest. All at once, they would soon be gone and leave it to steps of a few rows."""
-        if not (self.last_rows and self.lengths.certain):
-            return self._most_rows
-        slots = np.flatnonzero(self._taken)
-        left = self._last[slots] - self._length[slots]
+    def _max_active(self) -> int:
+        """As many as the device takes; of the last sequences, if it is known how long they get, as many as let the
+        short ones last as long as the longest. All at once, they would soon be gone and leave it to steps of a few
+        sequences."""
+        if not (self.no_more_requests and self.output_lengths.certain):
+            return self._max_sequences
+        slots = np.flatnonzero(self._occupied)
+        left = self._final_lens[slots] - self._seq_lens[slots]
         tokens = self.queue.new_tokens + int(left.sum())
         longest = max(self.queue.longest, int(left.max(initial=1)))
         even = math.ceil(EVEN_SLACK * tokens / longest / EVEN_STEP) * EVEN_STEP
-        return min(self._most_rows, max(EVEN_ROWS, even))
+        return min(self._max_sequences, max(EVEN_SEQUENCES, even))
 
-    def _room(self) -> int:
-        """Pages that no active row is expected to need."""
-        slots = np.flatnonzero(self._taken)
-        done = self._length[slots] + 1 - self._prompt[slots]
-        limits = self._last[slots] + 1 - self._prompt[slots]
-        final = self._prompt[slots] + self.lengths.expect(limits, done) - 1
-        growth = -(-final // self.pool.page_size) - self._held[slots]
-        return self.pool.available - int(np.maximum(growth, 0).sum())
+    def _spare_pages(self) -> int:
+        """Pages that no active sequence is expected to need."""
+        slots = np.flatnonzero(self._occupied)
+        generated = self._seq_lens[slots] + 1 - self._prompt_lens[slots]
+        limits = self._final_lens[slots] + 1 - self._prompt_lens[slots]
+        final = self._prompt_lens[slots] + self.output_lengths.expect(limits, generated) - 1
+        missing = -(-final // self.pool.page_size) - self._num_pages[slots]
+        return self.pool.available - int(np.maximum(missing, 0).sum())
 
-    def _needs(self, row: Row, match: Match) -> int:
-        """Pages that `available` loses by admitting the row and running it to its expected end."""
-        prompt, done = len(row.request.token_ids), len(row.output)
-        limit = row.request.max_new_tokens
-        new = int(self.lengths.expect(np.array([limit], np.int32), np.array([done], np.int32))[0])
-        tokens = max(prompt + new - 1, len(row.prompt))
-        source = [match.source] if match.copied else []
-        return self.pool.pages_for(tokens) - len(match.pages) + self.pool.idle([*match.pages, *source])
+    def _pages_needed(self, sequence: Sequence, match: PrefixMatch) -> int:
+        """Pages that `available` loses by admitting the sequence and running it to its expected end."""
+        prompt, generated = len(sequence.request.token_ids), len(sequence.output)
+        limit = sequence.request.max_new_tokens
+        new = int(self.output_lengths.expect(np.array([limit], np.int32), np.array([generated], np.int32))[0])
+        tokens = max(prompt + new - 1, len(sequence.prompt))
+        copy_from = [match.copy_from] if match.copied else []
+        return (
+            self.pool.pages_for(tokens)
+            - len(match.pages)
+            + self.pool.num_evictable([*match.pages, *copy_from])
+        )
 
-    def _admit(self, row: Row, match: Match, start: int, tokens: int) -> Segment:
-        first = row.admitted < 0
+    def _admit(self, sequence: Sequence, match: PrefixMatch, start: int, tokens: int) -> PrefillChunk:
+        first = sequence.admission < 0
         self._admissions += 1
-        row.slot, row.admitted = self._free_slots.pop(), self._admissions
-        slot = row.slot
-        self._rows[slot], self._taken[slot] = row, True
-        self._prompt[slot], self._last[slot] = len(row.request.token_ids), row.last
-        self._length[slot], self._admitted[slot], self._held[slot] = 0, row.admitted, 0
+        sequence.slot, sequence.admission = self._free_slots.pop(), self._admissions
+        slot = sequence.slot
+        self._sequences[slot], self._occupied[slot] = sequence, True
+        self._prompt_lens[slot], self._final_lens[slot] = len(sequence.request.token_ids), sequence.final_len
+        self._seq_lens[slot], self._admitted[slot], self._num_pages[slot] = 0, sequence.admission, 0
         self.pool.share(match.pages)
         if match.copied:
-            self.pool.borrow(match.source)
-        own = self.pool.take(self.pool.pages_for(len(row.prompt)) - len(match.pages))
-        row.pages = []
+            self.pool.keep_copy_source(match.copy_from)
+        own = self.pool.allocate(self.pool.pages_for(len(sequence.prompt)) - len(match.pages))
+        sequence.pages = []
         self._extend(slot, [*match.pages, *own])
         if first:
-            self.prompt_tokens += len(row.prompt)
+            self.prompt_tokens += len(sequence.prompt)
             self.shared_tokens += start
-        return self._segment(row, start, tokens, match.source, match.copied)
+        return self._chunk(sequence, start, tokens, match.copy_from, match.copied)
 
-    def _segment(self, row: Row, start: int, tokens: int, source: int = TRASH, copied: int = 0) -> Segment:
-        stop = min(len(row.prompt), start + tokens)
-        self.pool.index(row.prompt, row.pages, start, stop)
-        row.cached = stop
-        self._length[row.slot] = stop
-        target = row.pages[start // self.pool.page_size] if copied else TRASH
-        segment = Segment(row, start, stop, source, target, copied)
-        if not segment.complete:
-            self._partial = row
-        elif row.last == stop:
-            self._end(row.slot)
+    def _chunk(
+        self, sequence: Sequence, start: int, tokens: int, copy_from: int = NULL_PAGE, copied: int = 0
+    ) -> PrefillChunk:
+        stop = min(len(sequence.prompt), start + tokens)
+        self.pool.insert(sequence.prompt, sequence.pages, start, stop)
+        sequence.computed_tokens = stop
+        self._seq_lens[sequence.slot] = stop
+        copy_to = sequence.pages[start // self.pool.page_size] if copied else NULL_PAGE
+        chunk = PrefillChunk(sequence, start, stop, copy_from, copy_to, copied)
+        if not chunk.complete:
+            self._partial_sequence = sequence
+        elif sequence.final_len == stop:
+            self._end(sequence.slot)
         else:
-            self._decoding[row.slot] = True
-        return segment
+            self._decoding[sequence.slot] = True
+        return chunk
 
-    def _growth(self, slots: NDArray[np.intp] | Ints, steps: int) -> Ints:
-        """Pages that each row lacks for `steps` more tokens, or for its last."""
-        target = np.minimum(self._length[slots] + steps, self._last[slots])
-        return np.maximum(-(-target // self.pool.page_size) - self._held[slots], 0)
+    def _missing_pages(self, slots: NDArray[np.intp] | Ints, steps: int) -> Ints:
+        """Pages that each sequence lacks for `steps` more tokens, or for its last."""
+        target_lens = np.minimum(self._seq_lens[slots] + steps, self._final_lens[slots])
+        return np.maximum(-(-target_lens // self.pool.page_size) - self._num_pages[slots], 0)
 
     def _extend(self, slot: int, pages: list[int]) -> None:
-        row, held = self._rows[slot], int(self._held[slot])
-        assert row is not None
-        row.pages += pages
-        self._table[slot, held : held + len(pages)] = pages
-        self._held[slot] += len(pages)
+        sequence, num_pages = self._sequences[slot], int(self._num_pages[slot])
+        assert sequence is not None
+        sequence.pages += pages
+        self._block_tables[slot, num_pages : num_pages + len(pages)] = pages
+        self._num_pages[slot] += len(pages)
 
-    def _trunk(self, slots: Ints, tables: Ints) -> int:
-        """Leading pages that all rows share; never a row's last page, which is still written to."""
+    def _shared_prefix_pages(self, slots: Ints, block_tables: Ints) -> int:
+        """Leading pages that all sequences share; never a sequence's last page, which is still written to."""
         if len(slots) < 2:
             return 0
-        most = int(self._held[slots].min()) - 1
-        different = np.flatnonzero((tables[:, :most] != tables[0, :most]).any(axis=0))
+        most = int(self._num_pages[slots].min()) - 1
+        different = np.flatnonzero((block_tables[:, :most] != block_tables[0, :most]).any(axis=0))
         return int(different[0]) if len(different) else most
 
-    def _evict(self) -> None:
-        """The youngest row goes back to the queue. The oldest never leaves, so that the run goes on."""
+    def _preempt(self) -> None:
+        """The youngest sequence goes back to the queue. The oldest never leaves, so that the run goes on."""
         slots = np.flatnonzero(self._decoding)
-        row = self._rows[slots[self._admitted[slots].argmax()]]
-        assert row is not None
-        self._requeue(row)
-        self.evictions += 1
+        sequence = self._sequences[slots[self._admitted[slots].argmax()]]
+        assert sequence is not None
+        self._requeue(sequence)
+        self.preemptions += 1
 
-    def _requeue(self, row: Row) -> None:
-        if row is self._partial:
-            self._partial = None
-        self._release(row)
-        row.prompt = np.concatenate([row.request.token_ids, np.array(row.output, np.int32)]).astype(np.int32)
-        row.cached = 0
-        self.queue.push_first(row)
+    def _requeue(self, sequence: Sequence) -> None:
+        if sequence is self._partial_sequence:
+            self._partial_sequence = None
+        self._release(sequence)
+        sequence.prompt = np.concatenate(
+            [sequence.request.token_ids, np.array(sequence.output, np.int32)]
+        ).astype(np.int32)
+        sequence.computed_tokens = 0
+        self.queue.push_front(sequence)
 
     def _end(self, slot: int) -> None:
-        """No step after the coming one is needed; what the row holds is, until that one has been handed over."""
-        row = self._rows[slot]
-        assert row is not None
+        """No step after the coming one is needed; what the sequence holds is, until that one has been handed over."""
+        sequence = self._sequences[slot]
+        assert sequence is not None
         self._decoding[slot] = False
-        self._ending.append(row)
+        self._ending.append(sequence)
 
     def _release_ended(self) -> None:
-        for row in self._ending:
-            self._release(row)
+        for sequence in self._ending:
+            self._release(sequence)
         self._ending.clear()
 
-    def _release(self, row: Row) -> None:
-        self.pool.release(row.pages)
-        self._decoding[row.slot] = self._taken[row.slot] = False
-        self._rows[row.slot] = None
-        self._free_slots.append(row.slot)
-        row.slot, row.pages = -1, []
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.pages)
+        self._decoding[sequence.slot] = self._occupied[sequence.slot] = False
+        self._sequences[sequence.slot] = None
+        self._free_slots.append(sequence.slot)
+        sequence.slot, sequence.pages = -1, []

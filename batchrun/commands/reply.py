@@ -1,0 +1,126 @@
+"""What a command says: text for a person or one JSON object for a program, one line for an error, never a secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, NoReturn, TextIO
+
+import typer
+from rich.console import Console, RenderableType
+
+from batchrun import signals
+from batchrun.errors import BatchrunError, ExitCode, InternalError, Interrupted, is_mistake, one_line
+from batchrun.telemetry import logs
+from batchrun.telemetry.printable import printable
+from batchrun.telemetry.redact import Redactor
+
+LogFormat = Literal["text", "json"]
+STOPPED = "stopped; the same command goes on from there"
+
+
+class Terminal(Console):
+    """Standard output or standard error, which a pipe may close."""
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on (`| head -1`): told like any output that cannot be written, not by an exit with code 1."""
+        raise
+
+
+# What is printed is text from data as a rule: never markup, never the name of an emoji.
+out = Terminal(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Terminal(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+class Reply:
+    """One command's: `print` its results, or end it with `fail`. What is in `redact` is never shown."""
+
+    def __init__(self, as_json: bool, debug: bool, log_format: LogFormat) -> None:
+        self.redact = Redactor()
+        self._as_json, self._debug, self._log_format = as_json, debug, log_format
+
+    def print(self, value: dict[str, Any], lines: Sequence[RenderableType]) -> None:
+        """The value for a program, or the lines for a person."""
+        with display():
+            if self._as_json:
+                print(json.dumps(self.redact.values(value)))
+                return
+            for line in lines:
+                out.print(printable(self.redact(line)) if isinstance(line, str) else line)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Says what the command ended with, and ends the process with its code."""
+        text, shown, code = self._told(error)
+        if self._debug:
+            with display():
+                err.print(printable(self.redact(traceback.format_exc()), newlines=True))
+        self.end(text, shown, code)
+        raise typer.Exit(code) from None
+
+    def end(self, text: str, shown: str, code: ExitCode) -> None:
+        """The last line of a command that has not come to its end, once."""
+        signals.last_words = signals.silent
+        with display():
+            if self._as_json:
+                print(json.dumps({"status": code.name.lower(), "exit_code": int(code), "error": text}))
+            if self._log_format == "json":
+                logs.log.error("%s", shown, extra={"fields": {"event": "end", "exit_code": int(code)}})
+            else:
+                err.print(printable(shown))
+
+    def stopped(self) -> tuple[str, str, ExitCode]:
+        """Text, line and exit code of a command that a signal ended: what is safe, as far as that is known."""
+        text = self.redact(signals.safe) or STOPPED
+        return text, text, ExitCode(signals.exit_code())
+
+    def _told(self, error: BaseException) -> tuple[str, str, ExitCode]:
+        """The error's text, the line that is shown, and the exit code."""
+        if isinstance(error, KeyboardInterrupt):
+            return self.stopped()
+        if is_mistake(error):
+            error = InternalError.of(error)
+        if isinstance(error, BatchrunError):
+            text = self.redact(str(error))
+            return text, text if isinstance(error, Interrupted) else f"error: {text}", error.exit_code
+        text = self.redact(one_line(error))
+        hint = "" if self._debug else "; add --debug for the traceback"
+        return text, f"error: unexpected {text}{hint}", ExitCode.FAILED
+
+
+@contextmanager
+def replying(as_json: bool, debug: bool, log_format: LogFormat = "text") -> Iterator[Reply]:
+    """One line for a person and an exit code for a scheduler, whatever is raised inside."""
+    reply = Reply(as_json, debug, log_format)
+    logs.configure(log_format, reply.redact)
+    signals.decided(ExitCode.INTERRUPTED)
+    signals.last_words = lambda: reply.end(*reply.stopped())
+    try:
+        yield reply
+    except typer.Exit:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        reply.fail(error)
+
+
+@contextmanager
+def display() -> Iterator[None]:
+    """What comes of showing something (a closed pipe, a full disk, a terminal that is gone) is no error of the data."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, KeyboardInterrupt) as error:
+        # What is still in the buffer would fail again when the process ends.
+        _discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError | KeyboardInterrupt):
+            logs.log.warning("the rest cannot be shown: %s", one_line(error))
+
+
+def _discard(stream: TextIO) -> None:
+    with suppress(OSError, ValueError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)

@@ -1,0 +1,72 @@
+"""What attention is told of one model call, and what every backend of attention can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from batchrun.engine.paged.architecture import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Pages that begin every sequence of a decode step; the step's own `block_tables` and `seq_lens` start after
+    them.
+
+    `block_table` (1, pages) int32; `cu_seqlens_k` (2,) int32: 0 and how many tokens the shared prefix has;
+    `cu_seqlens_q` (2,) int32: 0 and how many sequences there are.
+    """
+
+    block_table: Tensor
+    cu_seqlens_k: Tensor
+    cu_seqlens_q: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where the tokens of one model call are in the pool.
+
+    `slot_mapping` (tokens,) int64 is where each token's key and value go, page * page size + offset. `block_tables`
+    (sequences, pages) int32 and `seq_lens` (sequences,) int32 are each sequence's pages and tokens, this call's
+    included. A decode step has one token per sequence. A prefill has `cu_seqlens_q` (sequences + 1,) int32, where
+    each sequence's tokens begin in the prefill batch, `cu_seqlens_k` (sequences + 1,) int32, the running sum of
+    `seq_lens`, and the longest of both; `no_context` when no sequence has older tokens.
+    """
+
+    slot_mapping: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 1
+    max_seqlen_k: int = 0
+    no_context: bool = False
+    shared_prefix: SharedPrefix | None = None
+
+
+class AttentionBackend(Protocol):
+    """Attention over pages, with the call's own keys and values, which it also writes to the pages.
+
+    `key_cache` and `value_cache` are (pages, page size, kv heads, head size) of one layer; query, key and value are
+    (tokens, heads, head size); `sinks` (query heads,) are logits without a value, where a model has them. Gives
+    (tokens, query heads, head size).
+    """
+
+    name: str
+    supports_cascade: bool
+
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The call's tokens are the sequences' next ones, end to end, any number of each."""
+        ...
+
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The call's tokens are one for each sequence, its last."""
+        ...

@@ -1,0 +1,218 @@
+"""Pages of the key/value pool: who holds which, and which of them already hold the start of a prompt."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from batchrun.engine.protocol import TokenIds
+
+NULL_PAGE = 0
+"""The page that finished sequences and padding write to; never handed out, never read for a result."""
+
+MIN_COPIED_TOKENS = 16
+"""Tokens. Computing fewer again costs less than a copy and a prefill batch cut short."""
+
+_MAX_PARTIAL_PAGES = 4
+_ROOT_HASH = b""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """The start of a prompt that the pool holds: whole `pages`, then `copied` tokens at the start of `copy_from`.
+
+    `wait`: a sequence of the prefill batch now being put together will hold more of it, once that is computed.
+    """
+
+    pages: tuple[int, ...] = ()
+    copy_from: int = NULL_PAGE
+    copied: int = 0
+    wait: bool = False
+
+
+class PagePool:
+    """Reference counts of pages, and an index of prompt pages by content.
+
+    A page is *free*, *held* (by one sequence or several) or *evictable*: held by nobody, but indexed, so that it is the
+    last to be given out again. Indexed pages are told apart by a digest of every token up to their end, since
+    keys and values depend on all of them; so a parent that is gone makes no child wrong, only unreachable.
+    """
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.num_pages = pages - 1
+        self._free_pages = list(range(pages - 1, NULL_PAGE, -1))
+        self._ref_counts = [0] * pages
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._full_pages: dict[bytes, int] = {}
+        self._partial_pages: dict[bytes, deque[tuple[int, TokenIds]]] = {}
+        self._page_hash: dict[int, bytes] = {}
+        self._parent_hash: dict[int, bytes] = {}
+        self._pending: dict[bytes, tuple[int, TokenIds]] = {}
+        self.copy_sources: list[int] = []
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` can give."""
+        return len(self._free_pages) + len(self._evictable)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.page_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` pages for one holder; their former content is forgotten. `count` may not exceed `available`."""
+        allocated = []
+        for _ in range(count):
+            if self._free_pages:
+                page = self._free_pages.pop()
+            else:
+                page, _ = self._evictable.popitem(last=False)
+                self._invalidate(page)
+            self._ref_counts[page] = 1
+            allocated.append(page)
+        return allocated
+
+    def num_evictable(self, pages: Iterable[int]) -> int:
+        """How many of them `available` counts: sharing those makes it smaller."""
+        return sum(page in self._evictable for page in pages)
+
+    def keep_copy_source(self, copy_from: int) -> None:
+        """Holds a page that is copied from until `launched`, so that it stays as it is."""
+        self.share([copy_from])
+        self.copy_sources.append(copy_from)
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more holder for each."""
+        for page in pages:
+            self._evictable.pop(page, None)
+            self._ref_counts[page] += 1
+
+    def free(self, pages: Iterable[int]) -> None:
+        """One holder fewer for each.
+
+        Deepest pages become evictable first, so that the start of a prompt, which serves most sequences,
+        is kept longest.
+        """
+        for page in reversed(list(pages)):
+            self._ref_counts[page] -= 1
+            if self._ref_counts[page] == 0:
+                if page in self._page_hash or page in self._parent_hash:
+                    self._evictable[page] = None
+                else:
+                    self._free_pages.append(page)
+
+    def match_prefix(self, tokens: TokenIds) -> PrefixMatch:
+        """What is held of a prompt; its last token never is, because its logits are wanted."""
+        size, most = self.page_size, len(tokens) - 1
+        pages: list[int] = []
+        prefix_hash = _ROOT_HASH
+        while (len(pages) + 1) * size <= most:
+            page_hash = self._hash_page(prefix_hash, tokens, len(pages))
+            if page_hash not in self._full_pages:
+                break
+            pages.append(self._full_pages[page_hash])
+            prefix_hash = page_hash
+        # One token short of a page: a copy that filled it would leave the sequence's first own token on the next one.
+        rest = tokens[len(pages) * size : min((len(pages) + 1) * size - 1, most)]
+        copied, copy_from = 0, NULL_PAGE
+        for page, held in self._partial_pages.get(prefix_hash, ()):
+            common = _common_prefix(rest, held)
+            if common > copied:
+                copied, copy_from = common, page
+        if (
+            prefix_hash in self._pending
+            and _common_prefix(rest, self._pending[prefix_hash][1]) >= copied + MIN_COPIED_TOKENS
+        ):
+            return PrefixMatch(tuple(pages), wait=True)
+        if copied < MIN_COPIED_TOKENS:
+            copied, copy_from = 0, NULL_PAGE
+        return PrefixMatch(tuple(pages), copy_from, copied)
+
+    def insert(self, tokens: TokenIds, pages: list[int], start: int, stop: int) -> None:
+        """Says that the prefill batch being put together computes `tokens[start:stop]` into a sequence's `pages`.
+
+        Whole pages can be shared from now on, by sequences of the same prefill batch too: each layer writes all of a
+        prefill batch's keys and values before it reads any. A page can be copied from only after `launched`.
+        """
+        size = self.page_size
+        prefix_hash = _ROOT_HASH
+        for number in range(self.pages_for(stop)):
+            page = pages[number]
+            begin, end = number * size, min((number + 1) * size, stop)
+            if end > start and prefix_hash not in self._pending and page not in self._parent_hash:
+                self._pending[prefix_hash] = (page, tokens[begin:end].copy())
+            if end - begin < size:
+                break
+            prefix_hash = self._hash_page(prefix_hash, tokens, number)
+            if end > start and prefix_hash not in self._full_pages and page not in self._page_hash:
+                self._full_pages[prefix_hash], self._page_hash[page] = page, prefix_hash
+
+    def launched(self) -> None:
+        """The prefill batch was handed to the device: its pages can be copied from, its copies have been made."""
+        for parent_hash, (page, tokens) in self._pending.items():
+            if self._ref_counts[page] == 0 or page in self._parent_hash:
+                continue
+            partial_pages = self._partial_pages.setdefault(parent_hash, deque())
+            partial_pages.append((page, tokens))
+            self._parent_hash[page] = parent_hash
+            if len(partial_pages) > _MAX_PARTIAL_PAGES:
+                oldest, _ = partial_pages.popleft()
+                del self._parent_hash[oldest]
+                self._free_if_uncached(oldest)
+        self._pending.clear()
+        self.free(self.copy_sources)
+        self.copy_sources.clear()
+
+    def invalidate(self, pages: Iterable[int]) -> None:
+        """What was said of these pages, which are held, is not so: nobody may share or copy them."""
+        for page in pages:
+            self._invalidate(page)
+        self._pending = {
+            parent_hash: entry for parent_hash, entry in self._pending.items() if entry[0] not in set(pages)
+        }
+
+    def check(self, holdings: Iterable[list[int]]) -> None:
+        """Raises AssertionError unless every page is free, evictable or held by exactly the given page lists."""
+        count = [0] * len(self._ref_counts)
+        for pages in holdings:
+            for page in pages:
+                count[page] += 1
+        assert count == self._ref_counts, "reference counts differ from the rows' page lists"
+        held = sum(1 for holders in count if holders)
+        assert not count[NULL_PAGE], "the null page is held"
+        assert NULL_PAGE not in {*self._evictable, *self._free_pages}, "the null page can be allocated"
+        assert len(set(self._free_pages)) == len(self._free_pages), "a page is free twice"
+        assert not set(self._free_pages) & set(self._evictable), "a page is free and evictable"
+        assert held + self.available == self.num_pages, "pages have leaked"
+
+    def _hash_page(self, parent_hash: bytes, tokens: TokenIds, number: int) -> bytes:
+        block = tokens[number * self.page_size : (number + 1) * self.page_size]
+        return blake2b(parent_hash + block.tobytes(), digest_size=16).digest()
+
+    def _invalidate(self, page: int) -> None:
+        page_hash = self._page_hash.pop(page, None)
+        if page_hash is not None:
+            del self._full_pages[page_hash]
+        parent_hash = self._parent_hash.pop(page, None)
+        if parent_hash is not None:
+            partial_pages = self._partial_pages[parent_hash]
+            self._partial_pages[parent_hash] = deque(tail for tail in partial_pages if tail[0] != page)
+            if not self._partial_pages[parent_hash]:
+                del self._partial_pages[parent_hash]
+
+    def _free_if_uncached(self, page: int) -> None:
+        if page in self._evictable and page not in self._page_hash:
+            del self._evictable[page]
+            self._free_pages.append(page)
+
+
+def _common_prefix(a: TokenIds, b: TokenIds) -> int:
+    """How many leading tokens are equal."""
+    shorter = min(len(a), len(b))
+    different = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(different[0]) if len(different) else shorter

@@ -1,0 +1,88 @@
+"""python -m tests.chaos.kills [--seed N] [--kills K] [--signals S] [--only NUMBER] [--keep FOLDER]
+
+Outputs, each a job of its own that is killed and stopped until it is complete, until there were so many kills and
+signals. Exit code 0: every promise held. What is checked comes from the documentation alone, not from the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.support.tiny_models import make_model
+
+from .case import Case
+from .check import Violation
+from .ordeal import Ordeal
+from .strikes import strikes
+from .totals import Totals
+
+
+def main() -> int:
+    args = parse_arguments()
+    print(f"seed {args.seed}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory(prefix="batchrun-kills-") as scratch:
+        folder = args.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = make_model("llama", folder / "model")
+        return kill(args, folder, model)
+
+
+def kill(args: argparse.Namespace, folder: Path, model: Path) -> int:
+    totals = Totals()
+    violations, number, started = 0, args.only or 0, time.monotonic()
+    enough = False
+    while not enough:
+        seed = f"{args.seed}-{number}"
+        case = Case(seed, folder / f"output-{number}", model, args.rows)
+        print(f"output {number}: {case}", flush=True)
+        try:
+            Ordeal(case, strikes(seed), totals, args.stop_seconds).execute()
+            shutil.rmtree(case.folder)
+        except Violation as violation:
+            violations += 1
+            print(f"VIOLATION in output {number}: {violation}")
+            print(
+                f"again with: python -m tests.chaos.kills --seed {args.seed} --only {number} --keep FOLDER",
+                flush=True,
+            )
+        number += 1
+        enough = totals.kills.total() >= args.kills and totals.signals.total() >= args.signals
+        if args.only is not None or (violations and not args.go_on):
+            break
+    found = {"seed": args.seed, "violations": violations, "seconds": round(time.monotonic() - started)}
+    sums = {"kills_in_all": totals.kills.total(), "signals_in_all": totals.signals.total()}
+    print(json.dumps({**found, **sums, **dataclasses.asdict(totals)}))
+    return 1 if violations else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--signals", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=2000, help="of each input")
+    parser.add_argument(
+        "--stop-seconds", type=float, default=5.0, help="that a stop may take; more on a busy machine"
+    )
+    parser.add_argument("--only", type=int, help="this output alone, as it was in a longer run")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for inputs, outputs and logs; what held is deleted"
+    )
+    parser.add_argument("--go-on", action="store_true", help="with the next output after a violation")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The branches that only a GPU takes, on a CPU: what they call exists, and gives the answers of the other branches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cuda_stand_in
+import numpy as np
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("triton")
+
+from batchrun.engine.paged import PagedEngine, attention
+from batchrun.engine.paged.flash import FlashAttention
+from batchrun.engine.paged.gathered import GatheredPages
+from batchrun.engine.paged.memory import Budget, affordable_pages
+from batchrun.engine.protocol import EngineSpec, Request, Sampling
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they are taken anyway")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.4,
+}  # fmt: skip
+MODELS: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **SHAPE, num_local_experts=2, num_experts_per_tok=2, sliding_window=24
+    ),
+}
+
+
+def _engine(name: str, sampling: Sampling) -> PagedEngine:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32).eval()
+    options: dict[str, object] = {
+        "max_rows": 4, "prefill_tokens": 48, "decode_steps": 3, "cache_tokens": 512,
+    }  # fmt: skip
+    spec = EngineSpec(
+        "paged", "", "", sampling=sampling, stop_token_ids=(199,), max_context=128, options=options
+    )
+    return PagedEngine(spec, model, page_size=32)
+
+
+def _answers(engine: PagedEngine) -> dict[int, list[int]]:
+    rng = np.random.default_rng(0)
+    shared = rng.integers(3, 190, 53)
+    prompts = [np.concatenate([shared, rng.integers(3, 190, 5 + 3 * n)]).astype(np.int32) for n in range(4)]
+    requests = [Request(n, prompt, 7, n) for n, prompt in enumerate(prompts)]
+    answers = {one.id: one.token_ids.tolist() for one in engine.generate(iter(requests))}
+    engine._scheduler.check()
+    return answers
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)],
+    ids=["greedy", "sampled"],
+)
+def test_what_only_a_gpu_runs_gives_the_answers_of_a_cpu(
+    name: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _answers(_engine(name, sampling))
+    cuda_stand_in.install(monkeypatch)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_: FlashAttention())
+    monkeypatch.setattr("batchrun.engine.paged.runner.CASCADE_MIN_BATCH", 2)
+    engine = _engine(name, sampling)
+    merged = []
+    merge = FlashAttention._merge_shared_prefix
+    monkeypatch.setattr(
+        FlashAttention, "_merge_shared_prefix", lambda *call: merged.append(1) or merge(*call)
+    )
+    assert _answers(engine) == expected
+    assert cuda_stand_in.Graph.captured > 1
+    assert engine.stats.attention == "triton and flash-attn 2"
+    assert engine.stats.device == "a GPU"
+    # More than whole pages: some are copied.
+    assert engine.stats.gauges["shared_prompt_tokens"] > 3 * 32
+    # A window sees no shared prefix whole.
+    assert bool(merged) == (name == "llama")
+
+
+def test_a_gpu_gets_flash_attention_and_as_many_pages_as_its_memory_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda_stand_in.install(monkeypatch)
+    engine = _engine("llama", Sampling())
+    cache, device = engine._runner.cache, torch.device("cpu")
+    assert isinstance(attention.choose_backend(cache.layers, torch.float16, device), FlashAttention)
+    assert isinstance(attention.choose_backend(cache.layers, torch.float32, device), GatheredPages)
+    budget = Budget.of({"memory_fraction": 0.5}, device)
+    warmed: list[bool] = []
+    pages = affordable_pages(cache, budget, 128, device, lambda: warmed.append(True))
+    # Half of 8 GiB, without the 1 GiB of others and the 2 GiB of the warm-up.
+    assert pages == (1 << 30) // cache.page_bytes
+    assert warmed
+    assert budget.max_rows == 2048
+    assert budget.compile
