@@ -88,7 +88,7 @@ def value_counts(values: pa.ChunkedArray) -> dict[str, int]:
 
 
 def empty_answers(answers: pa.Table) -> int:
-    """Rows with an answer, and nothing but white space in it."""
-    answered = answers.filter(pc.equal(answers["status"], "ok"))["answer"]
+    """Rows that did not fail and have nothing but white space in their answer, or none, cut while the model thought."""
+    answered = pc.fill_null(answers.filter(pc.equal(answers["status"], "ok"))["answer"], "")
     empty: int = pc.sum(pc.equal(pc.utf8_trim_whitespace(answered), ""), min_count=0).as_py()
     return empty

@@ -7,18 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from rich.bar import Bar
 from rich.console import RenderableType
 from rich.table import Table
 
 from batchrun.cluster.local import visible_gpus
-from batchrun.dataset.plan import Partition
+from batchrun.dataset.plan import Partition, carried_columns
+from batchrun.dataset.rows import carried_schema
 from batchrun.driver.prepare import Prepared, prepare
 from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.records import device_name, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
 from batchrun.output import state
+from batchrun.output.part import part_schema
 from batchrun.report.summary import size
 from batchrun.telemetry.progress import duration
 
@@ -59,6 +62,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         "bytes": sum(sum(file.group_bytes) for file in plan.files),
         "partitions": len(plan.partitions),
         "largest_partition": max(partition.rows for partition in plan.partitions),
+        "columns": _columns(prepared),
         "plan_hash": plan.hash,
         "skipped": [f"{skipped.path} ({skipped.reason})" for skipped in plan.skipped],
         "context": prepared.codec.engine.max_context,
@@ -77,12 +81,21 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
         f"-> {found['partitions']:,} partitions (plan {found['plan_hash'][:8]})",
         f"largest partition {found['largest_partition']:,} rows; output {found['output']}",
     ]
+    shown.append(f"columns: {', '.join(f'{name} ({kind})' for name, kind in found['columns'].items())}")
     if found["skipped"]:
         shown.append(f"{len(found['skipped'])} unreadable files left out: {', '.join(found['skipped'][:5])}")
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
     return shown + _estimate_lines(found)
+
+
+def _columns(prepared: Prepared) -> dict[str, str]:
+    """The output's columns with their types."""
+    job, schema = prepared.job, prepared.plan.schema
+    names = carried_columns(job.input, schema, job.output.partition_by)
+    carried = carried_schema(pa.schema([schema.field(name) for name in names]), job)
+    return {field.name: str(field.type) for field in part_schema(carried, job.output.columns)}
 
 
 def _left(prepared: Prepared) -> list[Partition]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from batchrun.errors import JobError
 from batchrun.job.explain import explain
+from batchrun.job.prompt import PromptSettings
 from batchrun.job.settings import (
     ASKED_COLUMNS,
     AnswerSettings,
@@ -23,7 +25,6 @@ from batchrun.job.settings import (
     ModelSettings,
     NotifySettings,
     OutputSettings,
-    PromptSettings,
     Settings,
     TlsSettings,
 )
@@ -79,8 +80,9 @@ class Job(Settings):
         output, asked = self.output, self.answer.columns
         for name in ASKED_COLUMNS:
             if name in output.columns and name not in asked:
-                raise ValueError(f"output.columns: {name} is written where answer.logprobs asks for it")
-        named = {name: f"{output.column('answer')}_{name}" for name in asked} | output.columns
+                raise ValueError(f"output.columns: {name} is written where the answer section asks for it")
+        answer = output.column("answer")
+        named = {name: own or f"{answer}_{name}" for name, own in asked.items()} | output.columns
         if named != output.columns:
             self.__dict__["output"] = output.model_copy(update={"columns": named})
         return self
@@ -175,6 +177,17 @@ class Job(Settings):
         prompt = self.prompt.model_dump(mode="json")
         if prompt["special_tokens"] == "parse":
             del prompt["special_tokens"]  # as it was before there was a choice: older outputs can go on
+        # What an older job could not have is only there where it is set: its outputs keep their identity.
+        if not prompt["template_kwargs"]:
+            del prompt["template_kwargs"]
+        if prompt["tools"] is None:
+            del prompt["tools"]
+        elif isinstance(prompt["tools"], list):
+            # As text, since templates write the keys of tools in their order.
+            prompt["tools"] = json.dumps(prompt["tools"])
+        if self.prompt.messages and self.prompt.messages[-1].role == "assistant":
+            prompt["continue_final_message"] = True
+        answer = self.answer.model_dump(mode="json", exclude_defaults=True)
         output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
         if self.output.partition_by:
             output.add("partition_by")
@@ -182,14 +195,13 @@ class Job(Settings):
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
         # Like them, only where something is asked for.
-        answer = self.answer.model_dump(mode="json", exclude_defaults=True)
         return {
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
             "generation": self.generation.model_dump(mode="json"),
-            "output": self.output.model_dump(mode="json", include=output),
             **({"answer": answer} if answer else {}),
+            "output": self.output.model_dump(mode="json", include=output),
         }
 
     def as_written(self, values: dict[str, Any] | None = None) -> dict[str, Any]:

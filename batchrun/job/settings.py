@@ -1,4 +1,4 @@
-"""The sections of a job file: every key with its type, its bounds, its default and what it does."""
+"""The sections of a job file, all but the prompt: every key with its type, its bounds, its default and what it does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchrun.job.durations import parse_deadline
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
 """Columns that every output has."""
 
-ASKED_COLUMNS = ("logprobs", "top_logprobs", "mean_logprob")
+ASKED_COLUMNS = ("logprobs", "top_logprobs", "mean_logprob", "reasoning", "reasoning_tokens")
 """Columns that an output has if its job asks for them: see `AnswerSettings.columns`."""
 
 # A scheduler's address, whatever comm library has its protocol; http:// is that of its dashboard.
@@ -74,40 +74,6 @@ class InputSettings(Settings):
         return self
 
 
-class Message(Settings):
-    """One message of a conversation."""
-
-    role: str = Field(description="system, user or assistant, as the chat template knows them")
-    content: str = Field(description="Jinja text over the row's columns")
-
-
-class PromptSettings(Settings):
-    """What becomes of a row before it is tokenized: exactly one of template, messages, column."""
-
-    template: str | None = Field(None, description="Jinja text over the row's columns, sent as it is")
-    messages: list[Message] | None = Field(
-        None, min_length=1, description="Jinja messages through the chat template"
-    )
-    column: str | None = Field(None, description="a ready column: text, or a list of role/content structs")
-    chat_template: str | None = Field(None, description="used instead of the tokenizer's own chat template")
-    special_tokens: Literal["text", "parse"] = Field(
-        "text",
-        description="what row values that spell special tokens become: text, so that no row forges a role, or "
-        "(parse) those tokens",
-    )
-    truncate: Literal["left", "right"] | None = Field(
-        None, description="the side cut off a prompt that is too long"
-    )
-    empty: Literal["fail", "send"] = Field("fail", description="what an empty prompt becomes")
-    max_bytes: int = Field(1 << 20, ge=1, description="a longer rendered prompt is never tokenized whole")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if sum(v is not None for v in (self.template, self.messages, self.column)) != 1:
-            raise ValueError("give exactly one of template, messages, column")
-        return self
-
-
 class ModelSettings(Settings):
     """Which model, and what may be done to load it."""
 
@@ -160,7 +126,7 @@ class GenerationSettings(Settings):
 
 
 class AnswerSettings(Settings):
-    """What is written beside the answer's text."""
+    """What is written beside the answer's text, and what is taken out of it."""
 
     logprobs: int | None = Field(
         None,
@@ -169,13 +135,40 @@ class AnswerSettings(Settings):
         description="log probabilities as columns: of each token of the answer, their mean, and those of so many "
         "likeliest tokens in its place; 0 is without the latter",
     )
+    reasoning: str | None = Field(
+        None,
+        min_length=1,
+        description="a column for what a reasoning model thinks before it answers; answer is then the rest, and null "
+        "where it was cut before that. The column NAME_tokens counts its tokens, which output_tokens includes",
+    )
+    reasoning_markers: list[str] | None = Field(
+        None,
+        description="the texts around the reasoning, such as [<think>, </think>]; by default as the tokenizer and the "
+        "chat template have them",
+    )
 
     @property
-    def columns(self) -> list[str]:
-        """Those of ASKED_COLUMNS that are asked for."""
-        if self.logprobs is None:
-            return []
-        return ["logprobs", "mean_logprob", *(["top_logprobs"] if self.logprobs else [])]
+    def columns(self) -> dict[str, str | None]:
+        """Those of ASKED_COLUMNS that are asked for, with their names where the job gives them here."""
+        found: dict[str, str | None] = {}
+        if self.logprobs is not None:
+            found |= {"logprobs": None, "mean_logprob": None}
+            found |= {"top_logprobs": None} if self.logprobs else {}
+        if self.reasoning is not None:
+            found |= {"reasoning": self.reasoning, "reasoning_tokens": f"{self.reasoning}_tokens"}
+        return found
+
+    @model_validator(mode="after")
+    def _two_markers_of_a_column(self) -> Self:
+        if self.reasoning_markers is None:
+            return self
+        if len(self.reasoning_markers) != 2 or not all(marker.strip() for marker in self.reasoning_markers):
+            raise ValueError("reasoning_markers are two texts: [opening, closing]")
+        if self.reasoning is None:
+            raise ValueError(
+                "reasoning_markers are of no use without reasoning: name a column for the reasoning"
+            )
+        return self
 
 
 class EngineSettings(Settings):

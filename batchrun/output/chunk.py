@@ -33,6 +33,8 @@ ASKED = pa.schema(
         pa.field("logprobs", pa.list_(pa.float32())),
         pa.field("top_logprobs", pa.list_(pa.list_(_TOKEN))),
         pa.field("mean_logprob", pa.float32()),
+        pa.field("reasoning", pa.string()),
+        pa.field("reasoning_tokens", pa.int32()),
     ]
 )
 

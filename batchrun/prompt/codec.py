@@ -13,6 +13,7 @@ from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, context_length, load_tokenizer, stop_token_ids
 from batchrun.model.light import without_warnings
 from batchrun.prompt.detokenizer import Detokenizer
+from batchrun.prompt.reasoning import Reasoning, find_reasoning
 from batchrun.prompt.tokens import PromptBuilder
 
 # Where a model's config names no limit: bounds memory, and no prompt of a sane job reaches it.
@@ -26,6 +27,7 @@ class PromptCodec:
     builder: PromptBuilder
     detokenizer: Detokenizer
     engine: EngineSpec
+    reasoning: Reasoning | None = None
 
 
 def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
@@ -37,9 +39,12 @@ def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
     tokenizer = load_tokenizer(model, job.model)
     context = _context(model, job)
     stop_ids = stop_token_ids(model, tokenizer)
-    builder = PromptBuilder(job.prompt, tokenizer, context, job.generation.max_new_tokens, schema)
     detokenizer = Detokenizer(tokenizer, job.generation.stop, stop_ids)
-    return PromptCodec(builder, detokenizer, _engine_spec(job, model, context, stop_ids))
+    reasoning = None
+    if job.answer.reasoning is not None:
+        reasoning = find_reasoning(job.answer.reasoning_markers, tokenizer, detokenizer)
+    builder = PromptBuilder(job.prompt, tokenizer, context, job.generation.max_new_tokens, schema, reasoning)
+    return PromptCodec(builder, detokenizer, _engine_spec(job, model, context, stop_ids), reasoning)
 
 
 def _context(model: ModelFolder, job: Job) -> int:

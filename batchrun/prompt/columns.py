@@ -83,6 +83,11 @@ def check_prompt_column(name: str, kind: pa.DataType) -> None:
         )
 
 
+def null_prompt(column: str) -> RowFault:
+    """The fault of a row whose ready prompt is null."""
+    return RowFault(FaultCode.NULL_PROMPT, f"column {column!r} is null")
+
+
 def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()

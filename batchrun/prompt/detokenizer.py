@@ -26,7 +26,19 @@ class Detokenizer:
                 self._tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 for row in ids
             ]
-        return [self._before_stop(text) for text in texts] if self._stop else texts
+        return [self.before_stop(text) for text in texts] if self._stop else texts
+
+    def decode_whole(self, answer: TokenIds) -> str:
+        """The text of one answer with the special tokens that it holds, and whatever `stop` texts."""
+        ids = self._without_ending(answer.tolist())
+        if self._fast is not None:
+            return str(self._fast.decode(ids, skip_special_tokens=False))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def before_stop(self, text: str) -> str:
+        """The text up to the first of the `stop` texts."""
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        return text[: min(places)] if places else text
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The text of each token alone, special ones by their names; a part of a character is U+FFFD."""
@@ -34,7 +46,3 @@ class Detokenizer:
 
     def _without_ending(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in self._ending else ids
-
-    def _before_stop(self, text: str) -> str:
-        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        return text[: min(places)] if places else text

@@ -29,6 +29,8 @@ TOO_LARGE = (
     f"rendering takes more than {MEMORY >> 30} GiB of memory, or gives more than {TEXT >> 20} Mi characters"
 )
 
+LOST_ANSWER = "it leaves out, or changes, the assistant's message that is to be continued"
+
 
 class _TooLong(BaseException):
     """No Exception, which Jinja's own code would catch here and there."""
@@ -50,15 +52,31 @@ def rows(sources: Sequence[str], names: Sequence[str], rows: Iterable[tuple[Any,
     return [_limited(render, row) for row in rows]
 
 
-def chats(template: str, variables: dict[str, Any], rows: Iterable[list[dict[str, Any]]]) -> list[Any]:
-    """For each conversation its text, or its fault."""
+def chats(template: str, variables: dict[str, Any], rows: Iterable[tuple[Any, Any]]) -> list[Any]:
+    """For each conversation, its messages and its tools, its text or its fault.
+
+    The text ends where the model is to go on: behind a last message of the assistant, else where its own begins.
+    """
     # A second, for the jobs that need it; it comes without torch.
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def render(row: list[dict[str, Any]]) -> str:
-        texts, _ = render_jinja_template(
-            [row], chat_template=template, add_generation_prompt=True, **variables
-        )
+    def render(row: tuple[list[dict[str, Any]], list[dict[str, Any]] | None]) -> str:
+        messages, tools = row
+        continues = bool(messages) and messages[-1]["role"] == "assistant"
+        try:
+            texts, _ = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=template,
+                continue_final_message=continues,
+                add_generation_prompt=not continues,
+                **variables,
+            )
+        except ValueError as error:
+            if continues and str(error).startswith("continue_final_message is set"):
+                # transformers' message has the whole conversation in it.
+                raise ValueError(LOST_ANSWER) from None
+            raise
         return _bounded(texts[0])
 
     return [_limited(render, row, "chat template: ") for row in rows]

@@ -43,9 +43,10 @@ class Renderer:
         return self._each("rows", (sources, names), rows)
 
     def chats(
-        self, template: str, variables: Mapping[str, str], rows: Sequence[list[dict[str, Any]]]
+        self, template: str, variables: Mapping[str, Any], rows: Sequence[tuple[Any, Any]]
     ) -> list[str | RowFault]:
-        """(rows,) Conversations through a chat template, as transformers renders it, or the row's fault."""
+        """(rows,) Conversations, (messages, tools or None) each, through a chat template as transformers renders it, up
+        to where the model is to go on, or the row's fault."""
         return self._each("chats", (template, variables), rows)
 
     def _each(self, kind: str, what: tuple[Any, ...], rows: Sequence[Any]) -> list[Any]:

@@ -1,17 +1,24 @@
-"""The job's Jinja templates: what columns they read, and whether they are right."""
+"""The job's Jinja templates: what columns they read, whether they are right, and the texts that rows make of them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyarrow as pa
 from jinja2 import TemplateSyntaxError, meta
 
-from batchrun.errors import InputError, JobError, nearest
-from batchrun.job.settings import PromptSettings
+from batchrun.errors import InputError, JobError, RowFault, nearest
+from batchrun.job.prompt import PromptSettings, ToolsColumn
+from batchrun.prompt.columns import values
 from batchrun.prompt.renderer import RENDERER
 from batchrun.prompt.sandbox import ENVIRONMENT
+
+# Drops a number of units (bytes or tokens) from a text.
+Drop = Callable[[str, int], str]
+# Marks what a row value spells and must stay text.
+Guard = Callable[[Any], Any]
 
 # {name} as in an f-string, outside of Jinja's own braces and outside of JSON.
 _BRACES = re.compile(r"(?<!\{)\{(\w+)\}(?!\})")
@@ -40,17 +47,29 @@ def prompt_columns(settings: PromptSettings) -> list[str]:
     Raises:
         JobError: a template with a syntax error.
     """
+    tools = [settings.tools.column] if isinstance(settings.tools, ToolsColumn) else []
+    return list(dict.fromkeys([*message_columns(settings), *tools]))
+
+
+def message_columns(settings: PromptSettings) -> list[str]:
+    """Those of the prompt's columns that its texts and messages are made of. Raises as `prompt_columns` does."""
     if settings.column is not None:
         return [settings.column]
     return list(dict.fromkeys(name for template in row_templates(settings) for name in template.columns))
 
 
 def row_templates(settings: PromptSettings) -> list[RowTemplate]:
-    """The job's templates: one for a text, one for each message, none for a ready column."""
+    """The job's templates: one for a text, one for each part of each message, none for a ready column."""
     if settings.template is not None:
         return [RowTemplate(settings.template, "prompt.template")]
-    messages = settings.messages or []
-    return [RowTemplate(m.content, f"prompt.messages[{i}].content") for i, m in enumerate(messages)]
+    found = []
+    for i, message in enumerate(settings.messages or []):
+        where = f"prompt.messages[{i}].content"
+        if isinstance(message.content, str):
+            found.append(RowTemplate(message.content, where))
+        else:
+            found += [RowTemplate(text, f"{where}[{j}].text") for j, text in enumerate(message.texts)]
+    return found
 
 
 def check_templates(templates: Sequence[RowTemplate]) -> None:
@@ -89,3 +108,26 @@ def check_columns(settings: PromptSettings, schema: pa.Schema) -> None:
     if missing:
         hints = "; ".join(f"{name!r}{nearest(name, schema.names)}" for name in missing)
         raise InputError(f"the prompt reads columns that the input does not have: {hints}", "prompt")
+
+
+class Templates:
+    """The job's templates over the columns that they read."""
+
+    def __init__(self, settings: PromptSettings, guard: Guard) -> None:
+        templates = row_templates(settings)
+        check_templates(templates)
+        self.sources, self.columns = [t.source for t in templates], message_columns(settings)
+        self.guard = guard
+
+    def render(self, batch: pa.RecordBatch) -> list[list[str] | RowFault]:
+        """(rows,) A row's texts, one per template, or its fault."""
+        columns = [map(self.guard, values(batch.column(name))) for name in self.columns]
+        rows: list[Any] = [*zip(*columns, strict=True)] if columns else [()] * batch.num_rows
+        faults = {i: fault for i, row in enumerate(rows) if (fault := _fault(row)) is not None}
+        good = [row for i, row in enumerate(rows) if i not in faults] if faults else rows
+        rendered = iter(RENDERER.rows(self.sources, self.columns, good))
+        return [faults[i] if i in faults else next(rendered) for i in range(len(rows))]
+
+
+def _fault(row: Sequence[Any]) -> RowFault | None:
+    return next((value for value in row if isinstance(value, RowFault)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,23 @@ import pyarrow as pa
 
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, InputError, JobError, RowFault
-from batchrun.job.settings import PromptSettings
+from batchrun.job.prompt import PromptSettings
 from batchrun.prompt.encoder import Encoder
+from batchrun.prompt.reasoning import Reasoning
 from batchrun.prompt.source import open_source
 from batchrun.prompt.special import MARK, Guarded, cut
 from batchrun.prompt.template import prompt_columns
 
 # A sample is tried a few rows at a time, and no longer than this once most of them fail.
 SAMPLE_ROWS, SAMPLE_SECONDS = 4, 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row's int32 token ids, and whether the model is thinking already where they end."""
+
+    token_ids: TokenIds
+    is_reasoning: bool
 
 
 class PromptBuilder:
@@ -35,10 +45,16 @@ class PromptBuilder:
     """
 
     def __init__(
-        self, settings: PromptSettings, tokenizer: Any, context: int, max_new_tokens: int, schema: pa.Schema
+        self,
+        settings: PromptSettings,
+        tokenizer: Any,
+        context: int,
+        max_new_tokens: int,
+        schema: pa.Schema,
+        reasoning: Reasoning | None = None,
     ) -> None:
         self.columns = prompt_columns(settings)
-        self._settings, self._tokenizer = settings, tokenizer
+        self._settings, self._tokenizer, self._reasoning = settings, tokenizer, reasoning
         self._context, self._room = context, context - max_new_tokens
         if self._room < 1:
             raise JobError(
@@ -57,6 +73,12 @@ class PromptBuilder:
     def build(self, batch: pa.RecordBatch) -> list[TokenIds | RowFault]:
         """(rows,) int32 arrays of token ids, never empty, each with room for the new tokens, or the rows'
         faults."""
+        return [
+            prompt if isinstance(prompt, RowFault) else prompt.token_ids for prompt in self.prompts(batch)
+        ]
+
+    def prompts(self, batch: pa.RecordBatch) -> list[Prompt | RowFault]:
+        """(rows,) The same, with what an answer needs to know of its prompt."""
         rows = self._source.rows(batch)
         built: list[Any] = self._texts(rows)
         for i, text in enumerate(built):
@@ -66,8 +88,15 @@ class PromptBuilder:
         texts = [i for i, text in enumerate(built) if isinstance(text, str)]
         encoded = self._encoder.encode([built[i] for i in texts], self._source.special_tokens)
         for i, ids in zip(texts, encoded, strict=True):
-            built[i] = self._fitted(rows[i], ids)
+            fitted = self._fitted(rows[i], ids)
+            if isinstance(fitted, RowFault):
+                built[i] = fitted
+            else:
+                built[i] = Prompt(fitted, self._is_reasoning(rows[i], built[i]))
         return built
+
+    def _is_reasoning(self, row: Any, text: str) -> bool:
+        return self._reasoning is not None and self._reasoning.is_begun(text, self._source.begun(row))
 
     def _texts(self, rows: list[Any]) -> list[str | RowFault]:
         texts: list[Any] = [row if isinstance(row, RowFault) else self._empty(row) for row in rows]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from batchrun.errors import RowFault
 from batchrun.job.job import Job
 from batchrun.prompt.renderer import RENDERER
-from batchrun.prompt.template import prompt_columns, row_templates
+from batchrun.prompt.template import message_columns, row_templates
 from batchrun.storage import Folder
 
 SAMPLED_PARTS = 32  # parts whose lengths are read; spread evenly
@@ -98,7 +98,7 @@ class _RowReader:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.templates = [template.source for template in row_templates(job.prompt)]
-        self.wanted = prompt_columns(job.prompt)
+        self.wanted = message_columns(job.prompt)
         self.own = {name: job.output.column(name) for name in ("answer", "finish_reason", "error")}
 
     def first(self, key: str, file: pq.ParquetFile) -> list[ReadRow]:
@@ -146,7 +146,7 @@ class _RowReader:
                 ]
             return [("", _cut(str(value)))]
         row = tuple(values[name] for name in self.wanted)
-        roles = [message.role for message in settings.messages or []] or [""]
+        roles = [message.role for message in settings.messages or [] for _ in message.texts] or [""]
         (made,) = RENDERER.rows(self.templates, self.wanted, [row])
         if isinstance(made, RowFault):
             return [("", f"({made})")]

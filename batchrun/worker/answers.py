@@ -12,13 +12,29 @@ from numpy.typing import NDArray
 from batchrun.engine.protocol import Completion, TokenValues
 from batchrun.errors import RowFault
 from batchrun.output.chunk import ANSWERS, ASKED
+from batchrun.prompt.codec import PromptCodec
 from batchrun.prompt.detokenizer import Detokenizer
 
 
-def answered(done: Sequence[Completion], lengths: NDArray[np.int32], detokenizer: Detokenizer) -> pa.Table:
-    """Completions as answers; `lengths` are the prompts' tokens, by row."""
+def answered(
+    done: Sequence[Completion],
+    lengths: NDArray[np.int32],
+    codec: PromptCodec,
+    reasoning: NDArray[np.bool_],
+) -> pa.Table:
+    """Completions as answers; `lengths` are the prompts' tokens, and `reasoning` tells whose model is thinking already
+    where its prompt ends, both by row."""
     rows = np.fromiter((c.id for c in done), np.int64, len(done))
-    texts: list[str | None] = list(detokenizer.decode([c.token_ids for c in done]))
+    asked = _asked(done, codec.detokenizer)
+    texts: list[str | None]
+    if codec.reasoning is None:
+        texts = list(codec.detokenizer.decode([c.token_ids for c in done]))
+    else:
+        parts = [codec.reasoning.take_apart(c.token_ids, bool(reasoning[c.id])) for c in done]
+        texts = [one.answer for one in parts]
+        good = [completion.fault is None for completion in done]
+        asked["reasoning"] = [one.reasoning if ok else None for one, ok in zip(parts, good, strict=True)]
+        asked["reasoning_tokens"] = [one.tokens if ok else None for one, ok in zip(parts, good, strict=True)]
     for i, completion in enumerate(done):
         if completion.fault is not None:
             texts[i] = None
@@ -30,7 +46,7 @@ def answered(done: Sequence[Completion], lengths: NDArray[np.int32], detokenizer
         output_tokens=np.fromiter((len(c.token_ids) for c in done), np.int32, len(done)),
         error=[None if c.fault is None else str(c.fault) for c in done],
     )
-    for name, column in _asked(done, detokenizer).items():
+    for name, column in asked.items():
         table = table.append_column(ASKED.field(name), pa.array(column, ASKED.field(name).type))
     return table
 

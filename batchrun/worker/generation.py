@@ -69,6 +69,7 @@ class Generation:
         self._max_new_tokens = max_new_tokens
         self._rows = rows
         self._lengths = np.zeros(len(rows), np.int32)
+        self._reasoning = np.zeros(len(rows), bool)
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
         # Rows that the engine finished and the attempt has taken.
@@ -131,16 +132,19 @@ class Generation:
             whole = len(wanted) == batch.records.num_rows
             records = batch.records if whole else batch.records.take(pa.array(wanted))
             seeds = batch.row_ids[wanted].view(np.int64).tolist()
-            for row, seed, prompt in zip(rows, seeds, builder.build(records), strict=True):
+            for row, seed, prompt in zip(rows, seeds, builder.prompts(records), strict=True):
                 self._counters.pulled += 1
                 if isinstance(prompt, RowFault):
                     self._faults[row] = prompt
                     continue
-                self._lengths[row] = len(prompt)
+                length = len(prompt.token_ids)
+                self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
                 self._counters.requests += 1
-                self._counters.sent_tokens += len(prompt)
-                begun = self._begun_before(row, len(prompt))
-                yield Request(row, prompt, self._max_new_tokens, seed, begun.tokens, values=begun.values)
+                self._counters.sent_tokens += length
+                begun = self._begun_before(row, length)
+                yield Request(
+                    row, prompt.token_ids, self._max_new_tokens, seed, begun.tokens, values=begun.values
+                )
 
     def _begun_before(self, row: int, prompt_tokens: int) -> PartialAnswer:
         """The tokens that an earlier attempt left; none where they cannot be this prompt's."""
@@ -168,7 +172,7 @@ class Generation:
 
     def _settle(self) -> None:
         if self._done:
-            self._add(answered(self._done, self._lengths, self._codec.detokenizer))
+            self._add(answered(self._done, self._lengths, self._codec, self._reasoning))
             self.answered += len(self._done)
         if self._faults:
             self._add(failed(self._faults))

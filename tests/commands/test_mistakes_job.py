@@ -155,6 +155,49 @@ SECTIONS = (
     ("a signed URL", {"output": {"path": "https://x.org/a?sig=abc"}}, "output.path", "storage_options"),
     ("an unknown protocol", {"output": {"path": "s4://lake/x"}}, "s4://lake/x", "did you mean 's3'?"),
     ("a bucket without s3://", {"input": {"path": "s3:/lake/x"}}, "s3:/lake/x", "s3://"),
+    (
+        "an image in a message",
+        {
+            "prompt": {
+                "template": None,
+                "messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
+            }
+        },
+        "prompt.messages.0.content: part 0 has the type 'image'",
+        "use {type: text, text: ...}",
+    ),
+    (
+        "a part without its type",
+        {"prompt": {"template": None, "messages": [{"role": "user", "content": [{"text": "x"}]}]}},
+        "prompt.messages.0.content",
+        "write {type: text, text: ...}",
+    ),
+    (
+        "a tool without a name",
+        {"prompt": {"tools": [{"type": "function", "function": {"parameters": {}}}]}},
+        "prompt.tools: tool 0",
+        "write {type: function, function: {name: ...}}",
+    ),
+    (
+        "tools of text",
+        {"prompt": {"tools": "get_weather"}},
+        "prompt.tools",
+        "a list of tools, or {column: name}",
+    ),
+    ("tools without messages", {"prompt": {"tools": [{"name": "now"}]}}, "prompt: tools", "use messages"),
+    (
+        "tools as a variable",
+        {"prompt": {"template_kwargs": {"tools": []}}},
+        "prompt.template_kwargs",
+        "prompt.tools",
+    ),
+    (
+        "one marker",
+        {"answer": {"reasoning": "why", "reasoning_markers": ["<a>"]}},
+        "answer",
+        "[opening, closing]",
+    ),
+    ("markers alone", {"answer": {"reasoning_markers": ["<a>", "</a>"]}}, "answer", "name a column"),
     ("options of text", {"input": {"storage_options": "anon"}}, "input.storage_options", "mapping"),
 )
 

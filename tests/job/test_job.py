@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchrun.errors import BatchrunError, JobError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
-from batchrun.job.settings import OUTPUT_COLUMNS, ClusterSettings
+from batchrun.job.settings import OUTPUT_COLUMNS, ClusterSettings, OutputSettings
 from batchrun.telemetry.redact import Redactor
 
 BASE = """
@@ -113,6 +113,56 @@ def test_places_and_budgets_do_not_change_what_decides_the_outputs():
         "model.dtype=float16",
     ):
         assert stable_hash(Job.parse(BASE, [change]).deciding()) != plain
+
+
+CHAT = BASE.replace("template: ", "messages: [{role: user, content: '{{ text }}'}]} #")
+
+
+def test_a_job_of_an_earlier_version_keeps_its_identity() -> None:
+    chat = """
+input: {path: s3://bucket/in/}
+prompt: {messages: [{role: system, content: Be brief.}, {role: user, content: "{{ text }}"}]}
+model: {name: org/model}
+output: {path: s3://bucket/out}
+"""
+    # As version 0.2.0 had it, but for prompt.special_tokens.
+    known = "9398972fe9cc091c452ed425b3c365a70bbea6730ba3500076fd5d5c5381100c"
+    assert stable_hash(Job.parse(chat).deciding()) == known
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "prompt.template_kwargs={enable_thinking: false}",
+        "prompt.tools=[{name: now}]",
+        "prompt.tools={column: tools}",
+        "prompt.messages=[{role: user, content: [{type: text, text: '{{ text }}'}]}]",
+        "prompt.messages=[{role: user, content: '{{ text }}'}, {role: assistant, content: 'So'}]",
+        "answer.reasoning=thoughts",
+        "answer={reasoning: thoughts, reasoning_markers: [<a>, </a>]}",
+    ],
+)
+def test_what_a_chat_template_gets_and_what_an_answer_becomes_is_part_of_the_job(change: str) -> None:
+    one, other = (Job.parse(CHAT, changes).deciding() for changes in ([], [change]))
+    assert stable_hash(one) != stable_hash(other)
+
+
+def test_the_order_of_a_tools_keys_is_part_of_the_job() -> None:
+    one, other = (
+        Job.parse(CHAT, [f"prompt.tools=[{{{keys}}}]"]).deciding()
+        for keys in ("name: now, description: x", "description: x, name: now")
+    )
+    assert stable_hash(one) != stable_hash(other)
+
+
+def test_jobs_that_share_an_output_section_have_columns_of_their_own() -> None:
+    output = OutputSettings(path="out")
+    sections = {"input": {"path": "in"}, "prompt": {"column": "t"}, "model": {"name": "m"}, "output": output}
+    thinking = pickle.loads(pickle.dumps(Job(**sections, answer={"reasoning": "why"})))
+    names = [thinking.output.column(name) for name in thinking.output.answer_columns]
+    assert names[-2:] == ["why", "why_tokens"]
+    assert "reasoning" not in Job(**sections).output.answer_columns
+    assert "reasoning" not in output.answer_columns
 
 
 def test_secrets_are_in_no_repr_no_hash_input_and_no_redacted_text():

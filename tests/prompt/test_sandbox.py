@@ -18,7 +18,7 @@ import pytest
 from tiny import byte_tokenizer
 
 from batchrun.errors import FaultCode, InputError, RowFault
-from batchrun.job.settings import PromptSettings
+from batchrun.job.prompt import PromptSettings
 from batchrun.prompt.renderer import RENDERER, Renderer
 from batchrun.prompt.tokens import PromptBuilder, check_sample
 
@@ -153,7 +153,7 @@ def test_an_endless_row_is_its_own_error_among_others(endless: str) -> None:
 
 
 def test_a_chat_template_has_the_same_limits() -> None:
-    chats = [[{"role": "user", "content": text}] for text in ("x", "bomb", "y")]
+    chats = [([{"role": "user", "content": text}], None) for text in ("x", "bomb", "y")]
     template = "{% if messages[0].content == 'bomb' %}BOMB{% else %}{{ messages[0].content }}{% endif %}"
     for bomb in (ENDLESS, "{{ 'a' * 10**10 }}"):
         first, fault, last = RENDERER.chats(template.replace("BOMB", bomb), {}, chats)

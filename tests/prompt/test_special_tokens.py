@@ -10,7 +10,7 @@ from tiny import CHATML, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from batchrun.job.settings import PromptSettings
+from batchrun.job.prompt import PromptSettings
 from batchrun.prompt.renderer import RENDERER
 from batchrun.prompt.tokens import PromptBuilder
 
