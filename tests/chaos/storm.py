@@ -148,7 +148,7 @@ class Round:
         for driver in [d for d in self.drivers if d.ended is not None]:
             self.drivers.remove(driver)
             text = driver.log.read_text(errors="replace")
-            if "error: unexpected" in text or driver.ended == 3:
+            if re.search(r"error: (\S+: )?unexpected ", text) or driver.ended == 3:
                 raise Violation(f"a run ended with {driver.ended}: {driver.last_words}")
             if driver.ended == 0:
                 self.complete = True
