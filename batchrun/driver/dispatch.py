@@ -310,7 +310,8 @@ class Dispatch:
     def _show(self, workers: dict[str, Any]) -> tuple[Progress, Heartbeats]:
         """Gives the callback the run's counters, those of tasks in flight included."""
         in_flight = self._members()
-        beats = heartbeats.read(workers, self.order.run, self.total, in_flight)
+        rows = {index: self.plan.partitions[index].rows for index in in_flight}
+        beats = heartbeats.read(workers, self.order.run, self.total, rows)
         if self.before is None:
             self.before = {(address, stats.pid): stats for address, stats in beats.engines}
         for address, stats in beats.engines:

@@ -256,6 +256,8 @@ class PagedEngine:
         stats.prompt_tokens = scheduler.prompt_tokens - scheduler.shared_tokens
         stats.gauges |= {
             "active_rows": scheduler.active,
+            "active_prompt_tokens": scheduler.active_tokens[0],
+            "active_output_tokens": scheduler.active_tokens[1],
             "waiting_rows": len(scheduler.queue),
             "pages": scheduler.pool.pages,
             "pages_free": scheduler.pool.available,

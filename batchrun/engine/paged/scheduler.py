@@ -122,6 +122,12 @@ class Scheduler:
         """Rows that hold a slot."""
         return len(self._rows) - len(self._free_slots)
 
+    @property
+    def active_tokens(self) -> tuple[int, int]:
+        """Of the prompts and the answers so far of rows that hold a slot."""
+        prompt, length = self._prompt[self._taken], self._length[self._taken]
+        return int(prompt.sum()), int(np.maximum(length - prompt, 0).sum())
+
     def add(self, request: Request) -> Row:
         """Queues a request. Its row must fit the pool: see `fits`."""
         row = Row.of(request)
