@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -315,7 +315,7 @@ class Dispatch:
         """Gives the callback the run's counters, those of tasks in flight included."""
         in_flight = self._members()
         totals = self.totals
-        beats = heartbeats.read(workers, self.order.run, totals.counts, in_flight)
+        beats = heartbeats.read(workers, self.order.run, totals.counts, self._rows(in_flight))
         totals.see(beats)
         now = Progress(
             seconds=totals.seconds,
@@ -379,9 +379,12 @@ class Dispatch:
     def _holding(self, client: Client) -> bool:
         """Whether any task in flight has begun: others wait for a worker, or for one that opens a tokenizer."""
         self.workers = client.scheduler_info(n_workers=-1)["workers"]
-        return bool(
-            heartbeats.read(self.workers, self.order.run, self.totals.counts, self._members()).activity
-        )
+        rows = self._rows(self._members())
+        return bool(heartbeats.read(self.workers, self.order.run, self.totals.counts, rows).activity)
+
+    def _rows(self, partitions: Iterable[int]) -> dict[int, int]:
+        """How many each of the partitions has."""
+        return {index: self.plan.partitions[index].rows for index in partitions}
 
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,10 @@ class Heartbeats:
     activity: list[tuple[str, AttemptCounters, Hashable]] = field(default_factory=list)
 
 
-def read(workers: Mapping[str, Any], run: str, finished: Counters, in_flight: Collection[int]) -> Heartbeats:
-    """Reads the scheduler's view of its workers, by address, for the run and the partitions in flight."""
+def read(
+    workers: Mapping[str, Any], run: str, finished: Counters, in_flight: Mapping[int, int]
+) -> Heartbeats:
+    """Reads the scheduler's view of its workers, by address, for the run and the rows of its partitions in flight."""
     beats = Heartbeats(finished)
     for address, worker in workers.items():
         snapshot = worker["metrics"].get("batchrun") or {
@@ -57,6 +59,8 @@ def read(workers: Mapping[str, Any], run: str, finished: Counters, in_flight: Co
                 doing=_doing(mine, engines),
                 engine=next((stats for stats in engines if stats.pid), None),
                 gpu=Gpu(**snapshot["gpu"]) if snapshot["gpu"] else None,
+                rows=sum(in_flight[one.partition] for one in mine),
+                counts=sum(mine, Counters()),
             )
         )
     return beats

@@ -21,7 +21,8 @@ LOG_EVERY = 15.0  # seconds between two lines where there is no terminal
 class WorkerView:
     """One worker by its last heartbeat: tasks in hand, memory (bytes) of its process, its engine and its GPU.
 
-    `doing` is "starting", "loading", "compiling", "generating", "sealing" or "idle".
+    `doing` is "starting", "loading", "compiling", "generating", "sealing" or "idle". `rows` are those of the partitions
+    that it has in hand, `counts` what was counted of them.
     """
 
     address: str
@@ -32,6 +33,8 @@ class WorkerView:
     doing: str
     engine: EngineStats | None = None
     gpu: Gpu | None = None
+    rows: int = 0
+    counts: Counters = field(default_factory=Counters)
 
 
 @dataclass(frozen=True, slots=True)

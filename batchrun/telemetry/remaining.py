@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from batchrun.telemetry.remaining_tokens import RemainingByTokens
+
 if TYPE_CHECKING:
     from batchrun.telemetry.progress import Progress
 
@@ -31,9 +33,30 @@ class _Point:
 
 
 class Remaining:
+    """Seconds that the rest takes: by tokens where engines tell what the rows have come to that they have begun, as a
+    paged engine does, and else by the lengths of prompts."""
+
+    def __init__(self) -> None:
+        self._by_length, self._by_tokens = RemainingByLength(), RemainingByTokens()
+        self._paged = False
+
+    def add(self, now: Progress) -> None:
+        views = now.worker_views
+        self._paged = self._paged or any(
+            v.engine and "active_output_tokens" in v.engine.gauges for v in views
+        )
+        self._by_length.add(now)
+        self._by_tokens.add(now)
+
+    def seconds(self) -> float | None:
+        """None before the first rows are through."""
+        return (self._by_tokens if self._paged else self._by_length).seconds()
+
+
+class RemainingByLength:
     """Seconds that the rest takes, kept as the busy seconds of all workers that the whole run comes to.
 
-    An engine takes the longest rows of its window first and finishes them in bursts, so that rows per second tell
+    A padded engine takes the longest rows of its window first and finishes them in bursts, so that rows per second tell
     nothing by themselves. Here the time of a row is a power of its prompt's length, fitted to what stretches of the
     run have taken, and the rows to come are as much shorter than those that are done as their tokens say: the mean
     prompt of all rows pulled is known early, as these come in the data's own order. Only moments at which rows finish

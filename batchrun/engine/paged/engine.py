@@ -285,8 +285,11 @@ class PagedEngine:
         stats.batches = runner.launches
         stats.steps = runner.launches
         stats.prompt_tokens = scheduler.prompt_tokens - scheduler.shared_tokens
+        prompt_tokens, output_tokens = scheduler.active_tokens
         stats.gauges |= {
             "active_rows": scheduler.active,
+            "active_prompt_tokens": prompt_tokens,
+            "active_output_tokens": output_tokens,
             "waiting_rows": len(scheduler.queue),
             "pages": scheduler.pool.num_pages,
             "pages_free": scheduler.pool.available,

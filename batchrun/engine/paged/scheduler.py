@@ -105,6 +105,12 @@ class Scheduler:
         """Sequences that hold a slot."""
         return len(self._sequences) - len(self._free_slots)
 
+    @property
+    def active_tokens(self) -> tuple[int, int]:
+        """Of the prompts and the answers so far of sequences that hold a slot."""
+        prompts, lengths = self._prompt_lens[self._occupied], self._seq_lens[self._occupied]
+        return int(prompts.sum()), int(np.maximum(lengths - prompts, 0).sum())
+
     def add(self, request: Request) -> Sequence:
         """Queues a request. Its sequence must fit the pool: see `fits`."""
         sequence = Sequence.of(request)
