@@ -53,12 +53,10 @@ def token_automaton(
     size = max(len(vocabulary.tokens), ends[-1] + 1)
     walk = _Walk(automaton)
     functions = walk.functions([*vocabulary.tokens, *[None] * (size - len(vocabulary.tokens))])
-    if vocabulary.strips_space:
-        # A first token that is nothing but the space changes nothing, and may be.
-        first = [token[1:] if token and token.startswith(b" ") else token for token in vocabulary.tokens]
+    at_start = functions
+    if (first := vocabulary.first) is not None:
+        # A first token that is nothing but the space that is lost changes nothing, and may be.
         at_start = walk.functions([*first, *[None] * (size - len(first))], _SAME)
-    else:
-        at_start = functions
     # A class is what a token does anywhere, and what it does as the first one.
     pairs = np.stack([functions, at_start], axis=1)
     pairs[ends] = _END

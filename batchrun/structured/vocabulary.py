@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from batchrun.errors import ModelError
 
+_ToBytes = Callable[[str], bytes]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _TRIES = 64  # random answers that are compared with what the tokenizer itself decodes
 
@@ -21,16 +22,16 @@ _TRIES = 64  # random answers that are compared with what the tokenizer itself d
 class Vocabulary:
     """`tokens` (tokens,) are the bytes of each id, None for those that an answer never has: special and unused ones.
 
-    Where `strips_space` holds, one space at the very beginning of an answer is not part of its text.
+    `first` are their bytes at the very beginning of an answer, where some tokenizers lose a space; None: the same.
     """
 
     tokens: list[bytes | None]
-    strips_space: bool = False
+    first: list[bytes | None] | None = None
 
     def text(self, ids: Sequence[int]) -> bytes:
         """The text of an answer's tokens."""
-        text = b"".join(self.tokens[i] or b"" for i in ids)
-        return text[1:] if self.strips_space and text.startswith(b" ") else text
+        first = self.tokens if self.first is None else self.first
+        return b"".join((self.tokens if place else first)[i] or b"" for place, i in enumerate(ids))
 
 
 def read_vocabulary(tokenizer: Any, where: str) -> Vocabulary:
@@ -47,21 +48,24 @@ def read_vocabulary(tokenizer: Any, where: str) -> Vocabulary:
     kinds = [step["type"] for step in steps]
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     special |= {*tokenizer.all_special_tokens}
-    if "ByteLevel" in kinds:
-        to_bytes, strips = _byte_level, False
-    elif "Metaspace" in kinds or "Replace" in kinds:
-        to_bytes, strips = _sentencepiece(steps)
-    elif not kinds or kinds == ["Fuse"]:
-        raise _unknown("it has no decoder", where)
-    else:
-        raise _unknown(f"its decoder is {' and '.join(kinds)}", where)
+    to_bytes: _ToBytes = _byte_level
+    to_first: _ToBytes | None = None
+    if "Metaspace" in kinds or "Replace" in kinds:
+        to_bytes, to_first = _sentencepiece(steps)
+    elif "ByteLevel" not in kinds:
+        raise _unknown(f"its decoder is {' and '.join(kinds) or 'missing'}", where)
     size = backend.get_vocab_size(with_added_tokens=True)
     ids = backend.get_vocab(with_added_tokens=True)
-    tokens: list[bytes | None] = [None] * max(size, max(ids.values(), default=-1) + 1)
-    for token, number in ids.items():
-        if token not in special:
-            tokens[number] = to_bytes(token)
-    vocabulary = Vocabulary(tokens, strips)
+    size = max(size, max(ids.values(), default=-1) + 1)
+
+    def table(of: _ToBytes) -> list[bytes | None]:
+        tokens: list[bytes | None] = [None] * size
+        for token, number in ids.items():
+            if token not in special:
+                tokens[number] = of(token)
+        return tokens
+
+    vocabulary = Vocabulary(table(to_bytes), table(to_first) if to_first else None)
     _compare(vocabulary, backend, where)
     return vocabulary
 
@@ -90,9 +94,11 @@ def _byte_level(token: str) -> bytes:
     return token.encode()
 
 
-def _sentencepiece(steps: list[dict[str, Any]]) -> tuple[Any, bool]:
+def _sentencepiece(steps: list[dict[str, Any]]) -> tuple[_ToBytes, _ToBytes | None]:
+    """What tokens are anywhere, and as the first ones of an answer where that is something else."""
     fallback = any(step["type"] == "ByteFallback" for step in steps)
     strips = any(step["type"] == "Strip" and step["content"] == " " and step["start"] == 1 for step in steps)
+    dropped = ""
     replaced = [
         (step["pattern"]["String"], step["content"])
         for step in steps
@@ -101,7 +107,8 @@ def _sentencepiece(steps: list[dict[str, Any]]) -> tuple[Any, bool]:
     for step in steps:
         if step["type"] == "Metaspace":
             replaced.append((step["replacement"], " "))
-            strips = strips or step.get("prepend_scheme", "always") != "never"
+            if step.get("prepend_scheme", "always") != "never":
+                dropped = step["replacement"]
 
     def to_bytes(token: str) -> bytes:
         for old, new in replaced:
@@ -110,7 +117,11 @@ def _sentencepiece(steps: list[dict[str, Any]]) -> tuple[Any, bool]:
             return bytes([int(match[1], 16)])
         return token.encode()
 
-    return to_bytes, strips
+    def without_space(token: str) -> bytes:
+        data = to_bytes(token.replace(dropped, "") if dropped else token)
+        return data[1:] if strips and data.startswith(b" ") else data
+
+    return to_bytes, without_space if strips or dropped else None
 
 
 def _compare(vocabulary: Vocabulary, backend: Any, where: str) -> None:
