@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from datetime import datetime
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from batchrun.errors import nearest
+from batchrun.errors import JobError, nearest
 from batchrun.job.durations import parse_deadline
+
+if TYPE_CHECKING:
+    from batchrun.structured.answer_format import AnswerFormat
 
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
 
@@ -152,6 +155,51 @@ class GenerationSettings(Settings):
         if "" in stop:
             raise ValueError("an empty stop text would end every answer at once: leave it out")
         return stop
+
+
+class AnswerSettings(Settings):
+    """What an answer has to be; free text by default."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    schema_: dict[str, Any] | str | None = Field(
+        None,
+        alias="schema",
+        description="JSON Schema of the answers: a mapping, a JSON or YAML file, or module:Class of a pydantic model; "
+        "the answer column has its type. Only declared properties are generated",
+    )
+    regex: str | None = Field(
+        None, min_length=1, description="regular expression that a whole answer matches; no look-around"
+    )
+    choices: list[str] | None = Field(None, min_length=1, description="texts of which an answer is one")
+
+    @field_validator("choices")
+    @classmethod
+    def _distinct(cls, choices: list[str] | None) -> list[str] | None:
+        if choices is not None and ("" in choices or len(set(choices)) < len(choices)):
+            raise ValueError("give texts that are not empty, each once")
+        return choices
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if sum(form is not None for form in (self.schema_, self.regex, self.choices)) > 1:
+            raise ValueError("give only one of schema, regex, choices")
+        return self
+
+    @property
+    def format(self) -> AnswerFormat | None:
+        """What answers are kept to; None for free text.
+
+        Raises:
+            JobError: a keyword or an expression that is not supported, or a schema that was not read from its file.
+        """
+        if isinstance(self.schema_, str):
+            raise JobError(
+                "the schema was not read", "answer.schema", "give it as a mapping, or use Job.load"
+            )
+        from batchrun.structured.answer_format import answer_format  # pyarrow: not for every job
+
+        return answer_format(self.schema_, self.regex, self.choices)
 
 
 class EngineSettings(Settings):

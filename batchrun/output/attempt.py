@@ -20,6 +20,7 @@ from batchrun.output.chunk import ANSWERS, BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.part import Summary
 from batchrun.storage import Folder, NotFound
+from batchrun.structured.answer_format import AnswerFormat
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Attempt:
         self.settings = settings
         # For people.
         self.name_of: Callable[[int], str] = lambda row: f"row {row}"
+        self.answers: AnswerFormat | None = None  # what the texts become in the part
         self.restored = 0
         self.begun: dict[
             int, PartialAnswer
@@ -210,7 +212,14 @@ class Attempt:
             path = Path(scratch) / "part.parquet"
             try:
                 mine = part.build(
-                    path, carried, schema, answers, self.settings.columns, self.settings.compression, mine
+                    path,
+                    carried,
+                    schema,
+                    answers,
+                    self.settings.columns,
+                    self.settings.compression,
+                    mine,
+                    self.answers,
                 )
             except OSError as error:
                 raise StorageError(

@@ -16,6 +16,7 @@ from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output import digest
 from batchrun.output.chunk import ANSWERS
 from batchrun.storage import Folder, NotFound
+from batchrun.structured.answer_format import AnswerFormat
 
 ANSWER_FIELDS = [field for field in ANSWERS if field.name != "row"]
 
@@ -76,10 +77,17 @@ class Summary:
         return self.retries[-1].generation if self.retries else 0
 
 
-def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
+def part_schema(
+    carried: pa.Schema, columns: Mapping[str, str], wanted: AnswerFormat | None = None
+) -> pa.Schema:
     """Carried fields and the schema's metadata as they are, then the answer's fields; `columns` gives other names to
-    some of the latter."""
+    some of the latter, and `wanted` the answer its type."""
     answers = [field.with_name(columns.get(field.name, field.name)) for field in ANSWER_FIELDS]
+    if wanted is not None:
+        answers = [
+            field.with_type(wanted.type) if own.name == "answer" else field
+            for own, field in zip(ANSWER_FIELDS, answers, strict=True)
+        ]
     return pa.schema([*carried, *answers], metadata=carried.metadata)
 
 
@@ -129,8 +137,10 @@ def build(
     columns: Mapping[str, str],
     compression: str,
     summary: Summary,
+    wanted: AnswerFormat | None = None,
 ) -> Summary:
-    """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order.
+    """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order, these as
+    `wanted` has them.
 
     Returns the summary with the digest of the file.
 
@@ -138,9 +148,9 @@ def build(
         ChangedError: `carried` does not hold exactly as many rows as there are answers.
     """
     with pq.ParquetWriter(
-        path, part_schema(schema, columns), compression=compression, write_page_checksum=True
+        path, part_schema(schema, columns, wanted), compression=compression, write_page_checksum=True
     ) as writer:
-        for group in _row_groups(_beside(carried, schema, answers, writer.schema), writer.schema):
+        for group in _row_groups(_beside(carried, schema, answers, writer.schema, wanted), writer.schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
         values = asdict(replace(summary, digest=digest.BLANK))
         writer.add_key_value_metadata({"batchrun": json.dumps(values, sort_keys=True)})
@@ -214,7 +224,11 @@ def _example(failed: pa.Table, place: int, name_of: Callable[[int], str]) -> str
 
 
 def _beside(
-    carried: Iterable[pa.RecordBatch], schema: pa.Schema, answers: pa.Table, target: pa.Schema
+    carried: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    answers: pa.Table,
+    target: pa.Schema,
+    wanted: AnswerFormat | None,
 ) -> Iterator[pa.Table]:
     first = 0
     for batch in carried:
@@ -222,7 +236,12 @@ def _beside(
         if these.num_rows != batch.num_rows:
             raise _other_rows(answers.num_rows, "more")
         arrays = [batch.column(name) for name in schema.names]
-        arrays += [these[field.name].cast(field.type) for field in ANSWER_FIELDS]
+        for own in ANSWER_FIELDS:
+            column = these[own.name]
+            if wanted is not None and own.name == "answer":
+                arrays.append(wanted.values(column.to_pylist()))
+            else:
+                arrays.append(column.cast(own.type))
         yield pa.Table.from_arrays(arrays, schema=target)
         first += batch.num_rows
     if first != answers.num_rows:

@@ -16,6 +16,7 @@ from batchrun.job.settings import OutputSettings
 from batchrun.output import digest, failed_rows, manifest, part, retry, state
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
+from batchrun.structured.answer_format import AnswerFormat
 
 # Whole parts are held while they are read, so few at a time.
 READERS = 4
@@ -50,6 +51,7 @@ def verify(
     settings: OutputSettings,
     carried: Carried | None = None,
     places: Places | None = None,
+    wanted: AnswerFormat | None = None,
 ) -> Verification:
     """Reads every row of every part and counts them against the plan (`rows` per partition) and the manifest.
 
@@ -62,7 +64,7 @@ def verify(
 
     def check(partition: int) -> _Counted:
         size = int(found.part_bytes[partition])
-        return _check_part(folder, layout, known, partition, rows[partition], settings, carried, size)
+        return _check_part(folder, layout, known, partition, rows[partition], settings, carried, size, wanted)
 
     with ThreadPoolExecutor(READERS) as pool:
         counted = list(pool.map(check, range(layout.partitions)))
@@ -103,6 +105,7 @@ def _check_part(
     settings: OutputSettings,
     carried: Carried | None,
     size: int,
+    wanted: AnswerFormat | None,
 ) -> _Counted:
     key = layout.part(partition)
     counted = _Counted()
@@ -117,7 +120,7 @@ def _check_part(
         if summary.digest and not digest.matches(data, summary.digest):
             counted.problems.append(f"{key}: {part.CHANGED}")
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        if not _holds_answers(file.schema_arrow, settings):
+        if not _holds_answers(file.schema_arrow, settings, wanted):
             counted.problems.append(f"{key}: its last columns are not the answer's")
             return counted
         expected = None if carried is None else _Rows(carried(partition))
@@ -140,9 +143,9 @@ def _check_part(
     return counted
 
 
-def _holds_answers(schema: pa.Schema, settings: OutputSettings) -> bool:
+def _holds_answers(schema: pa.Schema, settings: OutputSettings, wanted: AnswerFormat | None) -> bool:
     """Names and types stand in the footer, which no checksum covers."""
-    answers = part.part_schema(pa.schema([]), settings.columns)
+    answers = part.part_schema(pa.schema([]), settings.columns, wanted)
     return bool(pa.schema(list(schema)[-len(answers) :]).equals(answers))
 
 

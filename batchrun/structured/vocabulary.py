@@ -28,6 +28,10 @@ class Vocabulary:
     tokens: list[bytes | None]
     first: list[bytes | None] | None = None
 
+    def cut(self, size: int) -> Vocabulary:
+        """The first `size` tokens."""
+        return Vocabulary(self.tokens[:size], None if self.first is None else self.first[:size])
+
     def text(self, ids: Sequence[int]) -> bytes:
         """The text of an answer's tokens."""
         first = self.tokens if self.first is None else self.first

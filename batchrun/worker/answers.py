@@ -9,25 +9,36 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchrun.engine.protocol import Completion
-from batchrun.errors import RowFault
+from batchrun.errors import FaultCode, RowFault
 from batchrun.output.chunk import ANSWERS
 from batchrun.prompt.detokenizer import Detokenizer
+from batchrun.structured.answer_format import AnswerFormat
 
 
-def answered(done: Sequence[Completion], lengths: NDArray[np.int32], detokenizer: Detokenizer) -> pa.Table:
-    """Completions as answers; `lengths` are the prompts' tokens, by row."""
+def answered(
+    done: Sequence[Completion],
+    lengths: NDArray[np.int32],
+    detokenizer: Detokenizer,
+    wanted: AnswerFormat | None = None,
+) -> pa.Table:
+    """Completions as answers; `lengths` are the prompts' tokens, by row. One that is not as `wanted` is a fault."""
     rows = np.fromiter((c.id for c in done), np.int64, len(done))
-    texts: list[str | None] = list(detokenizer.decode([c.token_ids for c in done]))
-    for i, completion in enumerate(done):
-        if completion.fault is not None:
-            texts[i] = None
+    decoded = detokenizer.decode([c.token_ids for c in done])
+    faults = [c.fault for c in done]
+    if wanted is not None:
+        wrong = wanted.faults(decoded, [c.finish_reason == "stop" for c in done])
+        faults = [
+            fault or (None if what is None else RowFault(FaultCode.INVALID_OUTPUT, what))
+            for fault, what in zip(faults, wrong, strict=True)
+        ]
+    texts = [None if fault else text for text, fault in zip(decoded, faults, strict=True)]
     return _table(
         rows=rows,
         answer=texts,
         finish_reason=[c.finish_reason for c in done],
         prompt_tokens=lengths[rows],
         output_tokens=np.fromiter((len(c.token_ids) for c in done), np.int32, len(done)),
-        error=[None if c.fault is None else str(c.fault) for c in done],
+        error=[None if fault is None else str(fault) for fault in faults],
     )
 
 

@@ -148,7 +148,8 @@ class Generation:
 
     def _settle(self) -> None:
         if self._done:
-            self._add(answered(self._done, self._lengths, self._codec.detokenizer))
+            codec = self._codec
+            self._add(answered(self._done, self._lengths, codec.detokenizer, codec.answers))
             self.answered += len(self._done)
         if self._faults:
             self._add(failed(self._faults))

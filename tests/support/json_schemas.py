@@ -180,10 +180,10 @@ def random_value(r: random.Random, schema: Any, root: dict[str, Any]) -> Any:
                 some += [random_value(r, schema["items"], root) for _ in range(count)]
             return some
         case "object":
-            required = schema["required"]
+            required = schema.get("required", [])
             return {
                 name: random_value(r, value, root)
-                for name, value in schema["properties"].items()
+                for name, value in schema.get("properties", {}).items()
                 if name in required or r.random() < 0.5
             }
     return None
