@@ -54,6 +54,20 @@ def random_schema(r: random.Random) -> dict[str, Any]:
     return schema
 
 
+def closed(schema: Any) -> Any:
+    """The same without properties and items that are not declared."""
+    if isinstance(schema, list):
+        return [*map(closed, schema)]
+    if not isinstance(schema, dict):
+        return schema
+    made = {word: value if word in ("enum", "const") else closed(value) for word, value in schema.items()}
+    if schema.get("type") == "object" and isinstance(schema.get("properties"), dict):
+        made["additionalProperties"] = False
+    if isinstance(schema.get("prefixItems"), list):
+        made["items"] = made.get("items", False)
+    return made
+
+
 def _schema(r: random.Random, depth: int, refs: bool = True) -> dict[str, Any]:
     flat = [
         "string",
