@@ -95,7 +95,9 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     job, schema = prepared.job, prepared.plan.schema
     names = carried_columns(job.input, schema, job.output.partition_by)
     carried = carried_schema(pa.schema([schema.field(name) for name in names]), job)
-    return {field.name: str(field.type) for field in part_schema(carried, job.output.columns)}
+    return {
+        field.name: str(field.type) for field in part_schema(carried, job.output.columns, job.answer.format)
+    }
 
 
 def _left(prepared: Prepared) -> list[Partition]:

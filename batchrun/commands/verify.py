@@ -73,5 +73,6 @@ def verify(job: Job) -> Checked:
         output,
         (lambda index: rows_of(job, plan, plan.partitions[index], columns)) if beside else None,
         places_in(job, plan),
+        job.answer.format,
     )
     return Checked(output.folder.name, found)

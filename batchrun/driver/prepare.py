@@ -115,6 +115,8 @@ def look(job: Job) -> Prepared:
         Refused: the first thing wrong with the job, its input or its model, each with the fix.
     """
     refuse_overlap(job)
+    if (answers := job.answer.format) is not None:
+        _ = answers.automaton
     with first_contact():
         stored = plans.read(open_folder(job)) if job.input.since else []
     planned = _plan(job, stored)

@@ -96,6 +96,21 @@ class Sampling:
     logprobs: int | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTables:
+    """Which tokens an answer may have: an automaton over tokens.
+
+    Tokens that lead to the same states from everywhere share a class: `token_class` (tokens,) int32. `next_state`
+    (states, classes), int16 or int32, is where a state's tokens lead; 0 is "not allowed". State 1 is that of an answer
+    that has ended, `start` that of one without a token. `digest` names the tables, since arrays are not compared.
+    """
+
+    token_class: NDArray[np.int32]
+    next_state: NDArray[np.int16 | np.int32]
+    start: int
+    digest: str
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """All that an engine is built from; small and picklable, since it crosses into the engine's own process.
@@ -103,6 +118,7 @@ class EngineSpec:
     `model_path` is a local folder in transformers' layout, `tokenizer_path` likewise (used for stop strings and
     the padding token alone). `stop_token_ids` end a row; empty means that only the length does. `max_context` is
     the largest prompt + new tokens of any request. `options` holds the budgets that only one kind of engine reads.
+    `answers` are the tables that every answer keeps to, stop tokens included; None leaves answers free.
     """
 
     kind: str
@@ -116,6 +132,7 @@ class EngineSpec:
     stop_token_ids: tuple[int, ...] = ()
     max_context: int = 4096
     options: dict[str, object] = field(default_factory=dict)
+    answers: TokenTables | None = None
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.noise import gumbel, signed
 from batchrun.engine.protocol import EngineStats, Request, Sampling
 from batchrun.engine.stopping import StopStrings
@@ -142,9 +143,27 @@ class GumbelNoise(LogitsProcessor):
         return scores
 
 
-def logits_processors(sampling: Sampling, state: BatchState) -> list[LogitsProcessor]:
+class KeepToAnswers(LogitsProcessor):
+    """Leaves the tokens that the answers' tables allow, and follows each row through them."""
+
+    def __init__(self, mask: AnswerMask, state: BatchState) -> None:
+        self.mask, self.state = mask, state
+        self.states = mask.begin([request.generated for request in state.requests])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores, -inf where a token would leave the answers."""
+        if self.state.steps:
+            self.states = self.mask.advance(self.states, input_ids[:, -1])
+        return self.mask.apply(scores, self.states)
+
+
+def logits_processors(
+    sampling: Sampling, state: BatchState, mask: AnswerMask | None = None
+) -> list[LogitsProcessor]:
     """transformers' own processors in transformers' own order, between the check and the noise."""
     processors: list[LogitsProcessor] = [CheckLogits(state)]
+    if mask is not None:
+        processors.append(KeepToAnswers(mask, state))
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
     if sampling.temperature == 0.0:

@@ -36,7 +36,7 @@ def explain(error: Any, job: type[BaseModel]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f"unknown key {name}{nearest(location[-1], list(_section_around(location, job).model_fields))}"
+        return f"unknown key {name}{nearest(location[-1], _keys(_section_around(location, job)))}"
     field = _section_around(location, job).model_fields.get(location[-1]) if location else None
     if error["type"] == "missing":
         return f"{name} is missing: add it{f' ({field.description})' if field else ''}"
@@ -52,6 +52,10 @@ def explain(error: Any, job: type[BaseModel]) -> str:
         else f" (got {_short(error['input'])})"
     )
     return f"{name or 'job'}: {message}{shown}"
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section_around(location: list[str], job: type[BaseModel]) -> type[BaseModel]:

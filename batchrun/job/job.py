@@ -12,11 +12,12 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from batchrun.errors import JobError
+from batchrun.job.answer import AnswerSettings
+from batchrun.job.answer_schema import load_schema
 from batchrun.job.explain import explain
 from batchrun.job.prompt import PromptSettings
 from batchrun.job.settings import (
     ASKED_COLUMNS,
-    AnswerSettings,
     ClusterSettings,
     EngineSettings,
     GenerationSettings,
@@ -50,7 +51,11 @@ class Job(Settings):
     generation: GenerationSettings = Field(
         GenerationSettings(), description="how tokens are chosen, in transformers' own words"
     )
-    answer: AnswerSettings = Field(AnswerSettings(), description="what is written beside the answer's text")
+    answer: AnswerSettings = Field(
+        AnswerSettings(),
+        description="what an answer has to be (at most one of schema, regex, choices), what is taken out of it, and "
+        "what is written beside it",
+    )
     engine: EngineSettings = Field(
         EngineSettings(), description="what runs the model, and its budgets; decides no answer"
     )
@@ -91,6 +96,14 @@ class Job(Settings):
     def _priced(self) -> Self:
         if self.limits.max_cost is not None and not self.cluster.price_per_gpu_hour:
             raise ValueError("limits.max_cost needs cluster.price_per_gpu_hour")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_by_itself(self) -> Self:
+        if self.generation.stop and self.answer.is_constrained:
+            raise ValueError(
+                "generation.stop would cut answers: leave it out beside answer.schema, regex or choices"
+            )
         return self
 
     @model_validator(mode="after")
@@ -156,12 +169,16 @@ class Job(Settings):
         tokenizer = self.model.tokenizer
         if tokenizer is not None and (base / tokenizer).is_dir():
             tokenizer = str(base / tokenizer)
+        answer = self.answer
+        if isinstance(answer.schema_, str):
+            answer = answer.model_copy(update={"schema_": load_schema(answer.schema_, base)})
         cluster = self.cluster
         if cluster.tls is not None:
             files = {name: _absolute(path, base) for name, path in cluster.tls}
             cluster = cluster.model_copy(update={"tls": TlsSettings(**files)})
         return self.model_copy(
             update={
+                "answer": answer,
                 "cluster": cluster,
                 "input": self.input.model_copy(update={"path": paths if len(paths) > 1 else paths[0]}),
                 "model": self.model.model_copy(update={"name": model, "tokenizer": tokenizer}),
@@ -195,7 +212,9 @@ class Job(Settings):
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
         # Like them, only where something is asked for.
+        answer = self.answer.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         return {
+            **({"answer": answer} if answer else {}),
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
@@ -211,7 +230,7 @@ class Job(Settings):
         """
         if values is None:
             values = {
-                name: section.model_dump(mode="json", exclude={"storage_options"})
+                name: section.model_dump(mode="json", by_alias=True, exclude={"storage_options"})
                 for name, section in self
                 if name != "notify"
             }

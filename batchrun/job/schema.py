@@ -47,7 +47,8 @@ def job_keys(
 ) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
     """Every key's dotted name ([] for the items of a list), its field and its JSON Schema, sections first."""
     properties = model.model_json_schema()["properties"]
-    for name, field in model.model_fields.items():
+    for own_name, field in model.model_fields.items():
+        name = field.alias or own_name
         yield f"{prefix}{name}", field, properties[name]
         for inner, part in _sections(field.annotation, f"{prefix}{name}"):
             yield from job_keys(part, f"{inner}.")

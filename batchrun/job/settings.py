@@ -125,52 +125,6 @@ class GenerationSettings(Settings):
         return stop
 
 
-class AnswerSettings(Settings):
-    """What is written beside the answer's text, and what is taken out of it."""
-
-    logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="log probabilities as columns: of each token of the answer, their mean, and those of so many "
-        "likeliest tokens in its place; 0 is without the latter",
-    )
-    reasoning: str | None = Field(
-        None,
-        min_length=1,
-        description="a column for what a reasoning model thinks before it answers; answer is then the rest, and null "
-        "where it was cut before that. The column NAME_tokens counts its tokens, which output_tokens includes",
-    )
-    reasoning_markers: list[str] | None = Field(
-        None,
-        description="the texts around the reasoning, such as [<think>, </think>]; by default as the tokenizer and the "
-        "chat template have them",
-    )
-
-    @property
-    def columns(self) -> dict[str, str | None]:
-        """Those of ASKED_COLUMNS that are asked for, with their names where the job gives them here."""
-        found: dict[str, str | None] = {}
-        if self.logprobs is not None:
-            found |= {"logprobs": None, "mean_logprob": None}
-            found |= {"top_logprobs": None} if self.logprobs else {}
-        if self.reasoning is not None:
-            found |= {"reasoning": self.reasoning, "reasoning_tokens": f"{self.reasoning}_tokens"}
-        return found
-
-    @model_validator(mode="after")
-    def _two_markers_of_a_column(self) -> Self:
-        if self.reasoning_markers is None:
-            return self
-        if len(self.reasoning_markers) != 2 or not all(marker.strip() for marker in self.reasoning_markers):
-            raise ValueError("reasoning_markers are two texts: [opening, closing]")
-        if self.reasoning is None:
-            raise ValueError(
-                "reasoning_markers are of no use without reasoning: name a column for the reasoning"
-            )
-        return self
-
-
 class EngineSettings(Settings):
     """Which engine, and its budgets; none of them decides an answer."""
 

@@ -22,6 +22,7 @@ from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.part import Summary
 from batchrun.storage import Folder, NotFound
+from batchrun.structured.answer_format import AnswerFormat
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class Attempt:
         self._schema = chunk.answers_schema(settings.columns)
         # For people.
         self.name_of: Callable[[int], str] = lambda row: f"row {row}"
+        # What the texts become in the part.
+        self.answers: AnswerFormat | None = None
         self.restored = 0
         # By row: what earlier attempts had to let go of, the longest of each.
         self.begun: dict[int, PartialAnswer] = {}
@@ -220,7 +223,14 @@ class Attempt:
             path = Path(scratch) / "part.parquet"
             try:
                 mine = part.build(
-                    path, carried, schema, answers, self.settings.columns, self.settings.compression, mine
+                    path,
+                    carried,
+                    schema,
+                    answers,
+                    self.settings.columns,
+                    self.settings.compression,
+                    mine,
+                    self.answers,
                 )
             except OSError as error:
                 raise StorageError(

@@ -16,6 +16,7 @@ from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output import digest
 from batchrun.output.chunk import answers_schema
 from batchrun.storage import Folder, NotFound
+from batchrun.structured.answer_format import AnswerFormat
 
 
 def answer_fields(columns: Collection[str]) -> list[pa.Field]:
@@ -80,10 +81,15 @@ class Summary:
         return self.retries[-1].generation if self.retries else 0
 
 
-def part_schema(carried: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
+def part_schema(
+    carried: pa.Schema, columns: Mapping[str, str], wanted: AnswerFormat | None = None
+) -> pa.Schema:
     """Carried fields and the schema's metadata as they are, then the answer's fields; `columns` gives other names to
-    some of the latter."""
-    answers = [field.with_name(columns.get(field.name, field.name)) for field in answer_fields(columns)]
+    some of the latter, and `wanted` the answer its type."""
+    fields = answer_fields(columns)
+    if wanted is not None:
+        fields = [field.with_type(wanted.type) if field.name == "answer" else field for field in fields]
+    answers = [field.with_name(columns.get(field.name, field.name)) for field in fields]
     return pa.schema([*carried, *answers], metadata=carried.metadata)
 
 
@@ -133,8 +139,10 @@ def build(
     columns: Mapping[str, str],
     compression: str,
     summary: Summary,
+    wanted: AnswerFormat | None = None,
 ) -> Summary:
-    """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order.
+    """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order, these as
+    `wanted` has them.
 
     Returns the summary with the digest of the file.
 
@@ -142,9 +150,10 @@ def build(
         ChangedError: `carried` does not hold exactly as many rows as there are answers.
     """
     with pq.ParquetWriter(
-        path, part_schema(schema, columns), compression=compression, write_page_checksum=True
+        path, part_schema(schema, columns, wanted), compression=compression, write_page_checksum=True
     ) as writer:
-        for group in _row_groups(_beside(carried, schema, answers, columns, writer.schema), writer.schema):
+        beside = _beside(carried, schema, answers, columns, writer.schema, wanted)
+        for group in _row_groups(beside, writer.schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
         values = asdict(replace(summary, digest=digest.BLANK))
         writer.add_key_value_metadata({"batchrun": json.dumps(values, sort_keys=True)})
@@ -223,6 +232,7 @@ def _beside(
     answers: pa.Table,
     columns: Mapping[str, str],
     target: pa.Schema,
+    wanted: AnswerFormat | None,
 ) -> Iterator[pa.Table]:
     first = 0
     for batch in carried:
@@ -230,7 +240,12 @@ def _beside(
         if these.num_rows != batch.num_rows:
             raise _other_rows(answers.num_rows, "more")
         arrays = [batch.column(name) for name in schema.names]
-        arrays += [these[field.name].cast(field.type) for field in answer_fields(columns)]
+        for own in answer_fields(columns):
+            column = these[own.name]
+            if wanted is not None and own.name == "answer":
+                arrays.append(wanted.values(column.to_pylist()))
+            else:
+                arrays.append(column.cast(own.type))
         yield pa.Table.from_arrays(arrays, schema=target)
         first += batch.num_rows
     if first != answers.num_rows:

@@ -21,6 +21,7 @@ from batchrun.output.layout import Layout
 from batchrun.output.part import Replacement, Summary
 from batchrun.output.retry import Retry
 from batchrun.storage import Folder
+from batchrun.structured.answer_format import AnswerFormat
 
 
 class ReplacingAttempt(Attempt):
@@ -56,7 +57,7 @@ class ReplacingAttempt(Attempt):
         try:
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
             table = file.read()
-            known = read_answers(table, self.settings.columns)
+            known = read_answers(table, self.settings.columns, self.answers)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise part.damaged(self.folder, self._key, f"damaged ({error})") from error
         # Of these very bytes: another retry may have replaced the part since it was looked at.
@@ -113,10 +114,16 @@ class ReplacingAttempt(Attempt):
         return True
 
 
-def read_answers(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
-    """A part's answers as `answers_schema` has them; `columns` gives other names to some of its columns."""
+def read_answers(table: pa.Table, columns: Mapping[str, str], wanted: AnswerFormat | None = None) -> pa.Table:
+    """A part's answers as `answers_schema` has them; `columns` gives other names to some of its columns, and what
+    `wanted` made of the answers is text again."""
     named = {field.name: columns.get(field.name, field.name) for field in part.answer_fields(columns)}
     rows = pa.array(np.arange(table.num_rows))
+    if wanted is not None:
+        place = table.column_names.index(named["answer"])
+        table = table.set_column(
+            place, named["answer"], pa.array(wanted.texts(table[place]), pa.large_string())
+        )
     return pa.table([rows, *(table[name] for name in named.values())], names=["row", *named]).cast(
         answers_schema(columns)
     )

@@ -16,6 +16,7 @@ from batchrun.job.settings import OutputSettings
 from batchrun.output import digest, manifest, part, retry
 from batchrun.output.output import Output
 from batchrun.output.state import State
+from batchrun.structured.answer_format import AnswerFormat
 
 # Whole parts are held while they are read, so few at a time.
 READERS = 4
@@ -43,7 +44,12 @@ class Verification:
         return not self.problems
 
 
-def verify(output: Output, carried: Carried | None = None, places: Places | None = None) -> Verification:
+def verify(
+    output: Output,
+    carried: Carried | None = None,
+    places: Places | None = None,
+    wanted: AnswerFormat | None = None,
+) -> Verification:
     """Reads every row of every part and counts them against the plan and the manifest.
 
     With `carried`, which gives a partition's input again, every carried value is compared too, in order. The
@@ -54,7 +60,7 @@ def verify(output: Output, carried: Carried | None = None, places: Places | None
     known = manifest.job_hashes(output, retry.read(output.folder))
 
     def check(partition: int) -> _Counted:
-        return _check_part(output, known, partition, int(found.part_bytes[partition]), carried)
+        return _check_part(output, known, partition, int(found.part_bytes[partition]), carried, wanted)
 
     with ThreadPoolExecutor(READERS) as pool:
         counted = list(pool.map(check, range(output.layout.partitions)))
@@ -86,7 +92,12 @@ class _Counted:
 
 
 def _check_part(
-    output: Output, job_hashes: set[str], partition: int, size: int, carried: Carried | None
+    output: Output,
+    job_hashes: set[str],
+    partition: int,
+    size: int,
+    carried: Carried | None,
+    wanted: AnswerFormat | None,
 ) -> _Counted:
     folder, settings, key = output.folder, output.settings, output.layout.part(partition)
     counted = _Counted()
@@ -101,7 +112,7 @@ def _check_part(
         if summary.digest and not digest.matches(data, summary.digest):
             counted.problems.append(f"{key}: {part.CHANGED}")
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        if not _holds_answers(file.schema_arrow, settings):
+        if not _holds_answers(file.schema_arrow, settings, wanted):
             counted.problems.append(f"{key}: its last columns are not the answer's")
             return counted
         expected = None if carried is None else _Rows(carried(partition))
@@ -124,9 +135,9 @@ def _check_part(
     return counted
 
 
-def _holds_answers(schema: pa.Schema, settings: OutputSettings) -> bool:
+def _holds_answers(schema: pa.Schema, settings: OutputSettings, wanted: AnswerFormat | None) -> bool:
     """Names and types stand in the footer, which no checksum covers."""
-    answers = part.part_schema(pa.schema([]), settings.columns)
+    answers = part.part_schema(pa.schema([]), settings.columns, wanted)
     return bool(pa.schema(list(schema)[-len(answers) :]).equals(answers))
 
 

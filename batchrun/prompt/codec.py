@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from batchrun.engine.protocol import EngineSpec, Sampling
+from batchrun.engine.protocol import EngineSpec, Sampling, TokenTables
 from batchrun.errors import ModelError, first_line
 from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, context_length, load_tokenizer, stop_token_ids
@@ -15,6 +16,9 @@ from batchrun.model.light import without_warnings
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.reasoning import Reasoning, find_reasoning
 from batchrun.prompt.tokens import PromptBuilder
+from batchrun.structured.answer_format import AnswerFormat
+from batchrun.structured.tokens import token_automaton
+from batchrun.structured.vocabulary import read_vocabulary
 
 # Where a model's config names no limit: bounds memory, and no prompt of a sane job reaches it.
 UNBOUNDED_CONTEXT = 1 << 20
@@ -28,6 +32,7 @@ class PromptCodec:
     detokenizer: Detokenizer
     engine: EngineSpec
     reasoning: Reasoning | None = None
+    answers: AnswerFormat | None = None
 
 
 def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
@@ -37,17 +42,39 @@ def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
         Refused: a template that is wrong, columns that are missing, a tokenizer that cannot do what the job asks.
     """
     tokenizer = load_tokenizer(model, job.model)
-    context = _context(model, job)
+    config = _config(model, job)
+    context = context_length(config) or UNBOUNDED_CONTEXT
     stop_ids = stop_token_ids(model, tokenizer)
     detokenizer = Detokenizer(tokenizer, job.generation.stop, stop_ids)
     reasoning = None
     if job.answer.reasoning is not None:
         reasoning = find_reasoning(job.answer.reasoning_markers, tokenizer, detokenizer)
     builder = PromptBuilder(job.prompt, tokenizer, context, job.generation.max_new_tokens, schema, reasoning)
-    return PromptCodec(builder, detokenizer, _engine_spec(job, model, context, stop_ids), reasoning)
+    answers = job.answer.format
+    spec = _engine_spec(job, model, context, stop_ids)
+    if answers is not None:
+        tables = _token_tables(answers, tokenizer, config, stop_ids, model.tokenizer_path)
+        spec = replace(spec, answers=tables)
+    return PromptCodec(builder, detokenizer, spec, reasoning, answers)
 
 
-def _context(model: ModelFolder, job: Job) -> int:
+def _token_tables(
+    answers: AnswerFormat, tokenizer: Any, config: Any, stop_ids: tuple[int, ...], where: str
+) -> TokenTables:
+    vocabulary = read_vocabulary(tokenizer, where)
+    # A model may have fewer logits than its tokenizer has tokens.
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    automaton = token_automaton(
+        answers.automaton,
+        vocabulary if size is None else vocabulary.cut(size),
+        [i for i in stop_ids if size is None or i < size],
+        where,
+    )
+    digest = hashlib.sha256(automaton.token_class.tobytes() + automaton.next_state.tobytes()).hexdigest()
+    return TokenTables(automaton.token_class, automaton.next_state, automaton.start, digest)
+
+
+def _config(model: ModelFolder, job: Job) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -60,7 +87,7 @@ def _context(model: ModelFolder, job: Job) -> int:
         raise ModelError(
             f"its config cannot be read ({reason})", model.path, "check config.json and transformers' version"
         ) from None
-    return context_length(config) or UNBOUNDED_CONTEXT
+    return config
 
 
 def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int, ...]) -> EngineSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ class _RowReader:
     ) -> ReadRow:
         values = _values(record)
         prompt = self._prompt(values) if whole else _listed(values, columns)
-        texts = {name: _cut(str(values[column] or "")) for name, column in self.own.items()}
+        texts = {name: _cut(_text(values[column])) for name, column in self.own.items()}
         return ReadRow(key, row, prompt, **texts)
 
     def _prompt(self, values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -165,6 +166,14 @@ def _values(row: pa.RecordBatch) -> dict[str, Any]:
         except UnicodeDecodeError:
             values[name] = "(not valid UTF-8)"
     return values
+
+
+def _text(value: Any) -> str:
+    return (
+        json.dumps(value, ensure_ascii=False, default=str)
+        if isinstance(value, dict | list)
+        else str(value or "")
+    )
 
 
 def _cut(text: str) -> str:

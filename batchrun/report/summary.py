@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,10 @@ def rows_table(table: pa.Table, columns: Sequence[str]) -> Table:
 
 
 def _cell(value: Any) -> str:
-    text = "" if value is None else printable(str(value)[: 2 * CELL])
+    text = (
+        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
+    )
+    text = "" if value is None else printable(text[: 2 * CELL])
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
 
 
@@ -90,15 +94,17 @@ def milestones_line(milestones: Mapping[str, float]) -> str:
 
 def _answer_lines(result: RunResult) -> Iterator[str]:
     """How the answers ended, with a warning where many of them are of little use."""
-    if not result.ok or not result.finish_reasons:
+    # Rows that the engine answered, those among them whose answer is invalid since it was cut.
+    answered = sum(result.finish_reasons.values()) - result.finish_reasons.get("error", 0)
+    if not answered:
         return
     cut, empty = result.finish_reasons.get("length", 0), result.empty
-    shares = [f"{count:,} ({count / result.ok:.1%}) {what}" for count, what in ((cut, CUT), (empty, "empty"))]
+    shares = [f"{count:,} ({count / answered:.1%}) {what}" for count, what in ((cut, CUT), (empty, "empty"))]
     yield f"answers: {result.output_tokens / result.rows:,.0f} tokens on average, {', '.join(shares)}"
-    if cut > NOTABLE * result.ok:
-        yield f"warning: {cut / result.ok:.1%} of the answers are {CUT}; raise it if they end in mid-sentence"
-    if empty > NOTABLE * result.ok:
-        yield f"warning: {empty / result.ok:.1%} of the answers are empty; read some, and try another prompt"
+    if cut > NOTABLE * answered:
+        yield f"warning: {cut / answered:.1%} of the answers are {CUT}; raise it if they end in mid-sentence"
+    if empty > NOTABLE * answered:
+        yield f"warning: {empty / answered:.1%} of the answers are empty; read some, and try another prompt"
 
 
 CUT = "cut at generation.max_new_tokens"

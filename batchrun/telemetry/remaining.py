@@ -41,6 +41,7 @@ class Remaining:
         self._paged = False
 
     def add(self, now: Progress) -> None:
+        """Takes in how far the run is now."""
         views = now.worker_views
         self._paged = self._paged or any(
             v.engine and "active_output_tokens" in v.engine.gauges for v in views

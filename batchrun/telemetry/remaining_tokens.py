@@ -50,6 +50,7 @@ class RemainingByTokens:
         self._changed: dict[str, tuple[object, float]] = {}  # by worker: what it had come to, and since when
 
     def add(self, now: Progress) -> None:
+        """Takes in how far the run is now."""
         before, self._now = self._now, now
         if self._left is not None and before is not None and _busy(now) > _busy(before):
             self._left = max(0.0, self._left - (now.seconds - before.seconds))

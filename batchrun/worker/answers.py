@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchrun.engine.protocol import Completion, TokenValues
-from batchrun.errors import RowFault
+from batchrun.errors import FaultCode, RowFault
 from batchrun.output.chunk import ANSWERS, ASKED
 from batchrun.prompt.codec import PromptCodec
 from batchrun.prompt.detokenizer import Detokenizer
@@ -23,28 +23,35 @@ def answered(
     reasoning: NDArray[np.bool_],
 ) -> pa.Table:
     """Completions as answers; `lengths` are the prompts' tokens, and `reasoning` tells whose model is thinking already
-    where its prompt ends, both by row."""
+    where its prompt ends, both by row. An answer that is not as the job wants it is a fault."""
     rows = np.fromiter((c.id for c in done), np.int64, len(done))
     asked = _asked(done, codec.detokenizer)
-    texts: list[str | None]
+    decoded: list[str | None]
     if codec.reasoning is None:
-        texts = list(codec.detokenizer.decode([c.token_ids for c in done]))
+        decoded = list(codec.detokenizer.decode([c.token_ids for c in done]))
     else:
         parts = [codec.reasoning.take_apart(c.token_ids, bool(reasoning[c.id])) for c in done]
-        texts = [one.answer for one in parts]
+        decoded = [one.answer for one in parts]
         good = [completion.fault is None for completion in done]
         asked["reasoning"] = [one.reasoning if ok else None for one, ok in zip(parts, good, strict=True)]
         asked["reasoning_tokens"] = [one.tokens if ok else None for one, ok in zip(parts, good, strict=True)]
-    for i, completion in enumerate(done):
-        if completion.fault is not None:
-            texts[i] = None
+    faults = [c.fault for c in done]
+    if codec.answers is not None:
+        wrong = codec.answers.faults(
+            [text or "" for text in decoded], [c.finish_reason == "stop" for c in done]
+        )
+        faults = [
+            fault or (None if what is None else RowFault(FaultCode.INVALID_OUTPUT, what))
+            for fault, what in zip(faults, wrong, strict=True)
+        ]
+    texts = [None if fault else text for text, fault in zip(decoded, faults, strict=True)]
     table = _table(
         rows=rows,
         answer=texts,
         finish_reason=[c.finish_reason for c in done],
         prompt_tokens=lengths[rows],
         output_tokens=np.fromiter((len(c.token_ids) for c in done), np.int32, len(done)),
-        error=[None if c.fault is None else str(c.fault) for c in done],
+        error=[None if fault is None else str(fault) for fault in faults],
     )
     for name, column in asked.items():
         table = table.append_column(ASKED.field(name), pa.array(column, ASKED.field(name).type))

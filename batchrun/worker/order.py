@@ -41,8 +41,11 @@ class WorkOrder:
         folder = Folder(output.path, output.storage_options)
         place = (partition.index, partition.rows, uuid.uuid4().hex[:12], output)
         if self.retry is None:
-            return Attempt(folder, self.layout, self.job_hash, *place)
-        return ReplacingAttempt(folder, self.layout, *place, self.retry)
+            attempt = Attempt(folder, self.layout, self.job_hash, *place)
+        else:
+            attempt = ReplacingAttempt(folder, self.layout, *place, self.retry)
+        attempt.answers = self.job.answer.format
+        return attempt
 
     def read(self, task: Task, columns: Sequence[str]) -> Iterator[RowBatch]:
         """The partition's input rows in order, with these columns."""

@@ -141,6 +141,13 @@ def test_more_than_two_per_cent_of_cut_or_empty_answers_are_a_warning(more, says
     assert says in "\n".join(summary.run_lines(result(**more)))
 
 
+def test_cut_answers_that_are_invalid_are_a_share_of_all_answers():
+    text = "\n".join(
+        summary.run_lines(result(ok=250, failed=750, finish_reasons={"stop": 250, "length": 750}))
+    )
+    assert "750 (75.0%) cut" in text
+
+
 def test_two_per_cent_of_cut_and_empty_answers_are_told_without_a_warning():
     text = "\n".join(summary.run_lines(result(finish_reasons={"stop": 980, "length": 20}, empty=20)))
     assert "20 (2.0%) cut at generation.max_new_tokens, 20 (2.0%) empty" in text

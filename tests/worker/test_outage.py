@@ -16,6 +16,7 @@ from batchrun.dataset.reader import RowBatch
 from batchrun.engine.protocol import Completion, Request
 from batchrun.errors import EngineDied, StorageError
 from batchrun.output.attempt import Attempt
+from batchrun.prompt.tokens import Prompt
 from batchrun.storage import folder
 from batchrun.worker import generation
 from batchrun.worker.generation import AttemptCounters, Generation
@@ -42,8 +43,12 @@ def generate(one: Attempt, engine: Any) -> AttemptCounters:
     ids = np.arange(3, dtype=np.int32)
     records = pa.RecordBatch.from_pydict({"text": ["x"] * ROWS})
     texts: Any = SimpleNamespace(
-        builder=SimpleNamespace(columns=["text"], build=lambda batch: [ids] * batch.num_rows),
+        builder=SimpleNamespace(
+            columns=["text"], prompts=lambda batch: [Prompt(ids, False)] * batch.num_rows
+        ),
         detokenizer=SimpleNamespace(decode=lambda found: ["abc"] * len(found)),
+        reasoning=None,
+        answers=None,
     )
     counters = AttemptCounters(run="run", partition=0)
 

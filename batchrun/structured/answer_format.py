@@ -1,0 +1,133 @@
+"""What a job wants its answers to be, from the texts that they may be to the column that they become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from batchrun.errors import JobError
+from batchrun.structured.arrow import Kind, from_values, kind_of, to_array, to_texts
+from batchrun.structured.automaton import Automaton, TooLarge, build, either, literal
+from batchrun.structured.document import document
+from batchrun.structured.nodes import Node
+from batchrun.structured.regex import NotRegular, pattern
+from batchrun.structured.schema import read_schema
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """Answers that are documents of a schema (`node`), or plain texts (`node` None).
+
+    `kind` is what their column holds.
+    """
+
+    node: Node | None
+    kind: Kind
+    expression: str | None = None
+
+    @cached_property
+    def automaton(self) -> Automaton:
+        """That of the answers' bytes.
+
+        Raises:
+            JobError: it is too large, or no text is an answer.
+        """
+        if self.node is not None:
+            return document(self.node)
+        if self.expression is None:
+            return build(either(*(literal(text.encode()) for text in self.kind.texts)))
+        return _regex(self.expression)
+
+    @property
+    def type(self) -> pa.DataType:
+        """The Arrow type of the answers' column."""
+        return self.kind.type
+
+    def faults(self, texts: Sequence[str], whole: Sequence[bool]) -> list[str | None]:
+        """For each answer what is wrong with it, None where it is valid.
+
+        `whole` says which ones ended by themselves; one that was cut is valid where nothing could follow.
+        """
+        states = self.automaton.run([text.encode() for text in texts])
+        accepted = self.automaton.accepting[states]
+        complete = accepted & (np.array(whole, bool) | self.automaton.closed[states])
+        faults: list[str | None] = [None] * len(texts)
+        for i in np.flatnonzero(~complete).tolist():
+            cut = not whole[i]
+            faults[i] = "the answer was cut before its end" if cut else "the answer is not of the wanted form"
+        valid = np.flatnonzero(complete).tolist()
+        if self._fault_of_values([texts[i] for i in valid]):
+            for i in valid:
+                faults[i] = self._fault_of_values([texts[i]])
+        return faults
+
+    def values(self, texts: Sequence[str | None]) -> pa.Array:
+        """Valid answers as their column; None is null."""
+        if self.node is not None:
+            return to_array(self.kind, texts)
+        return from_values(self.kind, texts)
+
+    def texts(self, values: pa.Array | pa.ChunkedArray) -> list[str | None]:
+        """Texts of which `values` makes the same column."""
+        if self.node is not None:
+            return to_texts(self.kind, values)
+        texts: list[str | None] = values.cast(pa.string()).to_pylist()
+        return texts
+
+    def _fault_of_values(self, texts: Sequence[str]) -> str | None:
+        try:
+            self.values(texts)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def answer_format(
+    schema: dict[str, Any] | None = None, regex: str | None = None, choices: Sequence[str] | None = None
+) -> AnswerFormat | None:
+    """The format of a job's answers; None where none of the three is given.
+
+    Raises:
+        JobError: what is wrong with it, or not supported.
+    """
+    if schema is not None:
+        return _of_schema(json.dumps(schema))
+    if regex is not None:
+        return _of_regex(regex)
+    return None if choices is None else _of_choices(tuple(choices))
+
+
+@cache
+def _of_schema(text: str) -> AnswerFormat:
+    node = read_schema(json.loads(text))
+    return AnswerFormat(node, kind_of(node))
+
+
+@cache
+def _of_regex(expression: str) -> AnswerFormat:
+    return AnswerFormat(None, Kind("string"), expression)
+
+
+@cache
+def _of_choices(texts: tuple[str, ...]) -> AnswerFormat:
+    return AnswerFormat(None, Kind("enum", texts=texts))
+
+
+def _regex(expression: str) -> Automaton:
+    where = "answer.regex"
+    try:
+        automaton = pattern(expression)
+    except NotRegular as error:
+        raise JobError(f"{expression!r} has {error}", where, "leave it out, or use answer.choices") from None
+    except TooLarge:
+        what = f"the automaton of {expression!r} has too many states"
+        raise JobError(what, where, "use smaller repetitions") from None
+    if automaton.is_empty:
+        raise JobError(f"{expression!r} matches no text", where, "look for parts that exclude each other")
+    return automaton

@@ -1,0 +1,163 @@
+"""From an automaton over bytes to one over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchrun.errors import ModelError
+from batchrun.structured.automaton import DEAD, START, Automaton
+from batchrun.structured.vocabulary import Vocabulary
+
+ENDED = 1
+"""The state behind the token that ends an answer; 0 is dead here, too."""
+
+MAX_TABLE_BYTES = 1 << 30
+_END = -1
+# The first two functions that a walk knows.
+_SAME, _NOWHERE = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAutomaton:
+    """Which tokens may follow, and where they lead.
+
+    Tokens that no state tells apart share a class. `token_class` (tokens,) int32 is each token's, `next_state`
+    (states, classes) int16 or int32 where it leads; 0 is "not allowed". State 1 is where an answer has ended, and the
+    whole of it is allowed; `start` is where each begins.
+    """
+
+    token_class: NDArray[np.int32]
+    next_state: NDArray[np.int16 | np.int32]
+    start: int
+
+
+def token_automaton(
+    automaton: Automaton, vocabulary: Vocabulary, end_ids: Iterable[int], where: str
+) -> TokenAutomaton:
+    """The answers of the automaton in tokens of the vocabulary; an end token may follow where it accepts.
+
+    A token is allowed where, behind it, some tokens lead to an end.
+
+    Raises:
+        ModelError: the vocabulary cannot write any answer, or has no token that ends one. `where` names its folder.
+    """
+    ends = sorted({*end_ids})
+    if not ends:
+        raise ModelError(
+            "no token ends an answer", where, "give the model's generation_config.json an eos_token_id"
+        )
+    size = max(len(vocabulary.tokens), ends[-1] + 1)
+    walk = _Walk(automaton)
+    functions = walk.functions([*vocabulary.tokens, *[None] * (size - len(vocabulary.tokens))])
+    at_start = functions
+    if (first := vocabulary.first) is not None:
+        # A first token that is nothing but the space that is lost changes nothing, and may be.
+        at_start = walk.functions([*first, *[None] * (size - len(first))], _SAME)
+    # A class is what a token does anywhere, and what it does as the first one.
+    pairs = np.stack([functions, at_start], axis=1)
+    pairs[ends] = _END
+    kinds, token_class = np.unique(pairs, axis=0, return_inverse=True)
+    states = automaton.states + 2  # the end, and one for the very beginning
+    if kinds.shape[0] * states * (2 if states < 1 << 15 else 4) > MAX_TABLE_BYTES:
+        raise ModelError(
+            f"{states} states times {len(kinds)} kinds of tokens are too many",
+            where,
+            "use a smaller answer.schema",
+        )
+    # The automaton's states move up by one, behind dead and ended.
+    table = np.zeros((states, len(kinds)), np.int32)
+    begin = states - 1
+    for kind, (function, first) in enumerate(kinds.tolist()):
+        if function == _END:
+            table[DEAD, kind] = ENDED
+            table[2:begin, kind] = np.where(automaton.accepting[START:], ENDED, DEAD)
+            table[begin, kind] = ENDED if automaton.accepting[START] else DEAD
+            continue
+        table[2:begin, kind] = _moved(walk.found[function][START:])
+        table[begin, kind] = _moved(walk.found[first][START : START + 1])[0]
+    table[ENDED] = ENDED
+    _keep_living(table)
+    if not table[begin].any():
+        raise ModelError(
+            "its vocabulary cannot write any answer of this kind",
+            where,
+            "use another model or another answer",
+        )
+    small = table.astype(np.int16) if states < 1 << 15 else table
+    return TokenAutomaton(token_class.reshape(-1).astype(np.int32), small, begin)
+
+
+def _moved(targets: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.where(targets == DEAD, DEAD, targets + 1)
+
+
+def _keep_living(table: NDArray[np.int32]) -> None:
+    """Forbids tokens behind which no tokens lead to an end."""
+    living: NDArray[np.bool_] = np.zeros(len(table), bool)
+    living[ENDED] = True
+    grown = True
+    while grown:
+        reached: NDArray[np.bool_] = np.any(living[table], axis=1)
+        reached[DEAD] = False  # it may end, but nothing may lead there
+        grown = bool((reached & ~living).any())
+        living |= reached
+    table[~living[table]] = DEAD
+
+
+class _Walk:
+    """Walks tokens through the automaton, all states at once.
+
+    What a token does to the states is a function, and tokens are many, functions few: any text inside of a string does
+    the same. Each is found once, by the function of the bytes before its last one. `found` (functions,) holds where
+    each leads, (states,) int32.
+    """
+
+    def __init__(self, automaton: Automaton) -> None:
+        self.automaton = automaton
+        self.byte_class, representatives = automaton.classes
+        self.moves = automaton.table[:, representatives].T.copy()  # (classes, states)
+        self.weights = np.random.default_rng(0).integers(1, 1 << 62, automaton.states, np.int64)
+        self.found = [np.arange(automaton.states, dtype=np.int32), np.zeros(automaton.states, np.int32)]
+        self.by_hash = {self._hash(one): i for i, one in enumerate(self.found)}
+        self.followed: dict[int, int] = {}
+
+    def functions(self, tokens: list[bytes | None], of_nothing: int = _NOWHERE) -> NDArray[np.int64]:
+        """(tokens,) the number of what each token does; dead for None, `of_nothing` for a token of no bytes."""
+        current = np.array(
+            [_NOWHERE if token is None else _SAME if token else of_nothing for token in tokens], np.int64
+        )
+        lengths = np.array([len(token or b"") for token in tokens])
+        offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        data = np.frombuffer(b"".join(token or b"" for token in tokens), np.uint8)
+        classes = len(self.moves)
+        running = np.flatnonzero(lengths)
+        place = 0
+        while len(running):
+            labels = self.byte_class[data[offsets[running] + place]]
+            steps, inverse = np.unique(current[running] * classes + labels, return_inverse=True)
+            current[running] = np.array([self._step(step) for step in steps.tolist()], np.int64)[inverse]
+            place += 1
+            running = running[(lengths[running] > place) & (current[running] != _NOWHERE)]
+        return current
+
+    def _step(self, step: int) -> int:
+        known = self.followed.get(step)
+        if known is not None:
+            return known
+        function, label = divmod(step, len(self.moves))
+        targets = self.moves[label][self.found[function]]
+        key = self._hash(targets)
+        number = self.by_hash.get(key)
+        if number is None or not np.array_equal(self.found[number], targets):
+            number = len(self.found)
+            self.found.append(targets)
+            self.by_hash[key] = number
+        self.followed[step] = number
+        return number
+
+    def _hash(self, targets: NDArray[np.int32]) -> int:
+        return int((targets * self.weights).sum())

@@ -1,0 +1,120 @@
+"""Jobs with answers of a schema: typed columns, rows that were cut, retries and restarts, as their user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+import yaml
+
+from batchrun.commands.verify import verify
+from batchrun.errors import ExitCode
+from jobs import batchrun, load, write_job
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 4},
+        "kind": {"enum": ["ä", "b", None]},
+        "size": {"type": "integer", "minimum": 0, "maximum": 99},
+        "day": {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]},
+    },
+    "required": ["name", "kind", "day"],
+}
+TYPE = pa.struct(
+    {
+        "name": pa.string(),
+        "kind": pa.dictionary(pa.int32(), pa.string()),
+        "size": pa.int64(),
+        "day": pa.date32(),
+    }
+)
+ROWS = 40
+
+
+def job_of(folder: Path, model: Path, answer: dict[str, Any], new_tokens: int = 90) -> Path:
+    return write_job(
+        folder,
+        model,
+        rows=ROWS,
+        answer=answer,
+        engine={"kind": "padded"},
+        generation={"max_new_tokens": new_tokens, "temperature": 1.5},
+        limits={"max_error_rate": 1.0},
+    )
+
+
+def column(folder: Path) -> pa.Table:
+    return ds.dataset(folder / "out/data").to_table().combine_chunks()
+
+
+def test_a_schema_gives_a_typed_column_and_a_retry_completes_it(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    job = job_of(tmp_path, tiny_llama, {"schema": "schema.json"}, new_tokens=58)
+    assert batchrun("run", str(job))[0] == ExitCode.FAILED_ROWS
+    first = column(tmp_path)
+    assert first.schema.field("answer").type == TYPE
+    failed = [row for row in first.to_pylist() if row["status"] == "failed"]
+    assert failed
+    assert all(row["error"].startswith("INVALID_OUTPUT: the answer was cut") for row in failed)
+    assert all(row["answer"] is None and row["finish_reason"] == "length" for row in failed)
+    assert verify(load(job)).exit_code == ExitCode.FAILED_ROWS
+
+    more = "generation.max_new_tokens=300"
+    assert batchrun("retry", str(job), "--error", "INVALID_OUTPUT", "--set", more)[0] == ExitCode.COMPLETE
+    second = column(tmp_path)
+    assert second.schema.field("answer").type == TYPE
+    assert second["status"].to_pylist() == ["ok"] * ROWS
+    kept = [(a, b) for a, b in zip(first.to_pylist(), second.to_pylist(), strict=True) if a["status"] == "ok"]
+    assert kept
+    assert all(a["answer"] == b["answer"] for a, b in kept)
+    assert verify(load(job)).exit_code == ExitCode.COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ({"choices": ["yes", "no", "né"]}, pa.dictionary(pa.int32(), pa.string())),
+        ({"regex": "[A-Z]{2}-[0-9]"}, pa.string()),
+    ],
+)
+def test_choices_and_expressions_give_texts(
+    tmp_path: Path, tiny_llama: Path, answer: dict[str, Any], kind: pa.DataType
+) -> None:
+    job = job_of(tmp_path, tiny_llama, answer)
+    assert batchrun("run", str(job))[0] == ExitCode.COMPLETE
+    found = column(tmp_path)
+    assert found.schema.field("answer").type == kind
+    assert set(found["finish_reason"].to_pylist()) == {"stop"}
+
+
+def test_a_schema_that_is_not_supported_is_refused_before_anything_runs(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    job = job_of(tmp_path, tiny_llama, {"schema": {"properties": {"a": {"not": {}}}}})
+    code, _, said = batchrun("run", str(job))
+    assert code == ExitCode.REFUSED
+    assert "answer.schema at /properties/a: not is not supported; list what is allowed" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pydantic_model_is_a_schema(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "receipts.py").write_text(
+        "from pydantic import BaseModel\nclass Receipt(BaseModel):\n    total: int\n    paid: bool = False\n"
+    )
+    job = load(job_of(tmp_path, tiny_llama, {"schema": "receipts:Receipt"}))
+    assert job.answer.format is not None
+    assert job.answer.format.type == pa.struct({"total": pa.int64(), "paid": pa.bool_()})
+
+
+def test_what_an_answer_has_to_be_is_part_of_an_outputs_identity(tmp_path: Path, tiny_llama: Path) -> None:
+    path = job_of(tmp_path, tiny_llama, {"schema": SCHEMA})
+    assert load(path).deciding()["answer"] == {"schema": SCHEMA}
+    free = yaml.safe_load(path.read_text())
+    del free["answer"]
+    path.write_text(yaml.safe_dump(free))
+    assert "answer" not in load(path).deciding()

@@ -1,0 +1,76 @@
+"""Random schemas: every answer by random tokens is valid and fits its column, every valid document can be written."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import jsonschema
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from json_schemas import (
+    END,
+    VOCABULARY,
+    closed,
+    random_answer,
+    random_schema,
+    random_tokens,
+    random_value,
+    with_whole_numbers,
+    written,
+)
+
+from batchrun.errors import JobError
+from batchrun.structured.answer_format import AnswerFormat, answer_format
+from batchrun.structured.tokens import ENDED, token_automaton
+
+SEEDS = st.integers(0, 1 << 32)
+
+
+def made(r: random.Random, whole: bool = False) -> tuple[AnswerFormat, jsonschema.Draft202012Validator, dict]:
+    schema = closed(random_schema(r)) if whole else random_schema(r)
+    try:
+        wanted = answer_format(schema=schema)
+        assert wanted is not None
+        assert wanted.automaton
+    except JobError:  # options that overlap, or allow nothing
+        assume(False)
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    return wanted, jsonschema.Draft202012Validator(schema, format_checker=checker), schema
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS)
+def test_every_answer_that_ends_is_valid_and_fits_its_column(seed: int) -> None:
+    r = random.Random(seed)
+    wanted, validator, _ = made(r)
+    tokens = token_automaton(wanted.automaton, VOCABULARY, [END], "model")
+    answers = [text.decode() for _ in range(5) if (text := random_answer(r, tokens)) is not None]
+    for answer in answers:
+        validator.validate(json.loads(answer))
+    assert wanted.faults(answers, [True] * len(answers)) == [None] * len(answers)
+    column = wanted.values(answers)
+    column.validate(full=True)
+    assert column.type == wanted.type
+    assert wanted.values(wanted.texts(column)).equals(column)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS)
+def test_every_valid_document_can_be_written_with_any_tokens(seed: int) -> None:
+    r = random.Random(seed)
+    # Of what may have more than it declares, answers have what it declares.
+    wanted, validator, schema = made(r, whole=True)
+    tokens = token_automaton(wanted.automaton, VOCABULARY, [END], "model")
+    for value in (random_value(r, schema, schema) for _ in range(8)):
+        text = written(value)
+        if not validator.is_valid(value):
+            continue
+        if not wanted.automaton.matches(text):  # 4.0 is an integer, too, and an integer is written 4
+            text = written(with_whole_numbers(value))
+        assert wanted.automaton.matches(text), text
+        state = tokens.start
+        for token in random_tokens(r, text):
+            state = int(tokens.next_state[state, tokens.token_class[token]])
+            assert state > ENDED, text
+        assert tokens.next_state[state, tokens.token_class[END]] == ENDED
