@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 from batchrun.dataset.location import open_parquet
 from batchrun.dataset.source import Source, read_source
 from batchrun.errors import InputError, OutputError
+from batchrun.job.output import OUTPUT_COLUMNS
 from batchrun.job.schema import json_schema
-from batchrun.job.settings import OUTPUT_COLUMNS, InputSettings
+from batchrun.job.settings import InputSettings
 from batchrun.prompt.columns import holds_messages, holds_text
 
 MODEL = "Qwen/Qwen3-0.6B"

@@ -18,7 +18,8 @@ from batchrun.dataset.hive import folder_of
 from batchrun.dataset.source import DataFile, Skipped
 from batchrun.errors import OutputError, first_line
 from batchrun.hashing import stable_hash
-from batchrun.job.settings import InputSettings, OutputSettings
+from batchrun.job.output import OutputSettings
+from batchrun.job.settings import InputSettings
 
 
 class Slice(NamedTuple):

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from batchrun.structured.answer_format import AnswerFormat
 
 
+ASKED_COLUMNS = ("logprobs", "top_logprobs", "mean_logprob", "reasoning", "reasoning_tokens")
+"""Columns that an output has if its job asks for them: see `AnswerSettings.columns`."""
+
+
 class AnswerSettings(Settings):
     """What an answer has to be (free text by default), what is taken out of it, and what is written beside it."""
 

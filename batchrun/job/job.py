@@ -12,12 +12,12 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from batchrun.errors import JobError
-from batchrun.job.answer import AnswerSettings
+from batchrun.job.answer import ASKED_COLUMNS, AnswerSettings
 from batchrun.job.answer_schema import load_schema
 from batchrun.job.explain import explain
+from batchrun.job.output import OutputSettings
 from batchrun.job.prompt import PromptSettings
 from batchrun.job.settings import (
-    ASKED_COLUMNS,
     ClusterSettings,
     EngineSettings,
     GenerationSettings,
@@ -25,7 +25,6 @@ from batchrun.job.settings import (
     LimitSettings,
     ModelSettings,
     NotifySettings,
-    OutputSettings,
     Settings,
     TlsSettings,
 )

@@ -9,14 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from batchrun.errors import nearest
 from batchrun.job.durations import parse_deadline
-
-OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
-"""Columns that every output has."""
-
-ASKED_COLUMNS = ("logprobs", "top_logprobs", "mean_logprob", "reasoning", "reasoning_tokens")
-"""Columns that an output has if its job asks for them: see `AnswerSettings.columns`."""
 
 # A scheduler's address, whatever comm library has its protocol; http:// is that of its dashboard.
 _ADDRESS = re.compile(r"(?!https?://)(\w+://)?[^\s/]+:\d+(/.*)?|inproc://.+")
@@ -148,71 +141,6 @@ class EngineSettings(Settings):
         if kind not in ("auto", "padded", "paged") and not re.fullmatch(r"[\w.]+:\w+", kind):
             raise ValueError("use auto, padded, paged, or module:Class")
         return kind
-
-
-class OutputSettings(Settings):
-    """Where the answers go, how they are named, and when they are staged."""
-
-    path: str = Field(
-        min_length=1, description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it"
-    )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description=f"other names for {', '.join((*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
-    )
-    failed: str | None = Field(
-        None, description="a folder beside data/: the failed rows alone, each with its place in the input"
-    )
-    row_column: str | None = Field(
-        None,
-        description="a column with each row's input file and row in it, from 0, such as orders.parquet:123",
-    )
-    partition_by: list[str] = Field(
-        default_factory=list,
-        description="keys of the input's key=value folders: the parts are written into such folders of data/",
-    )
-    rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
-    bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
-    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="of the parts")
-    flush_rows: int = Field(2048, ge=1, description="finished rows are staged once there are so many")
-    flush_bytes: int = Field(
-        16 << 20, ge=1, description="finished rows are staged once they have so many bytes"
-    )
-    flush_seconds: float = Field(
-        15.0, gt=0, description="finished rows are staged after so many seconds at the latest"
-    )
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict,
-        repr=False,
-        description="fsspec's options for the output; never written anywhere",
-    )
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        for name in columns:
-            if name not in (*OUTPUT_COLUMNS, *ASKED_COLUMNS):
-                raise ValueError(
-                    f"{name!r} is no output column{nearest(name, (*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
-                )
-            if not columns[name]:
-                raise ValueError(f"give {name} a name, or leave it out")
-        return columns
-
-    @field_validator("failed")
-    @classmethod
-    def _folder_of_its_own(cls, failed: str | None) -> str | None:
-        if failed is not None and (failed in ("data", "_job") or not re.fullmatch(r"\w[\w.-]*", failed)):
-            raise ValueError("give the name of a folder beside data/ and _job/, such as failed")
-        return failed
-
-    @property
-    def answer_columns(self) -> list[str]:
-        """OUTPUT_COLUMNS and those of ASKED_COLUMNS that the job asks for: a job names these in `columns`."""
-        return [*OUTPUT_COLUMNS, *(name for name in ASKED_COLUMNS if name in self.columns)]
-
-    def column(self, name: str) -> str:
-        """The name that the output column `name` (one of `answer_columns`) has in this job."""
-        return self.columns.get(name, name)
 
 
 class TlsSettings(Settings):

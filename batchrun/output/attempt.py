@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchrun.errors import StorageError
-from batchrun.job.settings import OutputSettings
+from batchrun.job.output import OutputSettings
 from batchrun.output import chunk, part
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from batchrun.dataset.rows import PLACE, Places
 from batchrun.errors import BatchrunError, OutputError
-from batchrun.job.settings import OutputSettings
+from batchrun.job.output import OutputSettings
 from batchrun.output import part
 from batchrun.output.layout import Layout
 from batchrun.output.part import Summary

@@ -9,7 +9,7 @@ from functools import cached_property
 from batchrun.dataset.plan import Plan, folders_of, joined
 from batchrun.errors import OutputError
 from batchrun.job.job import Job
-from batchrun.job.settings import OutputSettings
+from batchrun.job.output import OutputSettings
 from batchrun.output import identity, plans, state
 from batchrun.output.failed_rows import FailedRows
 from batchrun.output.identity import Identity

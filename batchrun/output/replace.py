@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchrun.errors import OutputError
-from batchrun.job.settings import OutputSettings
+from batchrun.job.output import OutputSettings
 from batchrun.output import part
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import answers_schema

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from batchrun.dataset.rows import Places
 from batchrun.errors import BatchrunError
-from batchrun.job.settings import OutputSettings
+from batchrun.job.output import OutputSettings
 from batchrun.output import digest, manifest, part, retry
 from batchrun.output.output import Output
 from batchrun.output.state import State

@@ -20,7 +20,8 @@ from batchrun.dataset import location, source
 from batchrun.dataset.plan import Plan, carried_columns, check_output_names
 from batchrun.dataset.source import parse_type, read_source
 from batchrun.errors import ExitCode, InputError, OutputError, StorageError
-from batchrun.job.settings import InputSettings, OutputSettings
+from batchrun.job.output import OutputSettings
+from batchrun.job.settings import InputSettings
 from batchrun.output.part import part_schema
 
 

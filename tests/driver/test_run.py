@@ -30,7 +30,7 @@ from batchrun.errors import (
     OutputError,
     TooManyFaults,
 )
-from batchrun.job.settings import OUTPUT_COLUMNS
+from batchrun.job.output import OUTPUT_COLUMNS
 from batchrun.output.lease import Lease
 from batchrun.storage import Folder
 from jobs import answers, batchrun, check_complete, dataset, environment, load, start, wait_until, write_job

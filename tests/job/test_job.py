@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from batchrun.errors import BatchrunError, JobError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
-from batchrun.job.settings import OUTPUT_COLUMNS, ClusterSettings, OutputSettings
+from batchrun.job.output import OUTPUT_COLUMNS, OutputSettings
+from batchrun.job.settings import ClusterSettings
 from batchrun.telemetry.redact import Redactor
 
 BASE = """

@@ -11,7 +11,7 @@ import pyarrow as pa
 from faulty import FaultyStore, new_store, stores
 
 from batchrun.dataset.plan import Partition, Plan
-from batchrun.job.settings import OutputSettings
+from batchrun.job.output import OutputSettings
 from batchrun.output import identity
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import ANSWERS
