@@ -53,14 +53,14 @@ class Renderer:
         found: list[Any] = []
         for first in range(0, len(rows), CHUNK_ROWS):
             chunk = rows[first : first + CHUNK_ROWS]
-            answer = self._ask(kind, *what, chunk)
-            if isinstance(answer, str):
+            answer = self._ask(kind, *what, chunk) if len(chunk) > 1 else None
+            if not isinstance(answer, list):
                 answer = [self._alone(kind, what, row) for row in chunk]
             found += answer
         return found
 
     def _alone(self, kind: str, what: tuple[Any, ...], row: Any) -> Any:
-        """The row by itself, after the process ended on it and others: the one that does it again is at fault."""
+        """The row by itself, as after the process ended on it and others: one that ends it then is at fault."""
         answer = self._insist(kind, *what, [row])
         return RowFault(FaultCode.TEMPLATE_ERROR, answer) if isinstance(answer, str) else answer[0]
 
