@@ -46,7 +46,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
     opening = time.monotonic() - started
     rows = ROWS if trial is None else max(ROWS, job.engine.window_rows)
     sampled = sample(prepared, rows, max(SAMPLE_SECONDS, TRIAL_SAMPLE_SHARE * (trial or 0.0)))
-    known = recall(prepared)
+    known = recall(prepared, float(sampled.lengths.mean()) if len(sampled.lengths) else 0.0)
     if trial is not None:
         from batchrun.estimate.trial import trial as run_trial  # it imports torch
 

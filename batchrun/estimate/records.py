@@ -6,11 +6,12 @@ import json
 import logging
 import os
 import platform
+import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,40 @@ from batchrun.version import __version__
 log = logging.getLogger(__name__)
 
 STRETCHES = 12  # that an earlier run is cut into, to see how steady it was
+# Another job's trial serves if it ran so many tokens, and if its prompts are at most so much longer or shorter on
+# average: a token's cost depends on both.
+ENOUGH_TOKENS = 20_000
+NEAR = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A trial or bench as the cache has it, with the engine as that job file named it; `job_hash` None for a bench,
+    `when` in seconds since the epoch."""
+
+    kind: str
+    job_hash: str | None
+    when: float
+    known: Throughput
+
+    @property
+    def tokens(self) -> int:
+        """Of all prompts and answers that were timed."""
+        return sum(o.prompt_tokens + o.output_tokens for o in self.known.observations)
+
+    @property
+    def mean_prompt(self) -> float:
+        """Tokens."""
+        seen = self.known.observations
+        rows = sum(o.times * o.rows for o in seen)
+        return sum(o.times * o.prompt_tokens for o in seen) / rows if rows else 0.0
+
+    def serves(self, job_hash: str, mean_prompt: float) -> bool:
+        """Whether an estimate for the job may rest on it."""
+        if self.job_hash in (job_hash, None):
+            return True
+        near = mean_prompt / NEAR <= self.mean_prompt <= mean_prompt * NEAR
+        return near and self.tokens >= ENOUGH_TOKENS
 
 
 def device_name() -> str:
@@ -39,18 +74,24 @@ def device_name() -> str:
 
 
 def remember(fingerprint: str, kind: str, job_hash: str | None, known: Throughput) -> Path:
-    """Writes a trial's or a bench's throughput for later plans on this machine, in place of its like.
+    """Writes a trial's or a bench's throughput for later plans on this machine, in place of its like: the last bench,
+    or the same job's last trial, unless that one ran more tokens.
 
     Args:
         fingerprint: of the model, as a job's output pins it.
         kind: the engine as the job file names it.
         job_hash: of the job whose rows were run, where they were run as the job says.
     """
-    path = _place(fingerprint, known.device, known.engine, known.own_rows)
+    path = _place(fingerprint, job_hash, known)
+    new = _Measured(kind, job_hash, time.time(), known)
+    before = _read(path, fingerprint) if job_hash is not None and path.exists() else None
+    if before is not None and before.tokens > new.tokens:
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     values = asdict(known) | {
         "kind": kind,
         "job_hash": job_hash,
+        "when": new.when,
         "fingerprint": fingerprint,
         "version": __version__,
     }
@@ -60,12 +101,13 @@ def remember(fingerprint: str, kind: str, job_hash: str | None, known: Throughpu
     return path
 
 
-def recall(prepared: Prepared) -> Throughput | None:
+def recall(prepared: Prepared, mean_prompt: float) -> Throughput | None:
     """The best that is known: earlier runs into this output, a trial of this job, of others, then a bench.
 
-    Of the latter three only what this version of batchrun measured with this model on this kind of machine.
+    Of the latter three only what this version of batchrun measured with this model on this kind of machine; of other
+    jobs' trials only one of ENOUGH_TOKENS whose prompts are NEAR this job's `mean_prompt` tokens.
     """
-    return _from_runs(prepared) or _from_cache(prepared)
+    return _from_runs(prepared) or _from_cache(prepared, mean_prompt)
 
 
 def _from_runs(prepared: Prepared) -> Throughput | None:
@@ -102,33 +144,56 @@ def _stretches(run: RunRecord) -> tuple[list[Observation], float]:
     return observations, float(samples[0, 0])
 
 
-def _from_cache(prepared: Prepared) -> Throughput | None:
+def _from_cache(prepared: Prepared, mean_prompt: float) -> Throughput | None:
     device, kind = device_name(), prepared.job.engine.kind
     job_hash = prepared.identity.job_hash
     found = [
-        (values["job_hash"] == job_hash, known.own_rows, known)
-        for values, known in _remembered(prepared.model.fingerprint)
-        if known.device == device and _same_engine(kind, values["kind"], known.engine)
+        one
+        for one in _remembered(prepared.model.fingerprint)
+        if one.known.device == device
+        and _same_engine(kind, one.kind, one.known.engine)
+        and one.serves(job_hash, mean_prompt)
     ]
     if not found:
         return None
-    same_job, _, known = max(found, key=lambda entry: entry[:2])
-    own_rows = known.own_rows and same_job
-    return Throughput(known.source, known.engine, device, known.observations, own_rows, known.start_seconds)
+    best = max(found, key=lambda one: (one.job_hash == job_hash, one.known.own_rows, one.tokens))
+    own_rows = best.known.own_rows and best.job_hash == job_hash
+    return replace(best.known, source=_source(best, job_hash), own_rows=own_rows)
 
 
-def _remembered(fingerprint: str) -> Iterator[tuple[dict[str, Any], Throughput]]:
+def _source(best: _Measured, job_hash: str) -> str:
+    """What was measured, of which job, and when."""
+    when = f"{datetime.fromtimestamp(best.when):%Y-%m-%d %H:%M}"
+    if best.job_hash is None:
+        return f"{best.known.source}, on {when}"
+    if best.job_hash == job_hash:
+        return f"{best.known.source}, of this job, on {when}"
+    other = f"of another job whose prompts have {best.mean_prompt:,.0f} tokens on average"
+    return f"{best.known.source}, {other}, on {when}"
+
+
+def _remembered(fingerprint: str) -> Iterator[_Measured]:
     for path in sorted(_folder().glob(f"{fingerprint[:16]}-*.json")):
-        try:
-            values = json.loads(path.read_text())
-            if (values["fingerprint"], values["version"]) != (fingerprint, __version__):
-                continue
-            seen = [Observation(**o) for o in values["observations"]]
-            names = ("source", "engine", "device", "own_rows", "start_seconds")
-            known = Throughput(observations=seen, **{name: values[name] for name in names})
-            yield {name: values[name] for name in ("kind", "job_hash")}, known
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is left out: %s", path, error)
+        one = _read(path, fingerprint)
+        if one is not None:
+            yield one
+
+
+def _read(path: Path, fingerprint: str) -> _Measured | None:
+    """None for another model's or version's, and, with a warning, for one that is damaged."""
+    try:
+        values = json.loads(path.read_text())
+        if (values["fingerprint"], values["version"]) != (fingerprint, __version__):
+            return None
+        seen = [Observation(**o) for o in values["observations"]]
+        names = ("source", "engine", "device", "own_rows", "start_seconds")
+        known = Throughput(observations=seen, **{name: values[name] for name in names})
+        # The first files had no time of their own.
+        when = float(values.get("when", path.stat().st_mtime))
+        return _Measured(values["kind"], values["job_hash"], when, known)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is left out: %s", path, error)
+        return None
 
 
 def _same_engine(asked: str, kind: str, engine: str) -> bool:
@@ -139,10 +204,10 @@ def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchrun" / "throughput"
 
 
-def _place(fingerprint: str, device: str, engine: str, own_rows: bool) -> Path:
-    kind = "trial" if own_rows else "bench"
-    machine = stable_hash([device, engine, __version__])[:16]
-    return _folder() / f"{fingerprint[:16]}-{kind}-{machine}.json"
+def _place(fingerprint: str, job_hash: str | None, known: Throughput) -> Path:
+    kind = "trial" if known.own_rows else "bench"
+    like = stable_hash([known.device, known.engine, __version__, job_hash])[:16]
+    return _folder() / f"{fingerprint[:16]}-{kind}-{like}.json"
 
 
 def _processor() -> str:

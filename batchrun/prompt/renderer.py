@@ -12,14 +12,23 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from batchrun.errors import FaultCode, RowFault
+from batchrun.errors import BatchrunError, FaultCode, RowFault
 
 # Rows sent at once: few enough that large documents fit the renderer's memory, many enough to hide the round trip.
 CHUNK_ROWS = 128
 END_SECONDS = 5.0
 KILLED = "rendering was killed, for memory perhaps"
-# As often a row, or a template, has to be alone in a process that is killed before it is blamed.
+# As often a row has to be alone in a process that is killed before it is blamed, and compiling before it is given up.
 KILLS = 3
+
+
+def killed() -> BatchrunError:
+    """The error where the process is killed whatever it is given: nothing says that a template is to blame."""
+    return BatchrunError(
+        f"the process that renders templates was killed {KILLS} times in a row",
+        "prompt",
+        "if the machine or its container is out of memory, free some, then run the same command again",
+    )
 
 
 class Renderer:
@@ -31,8 +40,10 @@ class Renderer:
         self._connection: Connection | None = None
 
     def compile_errors(self, sources: Sequence[str]) -> list[str | None]:
-        """(templates,) What is wrong with each template, if anything."""
+        """(templates,) What is wrong with each template, if anything. Raises as `killed` says."""
         answer = self._insist("compile", sources)
+        if answer == KILLED:
+            raise killed()
         # One of them, and nobody knows which, was so dear that the process ended.
         return [answer] * len(sources) if isinstance(answer, str) else answer
 
@@ -53,14 +64,14 @@ class Renderer:
         found: list[Any] = []
         for first in range(0, len(rows), CHUNK_ROWS):
             chunk = rows[first : first + CHUNK_ROWS]
-            answer = self._ask(kind, *what, chunk)
-            if isinstance(answer, str):
+            answer = self._ask(kind, *what, chunk) if len(chunk) > 1 else None
+            if not isinstance(answer, list):
                 answer = [self._alone(kind, what, row) for row in chunk]
             found += answer
         return found
 
     def _alone(self, kind: str, what: tuple[Any, ...], row: Any) -> Any:
-        """The row by itself, after the process ended on it and others: the one that does it again is at fault."""
+        """The row by itself, as after the process ended on it and others: one that ends it then is at fault."""
         answer = self._insist(kind, *what, [row])
         return RowFault(FaultCode.TEMPLATE_ERROR, answer) if isinstance(answer, str) else answer[0]
 

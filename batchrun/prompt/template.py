@@ -77,6 +77,7 @@ def check_templates(templates: Sequence[RowTemplate]) -> None:
 
     Raises:
         JobError: an unknown filter or test, or a constant that takes too much time or memory.
+        BatchrunError: the process that would compile them was killed again and again.
     """
     errors = RENDERER.compile_errors([template.source for template in templates]) if templates else []
     for template, error in zip(templates, errors, strict=True):

@@ -15,6 +15,7 @@ from batchrun.errors import FaultCode, InputError, JobError, RowFault
 from batchrun.job.prompt import PromptSettings
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.reasoning import Reasoning
+from batchrun.prompt.renderer import KILLED, killed
 from batchrun.prompt.source import open_source
 from batchrun.prompt.special import MARK, Guarded, cut
 from batchrun.prompt.template import prompt_columns
@@ -189,6 +190,7 @@ def check_sample(builder: PromptBuilder, batches: Iterable[pa.RecordBatch], rows
 
     Raises:
         InputError: more than half of them fail, or of those tried in the first seconds; shows three.
+        BatchrunError: more than half of them fail because the process that renders them is killed.
     """
     seen, faults, started = 0, [], time.monotonic()
     for piece in _pieces(batches, rows):
@@ -198,6 +200,8 @@ def check_sample(builder: PromptBuilder, batches: Iterable[pa.RecordBatch], rows
         # Rows are only this slow where each of them runs into the limits of rendering.
         if len(faults) * 2 > seen and time.monotonic() - started > SAMPLE_SECONDS:
             break
+    if sum(fault.message == KILLED for _, fault in faults) * 2 > seen:
+        raise killed()
     if len(faults) * 2 > seen:
         shown = "; ".join(f"row {i}: {fault}" for i, fault in faults[:3])
         raise InputError(

@@ -18,12 +18,15 @@ from batchrun.engine.protocol import NO_TOKENS, Completion, Request
 from batchrun.errors import FaultCode, RowFault, StorageError
 from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec
+from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
 
 # Completions decoded together: large enough to amortize, small enough to be staged soon.
 ANSWER_BATCH = 512
 # Between two looks at what is due, however steadily completions come.
 SETTLE_SECONDS = 0.5
+# Prompts made together at most: fewer where they take long, so that the run sees each few of them as progress.
+PROMPT_ROWS = 128
 # An answer of at least so many tokens, all the same one and cut by length, comes of a broken model.
 REPEATED = 64
 
@@ -68,6 +71,7 @@ class Generation:
         self._read, self._attempt, self._codec, self._counters = read, attempt, codec, counters
         self._max_new_tokens = max_new_tokens
         self._rows = rows
+        self._prompts_at_once = 1
         self._lengths = np.zeros(len(rows), np.int32)
         self._reasoning = np.zeros(len(rows), bool)
         self._done: list[Completion] = []
@@ -118,7 +122,8 @@ class Generation:
             raise
         self._settle()
 
-    def _requests(self) -> Iterator[Request]:
+    def _requests(self) -> Iterator[Request | None]:
+        """The wanted rows' requests; None after prompts that took long, for a look at what is due."""
         builder = self._codec.builder
         for batch in self._read(builder.columns):
             self._counters.activity += 1
@@ -132,7 +137,12 @@ class Generation:
             whole = len(wanted) == batch.records.num_rows
             records = batch.records if whole else batch.records.take(pa.array(wanted))
             seeds = batch.row_ids[wanted].view(np.int64).tolist()
-            for row, seed, prompt in zip(rows, seeds, builder.prompts(records), strict=True):
+            places = zip(rows, seeds, strict=True)
+            for prompt in self._prompts(records):
+                if prompt is None:
+                    yield None
+                    continue
+                row, seed = next(places)
                 self._counters.pulled += 1
                 if isinstance(prompt, RowFault):
                     self._faults[row] = prompt
@@ -145,6 +155,23 @@ class Generation:
                 yield Request(
                     row, prompt.token_ids, self._max_new_tokens, seed, begun.tokens, values=begun.values
                 )
+
+    def _prompts(self, records: pa.RecordBatch) -> Iterator[Prompt | RowFault | None]:
+        """The rows' prompts or faults, in order, made of as many rows at once as take about SETTLE_SECONDS; None
+        after those that took longer."""
+        first = 0
+        while first < records.num_rows:
+            piece = records.slice(first, self._prompts_at_once)
+            started = time.monotonic()
+            prompts = self._codec.builder.prompts(piece)
+            seconds = time.monotonic() - started
+            self._counters.activity += 1
+            yield from prompts
+            if seconds > SETTLE_SECONDS:
+                yield None
+            first += piece.num_rows
+            fitting = int(piece.num_rows * SETTLE_SECONDS / max(seconds, 1e-9))
+            self._prompts_at_once = max(1, min(PROMPT_ROWS, 2 * self._prompts_at_once, fitting))
 
     def _begun_before(self, row: int, prompt_tokens: int) -> PartialAnswer:
         """The tokens that an earlier attempt left; none where they cannot be this prompt's."""

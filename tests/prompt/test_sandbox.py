@@ -17,9 +17,9 @@ import pyarrow as pa
 import pytest
 from tiny import byte_tokenizer
 
-from batchrun.errors import FaultCode, InputError, RowFault
+from batchrun.errors import BatchrunError, ExitCode, FaultCode, InputError, RowFault
 from batchrun.job.prompt import PromptSettings
-from batchrun.prompt.renderer import RENDERER, Renderer
+from batchrun.prompt.renderer import KILLED, RENDERER, Renderer
 from batchrun.prompt.tokens import PromptBuilder, check_sample
 
 # Whole seconds in one call in C each, which no exception gets into.
@@ -219,6 +219,24 @@ def test_a_row_is_blamed_for_a_killed_renderer_only_after_three_kills(monkeypatc
     first, second = renderer.rows(["{{ text }}"], ["text"], [("a",), ("b",)])
     assert isinstance(first, RowFault)
     assert second == ["b"]
+
+
+@pytest.mark.parametrize("spared", [0, 1])
+def test_a_renderer_that_is_always_killed_while_a_job_is_prepared_is_no_templates_fault(monkeypatch, spared):
+    answers = iter(range(spared))
+    ask = RENDERER._ask
+    # With one answer spared, the template compiles and only its rows' renderer is killed.
+    monkeypatch.setattr(RENDERER, "_ask", lambda *what: KILLED if next(answers, None) is None else ask(*what))
+    batch = pa.RecordBatch.from_pydict({"t": ["x"] * 8})
+
+    def prepare() -> None:
+        settings = PromptSettings(template="{{ t }}")
+        check_sample(PromptBuilder(settings, byte_tokenizer(), 4096, 8, batch.schema), [batch])
+
+    with pytest.raises(BatchrunError, match=r"renders templates was killed 3 times.*memory") as caught:
+        prepare()
+    assert caught.value.exit_code is ExitCode.FAILED
+    assert "fix the template" not in str(caught.value)
 
 
 def test_a_renderer_whose_parent_was_killed_ends_without_a_word():
