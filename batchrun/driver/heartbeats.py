@@ -37,14 +37,15 @@ def read(
             "tasks": [],
             "engines": [],
             "loading": 0,
+            "rendered": 0,
             "gpu": None,
         }
         engines = [EngineStats(**values) for values in snapshot["engines"]]
         beats.engines += [(address, stats) for stats in engines]
         attempts = [AttemptCounters(**values) for values in snapshot["tasks"]]
         mine = [one for one in attempts if one.run == run and one.partition in in_flight]
-        # An engine at work on another attempt's rows is a sign of life, and so is one that loads.
-        alive = (snapshot["loading"], *map(_activity, engines))
+        # An engine at work on another attempt's rows is a sign of life, and so is one that loads, or a template.
+        alive = (snapshot["loading"], snapshot["rendered"], *map(_activity, engines))
         for one in mine:
             beats.covered += one.reused + one.rows
             beats.total += one

@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from multiprocessing.connection import Connection
@@ -42,18 +43,21 @@ def compile_all(sources: Sequence[str]) -> list[str | None]:
 
 
 def rows(sources: Sequence[str], names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """For each row a list of texts, one per template, or its fault; a null column is None in `rows`."""
+    """For each row a list of texts, one per template, or its fault; a null column is None in `rows`.
+
+    Only of the first rows, at least one, where they take long: the parent sees that it goes on, and asks again.
+    """
 
     def render(row: tuple[Any, ...]) -> list[str]:
         templates = [_compiled(source) for source in sources]
         variables = {name: NULL if value is None else value for name, value in zip(names, row, strict=True)}
         return [_bounded(template.render(variables)) for template in templates]
 
-    return [_limited(render, row) for row in rows]
+    return _first(render, rows)
 
 
 def chats(template: str, variables: dict[str, Any], rows: Iterable[tuple[Any, Any]]) -> list[Any]:
-    """For each conversation, its messages and its tools, its text or its fault.
+    """For each conversation, its messages and its tools, its text or its fault; only of the first, as in `rows`.
 
     The text ends where the model is to go on: behind a last message of the assistant, else where its own begins.
     """
@@ -79,7 +83,18 @@ def chats(template: str, variables: dict[str, Any], rows: Iterable[tuple[Any, An
             raise
         return _bounded(texts[0])
 
-    return [_limited(render, row, "chat template: ") for row in rows]
+    return _first(render, rows, "chat template: ")
+
+
+def _first(render: Callable[[Any], Any], rows: Iterable[Any], where: str = "") -> list[Any]:
+    """The rendered rows or their faults, as many as take about SECONDS."""
+    done: list[Any] = []
+    until = time.monotonic() + SECONDS
+    for row in rows:
+        done.append(_limited(render, row, where))
+        if time.monotonic() > until:
+            break
+    return done
 
 
 def _limited(render: Callable[[Any], Any], row: Any, where: str = "") -> Any:

@@ -32,9 +32,13 @@ def killed() -> BatchrunError:
 
 
 class Renderer:
-    """One process, started on first use, and again after a row ended it. Any number of threads may use it."""
+    """One process, started on first use, and again after a row ended it. Any number of threads may use it.
+
+    `answers` counts what came of it, deaths included: it grows every few seconds as long as rows are rendered.
+    """
 
     def __init__(self) -> None:
+        self.answers = 0
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -62,8 +66,8 @@ class Renderer:
 
     def _each(self, kind: str, what: tuple[Any, ...], rows: Sequence[Any]) -> list[Any]:
         found: list[Any] = []
-        for first in range(0, len(rows), CHUNK_ROWS):
-            chunk = rows[first : first + CHUNK_ROWS]
+        while len(found) < len(rows):
+            chunk = rows[len(found) : len(found) + CHUNK_ROWS]
             answer = self._ask(kind, *what, chunk) if len(chunk) > 1 else None
             if not isinstance(answer, list):
                 answer = [self._alone(kind, what, row) for row in chunk]
@@ -94,6 +98,8 @@ class Renderer:
                 return self._connection.recv()
             except (EOFError, OSError):
                 return self._death()
+            finally:
+                self.answers += 1
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()

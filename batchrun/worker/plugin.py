@@ -14,6 +14,7 @@ from distributed import Worker, WorkerPlugin
 
 from batchrun.engine.protocol import EngineSpec
 from batchrun.model.light import import_tokenizers
+from batchrun.prompt.renderer import RENDERER
 from batchrun.telemetry.gpu import gpu_now
 from batchrun.worker.state import worker_state
 
@@ -50,13 +51,14 @@ class BatchrunPlugin(WorkerPlugin):
 def snapshot(dask_worker: Worker) -> dict[str, Any]:
     """The worker's part of the heartbeat: plain values of all running tasks, of the engine and of the GPU.
 
-    `loading` grows, in CPU seconds, while something loads that has no counters yet.
+    `loading` grows, in CPU seconds, while something loads that has no counters yet, `rendered` while templates are.
     """
     gpu = gpu_now()
     return {
         "tasks": [asdict(counters) for counters in worker_state.attempts],
         "engines": [asdict(engine.stats()) for engine in worker_state.engines],
         "loading": worker_state.loading_seconds,
+        "rendered": RENDERER.answers,
         "gpu": asdict(gpu) if gpu else None,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,15 @@ import pyarrow as pa
 import pytest
 from parts import attempt, faulty_folder, layout
 
+from batchrun.counters import Counters
 from batchrun.dataset.reader import RowBatch
+from batchrun.driver import heartbeats
 from batchrun.engine.protocol import Completion, Request
 from batchrun.errors import FaultCode, RowFault
-from batchrun.prompt.renderer import Renderer
+from batchrun.prompt.renderer import RENDERER, Renderer
 from batchrun.worker import generation
 from batchrun.worker.generation import AttemptCounters, Generation
+from batchrun.worker.plugin import snapshot
 
 ROWS = 1000
 QUICK = 200  # rows that come before the slow ones
@@ -99,3 +103,23 @@ def test_a_single_row_that_ends_its_renderer_does_it_once(monkeypatch):
     (fault,) = renderer.rows(["{{ t }}"], ["t"], [("x",)])
     assert isinstance(fault, RowFault)
     assert len(asked) == 1
+
+
+def test_rows_that_are_rendered_for_seconds_are_a_sign_of_life_meanwhile(monkeypatch):
+    renderer = Renderer()
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = "{% if n in (2, 3, 4) %}" + endless + "{% else %}{{ n }}{% endif %}"
+    found = renderer.rows([template], ["n"], [(n,) for n in range(6)])
+    assert [isinstance(row, RowFault) for row in found] == [False, False, True, True, True, False]
+    assert (found[:2], found[5]) == ([["0"], ["1"]], ["5"])
+    assert renderer.answers >= 3
+
+    def signs(answers: int) -> Any:
+        monkeypatch.setattr(RENDERER, "answers", answers)
+        attempts = [asdict(AttemptCounters(run="run", partition=0))]
+        mine = {**snapshot(SimpleNamespace()), "tasks": attempts}
+        worker = {"metrics": {"batchrun": mine}, "host": "here", "nthreads": 1}
+        return heartbeats.read({"worker": worker}, "run", Counters(), {0: 6}).activity[0][2]
+
+    assert signs(1) != signs(2)
+    assert signs(2) == signs(2)
