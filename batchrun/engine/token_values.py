@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from torch import Tensor
 
 from batchrun.engine.protocol import Sampling, TokenValues
+
+if TYPE_CHECKING:
+    # Not at run time: the worker, which joins values too, needs no torch.
+    from torch import Tensor
 
 
 class ValuesOfTokens:

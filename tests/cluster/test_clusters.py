@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import kubernetes_validate
 import psutil
 import pytest
+from distributed import KilledWorker
 from fleet import fleet, wait_until
 from pydantic import ValidationError
 
@@ -72,7 +74,14 @@ def test_a_local_worker_that_stays_away_for_long_comes_again(monkeypatch: pytest
             if "spawn_main" in " ".join(child.cmdline()):
                 child.kill()
         wait_until(lambda: set(client.scheduler_info()["workers"]) - first, "no worker came again", 90)
-        assert client.submit(int, "7").result(timeout=60) == 7
+
+        def answers() -> bool:
+            # Ten milliseconds are so short that on a busy machine the new one may be taken away once more.
+            with contextlib.suppress(KilledWorker):
+                return client.submit(int, "7", pure=False).result(timeout=60) == 7
+            return False
+
+        wait_until(answers, "no worker that came stayed", 90)
 
 
 def test_a_job_runs_on_at_most_one_kind_of_cluster() -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 
+from faulty import FaultyStore
 from hypothesis.stateful import RuleBasedStateMachine
 
 from batchrun.errors import BatchrunError
@@ -97,6 +98,7 @@ class Interleaving(RuleBasedStateMachine):
     """
 
     actors: list[Actor]
+    store: FaultyStore
 
     def let_go_on(self, which: int, requests: int, verdict: str | None) -> None:
         """One of the living actors goes on by so many requests, with the verdict on the last of them."""
@@ -108,7 +110,8 @@ class Interleaving(RuleBasedStateMachine):
     def advance(self, actor: Actor, verdict: str | None) -> None:
         assert actor.request is not None
         operation, key = actor.request
-        staging = operation == "put" and STAGE in key
+        # Of an object that is there already, no store keeps half: an upload that is cut short leaves it as it was.
+        staging = operation == "put" and STAGE in key and key not in self.store.objects
         if verdict in ("truncate", "crash within") and not staging:
             verdict = {"truncate": "reset", "crash within": "crash"}[verdict]
         if verdict == "stale" and operation not in ("find", "info"):
