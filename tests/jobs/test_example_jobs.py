@@ -31,7 +31,11 @@ def test_the_data_are_what_their_script_writes() -> None:
 def test_an_example_answers_its_rows_and_names_its_columns(
     path: Path, tmp_path: Path, cluster: Client
 ) -> None:
-    job = Job.load(path, [f"output.path={tmp_path}", "input.limit=3", INSTANT])
+    own = [f"output.path={tmp_path}", "input.limit=3"]
+    job = Job.load(path, own)
+    if not job.answer.is_constrained:
+        # It repeats its prompts, which are of no form that is asked for.
+        job = Job.load(path, [*own, INSTANT])
     result = batchrun.run(job, client=cluster)
     assert (result.rows, result.ok) == (3, 3)
     table = pq.read_table(tmp_path / "data")
@@ -76,7 +80,9 @@ def test_the_score_counts_right_answers_by_topic(tmp_path: Path) -> None:
 
 
 def test_the_shipped_model_runs_an_example_by_itself(tmp_path: Path, cluster: Client) -> None:
-    own = [f"output.path={tmp_path}", "input.limit=2", "generation.max_new_tokens=4"]
+    own = [f"output.path={tmp_path}", "input.limit=2"]
     result = batchrun.run(Job.load(JOBS / "extract.yaml", own), client=cluster)
     assert result.ok == 2
+    facts = pq.read_table(tmp_path / "data")["facts"].to_pylist()
+    assert all(isinstance(one["returned"], bool) for one in facts)
     assert "padded" in {stats.engine for stats in result.engines}
