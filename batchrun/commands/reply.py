@@ -79,7 +79,9 @@ class Reply:
 
     def _told(self, error: BaseException) -> tuple[str, str, ExitCode]:
         """The error's text, the line that is shown, and the exit code."""
-        if isinstance(error, KeyboardInterrupt):
+        # A stop in the midst of an import leaves modules by halves: what other threads make of those is no bug.
+        unexpected = not isinstance(error, BatchrunError)
+        if isinstance(error, KeyboardInterrupt) or (signals.stop.is_set() and unexpected):
             return self.stopped()
         if is_bug(error):
             error = InternalError.of(error)

@@ -206,12 +206,11 @@ class Run:
 
     def tracebacks(self) -> int:
         """How many were printed, but for those of Python's own processes whose counterpart was killed."""
-        text = self.command.text
+        blocks = self.command.text.split("Traceback (most recent call last)")[1:]
         if self.fatal:
-            return (
-                text.count("Traceback (most recent") if "/batchrun/" in text.partition("Traceback")[2] else 0
-            )
-        return text.count("Traceback (most recent") - text.count('multiprocessing/resource_tracker.py", line')
+            return sum("/batchrun/" in block for block in blocks)
+        # A resource tracker that was started again knows nothing of what the killed one knew.
+        return sum('multiprocessing/resource_tracker.py", line' not in block for block in blocks)
 
     @property
     def what(self) -> list[str]:

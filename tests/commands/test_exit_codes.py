@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import typer
 from distributed import Client
 from typer.testing import CliRunner
 
 import batchrun as library
+from batchrun import signals
 from batchrun.cli import app
+from batchrun.commands.reply import replying
 from batchrun.errors import ExitCode, Incomplete, JobError
 from batchrun.report.result import RunResult
 from batchrun.storage import NotFound
@@ -110,3 +114,15 @@ def test_chained_protocols_are_looked_at_one_by_one():
     refuse_unknown("simplecache::memory://lake/x", JobError)
     with pytest.raises(JobError, match="no protocol s4://"):
         refuse_unknown("simplecache::s4://lake/x", JobError)
+
+
+def test_whatever_breaks_after_a_stop_is_the_stop(monkeypatch, capsys):
+    stop = threading.Event()
+    monkeypatch.setattr(signals, "stop", stop)
+    for stopped, code in ((False, ExitCode.FAILED), (True, ExitCode.INTERRUPTED)):
+        if stopped:
+            stop.set()
+        with pytest.raises(typer.Exit) as ended, replying(as_json=False, debug=False):
+            raise AttributeError("partially initialized module 'pandas' has no attribute 'plotting'")
+        assert ended.value.exit_code == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
