@@ -50,7 +50,7 @@ class PagedEngine:
             Unsupported: see `unsupported`.
         """
         device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        budget = Budget.of(spec.options, device)
+        budget = Budget.of(spec.options, device, sum(weight.numel() for weight in model.parameters()))
         check_positions(model.config, spec.max_context)
         cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
         if devices.is_gpu(device):

@@ -206,6 +206,7 @@ class Runner:
             prefix_pages=_power_of_two(prefix_pages) if prefix_pages else 0,
         )
 
+    @torch.no_grad()
     def warm_up(self, prefill_tokens: int) -> None:
         """Runs the largest prefill batch and the largest decode step that may come, on the null page and slot.
 
