@@ -46,6 +46,11 @@ class Pending:
     done: Mark
     values: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `read` would not wait."""
+        return isinstance(self.done, float) or self.done.query()
+
     def read(self) -> list[list[int]]:
         """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one."""
         if not isinstance(self.done, float):
