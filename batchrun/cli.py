@@ -261,17 +261,22 @@ def _work_off(
     """Shows `work(job, stop=, on_progress=)` while it goes on, then what came of it; ends with its exit code."""
     with replying(as_json, debug, log_format) as reply:
         job = _load(job_file, overrides, reply)
-        from batchrun.report import live
-        from batchrun.telemetry.milestones import Milestones
+        from batchrun.driver.engines import standing_by
 
-        with live.show(Terminal(stderr=True), log_format, job) as on_progress:
-            result = work(
-                job,
-                stop=signals.stop,
-                on_progress=_shown_if_possible(on_progress),
-                milestones=Milestones.of_process(),
-            )
-            signals.decided(result.exit_code)
+        # Before anything else: what they import takes longer than all that this process does meanwhile.
+        with standing_by(job) as standby:
+            from batchrun.report import live
+            from batchrun.telemetry.milestones import Milestones
+
+            with live.show(Terminal(stderr=True), log_format, job) as on_progress:
+                result = work(
+                    job,
+                    stop=signals.stop,
+                    on_progress=_shown_if_possible(on_progress),
+                    milestones=Milestones.of_process(),
+                    standby=standby,
+                )
+                signals.decided(result.exit_code)
         with display():
             _show_result(job, result, as_json, reply)
         raise typer.Exit(result.exit_code)

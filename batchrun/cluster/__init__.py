@@ -7,7 +7,7 @@ Used by the driver, and by `plan`, which asks how many GPUs there are. May impor
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.request import urlopen
@@ -40,8 +40,9 @@ def refuse_unusable(settings: ClusterSettings) -> None:
 
 
 @contextmanager
-def connect(settings: ClusterSettings) -> Iterator[Client]:
-    """Yields a client of the cluster that the job asks for; a local cluster ends with the context.
+def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[Client]:
+    """Yields a client of the cluster that the job asks for; a local cluster ends with the context. Of its workers each
+    takes the engine's process that stands by for it under the name in its place.
 
     Raises:
         ClusterError: no scheduler answers at the address.
@@ -64,21 +65,16 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
                 check_workers(client, settings.slots)
                 yield client
             return
-        with apart(), _start(settings) as cluster, Client(cluster, set_as_default=False) as client:
+        with apart(), _start(settings, standby) as cluster, Client(cluster, set_as_default=False) as client:
             yield client
 
 
-def is_local(settings: ClusterSettings) -> bool:
-    """Whether `connect` starts workers on this machine."""
-    return settings.address is None and settings.slurm is None and settings.kubernetes is None
-
-
-def _start(settings: ClusterSettings) -> AbstractContextManager[Any]:
+def _start(settings: ClusterSettings, standby: Sequence[str]) -> AbstractContextManager[Any]:
     if settings.slurm is not None:
         return slurm_cluster(settings)
     if settings.kubernetes is not None:
         return kubernetes_cluster(settings)
-    return local_cluster(settings)
+    return local_cluster(settings, standby)
 
 
 def _security(tls: TlsSettings | None) -> Security | None:

@@ -7,36 +7,34 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
-from itertools import takewhile
 from typing import Any
 
-import pynvml
 from distributed import Scheduler, Security, SpecCluster, Status
 from tornado.ioloop import PeriodicCallback
 
 from batchrun.cluster.nanny import WorkerNanny
+from batchrun.engine.standby import VARIABLE
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings
 from batchrun.model import light
+from batchrun.telemetry.gpu import environment_of_gpu, visible_gpus
 
 # Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
 # Dask takes one away whose worker was gone for 15 seconds.
 RESTORE_EVERY = 2.0
-# What CUDA_VISIBLE_DEVICES may hold beside indices: GPUs, and slices of them.
-UUIDS = ("GPU-", "MIG-")
 
 
 @contextmanager
-def local_cluster(settings: ClusterSettings) -> Iterator[SpecCluster]:
-    """A scheduler and the job's workers, as processes of this machine; workers that are lost come again.
+def local_cluster(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[SpecCluster]:
+    """A scheduler and the job's workers, as processes of this machine; workers that are lost come again. `standby`
+    names the engines' processes that stand by for the workers.
 
     Raises:
         ClusterError: more workers are asked for than there are GPUs.
     """
     # Everybody with an account on this machine reaches its loopback, and a scheduler runs what it is sent.
     private = Security.temporary()
-    workers = _workers(settings, private)
+    workers = _workers(settings, private, standby)
     with SpecCluster(
         security=private,
         workers=workers,
@@ -79,7 +77,9 @@ async def _kill(nannies: Sequence[WorkerNanny]) -> None:
             os.kill(nanny.pid, signal.SIGKILL)
 
 
-def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str, Any]]:
+def _workers(
+    settings: ClusterSettings, private: Security, standby: Sequence[str]
+) -> dict[int, dict[str, Any]]:
     gpus = visible_gpus()
     count = settings.workers or max(1, len(gpus))
     if gpus and count > len(gpus):
@@ -90,7 +90,9 @@ def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str
         )
     workers = {}
     for i in range(count):
-        env = {light.VARIABLE: "1"} | ({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {})
+        env = {light.VARIABLE: "1"} | environment_of_gpu(gpus, i)
+        if i < len(standby):
+            env[VARIABLE] = standby[i]
         options = {
             "nthreads": settings.slots,
             "memory_limit": settings.memory_limit,
@@ -104,22 +106,3 @@ def _workers(settings: ClusterSettings, private: Security) -> dict[int, dict[str
         }
         workers[i] = {"cls": WorkerNanny, "options": options}
     return workers
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs this process may use, as values for CUDA_VISIBLE_DEVICES; empty on a machine without one."""
-    if "+cpu" in metadata.version("torch"):
-        return []
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError:
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return [str(i) for i in range(count)]
-    # CUDA heeds the names up to the first one that is no GPU.
-    names = (name.strip() for name in named.split(","))
-    return list(
-        takewhile(lambda name: int(name) < count if name.isdigit() else name.startswith(UUIDS), names)
-    )

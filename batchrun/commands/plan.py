@@ -12,7 +12,6 @@ from rich.bar import Bar
 from rich.console import RenderableType
 from rich.table import Table
 
-from batchrun.cluster.local import visible_gpus
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.rows import carried_schema
 from batchrun.driver.prepare import Prepared, prepare
@@ -23,6 +22,7 @@ from batchrun.job.job import Job
 from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
+from batchrun.telemetry.gpu import visible_gpus
 from batchrun.telemetry.progress import duration
 
 SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read

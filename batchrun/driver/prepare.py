@@ -15,7 +15,6 @@ from batchrun.engine.names import refuse_wrong_name
 from batchrun.errors import InputError, OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
-from batchrun.job.settings import ClusterSettings
 from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed_rows, identity, plans, retry
@@ -188,7 +187,8 @@ def _as_pinned(job: Job, made: list[Plan], pinned: Identity | None) -> list[Plan
 
 
 def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -> Prepared:
-    if not elsewhere(job.cluster):
+    # Workers on other machines may have modules that this one lacks.
+    if job.cluster.is_local:
         refuse_wrong_name(job.engine.kind)
     schema = plans[0].schema
     carried = carried_columns(job.input, schema)
@@ -198,8 +198,3 @@ def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -
     model = resolve(job.model)
     check_model(model.path)
     return Prepared(job, plans, known, model, pinned)
-
-
-def elsewhere(cluster: ClusterSettings) -> bool:
-    """Whether workers run on other machines, which may have modules that this one lacks."""
-    return any(place is not None for place in (cluster.address, cluster.slurm, cluster.kubernetes))

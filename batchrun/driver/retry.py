@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.engines import standing_by
 from batchrun.driver.notify import notifying
 from batchrun.driver.prepare import prepare_again
 from batchrun.driver.run import finish, result, try_store
 from batchrun.driver.workers import Workers
+from batchrun.engine.standby import Standby
 from batchrun.errors import FaultCode, JobError, OutputError, nearest
 from batchrun.job.job import Job
 from batchrun.output import manifest
@@ -38,6 +41,7 @@ def retry(
     on_progress: ProgressCallback = silent,
     milestones: Milestones | None = None,
     progress: bool = True,
+    standby: Sequence[Standby] | None = None,
 ) -> RunResult:
     """Runs the failed rows of a complete output again; each part that has some is replaced by one overwrite.
 
@@ -54,7 +58,7 @@ def retry(
         job: a Job, or the path of a job file.
         errors: error codes, such as PROMPT_TOO_LONG; rows with any error by default.
         allow: settings (or sections of them) that may differ, such as prompt.template or model.
-        client, force, stop, watch, milestones, progress: as for `run`.
+        client, force, stop, watch, milestones, progress, standby: as for `run`.
 
     Raises:
         OutputError: the output is not complete.
@@ -70,8 +74,14 @@ def retry(
             raise JobError(f"no error code {code!r}{nearest(code, known)}", "--error")
     job = job if isinstance(job, Job) else Job.load(job)
     stop = stop or threading.Event()
-    with bar(progress, job.title, on_progress) as shown, deadline.until(stop.is_set):
-        return notifying(job, lambda: _retry(job, errors, allow, client, force, stop, shown, milestones))
+    with ExitStack() as stack:
+        if standby is None:
+            standby = () if client else stack.enter_context(standing_by(job))
+        shown = stack.enter_context(bar(progress, job.title, on_progress))
+        stack.enter_context(deadline.until(stop.is_set))
+        return notifying(
+            job, lambda: _retry(job, errors, allow, client, force, stop, shown, milestones, standby)
+        )
 
 
 def _retry(
@@ -83,6 +93,7 @@ def _retry(
     stop: threading.Event,
     on_progress: ProgressCallback,
     milestones: Milestones,
+    standby: Sequence[Standby],
 ) -> RunResult:
     prepared = prepare_again(job)
     assert prepared.pinned is not None
@@ -93,7 +104,7 @@ def _retry(
     _ = prepared.codec
     milestones.reach("planned")
     try_store(folder)
-    with Workers(prepared, client, milestones) as workers, Lease(folder, force=force) as lease:
+    with Workers(prepared, client, milestones, standby) as workers, Lease(folder, force=force) as lease:
         found, _ = manifest.summaries(output)
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)

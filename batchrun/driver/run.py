@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from batchrun.counters import Counters
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.engines import standing_by
 from batchrun.driver.limits import Limits
 from batchrun.driver.notify import notifying
 from batchrun.driver.prepare import Prepared, look, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.workers import Workers
+from batchrun.engine.standby import Standby
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.output import identity, lease, manifest, plans, retry, state
@@ -48,6 +51,7 @@ def run(
     on_progress: ProgressCallback = silent,
     milestones: Milestones | None = None,
     progress: bool = True,
+    standby: Sequence[Standby] | None = None,
 ) -> RunResult:
     """Starts a job, or goes on where an earlier run of it ended, until its output is complete.
 
@@ -59,6 +63,7 @@ def run(
         watch: called about once a second with the run's progress.
         milestones: where to note what was reached when; from this call on by default.
         progress: show a progress bar where this is a notebook.
+        standby: engines' processes that were started for this job before, which end with whoever started them.
 
     Raises:
         Refused: before anything was generated: a bad job, input, model or destination, or changed ones.
@@ -71,8 +76,12 @@ def run(
     milestones.reach("imported")
     job = job if isinstance(job, Job) else Job.load(job)
     stop = stop or threading.Event()
-    with bar(progress, job.title, on_progress) as shown, deadline.until(stop.is_set):
-        return notifying(job, lambda: _run(job, client, force, stop, shown, milestones))
+    with ExitStack() as stack:
+        if standby is None:
+            standby = () if client else stack.enter_context(standing_by(job))
+        shown = stack.enter_context(bar(progress, job.title, on_progress))
+        stack.enter_context(deadline.until(stop.is_set))
+        return notifying(job, lambda: _run(job, client, force, stop, shown, milestones, standby))
 
 
 def _run(
@@ -82,13 +91,14 @@ def _run(
     stop: threading.Event,
     on_progress: ProgressCallback,
     milestones: Milestones,
+    standby: Sequence[Standby],
 ) -> RunResult:
     prepared = look(job)
     with first_contact():
         done = _finished(prepared)
     if done is not None:
         return result(prepared, done, milestones)
-    with Workers(prepared, client, milestones) as workers:
+    with Workers(prepared, client, milestones, standby) as workers:
         try_store(prepared.folder)
         if force or not record.is_alive(lease.read(prepared.folder)):
             workers.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
@@ -9,9 +10,10 @@ from typing import Self
 
 from distributed import Client
 
-from batchrun.cluster import connect, is_local, refuse_unusable
+from batchrun.cluster import connect, refuse_unusable
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.standby import Standby
 from batchrun.telemetry.milestones import Milestones
 from batchrun.worker.plugin import BatchrunPlugin, start_engine
 
@@ -23,12 +25,20 @@ class Workers:
     """A context. `client` is the given one, or one of the job's own cluster, which ends with the context at the latest.
 
     Only a local cluster is begun ahead: it takes nothing from anybody, and ends with a job that is refused after
-    all. Elsewhere workers, and the GPUs they hold, are asked for once the job is known to be good.
+    all. Elsewhere workers, and the GPUs they hold, are asked for once the job is known to be good. The engines'
+    processes in `standby` are the local workers' own.
     """
 
-    def __init__(self, prepared: Prepared, client: Client | None, milestones: Milestones) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        client: Client | None,
+        milestones: Milestones,
+        standby: Sequence[Standby] = (),
+    ) -> None:
         self._prepared, self._given, self._milestones = prepared, client, milestones
-        self._ahead = client is None and is_local(prepared.job.cluster)
+        self._standby = standby
+        self._ahead = client is None and prepared.job.cluster.is_local
         self._starting: Future[Client] | None = None
         self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(1, "batchrun-cluster")
@@ -46,6 +56,8 @@ class Workers:
             Refused: as `Prepared.codec` does.
         """
         if self._ahead:
+            for engine in self._standby:
+                engine.prepare(self._prepared.model.path)
             self._starting = self._pool.submit(self._connect)
             self._pool.submit(_start_engines, self._starting, self._prepared.codec.engine)
 
@@ -66,7 +78,8 @@ class Workers:
         self._stack.close()
 
     def _connect(self) -> Client:
-        client = self._given or self._stack.enter_context(connect(self._prepared.job.cluster))
+        names = [engine.name for engine in self._standby]
+        client = self._given or self._stack.enter_context(connect(self._prepared.job.cluster, names))
         self._milestones.reach("cluster ready")
         return client
 

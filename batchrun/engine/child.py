@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from batchrun.engine.last_words import error_line, last_line, lines_of
 from batchrun.engine.launch import start
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.engine.standby import Adopted, adopt
 from batchrun.engine.wire import Cancel, CompletionPack, Failed, RequestPack
 from batchrun.errors import BatchrunError, EngineDied, EngineError, EngineNotLoaded
 
@@ -116,13 +117,18 @@ class Child:
         self._began = time.time()
         self._output = b""
         self._stopped = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Adopted | None = None
         self._sending = threading.Lock()
-        ours, theirs = socket.socketpair()
-        self._connection = Connection(ours.detach())
-        self._connection.send(spec)
         self._started = threading.Event()
-        self._receiver = threading.Thread(target=self._live, args=(env, theirs), daemon=True)
+        theirs: socket.socket | None = None
+        # One that stands by has an environment of its own.
+        if not env and (adopted := adopt()):
+            self._connection, self._process = adopted
+            self._began = self._process.began
+        else:
+            ours, theirs = socket.socketpair()
+            self._connection = Connection(ours.detach())
+        self._receiver = threading.Thread(target=self._live, args=(spec, env, theirs), daemon=True)
         self._receiver.start()
         self._started.wait()
 
@@ -171,11 +177,17 @@ class Child:
         """The process, None before it is started."""
         return self._process.pid if self._process else None
 
-    def _live(self, env: dict[str, str], theirs: socket.socket) -> None:
+    def _live(self, spec: EngineSpec, env: dict[str, str], theirs: socket.socket | None) -> None:
         try:
-            with theirs:
-                self._process = start(theirs.fileno(), env)
-            self._started.set()
+            if theirs is not None:
+                with theirs:
+                    self._process = start(theirs.fileno(), env)
+            assert self._process is not None
+            # First of all, and by this thread: large tables take until the process reads. What ended meanwhile is
+            # told below.
+            with self._sending, contextlib.suppress(OSError):
+                self._started.set()
+                self._connection.send(spec)
             failure = self._route(self._process)
         except Exception as error:
             failure = EngineNotLoaded(f"the engine's process could not be run: {error!r}")
@@ -186,7 +198,7 @@ class Child:
             self.changed.notify_all()
         self._started.set()
 
-    def _route(self, process: subprocess.Popen[bytes]) -> BatchrunError:
+    def _route(self, process: subprocess.Popen[bytes] | Adopted) -> BatchrunError:
         """Delivers until the process has ended; gives back what it ended with."""
         assert process.stdout is not None
         last_words: BatchrunError | None = None
@@ -236,7 +248,7 @@ class Child:
         while self._keep_output(output):
             pass
 
-    def _death(self, process: subprocess.Popen[bytes]) -> BatchrunError:
+    def _death(self, process: subprocess.Popen[bytes] | Adopted) -> BatchrunError:
         if self._stopped:
             return EngineDied("the engine was stopped")
         kind, when = (EngineDied, "") if self.stats.pid else (EngineNotLoaded, " while its model was loaded")

@@ -6,19 +6,33 @@ import importlib
 import importlib.util
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from batchrun.engine.protocol import Engine, EngineSpec
 from batchrun.errors import JobError
-from batchrun.imports import hidden
+from batchrun.imports import distributions_on_demand, hidden
 
-# transformers imports them wherever they are installed, for training losses and assisted decoding: 1.5 of the 10 s
-# that importing took on a machine that has them.
-UNUSED = ("sklearn", "scipy", "pandas")
+# transformers imports them wherever they are installed, for training losses, images and assisted decoding: 1.5 of the
+# 10 s that importing took on a machine that has them.
+UNUSED = ("sklearn", "scipy", "pandas", "torchvision")
+
+# When the modules of engines were imported.
+_imported: dict[str, float] = {}
 
 BUILT_IN = {"padded": "batchrun.engine.padded:PaddedEngine", "paged": "batchrun.engine.paged:PagedEngine"}
+
+
+def preload(kind: str) -> None:
+    """Imports what the engine "padded", "paged" or "auto" needs. What cannot be imported is told by `load_engine`."""
+    if kind == "auto":
+        import torch
+
+        kind = "paged" if torch.cuda.is_available() else "padded"
+    with suppress(JobError):
+        _find(kind)
 
 
 def load_engine(spec: EngineSpec) -> Engine:
@@ -52,10 +66,8 @@ def load_engine(spec: EngineSpec) -> Engine:
 
 
 def _load(kind: str, spec: EngineSpec) -> Engine:
-    found = _find(kind)
-    imported = time.time()
-    engine = found.load(spec)
-    engine.stats.times["engine imported"] = imported
+    engine = _find(kind).load(spec)
+    engine.stats.times["engine imported"] = _imported[kind]
     return engine
 
 
@@ -96,8 +108,9 @@ def _find(kind: str) -> type[Engine]:
     if not class_name:
         raise JobError(f"no engine {kind!r}", "engine.kind", "use auto, padded, paged, or module:Class")
     try:
-        with hidden(UNUSED if kind in BUILT_IN else ()):
+        with hidden(UNUSED if kind in BUILT_IN else ()), distributions_on_demand():
             module = importlib.import_module(module_name)
+        _imported.setdefault(kind, time.time())
         found = getattr(module, class_name)
     except (ImportError, AttributeError) as error:
         fix = "check the name, and that its module is installed on every worker"

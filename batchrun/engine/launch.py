@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import IO, cast
 
 
-def start(descriptor: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
+def start(descriptor: int, env: dict[str, str], kind: str = "") -> subprocess.Popen[bytes]:
     """Starts a process that serves an engine over the inherited socket `descriptor`. Its output, both streams in one,
-    is a pipe that reads do not wait for; `env` is added to its environment."""
+    is a pipe that reads do not wait for; `env` is added to its environment. With `kind` it imports what that kind of
+    engine needs before it is asked for one."""
     # Not multiprocessing: a Dask worker may be daemonic, and its children would import the user's __main__ again.
     process = subprocess.Popen(
-        [sys.executable, "-m", "batchrun.engine.server", str(descriptor), str(os.getpid())],
+        [sys.executable, "-m", "batchrun.engine.server", str(descriptor), str(os.getpid()), kind],
         env=_environment() | env,
         pass_fds=[descriptor],
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The engine's side of the process border: `python -m batchrun.engine.server <socket> <parent's pid>`."""
+"""The engine's side of the process border: `python -m batchrun.engine.server <socket> <parent's pid> <kind or "">`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-from batchrun.engine import stage
-from batchrun.engine.choose import load_engine
+from batchrun.engine import ahead, stage
+from batchrun.engine.choose import load_engine, preload
 from batchrun.engine.last_words import error_line, lines_of
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, EngineStats, Request
-from batchrun.engine.wire import PLACE_BITS, Cancel, CompletionPack, Failed, RequestPack
+from batchrun.engine.wire import PLACE_BITS, Cancel, CompletionPack, Failed, Prepare, RequestPack
 from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded
 
 STATS_SECONDS = 0.2
@@ -46,9 +46,16 @@ class Server:
         self.in_hand: dict[int, Request] = {}
         self.engine: Engine | None = None
 
-    def serve(self) -> None:
-        """Loads the engine that the parent asks for; runs until the parent is gone or the engine fails."""
-        spec = self.connection.recv()
+    def serve(self, kind: str = "") -> None:
+        """Loads the engine that the parent asks for; runs until the parent is gone or the engine fails. Meanwhile
+        imports what one of this kind needs."""
+        # Collections during all the imports and tracing find nothing and take a fifth of the time.
+        gc.disable()
+        asked: queue.SimpleQueue[EngineSpec] = queue.SimpleQueue()
+        threading.Thread(target=self._await_spec, args=(asked,), daemon=True).start()
+        if kind:
+            preload(kind)
+        spec = asked.get()
         threading.Thread(target=self._read, daemon=True).start()
         sender = threading.Thread(target=self._send, daemon=True)
         sender.start()
@@ -58,16 +65,27 @@ class Server:
             self.outbox.put(Failed(error))
         except BaseException as error:
             traceback.print_exc()
-            kind, doing = (EngineError, "failed") if self.engine else (EngineNotLoaded, "could not be loaded")
-            self.outbox.put(Failed(kind(f"engine {doing}: {_named(error)}", spec.model_path)))
+            failure, doing = (
+                (EngineError, "failed") if self.engine else (EngineNotLoaded, "could not be loaded")
+            )
+            self.outbox.put(Failed(failure(f"engine {doing}: {_named(error)}", spec.model_path)))
         sender.join()
+
+    def _await_spec(self, asked: queue.SimpleQueue[EngineSpec]) -> None:
+        try:
+            message = self.connection.recv()
+            if isinstance(message, Prepare):
+                ahead.prepare(message.model_path)
+                message = self.connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        asked.put(message)
+        ahead.prepare(message.model_path)
 
     def _run(self, spec: EngineSpec) -> None:
         started = time.time()
         # While the engine loads, the sender has nothing to say, so the connection is this thread's alone.
         stage.listen(lambda name: self.connection.send(CompletionPack.pack([], EngineStats(stage=name))))
-        # Collections during all the imports and tracing find nothing and take a fifth of the time.
-        gc.disable()
         self.engine = load_engine(spec)
         gc.freeze()
         gc.enable()
@@ -181,13 +199,13 @@ def _die_with_parent(parent: int) -> None:
 
 def main() -> None:
     """Serves the engine over the socket that is the first argument, while the parent (the second) lives."""
-    descriptor, parent = map(int, sys.argv[1:])
+    descriptor, parent = map(int, sys.argv[1:3])
     _die_with_parent(parent)
     # Ctrl-C and a service manager's SIGTERM reach the whole group. Whether to drain or to stop is the parent's
     # decision, and what the rows are so far is lost with this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    Server(Connection(descriptor)).serve()
+    Server(Connection(descriptor)).serve(sys.argv[3])
 
 
 if __name__ == "__main__":

@@ -103,6 +103,13 @@ class CompletionPack:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepare:
+    """To a process that stands by: the engine that it will be asked for has its weights in this folder."""
+
+    model_path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Nobody waits for this stream's answers any more; with `keep`, what its rows are so far is wanted back."""
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from batchrun.cluster.local import visible_gpus
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.launch import available_cores
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.hashing import stable_hash
 from batchrun.telemetry import record
+from batchrun.telemetry.gpu import visible_gpus
 from batchrun.telemetry.record import RunRecord
 from batchrun.version import __version__
 

@@ -178,6 +178,11 @@ class ClusterSettings(Settings):
         None, repr=False, description="workers as pods: image, name, namespace, resources, env, pod"
     )
 
+    @property
+    def is_local(self) -> bool:
+        """Whether workers run on this machine, started by the run itself."""
+        return self.address is None and self.slurm is None and self.kubernetes is None
+
     @field_validator("address")
     @classmethod
     def _an_address(cls, address: str | None) -> str | None:

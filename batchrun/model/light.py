@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from batchrun.imports import hidden
+from batchrun.imports import distributions_on_demand, hidden
 
 # Set for processes that are batchrun's own and run no model: the command's, and the workers that it starts.
 VARIABLE = "BATCHRUN_WITHOUT_TORCH"
@@ -22,7 +22,7 @@ def import_tokenizers(with_torch: bool = False) -> None:
     It takes a second, and with torch two or more: never on an event loop. In a process that says so by `VARIABLE`,
     which no user's code shares, as where torch is not installed, unless `with_torch`; a model's own code may want it.
     """
-    with _importing, contextlib.ExitStack() as stack:
+    with _importing, distributions_on_demand(), contextlib.ExitStack() as stack:
         if VARIABLE in os.environ and not with_torch and not {"torch", "transformers"} & sys.modules.keys():
             stack.enter_context(hidden(["torch"]))
             stack.enter_context(_no_advice())

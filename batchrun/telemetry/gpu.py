@@ -1,13 +1,18 @@
-"""How busy and how full this process's GPU is, by NVML; nothing where there is none."""
+"""Which GPUs this process may use, and how busy and how full its own is, by NVML; nothing where there is none."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
+from itertools import takewhile
 from typing import Any
 
 import pynvml
+
+# What CUDA_VISIBLE_DEVICES may hold beside indices: GPUs, and slices of them.
+UUIDS = ("GPU-", "MIG-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +59,27 @@ def _handle(visible: str | None) -> Any:
         return pynvml.nvmlDeviceGetHandleByUUID(first)
     except pynvml.NVMLError:
         return None
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as values for CUDA_VISIBLE_DEVICES; empty on a machine without one."""
+    if "+cpu" in metadata.version("torch"):
+        return []
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(i) for i in range(count)]
+    # CUDA heeds the names up to the first one that is no GPU.
+    names = (name.strip() for name in named.split(","))
+    return list(
+        takewhile(lambda name: int(name) < count if name.isdigit() else name.startswith(UUIDS), names)
+    )
+
+
+def environment_of_gpu(gpus: list[str], worker: int) -> dict[str, str]:
+    """What the processes of this worker get to see of the visible GPUs, if there are any: its own."""
+    return {"CUDA_VISIBLE_DEVICES": gpus[worker]} if gpus else {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -29,6 +32,12 @@ class Milestones:
     @classmethod
     def of_process(cls) -> Milestones:
         """From the start of this process: a command's user waits for its imports too."""
+        # psutil counts from when the machine started, which the kernel rounds to the second.
+        with suppress(OSError, ValueError, IndexError, AttributeError):
+            ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+            age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+            if age >= 0:
+                return cls(time.time() - age)
         return cls(psutil.Process().create_time())
 
     @property

@@ -377,6 +377,15 @@ def test_an_embedding_that_changes_with_the_longest_row_is_refused(tmp_path: Pat
     assert "dynamic" in reason
 
 
+def test_rows_that_are_finished_do_not_wait_until_all_prompts_are_launched(folders: dict[str, Path]) -> None:
+    engine = _engine(folders["llama"], options={"prefill_tokens": 16})
+    prompt = np.arange(3, 19, dtype=np.int32)
+    rows = engine.generate(Request(number, prompt + number, 1) for number in range(8))
+    next(rows)
+    assert engine._runner.launches <= 2
+    assert len([*rows]) == 7
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_prefill_ends_its_last_layer_for_the_wanted_tokens_alone(
     folders: dict[str, Path], name: str

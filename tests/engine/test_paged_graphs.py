@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import tiny_models
 import torch
 
 from batchrun.engine.loading import load_model
-from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged import PagedEngine, last_layer
 from batchrun.engine.paged.graphs import DecodeGraphs
+from batchrun.engine.paged.memory import Budget
 from batchrun.engine.paged.runner import _round_tokens
 from batchrun.engine.protocol import EngineSpec, Request
 
@@ -104,3 +107,33 @@ def test_packs_have_few_different_numbers_of_tokens() -> None:
     assert all(tokens <= made < tokens * 1.04 + 8 for tokens, made in numbers.items())
     assert len({made for tokens, made in numbers.items() if tokens > 8192}) == 32
     assert numbers[16384] == 16384
+
+
+def test_one_trace_of_a_layer_serves_warm_up_prefills_and_decode_steps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes two seconds of a start, whatever of the compiled code is found again on the disk."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    budget = replace(Budget.of({}, torch.device("cpu")), compile=True)
+    monkeypatch.setattr(Budget, "of", lambda *_: budget)
+    traced = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    before = traced["unique_graphs"]
+    engine = _engine(folder, monkeypatch, capturing=True)
+    engine._runner.warm_up(256)
+    assert len(_answers(engine, seed=1)) == 20
+    assert traced["unique_graphs"] - before == 1
+    # A run that lasts gets its last layer compiled as well.
+    monkeypatch.setattr(last_layer, "COMPILED_FROM", 0)
+    assert len(_answers(engine, seed=1)) == 20
+    assert traced["unique_graphs"] - before == 2
+
+
+def test_a_small_model_gets_larger_prefill_batches_unless_the_job_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("batchrun.engine.paged.devices.is_gpu", lambda device: True)
+    device = torch.device("cpu")
+    assert Budget.of({}, device, 600_000_000).prefill_tokens == 32768
+    assert Budget.of({}, device, 8_000_000_000).prefill_tokens == 16384
+    assert Budget.of({"prefill_tokens": 4096}, device, 600_000_000).prefill_tokens == 4096

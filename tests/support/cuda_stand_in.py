@@ -26,6 +26,9 @@ class Event:
     def record(self) -> None:
         self._recorded = time.perf_counter()
 
+    def query(self) -> bool:
+        return bool(self._recorded)
+
     def synchronize(self) -> None:
         assert self._recorded, "waits for an event that was never recorded"
 

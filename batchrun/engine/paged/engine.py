@@ -50,7 +50,7 @@ class PagedEngine:
             Unsupported: see `unsupported`.
         """
         device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        budget = Budget.of(spec.options, device)
+        budget = Budget.of(spec.options, device, sum(weight.numel() for weight in model.parameters()))
         check_positions(model.config, spec.max_context)
         cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
         if devices.is_gpu(device):
@@ -139,6 +139,9 @@ class PagedEngine:
                         continue
                     pending.append(prefilled)
                     scheduler.prefill_launched()
+                    # Launching all prompts that there is room for takes a second: too long for finished rows to wait.
+                    while pending[0].arrived and len(pending) > 1:
+                        yield from self._read(pending, leaving=len(pending) - 1)
                 if scheduler.must_preempt(self._steps):
                     yield from self._read(pending, leaving=0)
                 work = scheduler.next_decode(self._steps)

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from batchrun.engine.paged.architecture import decoder_layers
 from batchrun.engine.paged.compiling import compiled
 
+COMPILED_FROM = 4096
+"""Prefills from which on the last layer is compiled for itself: two seconds, in which the GPU waits, against tenths
+of a millisecond of each."""
+
 
 class LastLayer:
     """What other layers make of a token becomes its key and value in the next one. After the last attention only the
@@ -23,8 +27,8 @@ class LastLayer:
     """
 
     def __init__(self, model: nn.Module, attention: list[nn.Module]) -> None:
-        """`attention` are the model's attention modules in the order they run; its layers may be compiled already,
-        and then this one is too, for itself, when it first runs."""
+        """`attention` are the model's attention modules in the order they run; where its layers are compiled already,
+        this one is too, for itself, in a run that lasts."""
         last = attention[-1]
         layers = [layer for layer in decoder_layers(model, attention) if last in layer.modules()]
         self._parts: list[tuple[nn.Module, str, nn.Module, _SelectedTokens]] = []
@@ -36,7 +40,8 @@ class LastLayer:
                 self._parts.append((owner, name, part, _SelectedTokens(part)))
         self._usual = self._layer.__dict__.get("forward")
         forward = MethodType(type(self._layer).forward, self._layer)
-        self._own = compiled(forward) if self._usual else forward
+        self._own, self._compiled = forward, compiled(forward) if self._usual else forward
+        self._prefills = 0
 
     @contextmanager
     def only(self, tokens: Tensor) -> Iterator[None]:
@@ -49,7 +54,8 @@ class LastLayer:
         for owner, name, _, selected in self._parts:
             selected.select(tokens)
             setattr(owner, name, selected)
-        self._layer.forward = self._own
+        self._prefills += 1
+        self._layer.forward = self._own if self._prefills < COMPILED_FROM else self._compiled
         try:
             yield
         finally:

@@ -12,6 +12,9 @@ import torch
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.attention import KVCache
 
+SMALL_MODEL = 1_000_000_000
+"""Parameters."""
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -30,19 +33,25 @@ class Budget:
     compile: bool
 
     @classmethod
-    def of(cls, options: dict[str, object], device: torch.device) -> Self:
-        """What the job's engine settings say; what they leave out follows from the device."""
+    def of(cls, options: dict[str, object], device: torch.device, parameters: int = 0) -> Self:
+        """What the job's engine settings say; what they leave out follows from the device and the model's size."""
         gpu = devices.is_gpu(device)
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         return cls(
             max_rows=given.get("max_rows", 2048 if gpu else 64),
-            prefill_tokens=given.get("prefill_tokens", 16384 if gpu else 2048),
+            prefill_tokens=given.get("prefill_tokens", _prefill_tokens(parameters) if gpu else 2048),
             decode_steps=given.get("decode_steps", 8),
             memory_fraction=given.get("memory_fraction", 0.9),
             cache_tokens=given.get("cache_tokens"),
             window_rows=given.get("window_rows", 8192),
             compile=gpu and given.get("compile", True),
         )
+
+
+def _prefill_tokens(parameters: int) -> int:
+    """Enough to keep a GPU busy for longer than the host takes for a batch: on an H100 machine 55 ms for a model of 28
+    layers, and 38 ms on the GPU for 16384 tokens of Qwen3-0.6B."""
+    return 32768 if parameters < SMALL_MODEL else 16384
 
 
 def affordable_pages(

@@ -46,6 +46,11 @@ class Pending:
     done: Mark
     values: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `read` would not wait."""
+        return isinstance(self.done, float) or self.done.query()
+
     def read(self) -> list[list[int]]:
         """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one."""
         if not isinstance(self.done, float):
@@ -206,6 +211,7 @@ class Runner:
             prefix_pages=_power_of_two(prefix_pages) if prefix_pages else 0,
         )
 
+    @torch.no_grad()
     def warm_up(self, prefill_tokens: int) -> None:
         """Runs the largest prefill batch and the largest decode step that may come, on the null page and slot.
 
