@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from batchrun.engine.protocol import TokenIds, TokenTables
+from batchrun.engine.protocol import EngineSpec, TokenIds, TokenTables
 
 # Bytes of unpacked masks at a time while packing, and of a mask's expansion on a CPU.
 _CHUNK_BYTES = 64 << 20
@@ -43,15 +45,22 @@ class AnswerMask:
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
         self._rows = max(1, _CACHED // vocab) if torch.device(device).type == "cpu" else None
 
-    def begin(self, generated: Sequence[TokenIds]) -> Tensor:
-        """(rows,) int32 states of rows that have these tokens of their answers already."""
+    @classmethod
+    def of(cls, spec: EngineSpec, model: Any) -> Self | None:
+        """The mask of the spec's answers for the logits of a transformers model; None where answers are free."""
+        if spec.answers is None:
+            return None
+        return cls(spec.answers, model.config.get_text_config(decoder=True).vocab_size, model.device)
+
+    def begin(self, generated: Sequence[TokenIds]) -> NDArray[np.int32]:
+        """(rows,) states of rows that have these tokens of their answers already, on the host."""
         states = []
         for tokens in generated:
             state = self.start
             for kind in self._class[tokens].tolist():
                 state = int(self._next[state, kind])
             states.append(state)
-        return torch.tensor(states, dtype=torch.int32, device=self.masks.device)
+        return np.array(states, np.int32)
 
     def allowed(self, states: Tensor) -> Tensor:
         """(rows, vocabulary) bool: whether the token may be next. `states` (rows,) int32."""

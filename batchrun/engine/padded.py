@@ -59,7 +59,7 @@ class PaddedEngine:
         self._stop_ids = torch.tensor(spec.stop_token_ids, dtype=torch.int64, device=spec.device)
         self._stop_strings = StopStrings(spec)
         self._values_of_tokens = ValuesOfTokens(spec.sampling)
-        self._answer_mask = _answer_mask(spec, model)
+        self._answer_mask = AnswerMask.of(spec, model)
         self._left = not model.config.is_encoder_decoder
         # The model's own generation config would add what the job did not ask for: beams, penalties, lengths.
         own = model.generation_config
@@ -244,13 +244,6 @@ def _why_not_flash(spec: EngineSpec) -> str:
     if choose_dtype(spec, load_config(spec)) == torch.float32:
         return "flash-attn needs half precision"
     return ""
-
-
-def _answer_mask(spec: EngineSpec, model: Any) -> AnswerMask | None:
-    if spec.answers is None:
-        return None
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    return AnswerMask(spec.answers, vocab, spec.device)
 
 
 def _windows(requests: Iterator[Request | None], rows: int) -> Iterator[list[Request]]:

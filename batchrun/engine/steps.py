@@ -148,13 +148,18 @@ class KeepToAnswers(LogitsProcessor):
 
     def __init__(self, mask: AnswerMask, state: BatchState) -> None:
         self.mask, self.state = mask, state
-        self.states = mask.begin([request.generated for request in state.requests])
+        begun = mask.begin([request.generated for request in state.requests])
+        self.states = torch.from_numpy(begun).to(state.offsets.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores, -inf where a token would leave the answers."""
         if self.state.steps:
             self.states = self.mask.advance(self.states, input_ids[:, -1])
-        return self.mask.apply(scores, self.states)
+        kept = self.mask.apply(scores, self.states)
+        # The model may rule out whatever the answers allow.
+        ruled_out = ~torch.isfinite(kept.amax(-1))
+        self.state.broken |= ruled_out & ~self.state.done
+        return kept.masked_fill(ruled_out.unsqueeze(1), 0.0)
 
 
 def logits_processors(

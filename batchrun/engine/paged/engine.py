@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from batchrun.engine import stage
+from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged import devices
@@ -55,7 +56,7 @@ class PagedEngine:
         cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
         if devices.is_gpu(device):
             fuse_projections(model)
-        sampler = Sampler(spec.sampling)
+        sampler = Sampler(spec.sampling, AnswerMask.of(spec, model))
         if budget.compile:
             compile_layers(model, cache.modules)
             if not sampler.greedy:

@@ -112,6 +112,7 @@ class Runner:
         self._inputs = zeros(torch.int32, _input_size(Shape(_bucket(max_sequences), pages, pages)))
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
+        self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
         # Like `_sampled`, of every step of a decode batch.
         self._values = {
             name: zeros(one.dtype, decode_steps, slots, *one.shape[1:])
@@ -270,7 +271,9 @@ class Runner:
         )
         logits = self._forward(self._last_token[slots], position, metadata, 0)
         seen = None if self._seen is None else self._seen[slots]
-        token = self._sampler.sample(logits, self._seed[slots], seq_len + 1 - self._prompt_len[slots], seen)
+        states = None if self._states is None else self._states[slots]
+        generated = seq_len + 1 - self._prompt_len[slots]
+        token = self._sampler.sample(logits, self._seed[slots], generated, seen, states)
         self._sampled[:, : shape.batch_size].index_copy_(
             0, self._step, torch.where(running, token, NO_TOKEN).int()[None]
         )
@@ -279,7 +282,7 @@ class Runner:
         self._step += 1
         seq_len = torch.where(running, seq_len + 1, seq_len)
         self._seq_len[slots] = seq_len
-        self._update(slots, token, running & self._continues(token, seq_len, self._final_len[slots]))
+        self._update(slots, token, running & self._continues(token, seq_len, self._final_len[slots]), states)
 
     def _start(self, sequences: list[Sequence], seq_lens: list[int], logits: Tensor) -> Tensor:
         """Puts sequences whose prompts are computed into their slots and chooses their first tokens."""
@@ -295,22 +298,29 @@ class Runner:
             self._seen[slots] = False
             self._seen[slots[self._to_device(seq_ids, np.int64)], tokens] = True
             seen = self._seen[slots]
-        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen)
+        states = None
+        if self._sampler.mask is not None:
+            answers = [sequence.prompt[len(sequence.request.token_ids) :] for sequence in sequences]
+            states = self._to_device(self._sampler.mask.begin(answers), np.int32)
+        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, states)
         self._seq_len[slots], self._final_len[slots] = seq_len, final_len
         self._prompt_len[slots], self._seed[slots] = prompt_len, seed
-        self._update(slots, token, self._continues(token, seq_len, final_len))
+        self._update(slots, token, self._continues(token, seq_len, final_len), states)
         return token.int()
 
     def _continues(self, token: Tensor, seq_len: Tensor, final_len: Tensor) -> Tensor:
         continues = (token != INVALID_TOKEN) & (seq_len < final_len)
         return continues & ~torch.isin(token, self._stops) if len(self._stops) else continues
 
-    def _update(self, slots: Tensor, token: Tensor, running: Tensor) -> None:
+    def _update(self, slots: Tensor, token: Tensor, running: Tensor, states: Tensor | None) -> None:
+        """Each slot's new token, and whether it goes on; `states` are the answers' up to this token."""
         token = token.clamp(min=0)
         self._last_token[slots] = token
         self._running[slots] = running
         if self._seen is not None:
             self._seen.index_put_((slots, token), self._true)  # a plain True comes from the host
+        if self._states is not None and self._sampler.mask is not None and states is not None:
+            self._states[slots] = self._sampler.mask.advance(states, token)
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_to_keep: Tensor | int
