@@ -105,7 +105,9 @@ class Runner:
         self._stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=device)
         self._step = zeros(torch.long, 1)
         self._values_of_tokens = values_of_tokens
-        self._sampled = zeros(torch.int32, decode_steps, slots)
+        # A step is for as many sequences as its shape says, which may be more than there can be.
+        widest = max(slots, _bucket(max_sequences))
+        self._sampled = zeros(torch.int32, decode_steps, widest)
         # Captured steps read it, so it is as large as it can ever be from the start.
         pages = _power_of_two(-(-max_context // cache.page_size))
         self._largest_shape = Shape(_bucket(max_sequences), pages, 0)
@@ -115,7 +117,7 @@ class Runner:
         self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
         # Like `_sampled`, of every step of a decode batch.
         self._values = {
-            name: zeros(one.dtype, decode_steps, slots, *one.shape[1:])
+            name: zeros(one.dtype, decode_steps, widest, *one.shape[1:])
             for name, one in values_of_tokens.compute(
                 zeros(torch.float32, 1, vocabulary), zeros(torch.long, 1)
             ).items()
