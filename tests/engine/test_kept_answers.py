@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +12,22 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+from json_schemas import random_schema
 from tiny_models import make_tokenizer, model_folder
 
 from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.choose import load_engine
 from batchrun.engine.loading import load_model
+from batchrun.engine.padded import PaddedEngine
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, Request, Sampling, TokenTables
 from batchrun.engine.token_values import first
-from batchrun.errors import FaultCode
+from batchrun.errors import FaultCode, JobError
 from batchrun.structured.answer_format import answer_format
 from batchrun.structured.tokens import token_automaton
-from batchrun.structured.vocabulary import read_vocabulary
+from batchrun.structured.vocabulary import Vocabulary, read_vocabulary
 
 EOS = 2
 NEW = 60
@@ -43,12 +48,21 @@ SAMPLINGS = {
 }
 
 
+def tables_of(schema: dict[str, Any]) -> TokenTables:
+    wanted = answer_format(schema=schema)
+    assert wanted is not None
+    made = token_automaton(wanted.automaton, vocabulary(), [EOS], "model")
+    return TokenTables(made.token_class, made.next_state, made.start, "schema")
+
+
+@functools.cache
+def vocabulary() -> Vocabulary:
+    return read_vocabulary(make_tokenizer(), "model")
+
+
 @functools.cache
 def tables() -> TokenTables:
-    wanted = answer_format(schema=SCHEMA)
-    assert wanted is not None
-    made = token_automaton(wanted.automaton, read_vocabulary(make_tokenizer(), "model"), [EOS], "model")
-    return TokenTables(made.token_class, made.next_state, made.start, "schema")
+    return tables_of(SCHEMA)
 
 
 def spec(sampling: Sampling, model: str = "llama", kind: str = "padded", **options: Any) -> EngineSpec:
@@ -170,6 +184,36 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_schema_allows() -
         for name, column in one.values.items():
             assert len(column) == len(one.token_ids)
             np.testing.assert_allclose(found[i].values[name], column, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    seed=st.integers(0, 1 << 32),
+    decode_steps=st.integers(1, 16),
+    cache_tokens=st.sampled_from([160, 1600]),
+    max_rows=st.sampled_from([2, 5]),
+)
+def test_every_answer_of_a_random_schema_that_ends_is_valid(seed: int, **options: int) -> None:
+    schema = random_schema(random.Random(seed))
+    try:
+        own = tables_of(schema)
+    except JobError:  # options that overlap, or allow nothing
+        assume(False)
+    engines: list[Engine] = []
+    for kind in ("paged", "padded"):
+        wanted = replace(spec(SAMPLINGS["drawn"], kind=kind), answers=own, options=dict(options))
+        model = load_model(wanted)
+        engines.append(
+            PaddedEngine(wanted, model) if kind == "padded" else PagedEngine(wanted, model, page_size=16)
+        )
+    found, whole = (run(engine, requests(5)) for engine in engines)
+    assert told(found) == told(whole)
+    check = jsonschema.Draft202012Validator(
+        schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+    for completion in found.values():
+        if completion.finish_reason == "stop":
+            check.validate(json.loads(make_tokenizer().decode(completion.token_ids[:-1])))
 
 
 @pytest.mark.parametrize("kind", ["padded", "paged"])
