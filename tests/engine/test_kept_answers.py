@@ -25,7 +25,7 @@ from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, Request, Sampling, TokenTables
 from batchrun.engine.token_values import first
 from batchrun.errors import FaultCode, JobError
-from batchrun.structured.answer_format import answer_format
+from batchrun.structured.answer_format import AnswerFormat, answer_format
 from batchrun.structured.tokens import token_automaton
 from batchrun.structured.vocabulary import Vocabulary, read_vocabulary
 
@@ -49,10 +49,13 @@ SAMPLINGS = {
 
 
 def tables_of(schema: dict[str, Any]) -> TokenTables:
-    wanted = answer_format(schema=schema)
+    return tables_for(answer_format(schema=schema))
+
+
+def tables_for(wanted: AnswerFormat | None) -> TokenTables:
     assert wanted is not None
     made = token_automaton(wanted.automaton, vocabulary(), [EOS], "model")
-    return TokenTables(made.token_class, made.next_state, made.start, "schema")
+    return TokenTables(made.token_class, made.next_state, made.start, "schema", made.only)
 
 
 @functools.cache
@@ -186,7 +189,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_schema_allows() -
             np.testing.assert_allclose(found[i].values[name], column, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     seed=st.integers(0, 1 << 32),
     decode_steps=st.integers(1, 16),
@@ -235,6 +238,39 @@ def test_a_row_whose_allowed_tokens_the_model_rules_out_fails_alone(kind: str, s
     found = run(engine, [*requests(3), *begun(whole)[3:5]])
     assert {found[i].fault.code for i in range(3)} == {FaultCode.BAD_LOGITS}  # type: ignore[union-attr]
     assert told({i: found[i] for i in (3, 4)}) == told({i: whole[i] for i in (3, 4)})
+
+
+@pytest.mark.parametrize("kind", ["padded", "paged"])
+@pytest.mark.parametrize("new", [1, 3, 60])
+def test_an_answer_of_which_one_ending_is_left_is_completed_without_the_model(kind: str, new: int) -> None:
+    labels = ["positive", "negative", "neutral", "mixed"]
+    free = tables_for(answer_format(choices=labels))
+    wanted = replace(spec(SAMPLINGS["drawn"], kind=kind, decode_steps=5), answers=free)
+    rows = [replace(r, max_new_tokens=new) for r in requests()]
+    engine = load_engine(wanted)
+    before = engine.stats.steps
+    found = run(engine, rows)
+    # With log probabilities every token is the model's.
+    alone = load_engine(replace(wanted, sampling=replace(wanted.sampling, logprobs=0)))
+    whole = run(alone, rows)
+    # Tokens are bytes here, so that both have the same.
+    assert told(found) == told(whole)
+    assert all(not one.values for one in found.values())
+    texts = [make_tokenizer().decode(c.token_ids[:-1]) for c in found.values() if c.finish_reason == "stop"]
+    assert set(texts) <= set(labels)
+    assert len(texts) == (8 if new == 60 else 0)
+    if new == 60:
+        assert engine.stats.steps < alone.stats.steps
+        if kind == "padded":
+            # At most n, e, g of an answer come from the model.
+            assert engine.stats.steps - before == 3
+    assert engine.stats.padding_efficiency <= 1
+    # Whose beginning is there already.
+    halves = [
+        replace(r, generated=found[r.id].token_ids[: min(r.id % 6, len(found[r.id].token_ids) - 1)])
+        for r in rows
+    ]
+    assert told(run(engine, halves)) == told(found)
 
 
 def test_an_answer_ends_at_a_stop_string_as_well() -> None:

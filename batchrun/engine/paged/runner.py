@@ -28,6 +28,9 @@ from batchrun.engine.token_values import ValuesOfTokens
 NO_TOKEN = -1
 """In place of a token that a sequence no longer wanted."""
 
+SETTLED = -3
+"""`SETTLED - token` is a token behind which just one ending is left, see `AnswerMask.rest`: the sequence ends there."""
+
 _BATCH_SIZES = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
 NARROW_BATCH = 128
 
@@ -47,7 +50,8 @@ class Pending:
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self) -> list[list[int]]:
-        """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one."""
+        """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one,
+        SETTLED and below where the rest is known."""
         if not isinstance(self.done, float):
             self.done.synchronize()
         columns: list[list[int]] = self.tokens[:, : len(self.sequences)].t().tolist()
@@ -276,15 +280,17 @@ class Runner:
         states = None if self._states is None else self._states[slots]
         generated = seq_len + 1 - self._prompt_len[slots]
         token = self._sampler.sample(logits, self._seed[slots], generated, seen, states)
+        told, goes_on = self._follow(slots, token, states)
         self._sampled[:, : shape.batch_size].index_copy_(
-            0, self._step, torch.where(running, token, NO_TOKEN).int()[None]
+            0, self._step, torch.where(running, told, NO_TOKEN).int()[None]
         )
         for name, column in self._values_of_tokens.compute(logits, token).items():
             self._values[name][:, : shape.batch_size].index_copy_(0, self._step, column[None])
         self._step += 1
         seq_len = torch.where(running, seq_len + 1, seq_len)
         self._seq_len[slots] = seq_len
-        self._update(slots, token, running & self._continues(token, seq_len, self._final_len[slots]), states)
+        running = running if goes_on is None else running & goes_on
+        self._update(slots, token, running & self._continues(token, seq_len, self._final_len[slots]))
 
     def _start(self, sequences: list[Sequence], seq_lens: list[int], logits: Tensor) -> Tensor:
         """Puts sequences whose prompts are computed into their slots and chooses their first tokens."""
@@ -307,22 +313,31 @@ class Runner:
         token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, states)
         self._seq_len[slots], self._final_len[slots] = seq_len, final_len
         self._prompt_len[slots], self._seed[slots] = prompt_len, seed
-        self._update(slots, token, self._continues(token, seq_len, final_len), states)
-        return token.int()
+        told, goes_on = self._follow(slots, token, states)
+        continues = self._continues(token, seq_len, final_len)
+        self._update(slots, token, continues if goes_on is None else continues & goes_on)
+        return told.int()
+
+    def _follow(self, slots: Tensor, token: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Moves answers of a form on by a token, from their `states`. Gives tokens as they are told to the host, and
+        whose rest is open."""
+        if states is None or self._states is None or self._sampler.mask is None:
+            return token, None
+        mask = self._sampler.mask
+        self._states[slots] = states = mask.advance(states, token.clamp(min=0))
+        settled = mask.settled[states] & (token >= 0)
+        return torch.where(settled, SETTLED - token, token), ~settled
 
     def _continues(self, token: Tensor, seq_len: Tensor, final_len: Tensor) -> Tensor:
         continues = (token != INVALID_TOKEN) & (seq_len < final_len)
         return continues & ~torch.isin(token, self._stops) if len(self._stops) else continues
 
-    def _update(self, slots: Tensor, token: Tensor, running: Tensor, states: Tensor | None) -> None:
-        """Each slot's new token, and whether it goes on; `states` are the answers' up to this token."""
+    def _update(self, slots: Tensor, token: Tensor, running: Tensor) -> None:
         token = token.clamp(min=0)
         self._last_token[slots] = token
         self._running[slots] = running
         if self._seen is not None:
             self._seen.index_put_((slots, token), self._true)  # a plain True comes from the host
-        if self._states is not None and self._sampler.mask is not None and states is not None:
-            self._states[slots] = self._sampler.mask.advance(states, token)
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_to_keep: Tensor | int
