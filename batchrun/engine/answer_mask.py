@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from batchrun.engine.protocol import TokenIds, TokenTables
+from batchrun.engine.protocol import EngineSpec, TokenIds, TokenTables
 
 # Bytes of unpacked masks at a time while packing, and of a mask's expansion on a CPU.
 _CHUNK_BYTES = 64 << 20
@@ -25,9 +27,12 @@ class AnswerMask:
     Args:
         tables: the automaton; state 0 is dead and 1 ended.
         vocab: how many logits a row has.
+        completes: answers of which just one ending is left end there, and `rest` is the ending.
     """
 
-    def __init__(self, tables: TokenTables, vocab: int, device: str | torch.device) -> None:
+    def __init__(
+        self, tables: TokenTables, vocab: int, device: str | torch.device, completes: bool = False
+    ) -> None:
         self.vocab, self.start = vocab, tables.start
         # Ids that only the logits have are of a class of their own, which leads nowhere.
         classes = tables.next_state.shape[1]
@@ -40,18 +45,43 @@ class AnswerMask:
         self.mask_of = torch.from_numpy(mask_of).to(device)
         self.next_state = torch.from_numpy(self._next.reshape(-1)).to(device)
         self.token_class = torch.from_numpy(self._class).to(device)
+        only = tables.only if completes else None
+        self._only = np.full(len(self._next), -1, np.int32) if only is None else only
+        # (states,) bool, on the device: whether just one ending is left.
+        self.settled = torch.from_numpy(self._only >= 0).to(device)
+        following = self._next[self.start]
+        self.settles_at_once = bool((self._only[following[following > 0]] >= 0).any())
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
         self._rows = max(1, _CACHED // vocab) if torch.device(device).type == "cpu" else None
 
-    def begin(self, generated: Sequence[TokenIds]) -> Tensor:
-        """(rows,) int32 states of rows that have these tokens of their answers already."""
+    @classmethod
+    def of(cls, spec: EngineSpec, model: Any) -> Self | None:
+        """The mask of the spec's answers for the logits of a transformers model; None where answers are free."""
+        if spec.answers is None:
+            return None
+        # What is wanted of every token, the model has to be run for.
+        completes = spec.sampling.logprobs is None and not spec.sampling.stop
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        return cls(spec.answers, vocab, model.device, completes)
+
+    def begin(self, generated: Sequence[TokenIds]) -> NDArray[np.int32]:
+        """(rows,) states of rows that have these tokens of their answers already, on the host."""
         states = []
         for tokens in generated:
             state = self.start
             for kind in self._class[tokens].tolist():
                 state = int(self._next[state, kind])
             states.append(state)
-        return torch.tensor(states, dtype=torch.int32, device=self.masks.device)
+        return np.array(states, np.int32)
+
+    def rest(self, answer: Sequence[int] | TokenIds) -> list[int]:
+        """The tokens that complete an answer whose state is `settled`; none where it has ended."""
+        state = int(self.begin([np.asarray(answer, np.int32)])[0])
+        rest: list[int] = []
+        while (token := int(self._only[state])) >= 0:
+            rest.append(token)
+            state = int(self._next[state, self._class[token]])
+        return rest
 
     def allowed(self, states: Tensor) -> Tensor:
         """(rows, vocabulary) bool: whether the token may be next. `states` (rows,) int32."""

@@ -48,9 +48,6 @@ def load_engine(spec: EngineSpec) -> Engine:
         return _load(spec.kind, spec)
     spec = _placed(spec)
     kind, reason = spec.kind, None
-    if kind == "paged" and spec.answers is not None:
-        what = "the paged engine cannot keep answers to a schema, expression or choices"
-        raise JobError(what, "engine.kind", "use auto or padded, or leave the section answer out")
     if kind == "auto":
         reason = why_not_paged(spec)
         kind = "padded" if reason else "paged"
@@ -84,8 +81,6 @@ def why_not_paged(spec: EngineSpec) -> str | None:
         # Gathering pages costs more than padding there: 2,000 short rows through a model of 2.5 million
         # parameters took 242 s paged and 38 s padded on the same two cores.
         return "it is the faster one on a CPU"
-    if spec.answers is not None:
-        return "the paged one cannot keep answers to a schema, expression or choices"
     try:
         paged: Any = _find("paged")
     except JobError as error:

@@ -59,7 +59,7 @@ class PaddedEngine:
         self._stop_ids = torch.tensor(spec.stop_token_ids, dtype=torch.int64, device=spec.device)
         self._stop_strings = StopStrings(spec)
         self._values_of_tokens = ValuesOfTokens(spec.sampling)
-        self._answer_mask = _answer_mask(spec, model)
+        self._answer_mask = AnswerMask.of(spec, model)
         self._left = not model.config.is_encoder_decoder
         # The model's own generation config would add what the job did not ask for: beams, penalties, lengths.
         own = model.generation_config
@@ -127,7 +127,8 @@ class PaddedEngine:
             tokens = self._model_generate(batch, state)
             tokens = tokens[:, state.width :].to("cpu", torch.int32)
             values = self._values_by_row(state)
-            outcomes = torch.stack([state.lengths, state.stopped, state.broken, state.cut]).cpu().numpy()
+            ends = [state.lengths, state.stopped, state.broken, state.cut, state.settled]
+            outcomes = torch.stack(ends).cpu().numpy()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -143,7 +144,13 @@ class PaddedEngine:
         # `generate` gives answers back after the prompts, or after the one token that starts a decoder.
         width = batch.longest if self._left else 1
         return BatchState(
-            batch.requests, self._stop_ids, self._stop_strings, width, self.stats, self._values_of_tokens
+            batch.requests,
+            self._stop_ids,
+            self._stop_strings,
+            width,
+            self.stats,
+            self._values_of_tokens,
+            self._answer_mask,
         )
 
     def _model_generate(self, batch: PaddedBatch, state: BatchState, **options: Any) -> Any:
@@ -157,7 +164,7 @@ class PaddedEngine:
                 generation_config=GenerationConfig(
                     **self._generation, max_new_tokens=batch.new_tokens, **options
                 ),
-                logits_processor=logits_processors(self.spec.sampling, state, self._answer_mask),
+                logits_processor=logits_processors(self.spec.sampling, state),
                 stopping_criteria=[state],
             )
 
@@ -181,7 +188,7 @@ class PaddedEngine:
     def _completion(
         self, request: Request, tokens: NDArray[np.int32], values: TokenValues, outcome: NDArray[np.int64]
     ) -> Completion | None:
-        length, stopped, broken, cut = outcome.tolist()
+        length, stopped, broken, cut, settled = outcome.tolist()
         if broken:
             return _fault(
                 request, FaultCode.BAD_LOGITS, f"the model's logits are not finite at new token {length}"
@@ -189,6 +196,12 @@ class PaddedEngine:
         self.stats.output_tokens += length
         answer = np.concatenate([request.generated, tokens[:length]])
         values = join([request.values, first(values, length)])
+        if settled and self._answer_mask is not None:
+            rest = self._answer_mask.rest(answer)[: request.max_new_tokens - len(answer)]
+            stopped = bool(rest) and rest[-1] in self.spec.stop_token_ids
+            answer = np.concatenate([answer, np.array(rest, np.int32)])
+            self.stats.output_tokens += len(rest)
+            self.stats.computed_tokens += len(rest)
         if not cut:
             return Completion(request.id, answer, "stop" if stopped else "length", values=values)
         if self._left:
@@ -244,13 +257,6 @@ def _why_not_flash(spec: EngineSpec) -> str:
     if choose_dtype(spec, load_config(spec)) == torch.float32:
         return "flash-attn needs half precision"
     return ""
-
-
-def _answer_mask(spec: EngineSpec, model: Any) -> AnswerMask | None:
-    if spec.answers is None:
-        return None
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    return AnswerMask(spec.answers, vocab, spec.device)
 
 
 def _windows(requests: Iterator[Request | None], rows: int) -> Iterator[list[Request]]:

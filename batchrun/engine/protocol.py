@@ -103,12 +103,15 @@ class TokenTables:
     Tokens that lead to the same states from everywhere share a class: `token_class` (tokens,) int32. `next_state`
     (states, classes), int16 or int32, is where a state's tokens lead; 0 is "not allowed". State 1 is that of an answer
     that has ended, `start` that of one without a token. `digest` names the tables, since arrays are not compared.
+    `only` (states,) int32 is the next token where just one text can follow, the end included, and -1 elsewhere: a row
+    that comes there is complete without the model.
     """
 
     token_class: NDArray[np.int32]
     next_state: NDArray[np.int16 | np.int32]
     start: int
     digest: str
+    only: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,8 @@ class BatchState(StoppingCriteria):
     """The rows' ends, kept on the device; `generate` asks after every step which rows are done.
 
     `lengths` (rows,) is how many new tokens of each answer count, `stopped` and `broken` (rows,) why it ended early.
-    `values` are those of each step's tokens, (rows,) or (rows, width).
+    `values` are those of each step's tokens, (rows,) or (rows, width). With a mask, `states` (rows,) are the answers'
+    and `settled` (rows,) those that have just one ending left.
     Once a request is cancelled the whole batch ends: `cut` (rows,) are those that would have gone on.
     """
 
@@ -46,6 +47,7 @@ class BatchState(StoppingCriteria):
         width: int,
         stats: EngineStats,
         values_of_tokens: ValuesOfTokens,
+        mask: AnswerMask | None = None,
     ) -> None:
         device = stop_ids.device
         self.requests, self.stats = requests, stats
@@ -56,6 +58,10 @@ class BatchState(StoppingCriteria):
         self.lengths = self.limits.clone()
         self.done = torch.zeros(len(requests), dtype=torch.bool, device=device)
         self.stopped, self.broken, self.cut = self.done.clone(), self.done.clone(), self.done.clone()
+        self.mask, self.settled = mask, self.done.clone()
+        self.states: Tensor | None = None
+        if mask is not None:
+            self.states = torch.from_numpy(mask.begin([r.generated for r in requests])).to(device)
         self.stop_ids = stop_ids
         self.stop_strings = stop_strings
         # `generate` hands over prompt and answer in one tensor; the answer starts here.
@@ -77,7 +83,10 @@ class BatchState(StoppingCriteria):
         if self.stop_strings:
             stops |= self._string_completed(input_ids, ~(self.done | stops))
         stops &= ~self.broken
-        ends = ~self.done & (stops | self.broken | (self.limits <= self.steps))
+        if self.mask is not None and self.states is not None:
+            self.states = self.mask.advance(self.states, input_ids[:, -1])
+            self.settled |= self.mask.settled[self.states] & ~(self.done | stops | self.broken)
+        ends = ~self.done & (stops | self.broken | self.settled | (self.limits <= self.steps))
         self.lengths = torch.where(ends, self.steps, self.lengths)
         self.stopped |= ends & stops
         self.done = self.done | ends
@@ -144,26 +153,26 @@ class GumbelNoise(LogitsProcessor):
 
 
 class KeepToAnswers(LogitsProcessor):
-    """Leaves the tokens that the answers' tables allow, and follows each row through them."""
+    """Leaves the tokens that the answers' tables allow."""
 
     def __init__(self, mask: AnswerMask, state: BatchState) -> None:
         self.mask, self.state = mask, state
-        self.states = mask.begin([request.generated for request in state.requests])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores, -inf where a token would leave the answers."""
-        if self.state.steps:
-            self.states = self.mask.advance(self.states, input_ids[:, -1])
-        return self.mask.apply(scores, self.states)
+        assert self.state.states is not None
+        kept = self.mask.apply(scores, self.state.states)
+        # The model may rule out whatever the answers allow.
+        ruled_out = ~torch.isfinite(kept.amax(-1))
+        self.state.broken |= ruled_out & ~self.state.done
+        return kept.masked_fill(ruled_out.unsqueeze(1), 0.0)
 
 
-def logits_processors(
-    sampling: Sampling, state: BatchState, mask: AnswerMask | None = None
-) -> list[LogitsProcessor]:
+def logits_processors(sampling: Sampling, state: BatchState) -> list[LogitsProcessor]:
     """transformers' own processors in transformers' own order, between the check and the noise."""
     processors: list[LogitsProcessor] = [CheckLogits(state)]
-    if mask is not None:
-        processors.append(KeepToAnswers(mask, state))
+    if state.mask is not None:
+        processors.append(KeepToAnswers(state.mask, state))
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
     if sampling.temperature == 0.0:

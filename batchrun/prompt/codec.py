@@ -71,7 +71,7 @@ def _token_tables(
         where,
     )
     digest = hashlib.sha256(automaton.token_class.tobytes() + automaton.next_state.tobytes()).hexdigest()
-    return TokenTables(automaton.token_class, automaton.next_state, automaton.start, digest)
+    return TokenTables(automaton.token_class, automaton.next_state, automaton.start, digest, automaton.only)
 
 
 def _config(model: ModelFolder, job: Job) -> Any:

@@ -28,11 +28,15 @@ class TokenAutomaton:
     Tokens that no state tells apart share a class. `token_class` (tokens,) int32 is each token's, `next_state`
     (states, classes) int16 or int32 where it leads; 0 is "not allowed". State 1 is where an answer has ended, and the
     whole of it is allowed; `start` is where each begins.
+
+    `only` (states,) int32 is the next token where no choice is left, since just one text can follow, or only the end;
+    elsewhere it is -1. Followed to the end, it writes the rest in few tokens.
     """
 
     token_class: NDArray[np.int32]
     next_state: NDArray[np.int16 | np.int32]
     start: int
+    only: NDArray[np.int32]
 
 
 def token_automaton(
@@ -88,11 +92,35 @@ def token_automaton(
             "use another model or another answer",
         )
     small = table.astype(np.int16) if states < 1 << 15 else table
-    return TokenAutomaton(token_class.reshape(-1).astype(np.int32), small, begin)
+    classes: NDArray[np.int32] = token_class.reshape(-1).astype(np.int32)
+    return TokenAutomaton(classes, small, begin, _only(automaton, table, classes))
 
 
 def _moved(targets: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.where(targets == DEAD, DEAD, targets + 1)
+
+
+def _only(
+    automaton: Automaton, table: NDArray[np.int32], token_class: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """See `TokenAutomaton`: of the tokens that may follow, the one that leaves least to write."""
+    moves = automaton.table != DEAD
+    following = automaton.table[np.arange(automaton.states), moves.argmax(axis=1)]
+    chained = ~automaton.accepting & (moves.sum(axis=1) == 1)
+    # How many bytes are left; -1 where there is a choice.
+    left = np.where(automaton.closed, 0, -1)
+    left[DEAD] = -1
+    while len(found := np.flatnonzero(chained & (left < 0) & (left[following] >= 0))):
+        left[found] = left[following[found]] + 1
+    behind = np.concatenate([[-1, -1], left[START:], left[START : START + 1]])
+    _, first = np.unique(token_class, return_index=True)
+    only: NDArray[np.int32] = np.full(len(table), -1, np.int32)
+    for state in np.flatnonzero(behind >= 0).tolist():
+        targets = table[state]
+        # Behind the end less is left than nothing.
+        remains = np.where(targets == DEAD, np.iinfo(np.int64).max, behind[targets])
+        only[state] = first[remains.argmin()]
+    return only
 
 
 def _keep_living(table: NDArray[np.int32]) -> None:

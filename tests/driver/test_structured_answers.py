@@ -36,13 +36,15 @@ TYPE = pa.struct(
 ROWS = 40
 
 
-def job_of(folder: Path, model: Path, answer: dict[str, Any], new_tokens: int = 90) -> Path:
+def job_of(
+    folder: Path, model: Path, answer: dict[str, Any], new_tokens: int = 90, engine: str = "padded"
+) -> Path:
     return write_job(
         folder,
         model,
         rows=ROWS,
         answer=answer,
-        engine={"kind": "padded"},
+        engine={"kind": engine},
         generation={"max_new_tokens": new_tokens, "temperature": 1.5},
         limits={"max_error_rate": 1.0},
     )
@@ -52,9 +54,12 @@ def column(folder: Path) -> pa.Table:
     return ds.dataset(folder / "out/data").to_table().combine_chunks()
 
 
-def test_a_schema_gives_a_typed_column_and_a_retry_completes_it(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("engine", ["padded", "paged"])
+def test_a_schema_gives_a_typed_column_and_a_retry_completes_it(
+    tmp_path: Path, tiny_llama: Path, engine: str
+) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
-    job = job_of(tmp_path, tiny_llama, {"schema": "schema.json"}, new_tokens=58)
+    job = job_of(tmp_path, tiny_llama, {"schema": "schema.json"}, new_tokens=58, engine=engine)
     assert batchrun("run", str(job))[0] == ExitCode.FAILED_ROWS
     first = column(tmp_path)
     assert first.schema.field("answer").type == TYPE
@@ -76,16 +81,16 @@ def test_a_schema_gives_a_typed_column_and_a_retry_completes_it(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind"),
+    ("answer", "kind", "engine"),
     [
-        ({"choices": ["yes", "no", "né"]}, pa.dictionary(pa.int32(), pa.string())),
-        ({"regex": "[A-Z]{2}-[0-9]"}, pa.string()),
+        ({"choices": ["yes", "no", "né"]}, pa.dictionary(pa.int32(), pa.string()), "paged"),
+        ({"regex": "[A-Z]{2}-[0-9]"}, pa.string(), "padded"),
     ],
 )
 def test_choices_and_expressions_give_texts(
-    tmp_path: Path, tiny_llama: Path, answer: dict[str, Any], kind: pa.DataType
+    tmp_path: Path, tiny_llama: Path, answer: dict[str, Any], kind: pa.DataType, engine: str
 ) -> None:
-    job = job_of(tmp_path, tiny_llama, answer)
+    job = job_of(tmp_path, tiny_llama, answer, engine=engine)
     assert batchrun("run", str(job))[0] == ExitCode.COMPLETE
     found = column(tmp_path)
     assert found.schema.field("answer").type == kind

@@ -16,7 +16,7 @@ from batchrun.engine.paged import PagedEngine, attention
 from batchrun.engine.paged.flash import FlashAttention
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.memory import Budget, affordable_pages
-from batchrun.engine.protocol import EngineSpec, Request, Sampling
+from batchrun.engine.protocol import EngineSpec, Request, Sampling, TokenTables
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they are taken anyway")
 SHAPE: dict[str, Any] = {
@@ -31,14 +31,32 @@ MODELS: dict[str, Any] = {
 }
 
 
-def _engine(name: str, sampling: Sampling) -> PagedEngine:
+def _tables() -> TokenTables:
+    """Answers of six digits or more, an even number of them; digits are tokens below 60, and others do not occur."""
+    token_class = np.where(np.arange(200) < 60, 1, 0).astype(np.int32)
+    token_class[199] = 2
+    following = np.zeros((9, 3), np.int16)
+    following[1] = 1
+    following[2:, 1] = [3, 4, 5, 6, 7, 8, 7]
+    following[8, 2] = 1
+    return TokenTables(token_class, following, 2, "")
+
+
+def _engine(name: str, sampling: Sampling, answers: TokenTables | None = None) -> PagedEngine:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32).eval()
     options: dict[str, object] = {
         "max_rows": 4, "prefill_tokens": 48, "decode_steps": 3, "cache_tokens": 512,
     }  # fmt: skip
     spec = EngineSpec(
-        "paged", "", "", sampling=sampling, stop_token_ids=(199,), max_context=128, options=options
+        "paged",
+        "",
+        "",
+        sampling=sampling,
+        stop_token_ids=(199,),
+        max_context=128,
+        options=options,
+        answers=answers,
     )
     return PagedEngine(spec, model, page_size=32)
 
@@ -80,6 +98,25 @@ def test_what_only_a_gpu_runs_gives_the_answers_of_a_cpu(
     assert engine.stats.gauges["shared_prompt_tokens"] > 3 * 32
     # A window sees no shared prefix whole.
     assert bool(merged) == (name == "llama")
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.5, top_p=0.9, seed=3)], ids=["greedy", "sampled"]
+)
+def test_a_gpu_keeps_answers_to_their_form(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _answers(_engine("llama", sampling, _tables()))
+    for answer in expected.values():
+        digits = answer[:-1] if answer[-1] == 199 else answer
+        assert all(token < 60 for token in digits)
+        assert len(digits) == (6 if answer[-1] == 199 else 7)
+    cuda_stand_in.install(monkeypatch)
+    engine = _engine("llama", sampling, _tables())
+    states = engine._runner._states
+    assert states is not None
+    assert _answers(engine) == expected
+    assert cuda_stand_in.Graph.captured > 1
+    # A captured step writes where it was captured.
+    assert engine._runner._states is states
 
 
 def test_a_gpu_gets_flash_attention_and_as_many_pages_as_its_memory_has_left(

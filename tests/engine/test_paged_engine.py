@@ -184,6 +184,16 @@ def test_padding_is_next_to_nothing(folders: dict[str, Path]) -> None:
     assert engine.stats.completions == engine.stats.requests == 200
 
 
+@pytest.mark.parametrize("max_rows", [5, 17])
+def test_any_number_of_rows_may_be_the_most(
+    folders: dict[str, Path], models: dict[str, Any], max_rows: int
+) -> None:
+    """Steps are made for few different numbers of sequences, of which this is none."""
+    engine = _engine(folders["llama"], options={"max_rows": max_rows}, sampling=Sampling(logprobs=1))
+    requests = _requests(seed=16, rows=2 * max_rows, longest=8, most_new=6)
+    _check_greedy(models["llama"], requests, _run(engine, requests))
+
+
 def test_a_stop_token_ends_its_row_alone(folders: dict[str, Path]) -> None:
     requests = [Request(r.id, r.token_ids, max_new_tokens=40) for r in _requests(seed=7, rows=30)]
     free = _tokens(_run(_engine(folders["llama"]), requests))

@@ -9,6 +9,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,11 +17,13 @@ pytest.importorskip("triton")
 
 from compile_kernels import GPUS, SHAPES
 
+from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.paged import attention_kernels, kernels
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionMetadata
 from batchrun.engine.paged.sampler import top_p_threshold
+from batchrun.engine.protocol import TokenTables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -147,7 +150,27 @@ def test_the_top_p_bisection_keeps_what_sorting_keeps() -> None:
         assert (kept.cpu() == sorted_kept).all()
 
 
-def test_attention_compiles_for_gpus_and_fits_their_shared_memory() -> None:
+@pytest.mark.parametrize("vocabulary", [70, 8200])
+def test_the_likeliest_allowed_token_is_the_first_of_equals(vocabulary: int) -> None:
+    rng = np.random.default_rng(vocabulary)
+    following = rng.integers(1, 40, (40, 6)) * (rng.random((40, 6)) < 0.5)
+    following[0] = 0
+    tables = TokenTables(rng.integers(0, 6, vocabulary).astype(np.int32), following.astype(np.int16), 3, "")
+    mask = AnswerMask(tables, vocabulary, DEVICE)
+    states = _int([0, *rng.integers(0, 40, 59)])
+    # Of few different values, and a part of a wider product.
+    logits = (_random(60, vocabulary + 3) * 2).round()[:, :vocabulary]
+    logits[3, 5], logits[4, 6], logits[5] = float("nan"), float("inf"), float("-inf")
+    found = kernels.likeliest_allowed(logits, states, mask, -2).tolist()
+    masked, allowed = mask.apply(logits, states), mask.allowed(states)
+    assert not allowed[0].any()
+    for row, token in enumerate(found):
+        broken = row in (3, 4, 5) or not allowed[row].any()
+        equal = (masked[row] == masked[row].amax()).nonzero()[:, 0].tolist()
+        assert token == (-2 if broken else equal[0])
+
+
+def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
     """Without a GPU: the interpreter runs what no compiler would take."""
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -160,7 +183,7 @@ def test_attention_compiles_for_gpus_and_fits_their_shared_memory() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {(one["gpu"], one["model"]) for one in told} == set(product(GPUS, SHAPES))
-    assert {one["kernel"] for one in told} == {"_decode", "_combine", "_prefill"}
+    assert {(one["gpu"], one["model"]) for one in told} == set(product(GPUS, [*SHAPES, "any"]))
+    assert {one["kernel"] for one in told} == {"_decode", "_combine", "_prefill", "_likeliest_allowed"}
     for one in told:
         assert one["shared"] <= GPUS[one["gpu"]], one

@@ -14,8 +14,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from batchrun.engine.answer_mask import AnswerMask
+from batchrun.engine.paged.compiling import compile_sampler
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler, apply_repetition_penalty
-from batchrun.engine.protocol import Sampling
+from batchrun.engine.protocol import Sampling, TokenTables
 
 SETTINGS = [
     Sampling(temperature=0.7),
@@ -92,3 +94,32 @@ def test_logits_that_are_no_numbers_give_no_token(temperature: float) -> None:
     row = torch.arange(4)
     tokens = Sampler(Sampling(temperature=temperature)).sample(logits, row, row)
     assert (tokens == INVALID_TOKEN).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), *SETTINGS], ids=str)
+def test_only_allowed_tokens_are_drawn_as_if_there_were_no_others(sampling: Sampling) -> None:
+    tables = TokenTables(np.arange(64, dtype=np.int32) % 4, np.array([[0] * 4, [1] * 4, [2, 0, 0, 2]]), 2, "")
+    mask = AnswerMask(tables, 64, "cpu")
+    logits, seeds, positions = _logits(300), torch.arange(300), torch.zeros(300, dtype=torch.long)
+    free = Sampler(sampling, mask).sample(logits, seeds, positions, states=torch.ones(300, dtype=torch.int32))
+    assert torch.equal(free, Sampler(sampling).sample(logits, seeds, positions))
+    kept = torch.full((300,), 2, dtype=torch.int32)
+    tokens = Sampler(sampling, mask).sample(logits, seeds, positions, states=kept)
+    assert set((tokens % 4).tolist()) == {0, 3}
+    alone = logits.masked_fill(~mask.allowed(kept), float("-inf"))
+    assert torch.equal(tokens, Sampler(sampling).sample(alone, seeds, positions))
+
+
+def test_a_compiled_sampler_draws_the_allowed_tokens_and_is_compiled_once() -> None:
+    sampling = Sampling(temperature=1.2, seed=5)
+    tables = TokenTables(np.arange(64, dtype=np.int32) % 4, np.array([[0] * 4, [1] * 4, [2, 0, 0, 2]]), 2, "")
+    mask = AnswerMask(tables, 64, "cpu")
+    mask._rows = None  # as on a GPU, in one piece
+    plain, compiled = Sampler(sampling, mask), Sampler(sampling, mask)
+    compile_sampler(compiled)
+    torch._dynamo.utils.counters.clear()
+    for rows in (1, 5, 40):
+        given = _logits(rows), torch.arange(rows), torch.arange(rows) % 7
+        states = torch.arange(rows, dtype=torch.int32) % 2 + 1
+        assert torch.equal(compiled.sample(*given, None, states), plain.sample(*given, None, states))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

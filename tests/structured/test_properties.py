@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from json_schemas import (
     END,
+    TOKENS,
     VOCABULARY,
     closed,
     random_answer,
@@ -22,7 +23,7 @@ from json_schemas import (
 
 from batchrun.errors import JobError
 from batchrun.structured.answer_format import AnswerFormat, answer_format
-from batchrun.structured.tokens import ENDED, token_automaton
+from batchrun.structured.tokens import ENDED, TokenAutomaton, token_automaton
 
 SEEDS = st.integers(0, 1 << 32)
 
@@ -69,8 +70,40 @@ def test_every_valid_document_can_be_written_with_any_tokens(seed: int) -> None:
         if not wanted.automaton.matches(text):  # 4.0 is an integer, too, and an integer is written 4
             text = written(with_whole_numbers(value))
         assert wanted.automaton.matches(text), text
-        state = tokens.start
+        state, place = tokens.start, 0
         for token in random_tokens(r, text):
+            if tokens.only[state] >= 0:
+                assert rest_of(tokens, state) == text[place:]
             state = int(tokens.next_state[state, tokens.token_class[token]])
+            place += len(TOKENS[token])
             assert state > ENDED, text
         assert tokens.next_state[state, tokens.token_class[END]] == ENDED
+        assert tokens.only[state] in (-1, END)
+
+
+def rest_of(tokens: TokenAutomaton, state: int) -> bytes:
+    """The only text that may follow."""
+    text = b""
+    while (token := int(tokens.only[state])) != END:
+        text += TOKENS[token]
+        state = int(tokens.next_state[state, tokens.token_class[token]])
+    assert tokens.next_state[state, tokens.token_class[END]] == ENDED
+    return text
+
+
+def test_what_is_left_without_a_choice_is_known_from_the_token_that_decides_it() -> None:
+    wanted = answer_format(choices=["null and void", "negative", "neutral"])
+    assert wanted is not None
+    tokens = token_automaton(wanted.automaton, VOCABULARY, [END], "model")
+
+    def behind(text: str) -> int:
+        state = tokens.start
+        for byte in text.encode():
+            state = int(tokens.next_state[state, tokens.token_class[byte]])
+        return state
+
+    assert [int(tokens.only[behind(text)]) for text in ("", "n", "ne")] == [-1, -1, -1]
+    assert rest_of(tokens, behind("nu")) == b"ll and void"
+    assert rest_of(tokens, behind("neg")) == b"ative"
+    assert tokens.only[behind("neutral")] == END
+    assert tokens.only[ENDED] == -1

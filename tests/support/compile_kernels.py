@@ -1,4 +1,6 @@
-"""Compiles the attention kernels for GPUs, on a machine that needs none, and says what shared memory each takes.
+"""Compiles the kernels of attention and of answers' masks for GPUs, on a machine that needs none.
+
+It says what shared memory each takes.
 
     python tests/support/compile_kernels.py
 
@@ -31,6 +33,7 @@ SHAPES = {
 POINTERS = {
     **dict.fromkeys(("query", "key", "value", "keys", "values", "key_cache", "value_cache", "out"), "bf16"),
     **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens"), "i32"),
+    **{"logits": "bf16", "states": "i32", "mask_of": "i32", "masks": "i32", "tokens": "i64"},
     **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
 }
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
@@ -68,6 +71,7 @@ def main() -> None:
                 own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
                 own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
                 report(gpu, name, kernels._prefill, {**constants, **own}, tile[-1])
+        report(gpu, "any", small_kernels._likeliest_allowed, {"BLOCK": 4096}, 8)
 
 
 def check_names() -> None:

@@ -28,16 +28,16 @@ def compile_sampler(sampler: Sampler) -> None:
     """Compiles the drawing of tokens, whose many passes over rows x vocabulary would each go through memory."""
     sample = torch.compile(sampler.sample, fullgraph=True)
 
-    def call(logits: Tensor, row_seeds: Tensor, positions: Tensor, seen: Tensor | None = None) -> Tensor:
-        # A single row would be compiled for itself.
-        spare = 1 if len(logits) == 1 else 0
-        given = [logits, row_seeds, positions, *([] if seen is None else [seen])]
-        given = [torch.cat([x, x]) if spare else x for x in given]
+    def call(logits: Tensor, *others: Tensor | None) -> Tensor:
+        given: list[Any] = [logits, *others]
+        if len(logits) == 1:  # which would be compiled for itself
+            given = [x if x is None else torch.cat([x, x]) for x in given]
         for x in given:
-            torch._dynamo.mark_dynamic(x, 0)
+            if x is not None:
+                torch._dynamo.mark_dynamic(x, 0)
         return sample(*given)[: len(logits)]
 
-    sampler.sample = call  # type: ignore[method-assign]
+    sampler.sample = call  # type: ignore[method-assign, assignment]
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from batchrun.engine import stage
+from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged import devices
@@ -22,7 +23,7 @@ from batchrun.engine.paged.output_lengths import OutputLengths
 from batchrun.engine.paged.page_pool import PagePool
 from batchrun.engine.paged.projections import fuse_projections
 from batchrun.engine.paged.queue import Sequence
-from batchrun.engine.paged.runner import Pending, Runner
+from batchrun.engine.paged.runner import SETTLED, Pending, Runner
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request, TokenValues
@@ -55,7 +56,8 @@ class PagedEngine:
         cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
         if devices.is_gpu(device):
             fuse_projections(model)
-        sampler = Sampler(spec.sampling)
+        self._answer_mask = AnswerMask.of(spec, model)
+        sampler = Sampler(spec.sampling, self._answer_mask)
         if budget.compile:
             compile_layers(model, cache.modules)
             if not sampler.greedy:
@@ -142,7 +144,7 @@ class PagedEngine:
                     # Launching all prompts that there is room for takes a second: too long for finished rows to wait.
                     while pending[0].arrived and len(pending) > 1:
                         yield from self._read(pending, leaving=len(pending) - 1)
-                if scheduler.must_preempt(self._steps):
+                if scheduler.must_preempt(self._steps) or self._may_have_settled(pending):
                     yield from self._read(pending, leaving=0)
                 work = scheduler.next_decode(self._steps)
                 if work is not None:
@@ -160,6 +162,12 @@ class PagedEngine:
                 self.stats.busy_seconds += work_in_flight.seconds
             scheduler.abort_all()
             self._count()
+
+    def _may_have_settled(self, pending: deque[Pending]) -> bool:
+        """Whether sequences of the last prefill have likely ended with their first token, as classes do: decode steps
+        for them would take longer than to wait."""
+        mask = self._answer_mask
+        return mask is not None and mask.settles_at_once and bool(pending) and len(pending[-1].tokens) == 1
 
     def _pull(self, feed: _Feed) -> Iterator[Completion]:
         """Fills the window that is looked ahead at."""
@@ -245,9 +253,18 @@ class PagedEngine:
             sequence.output += [token for token in tokens if token >= 0]
             if INVALID_TOKEN in tokens:
                 return "error"
+            if self._answer_mask is not None and min(tokens) <= SETTLED:
+                self._complete_answer(sequence, SETTLED - min(tokens), self._answer_mask)
         if sequence.output[-1] in self._stop_ids:
             return "stop"
         return "length" if len(sequence.output) >= sequence.request.max_new_tokens else None
+
+    def _complete_answer(self, sequence: Sequence, last: int, mask: AnswerMask) -> None:
+        """Adds the token behind which no choice is left, and the ending, as far as it may have tokens."""
+        sequence.output.append(last)
+        rest = mask.rest(sequence.output)[: sequence.request.max_new_tokens - len(sequence.output)]
+        sequence.output += rest
+        self._never_run += len(rest)
 
     def _cut_at_stop_strings(self, running: list[tuple[Sequence, list[int]]]) -> list[Sequence]:
         """Sequences whose new tokens complete a stop string, their output cut after the token that does."""

@@ -1,4 +1,5 @@
-"""The engine's small GPU kernels, in Triton: writing and copying pages, merging attention states, a top-p threshold."""
+"""The engine's small GPU kernels, in Triton: writing and copying pages, merging attention states, a top-p threshold,
+the likeliest token that an answer may have."""
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
 
@@ -8,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from batchrun.engine.answer_mask import AnswerMask
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
@@ -148,3 +151,46 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
         probabilities, lowest, probabilities.shape[1], top_p, BLOCK=4096, num_warps=8
     )
     return lowest
+
+
+@triton.jit
+def _likeliest_allowed(
+    logits, states, mask_of, masks, tokens, size, words, stride, invalid, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    line = logits + row.to(tl.int64) * stride
+    mask = masks + tl.load(mask_of + tl.load(states + row)).to(tl.int64) * words
+    word, bit = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
+    best = tl.full((BLOCK // 32, 32), float("-inf"), tl.float32)
+    token = tl.full((BLOCK // 32, 32), 0, tl.int32)
+    broken = tl.full((BLOCK // 32, 32), 0, tl.int32)
+    for start in range(0, words, BLOCK // 32):
+        bits = tl.load(mask + start + word, mask=start + word < words, other=0)
+        column = (start + word)[:, None] * 32 + bit[None, :]
+        x = tl.load(line + column, mask=column < size, other=float("-inf")).to(tl.float32)
+        # Neither NaN nor infinity is below infinity.
+        broken |= tl.where(x < float("inf"), 0, 1)
+        better = (((bits[:, None] >> bit[None, :]) & 1) != 0) & (x > best)
+        best, token = tl.where(better, x, best), tl.where(better, column, token)
+    top = tl.max(tl.max(best, axis=1), axis=0)
+    first = tl.min(tl.min(tl.where(best == top, token, size), axis=1), axis=0)
+    usable = (tl.max(tl.max(broken, axis=1), axis=0) == 0) & (top > float("-inf"))
+    tl.store(tokens + row, tl.where(usable, first, invalid).to(tl.int64))
+
+
+def likeliest_allowed(logits: Tensor, states: Tensor, mask: AnswerMask, invalid: int) -> Tensor:
+    """(rows,) int64: each row's likeliest token of those that its state allows, the first of equals.
+
+    `invalid` where logits are no numbers, or none that is allowed is finite. A pass over the logits and one over a bit
+    for each.
+
+    Args:
+        logits: (rows, vocabulary), each row contiguous.
+        states: (rows,) int32.
+    """
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    _likeliest_allowed[(len(logits),)](
+        logits, states, mask.mask_of, mask.masks, tokens, logits.shape[1], mask.masks.shape[1], logits.stride(0),
+        invalid, BLOCK=4096, num_warps=8,
+    )  # fmt: skip
+    return tokens

@@ -28,6 +28,9 @@ from batchrun.engine.token_values import ValuesOfTokens
 NO_TOKEN = -1
 """In place of a token that a sequence no longer wanted."""
 
+SETTLED = -3
+"""`SETTLED - token` is a token behind which just one ending is left, see `AnswerMask.rest`: the sequence ends there."""
+
 _BATCH_SIZES = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
 NARROW_BATCH = 128
 
@@ -52,7 +55,8 @@ class Pending:
         return isinstance(self.done, float) or self.done.query()
 
     def read(self) -> list[list[int]]:
-        """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one."""
+        """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one,
+        SETTLED and below where the rest is known."""
         if not isinstance(self.done, float):
             self.done.synchronize()
         columns: list[list[int]] = self.tokens[:, : len(self.sequences)].t().tolist()
@@ -110,16 +114,19 @@ class Runner:
         self._stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=device)
         self._step = zeros(torch.long, 1)
         self._values_of_tokens = values_of_tokens
-        self._sampled = zeros(torch.int32, decode_steps, slots)
+        # A step is for as many sequences as its shape says, which may be more than there can be.
+        widest = max(slots, _bucket(max_sequences))
+        self._sampled = zeros(torch.int32, decode_steps, widest)
         # Captured steps read it, so it is as large as it can ever be from the start.
         pages = _power_of_two(-(-max_context // cache.page_size))
         self._largest_shape = Shape(_bucket(max_sequences), pages, 0)
         self._inputs = zeros(torch.int32, _input_size(Shape(_bucket(max_sequences), pages, pages)))
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
+        self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
         # Like `_sampled`, of every step of a decode batch.
         self._values = {
-            name: zeros(one.dtype, decode_steps, slots, *one.shape[1:])
+            name: zeros(one.dtype, decode_steps, widest, *one.shape[1:])
             for name, one in values_of_tokens.compute(
                 zeros(torch.float32, 1, vocabulary), zeros(torch.long, 1)
             ).items()
@@ -276,15 +283,19 @@ class Runner:
         )
         logits = self._forward(self._last_token[slots], position, metadata, 0)
         seen = None if self._seen is None else self._seen[slots]
-        token = self._sampler.sample(logits, self._seed[slots], seq_len + 1 - self._prompt_len[slots], seen)
+        states = None if self._states is None else self._states[slots]
+        generated = seq_len + 1 - self._prompt_len[slots]
+        token = self._sampler.sample(logits, self._seed[slots], generated, seen, states)
+        told, goes_on = self._follow(slots, token, states)
         self._sampled[:, : shape.batch_size].index_copy_(
-            0, self._step, torch.where(running, token, NO_TOKEN).int()[None]
+            0, self._step, torch.where(running, told, NO_TOKEN).int()[None]
         )
         for name, column in self._values_of_tokens.compute(logits, token).items():
             self._values[name][:, : shape.batch_size].index_copy_(0, self._step, column[None])
         self._step += 1
         seq_len = torch.where(running, seq_len + 1, seq_len)
         self._seq_len[slots] = seq_len
+        running = running if goes_on is None else running & goes_on
         self._update(slots, token, running & self._continues(token, seq_len, self._final_len[slots]))
 
     def _start(self, sequences: list[Sequence], seq_lens: list[int], logits: Tensor) -> Tensor:
@@ -301,11 +312,27 @@ class Runner:
             self._seen[slots] = False
             self._seen[slots[self._to_device(seq_ids, np.int64)], tokens] = True
             seen = self._seen[slots]
-        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen)
+        states = None
+        if self._sampler.mask is not None:
+            answers = [sequence.prompt[len(sequence.request.token_ids) :] for sequence in sequences]
+            states = self._to_device(self._sampler.mask.begin(answers), np.int32)
+        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, states)
         self._seq_len[slots], self._final_len[slots] = seq_len, final_len
         self._prompt_len[slots], self._seed[slots] = prompt_len, seed
-        self._update(slots, token, self._continues(token, seq_len, final_len))
-        return token.int()
+        told, goes_on = self._follow(slots, token, states)
+        continues = self._continues(token, seq_len, final_len)
+        self._update(slots, token, continues if goes_on is None else continues & goes_on)
+        return told.int()
+
+    def _follow(self, slots: Tensor, token: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Moves answers of a form on by a token, from their `states`. Gives tokens as they are told to the host, and
+        whose rest is open."""
+        if states is None or self._states is None or self._sampler.mask is None:
+            return token, None
+        mask = self._sampler.mask
+        self._states[slots] = states = mask.advance(states, token.clamp(min=0))
+        settled = mask.settled[states] & (token >= 0)
+        return torch.where(settled, SETTLED - token, token), ~settled
 
     def _continues(self, token: Tensor, seq_len: Tensor, final_len: Tensor) -> Tensor:
         continues = (token != INVALID_TOKEN) & (seq_len < final_len)

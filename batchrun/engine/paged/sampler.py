@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.noise import gumbel
 from batchrun.engine.paged import devices
 from batchrun.engine.protocol import Sampling
@@ -15,33 +16,53 @@ INVALID_TOKEN = -2
 
 class Sampler:
     """Chooses each row's next token, in the order of transformers' own processors: repetition penalty, temperature,
-    top-k, top-p, min-p, then a draw."""
+    top-k, top-p, min-p, then a draw. With `mask`, of the tokens that it allows."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, mask: AnswerMask | None = None) -> None:
         self._sampling = sampling
+        self.mask = mask
         self.greedy = sampling.temperature == 0
         self.penalizes = sampling.repetition_penalty != 1
 
     def sample(
-        self, logits: Tensor, row_seeds: Tensor, positions: Tensor, seen: Tensor | None = None
+        self,
+        logits: Tensor,
+        row_seeds: Tensor,
+        positions: Tensor,
+        seen: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> Tensor:
-        """The next token of each row, or BAD.
+        """The next token of each row, or INVALID_TOKEN.
 
         Args:
             logits: (rows, vocabulary).
             row_seeds, positions: (rows,) int64, the rows' own numbers and how many tokens each has generated.
             seen: (rows, vocabulary) bool, the tokens of the row so far; wanted if `penalizes`.
+            states: (rows,) int32, where each row is in the mask's automaton; wanted with a mask.
         """
         if seen is not None:
             logits = apply_repetition_penalty(logits.float(), seen, self._sampling.repetition_penalty)
         if self.greedy:
-            best, token = logits.max(dim=-1)
-            return torch.where(best.isfinite(), token, INVALID_TOKEN)
+            return self._likeliest(logits, states)
         logits = logits.float()
         usable = logits.amax(dim=-1).isfinite()
+        if self.mask is not None and states is not None:
+            logits = self.mask.apply(logits, states)
+            usable = usable & logits.amax(dim=-1).isfinite()
         noise = gumbel(self._sampling.seed, row_seeds, positions, logits.shape[1])
         drawn = (self.warp(logits) + noise).argmax(dim=-1)
         return torch.where(usable, drawn, INVALID_TOKEN)
+
+    def _likeliest(self, logits: Tensor, states: Tensor | None) -> Tensor:
+        if self.mask is None or states is None:
+            best, token = logits.max(dim=-1)
+            return torch.where(best.isfinite(), token, INVALID_TOKEN)
+        if devices.is_gpu(logits.device):
+            from batchrun.engine.paged import kernels
+
+            return kernels.likeliest_allowed(logits, states, self.mask, INVALID_TOKEN)
+        best, token = self.mask.apply(logits, states).max(dim=-1)
+        return torch.where(logits.amax(dim=-1).isfinite() & best.isfinite(), token, INVALID_TOKEN)
 
     def warp(self, logits: Tensor) -> Tensor:
         """Logits at the sampling's temperature, minus infinity where a token is not to be drawn. float32."""

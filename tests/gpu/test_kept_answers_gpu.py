@@ -1,0 +1,88 @@
+"""Answers of a schema from the paged engine on a GPU: captured steps, compiled sampling, preempted rows."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+import transformers
+from json_schemas import END, VOCABULARY
+
+pytest.importorskip("triton")
+
+from batchrun.engine.answer_mask import AnswerMask
+from batchrun.engine.paged import PagedEngine, kernels
+from batchrun.engine.paged.sampler import INVALID_TOKEN
+from batchrun.engine.protocol import EngineSpec, Request, Sampling, TokenTables
+from batchrun.structured.answer_format import answer_format
+from batchrun.structured.tokens import token_automaton
+
+pytestmark = pytest.mark.gpu
+ROWS, NEW = 300, 150
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 9},
+        "kind": {"enum": ["é", "日本", None]},
+        "size": {"type": "number", "minimum": 0, "maximum": 9},
+        "tags": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 3},
+        "day": {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]},
+    },
+    "required": ["name", "kind", "tags", "day"],
+}
+
+
+def _tables() -> TokenTables:
+    wanted = answer_format(schema=SCHEMA)
+    assert wanted is not None
+    made = token_automaton(wanted.automaton, VOCABULARY, [END], "model")
+    return TokenTables(made.token_class, made.next_state, made.start, "schema", made.only)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "compiled"),
+    [(Sampling(), False), (Sampling(temperature=1.5, seed=1), True)],
+    ids=["greedy", "drawn, compiled"],
+)
+def test_every_answer_that_ends_is_valid(sampling: Sampling, compiled: bool) -> None:
+    config = transformers.Qwen3Config(
+        vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, initializer_range=0.05,
+    )  # fmt: skip
+    with torch.device("cuda"), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    options: dict[str, object] = {"compile": compiled, "max_rows": 200, "cache_tokens": 60_000}
+    spec = EngineSpec(
+        "paged", "", "", device="cuda", sampling=sampling, options=options, stop_token_ids=(END,), answers=_tables(),
+        max_context=1024,
+    )  # fmt: skip
+    engine = PagedEngine(spec, model)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 2000, int(rng.integers(5, 300))).astype(np.int32) for _ in range(ROWS)]
+    done = list(engine.generate(Request(i, prompt, NEW, i) for i, prompt in enumerate(prompts)))
+    engine._scheduler.check()
+    assert len(done) == ROWS
+    ended = [c for c in done if c.finish_reason == "stop"]
+    validator = jsonschema.Draft202012Validator(
+        SCHEMA, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+    for completion in ended:
+        validator.validate(json.loads(VOCABULARY.text(completion.token_ids[:-1].tolist())))
+    print(f"{len(ended)} of {ROWS} answers ended, {engine.stats.gauges['preemptions']:.0f} preemptions")
+    assert len(ended) > ROWS // 2 or sampling.temperature == 0
+    assert {c.finish_reason for c in done} <= {"stop", "length"}
+
+
+@pytest.mark.parametrize("rows", [1, 700])
+def test_the_kernel_takes_the_token_that_plain_masking_takes(rows: int) -> None:
+    mask = AnswerMask(_tables(), 151936, "cuda")
+    logits = torch.randn(rows, 151936, device="cuda").bfloat16()
+    states = torch.randint(0, len(mask.mask_of), (rows,), device="cuda", dtype=torch.int32)
+    found = kernels.likeliest_allowed(logits, states, mask, INVALID_TOKEN)
+    best = mask.apply(logits, states).amax(dim=-1)
+    assert torch.equal(logits.gather(1, found[:, None])[:, 0], best)
+    assert mask.allowed(states).gather(1, found[:, None]).all()
