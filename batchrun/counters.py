@@ -18,7 +18,8 @@ class Counters:
 
     `rows` were generated, `failed` of them without an answer, `empty` with an answer of no text; tokens, and the rows
     by finish reason and error code, are theirs. `reused` rows had been staged by earlier attempts. Of the `pulled`
-    rows, which were read and made prompts of, `requests` went to engines, `sent_tokens` tokens of prompts in all.
+    rows, which were read and made prompts of, `requests` went to engines, `sent_tokens` tokens of prompts in all. Where
+    rows have limits of new tokens of their own, `sent_limits` are those of rows sent, `limits` those of rows generated.
     `commits` parts were built and put in `commit_seconds`. `examples` names a few failed rows.
     """
 
@@ -29,6 +30,8 @@ class Counters:
     pulled: int = 0
     requests: int = 0
     sent_tokens: int = 0
+    sent_limits: int = 0
+    limits: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     commits: int = 0

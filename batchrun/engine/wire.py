@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.engine.protocol import NO_TOKENS, Completion, EngineStats, Request, TokenIds, TokenValues
+from batchrun.engine.protocol import (
+    NO_TOKENS,
+    Completion,
+    EngineStats,
+    Request,
+    RowSampling,
+    TokenIds,
+    TokenValues,
+)
 from batchrun.engine.token_values import join
 from batchrun.errors import BatchrunError, RowFault
 
@@ -19,7 +27,8 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 
 @dataclass(frozen=True, slots=True)
 class RequestPack:
-    """Requests of one stream, the first at `first_place`; token ids end to end, `generated` by index, being rare."""
+    """Requests of one stream, the first at `first_place`; token ids end to end; `generated` and `sampling`
+    by index, being rare."""
 
     stream: int
     first_place: int
@@ -28,6 +37,7 @@ class RequestPack:
     max_new_tokens: NDArray[np.int32]
     row_seeds: list[int]
     generated: dict[int, tuple[TokenIds, TokenValues]]
+    sampling: dict[int, RowSampling]
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
@@ -40,6 +50,7 @@ class RequestPack:
             np.array([request.max_new_tokens for request in requests], np.int32),
             [request.row_seed for request in requests],
             {i: (one.generated, one.values) for i, one in enumerate(requests) if len(one.generated)},
+            {i: one.sampling for i, one in enumerate(requests) if one.sampling},
         )
 
     def unpack(self) -> Iterator[Request]:
@@ -51,7 +62,16 @@ class RequestPack:
         ):
             generated, values = self.generated.get(i, (NO_TOKENS, {}))
             ids = self.token_ids[start : start + length]
-            yield Request(number + i, ids, limit, seed, generated, stream=self.stream, values=values)
+            yield Request(
+                number + i,
+                ids,
+                limit,
+                seed,
+                generated,
+                stream=self.stream,
+                values=values,
+                sampling=self.sampling.get(i),
+            )
             start += length
 
 

@@ -16,6 +16,8 @@ from batchrun.engine.protocol import Request
 from batchrun.errors import EngineError
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.sample import Sample, spread
+from batchrun.prompt.codec import request_of
+from batchrun.prompt.tokens import Prompt
 
 FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
 WARM_ROWS = 8  # that go through the engine untimed, for what it does only once
@@ -32,8 +34,12 @@ def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -
     Raises:
         EngineError: nothing was finished in twice the time. ModelError, EngineDied: what the engine ended with.
     """
-    limit = prepared.job.generation.max_new_tokens
-    requests = [Request(i, prompt, limit, i) for i, prompt in enumerate(sampled.prompts)]
+    sampling = prepared.codec.engine.sampling
+    rows = zip(sampled.prompts, sampled.settings, sampled.new_tokens, strict=True)
+    requests = [
+        request_of(i, Prompt(ids, False, settings), i, limit, sampling)
+        for i, (ids, settings, limit) in enumerate(rows)
+    ]
     if not requests:
         raise EngineError("no sampled row has a prompt", "plan --trial", "fix the prompt first")
     started = time.monotonic()

@@ -14,13 +14,13 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from batchrun.errors import JobError
 from batchrun.job.answer import ASKED_COLUMNS, AnswerSettings
 from batchrun.job.answer_schema import load_schema
-from batchrun.job.explain import explain
+from batchrun.job.explain import explain, keys_of
+from batchrun.job.generation import GenerationSettings
 from batchrun.job.output import OutputSettings
 from batchrun.job.prompt import PromptSettings
 from batchrun.job.settings import (
     ClusterSettings,
     EngineSettings,
-    GenerationSettings,
     InputSettings,
     LimitSettings,
     ModelSettings,
@@ -155,7 +155,7 @@ class Job(Settings):
         try:
             job = cls.model_validate(_expand(tree, where))
         except ValidationError as error:
-            faults = (unexpanded(explain(e, cls), tree, e["loc"]) for e in error.errors())
+            faults = (unexpanded(explain(e, cls), tree, keys_of(e)) for e in error.errors())
             raise JobError("; ".join(faults), where) from None
         job._written, job._environment = tree, environment(tree)
         return job if base is None else job._resolve(base)

@@ -21,16 +21,21 @@ def answered(
     lengths: NDArray[np.int32],
     codec: PromptCodec,
     reasoning: NDArray[np.bool_],
+    stops: Sequence[Sequence[str] | None] | None = None,
 ) -> pa.Table:
     """Completions as answers; `lengths` are the prompts' tokens, and `reasoning` tells whose model is thinking already
-    where its prompt ends, both by row. An answer that is not as the job wants it is a fault."""
+    where its prompt ends, both by row; `stops` are the completions' own stop texts, where they have some. An answer
+    that is not as the job wants it is a fault."""
     rows = np.fromiter((c.id for c in done), np.int64, len(done))
     asked = _asked(done, codec.detokenizer)
     decoded: list[str | None]
     if codec.reasoning is None:
-        decoded = list(codec.detokenizer.decode([c.token_ids for c in done]))
+        decoded = list(codec.detokenizer.decode([c.token_ids for c in done], stops))
     else:
-        parts = [codec.reasoning.take_apart(c.token_ids, bool(reasoning[c.id])) for c in done]
+        parts = [
+            codec.reasoning.take_apart(c.token_ids, bool(reasoning[c.id]), stop)
+            for c, stop in zip(done, stops or [None] * len(done), strict=True)
+        ]
         decoded = [one.answer for one in parts]
         good = [completion.fault is None for completion in done]
         asked["reasoning"] = [one.reasoning if ok else None for one, ok in zip(parts, good, strict=True)]

@@ -16,8 +16,9 @@ from batchrun.dataset.reader import RowBatch
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import NO_TOKENS, Completion, Request
 from batchrun.errors import FaultCode, RowFault, StorageError
+from batchrun.job.generation import RowSettings
 from batchrun.output.attempt import Attempt, PartialAnswer
-from batchrun.prompt.codec import PromptCodec
+from batchrun.prompt.codec import PromptCodec, request_of
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
 
@@ -74,6 +75,8 @@ class Generation:
         self._prompts_at_once = 1
         self._lengths = np.zeros(len(rows), np.int32)
         self._reasoning = np.zeros(len(rows), bool)
+        # Of rows that have their own.
+        self._settings: dict[int, RowSettings] = {}
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
         # Rows that the engine finished and the attempt has taken.
@@ -151,10 +154,13 @@ class Generation:
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
                 self._counters.requests += 1
                 self._counters.sent_tokens += length
-                begun = self._begun_before(row, length)
-                yield Request(
-                    row, prompt.token_ids, self._max_new_tokens, seed, begun.tokens, values=begun.values
-                )
+                if prompt.settings is not None:
+                    self._settings[row] = prompt.settings
+                    self._counters.sent_limits += prompt.settings.max_new_tokens
+                request = request_of(row, prompt, seed, self._max_new_tokens, self._codec.engine.sampling)
+                begun = self._begun_before(row, length, request.max_new_tokens)
+                request.generated, request.values = begun.tokens, begun.values
+                yield request
 
     def _prompts(self, records: pa.RecordBatch) -> Iterator[Prompt | RowFault | None]:
         """The rows' prompts or faults, in order, made of as many rows at once as take about SETTLE_SECONDS; None
@@ -173,12 +179,12 @@ class Generation:
             fitting = int(piece.num_rows * SETTLE_SECONDS / max(seconds, 1e-9))
             self._prompts_at_once = max(1, min(PROMPT_ROWS, 2 * self._prompts_at_once, fitting))
 
-    def _begun_before(self, row: int, prompt_tokens: int) -> PartialAnswer:
+    def _begun_before(self, row: int, prompt_tokens: int, max_new_tokens: int) -> PartialAnswer:
         """The tokens that an earlier attempt left; none where they cannot be this prompt's."""
         one = self._attempt.begun.get(row)
         if one is None or self._second or one.prompt_tokens != prompt_tokens:
             return NOTHING
-        return one if len(one.tokens) < self._max_new_tokens else NOTHING
+        return one if len(one.tokens) < max_new_tokens else NOTHING
 
     def _sort(self, completion: Completion, engine: EngineProcess) -> None:
         """To the finished rows, the begun ones, or those that are tried again."""
@@ -199,7 +205,10 @@ class Generation:
 
     def _settle(self) -> None:
         if self._done:
-            self._add(answered(self._done, self._lengths, self._codec, self._reasoning))
+            own = [self._settings.pop(one.id, None) for one in self._done]
+            stops = [one.stop if one else None for one in own] if any(own) else None
+            self._add(answered(self._done, self._lengths, self._codec, self._reasoning, stops))
+            self._counters.limits += sum(one.max_new_tokens for one in own if one)
             self.answered += len(self._done)
         if self._faults:
             self._add(failed(self._faults))

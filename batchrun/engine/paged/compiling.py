@@ -26,18 +26,20 @@ def compile_layers(model: nn.Module, attention: list[nn.Module]) -> int:
 
 def compile_sampler(sampler: Sampler) -> None:
     """Compiles the drawing of tokens, whose many passes over rows x vocabulary would each go through memory."""
-    sample = torch.compile(sampler.sample, fullgraph=True)
+    sample: Callable[..., Tensor] = torch.compile(sampler.sample, fullgraph=True)
 
-    def call(logits: Tensor, row_seeds: Tensor, positions: Tensor, seen: Tensor | None = None) -> Tensor:
+    def call(*given: Tensor | None) -> Tensor:
+        assert given[0] is not None
+        rows = len(given[0])
         # A single row would be compiled for itself.
-        spare = 1 if len(logits) == 1 else 0
-        given = [logits, row_seeds, positions, *([] if seen is None else [seen])]
-        given = [torch.cat([x, x]) if spare else x for x in given]
-        for x in given:
-            torch._dynamo.mark_dynamic(x, 0)
-        return sample(*given)[: len(logits)]
+        made = [torch.cat([x, x]) if x is not None and rows == 1 else x for x in given]
+        for x in made:
+            if x is not None:
+                torch._dynamo.mark_dynamic(x, 0)
+        drawn: Tensor = sample(*made)[:rows]
+        return drawn
 
-    sampler.sample = call  # type: ignore[method-assign]
+    sampler.sample = call  # type: ignore[method-assign, assignment]
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:

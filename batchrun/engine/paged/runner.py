@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.attention import CASCADE_MIN_BATCH, KVCache, forward_context
@@ -112,6 +113,7 @@ class Runner:
         self._inputs = zeros(torch.int32, _input_size(Shape(_bucket(max_sequences), pages, pages)))
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
+        self._own = zeros(torch.float32, slots, row_sampling.WIDTH) if sampler.has_own else None
         # Like `_sampled`, of every step of a decode batch.
         self._values = {
             name: zeros(one.dtype, decode_steps, slots, *one.shape[1:])
@@ -270,7 +272,10 @@ class Runner:
         )
         logits = self._forward(self._last_token[slots], position, metadata, 0)
         seen = None if self._seen is None else self._seen[slots]
-        token = self._sampler.sample(logits, self._seed[slots], seq_len + 1 - self._prompt_len[slots], seen)
+        own = None if self._own is None else self._own[slots]
+        token = self._sampler.sample(
+            logits, self._seed[slots], seq_len + 1 - self._prompt_len[slots], seen, own
+        )
         self._sampled[:, : shape.batch_size].index_copy_(
             0, self._step, torch.where(running, token, NO_TOKEN).int()[None]
         )
@@ -295,7 +300,12 @@ class Runner:
             self._seen[slots] = False
             self._seen[slots[self._to_device(seq_ids, np.int64)], tokens] = True
             seen = self._seen[slots]
-        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen)
+        own = None
+        if self._own is not None:
+            numbers = row_sampling.numbers_of([one.request for one in sequences], self._sampler.sampling)
+            own = self._to_device(np.array(numbers), np.float32)
+            self._own[slots] = own
+        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, own)
         self._seq_len[slots], self._final_len[slots] = seq_len, final_len
         self._prompt_len[slots], self._seed[slots] = prompt_len, seed
         self._update(slots, token, self._continues(token, seq_len, final_len))
