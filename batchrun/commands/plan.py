@@ -96,7 +96,8 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     names = carried_columns(job.input, schema, job.output.partition_by)
     carried = carried_schema(pa.schema([schema.field(name) for name in names]), job)
     return {
-        field.name: str(field.type) for field in part_schema(carried, job.output.columns, job.answer.format)
+        field.name: str(field.type)
+        for field in part_schema(carried, job.output.columns, job.answer.format, job.output.samples_of_row)
     }
 
 
@@ -119,7 +120,7 @@ def _estimate(
         sampled.lengths,
         np.array(sampled.runs, np.int64),
         rows * len(sampled.prompts) / max(1, sampled.rows),
-        float(np.mean(sampled.new_tokens or [0])),
+        job.generation.samples * float(np.mean(sampled.new_tokens or [0])),
         workers or job.cluster.workers or max(1, len(visible_gpus())),
         len(left),
         job.cluster.price_per_gpu_hour,

@@ -18,6 +18,11 @@ def mixed(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def of_sample(row_seed: int, sample: int) -> int:
+    """The number of one of a row's samples; the first one's is the row's, so that more samples change none."""
+    return mixed(mixed(row_seed) + sample * GOLDEN) if sample else row_seed
+
+
 def of_seed(row_seed: int, own: int, seed: int) -> int:
     """The number that gives a row, under the job's `seed`, the noise that `row_seed` has under the seed `own`."""
     return row_seed if own == seed else (row_seed ^ mixed(own + GOLDEN) ^ mixed(seed + GOLDEN)) & MASK

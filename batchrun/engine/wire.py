@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,8 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 
 @dataclass(frozen=True, slots=True)
 class RequestPack:
-    """Requests of one stream, the first at `first_place`; token ids end to end; `generated` and `sampling`
+    """Requests of one stream, the first at `first_place`; token ids end to end, those of a
+    prompt that is the one before (another sample) left out, with length 0; `generated` and `sampling`
     by index, being rare."""
 
     stream: int
@@ -42,11 +44,15 @@ class RequestPack:
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
         """Packs requests of a stream, of which `first_place` were sent before."""
+        same = (one.token_ids is before.token_ids for before, one in pairwise(requests))
+        prompts = [
+            NO_TOKENS if known else one.token_ids for known, one in zip((False, *same), requests, strict=True)
+        ]
         return cls(
             stream,
             first_place,
-            np.concatenate([request.token_ids for request in requests]).astype(np.int32, copy=False),
-            np.array([len(request.token_ids) for request in requests], np.int32),
+            np.concatenate(prompts).astype(np.int32, copy=False),
+            np.array([len(ids) for ids in prompts], np.int32),
             np.array([request.max_new_tokens for request in requests], np.int32),
             [request.row_seed for request in requests],
             {i: (one.generated, one.values) for i, one in enumerate(requests) if len(one.generated)},
@@ -56,12 +62,13 @@ class RequestPack:
     def unpack(self) -> Iterator[Request]:
         """The requests, under ids of the wire's own: the stream's number and the place in it."""
         number = (self.stream << PLACE_BITS) + self.first_place
-        start = 0
+        start, ids = 0, NO_TOKENS
         for i, (length, limit, seed) in enumerate(
             zip(self.lengths.tolist(), self.max_new_tokens.tolist(), self.row_seeds, strict=True)
         ):
             generated, values = self.generated.get(i, (NO_TOKENS, {}))
-            ids = self.token_ids[start : start + length]
+            if length:
+                ids = self.token_ids[start : start + length]
             yield Request(
                 number + i,
                 ids,

@@ -28,7 +28,7 @@ class Observation:
     It stands for `times` such stretches among those observed together.
     """
 
-    rows: int
+    rows: float
     prompt_tokens: int
     output_tokens: int
     seconds: float

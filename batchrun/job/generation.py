@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from batchrun.job.settings import Settings
 
@@ -101,6 +101,18 @@ class GenerationSettings(Settings):
     seed: Annotated[Annotated[Seed, Tag(VALUE)] | Annotated[SeedFromColumn, Tag(COLUMN)], _EITHER] = Field(
         0, description="with a row's place and the position it decides the sampling"
     )
+
+    samples: int = Field(
+        1, ge=1, description="answers of each row, of one prompt; what comes of several says output.samples"
+    )
+
+    @model_validator(mode="after")
+    def _different_samples(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                "samples of a greedy answer are all the same: set generation.temperature, such as 0.7, or samples: 1"
+            )
+        return self
 
     @property
     def columns(self) -> dict[str, str]:

@@ -92,6 +92,13 @@ class Job(Settings):
         return self
 
     @model_validator(mode="after")
+    def _samples_of_row(self) -> Self:
+        """Whoever has the output's settings knows whether its columns are lists."""
+        if self.generation.samples != self.output.samples_of_row:
+            self.__dict__["output"] = self.output.of_samples(self.generation.samples)
+        return self
+
+    @model_validator(mode="after")
     def _priced(self) -> Self:
         if self.limits.max_cost is not None and not self.cluster.price_per_gpu_hour:
             raise ValueError("limits.max_cost needs cluster.price_per_gpu_hour")
@@ -210,6 +217,11 @@ class Job(Settings):
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
+        generation = self.generation.model_dump(mode="json")
+        if self.generation.samples == 1:
+            del generation["samples"]
+        else:
+            output.add("samples")
         # Like them, only where something is asked for.
         answer = self.answer.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         return {
@@ -217,7 +229,7 @@ class Job(Settings):
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
-            "generation": self.generation.model_dump(mode="json"),
+            "generation": generation,
             **({"answer": answer} if answer else {}),
             "output": self.output.model_dump(mode="json", include=output),
         }

@@ -38,10 +38,11 @@ class PromptCodec:
 
 
 def request_of(
-    number: int, prompt: Prompt, row_seed: int, max_new_tokens: int, sampling: Sampling
+    number: int, prompt: Prompt, row_seed: int, max_new_tokens: int, sampling: Sampling, sample: int = 0
 ) -> Request:
-    """What an engine gets of a row: with its own settings, or with the job's `max_new_tokens` and `sampling`."""
+    """What an engine gets of a row's `sample`, with the row's settings or with the job's."""
     own = prompt.settings
+    row_seed = seeds.of_sample(row_seed, sample)
     if own is None:
         return Request(number, prompt.token_ids, max_new_tokens, row_seed)
     row_seed = seeds.of_seed(row_seed, own.seed, sampling.seed)

@@ -164,6 +164,7 @@ def _generate(
             counters,
             rows,
             health.rows_to_blame,
+            order.job.generation.samples,
         )
         try:
             with _staging(attempt):
