@@ -16,7 +16,7 @@ def normal(text: str | None) -> str:
 
 
 def majority(answers: list[str]) -> str:
-    """What most of the answers are; of several that are as frequent, the first (self-consistency: Wang et al., 2022)."""
+    """The most frequent answer, the first one of several such (self-consistency: Wang et al., 2022)."""
     return Counter(answers).most_common(1)[0][0]
 
 
@@ -29,7 +29,9 @@ class Score:
     agreed: int = 0
 
     def __str__(self) -> str:
-        return f"{self.right / self.asked:6.1%} of the answers right, {self.agreed} of {self.asked} by majority"
+        return (
+            f"{self.right / self.asked:6.1%} of the answers right, {self.agreed} of {self.asked} by majority"
+        )
 
 
 def score(output: Path) -> dict[str, Score]:
@@ -50,5 +52,7 @@ if __name__ == "__main__":
     scores = score(Path(sys.argv[1]))
     for topic, one in sorted(scores.items()):
         print(f"{topic:12} {one}")
-    whole = [sum(values) for values in zip(*((s.asked, s.right, s.agreed) for s in scores.values()), strict=True)]
+    whole = [
+        sum(values) for values in zip(*((s.asked, s.right, s.agreed) for s in scores.values()), strict=True)
+    ]
     print(f"{'all':12} {Score(*whole)}")

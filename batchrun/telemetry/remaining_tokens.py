@@ -226,7 +226,7 @@ class _Answers:
         answers = output / rows * rows.sum() / max(1.0, output.sum()) - 1
         both = share @ (lengths * answers) + USUAL_SLOPE * LITTLE_SPREAD
         slope = float(np.clip(both / (share @ lengths**2 + LITTLE_SPREAD), 0.0, 1.0))
-        cut = counts.finish_reasons.get("length", 0) / counts.rows
+        cut = counts.finish_reasons.get("length", 0) / (counts.rows * _samples(counts))
         finished = counts.output_tokens / counts.rows
         # Rows that are begun are half through on average, whatever their lengths.
         begun = (counts.output_tokens + 2 * active.output) / (counts.rows + active.rows)

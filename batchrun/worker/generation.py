@@ -236,8 +236,10 @@ class Generation:
 
     def _settle(self) -> None:
         if self._done:
-            own = [self._settings.get(one.id // self._samples) for one in self._done]
-            stops = [one.stop if one else None for one in own] if any(own) else None
+            own = (
+                [self._settings.get(one.id // self._samples) for one in self._done] if self._settings else []
+            )
+            stops = [one.stop if one else None for one in own] if own else None
             self._add(answered(self._done, self._lengths, self._codec, self._reasoning, stops, self._samples))
             self._counters.limits += sum(one.max_new_tokens for one in own[:: self._samples] if one)
             self.answered += len(self._done) // self._samples

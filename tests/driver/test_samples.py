@@ -26,20 +26,19 @@ def job_of(folder: Path, model: Path, samples: int = SAMPLES, **sections: Any) -
     return write_job(folder, model, rows=ROWS, limits={"max_error_rate": 1.0}, **sections)
 
 
-def run(job: Path, client: Any, *overrides: str) -> list[dict[str, Any]]:
-    library.run(load(job, *overrides), client=client)
-    assert verify(load(job, *overrides)).found.passed
-    return answers(job.parent / "out").to_pylist()
+def run(job: Path, client: Any, out: str, *overrides: str) -> list[dict[str, Any]]:
+    own = load(job, f"output.path={out}", *overrides)
+    library.run(own, client=client)
+    assert verify(own).found.passed
+    return answers(job.parent / out).to_pylist()
 
 
 def test_each_row_has_its_samples_as_lists_and_both_engines_and_any_number_of_samples_agree(
     tmp_path, tiny_llama, cluster
 ):
-    one = run(job_of(tmp_path / "one", tiny_llama, 1, engine={"kind": "padded"}), cluster)
-    more = {
-        kind: run(job_of(tmp_path / kind, tiny_llama, engine={"kind": kind}, answer={"logprobs": 1}), cluster)
-        for kind in ("padded", "paged")
-    }
+    job = job_of(tmp_path, tiny_llama, answer={"logprobs": 1})
+    one = run(job, cluster, "one", "engine.kind=padded", "generation.samples=1")
+    more = {kind: run(job, cluster, kind, f"engine.kind={kind}") for kind in ("padded", "paged")}
     for a, b, single in zip(more["padded"], more["paged"], one, strict=True):
         assert [a[name] for name in PER_SAMPLE] == [b[name] for name in PER_SAMPLE]
         assert [b[name][0] for name in PER_SAMPLE] == [single[name] for name in PER_SAMPLE]
@@ -49,11 +48,11 @@ def test_each_row_has_its_samples_as_lists_and_both_engines_and_any_number_of_sa
         assert [len(values) for values in b["answer_logprobs"]] == b["output_tokens"]
         assert [len(values) for values in b["answer_top_logprobs"]] == b["output_tokens"]
         assert len(b["answer_mean_logprob"]) == SAMPLES
-    schema = answers(tmp_path / "paged/out").schema
+    schema = answers(tmp_path / "paged").schema
     assert schema.field("answer").type == pa.list_(pa.string())
     assert schema.field("answer_logprobs").type == pa.list_(pa.list_(pa.float32()))
     with pytest.raises(ChangedError, match="samples"):
-        library.run(load(tmp_path / "paged/job.yaml", "generation.samples=4"), client=cluster)
+        library.run(load(job, "generation.samples=4", "output.path=paged"), client=cluster)
 
 
 @pytest.mark.parametrize("form", [{"choices": ["yes", "no", "maybe"]}, {"schema": {"type": "object", "properties": {
@@ -87,7 +86,7 @@ def test_typed_answers_are_lists_and_a_retry_completes_rows_with_a_sample_that_f
 
 def test_rows_that_never_reach_an_engine_have_lists_of_nothing(tmp_path, tiny_llama, cluster):
     job = job_of(tmp_path, tiny_llama, engine={"kind": "paged"}, answer={"logprobs": 0})
-    rows = run(job, cluster, "prompt.max_bytes=6")
+    rows = run(job, cluster, "out", "prompt.max_bytes=6")
     failed = [row for row in rows if row["status"] == "failed"]
     assert 0 < len(failed) < ROWS
     for row in failed:
