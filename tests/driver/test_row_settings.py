@@ -99,7 +99,7 @@ def test_columns_that_say_what_the_job_says_change_no_answer(tmp_path, tiny_llam
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("max_new_tokens", {"column": "bugdet"}, "no input file has a column 'bugdet' (known: "),
+        ("max_new_tokens", {"column": "bugdet"}, "no input file has a column 'bugdet', did you mean 'budget'?"),
         ("max_new_tokens", {"column": "text"}, "generation.max_new_tokens: column 'text' is string, and not numbers"),
         ("temperature", {"column": "at"}, "generation.temperature: column 'at' is timestamp"),
         ("stop", {"column": "budget"}, "generation.stop: column 'budget' is int64, and not texts or lists of texts"),

@@ -56,7 +56,7 @@ def test_each_row_has_its_samples_as_lists_and_both_engines_and_any_number_of_sa
 
 
 @pytest.mark.parametrize("form", [{"choices": ["yes", "no", "maybe"]}, {"schema": {"type": "object", "properties": {
-    "size": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["size"]}}])  # fmt: skip
+    "size": {"type": "integer", "minimum": 0, "maximum": 99999}}, "required": ["size"]}}])  # fmt: skip
 def test_typed_answers_are_lists_and_a_retry_completes_rows_with_a_sample_that_failed(
     tmp_path, tiny_llama, form
 ):
@@ -86,7 +86,7 @@ def test_typed_answers_are_lists_and_a_retry_completes_rows_with_a_sample_that_f
 
 def test_rows_that_never_reach_an_engine_have_lists_of_nothing(tmp_path, tiny_llama, cluster):
     job = job_of(tmp_path, tiny_llama, engine={"kind": "paged"}, answer={"logprobs": 0})
-    rows = run(job, cluster, "out", "prompt.max_bytes=6")
+    rows = run(job, cluster, "out", "prompt.max_bytes=12")
     failed = [row for row in rows if row["status"] == "failed"]
     assert 0 < len(failed) < ROWS
     for row in failed:

@@ -294,5 +294,5 @@ class ExactlyOnceOfSamples(ExactlyOnce):
     samples = 3
 
 
-ExactlyOnceOfSamples.TestCase.settings = settings(ExactlyOnce.TestCase.settings, max_examples=60)
+ExactlyOnceOfSamples.TestCase.settings = settings(ExactlyOnce.TestCase.settings, max_examples=40)
 TestExactlyOnceOfSamples = ExactlyOnceOfSamples.TestCase
