@@ -17,9 +17,11 @@ class Counters:
     """Sums over generated rows; two of them add up with `+`.
 
     `rows` were generated, `failed` of them without an answer, `empty` with an answer of no text; tokens, and the rows
-    by finish reason and error code, are theirs. `reused` rows had been staged by earlier attempts. Of the `pulled`
-    rows, which were read and made prompts of, `requests` went to engines, `sent_tokens` tokens of prompts in all.
-    `commits` parts were built and put in `commit_seconds`. `examples` names a few failed rows.
+    by finish reason and error code, are theirs. Of rows with several samples each sample has its finish reason, and
+    may be `empty`. `reused` rows had been staged by earlier attempts. Of the `pulled` rows, which were read and made
+    prompts of, `requests` went to engines, with `more_samples` besides the first ones, and `sent_tokens` tokens of
+    prompts in all. Where rows have limits of new tokens of their own, `sent_limits` are those of rows sent, `limits`
+    those of rows generated. `commits` parts were built and put in `commit_seconds`. `examples` names a few failed rows.
     """
 
     rows: int = 0
@@ -29,6 +31,9 @@ class Counters:
     pulled: int = 0
     requests: int = 0
     sent_tokens: int = 0
+    sent_limits: int = 0
+    more_samples: int = 0
+    limits: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     commits: int = 0
@@ -61,8 +66,8 @@ class Counters:
         self.failed += failed.num_rows
         self.empty += empty_answers(answers)
         self.prompt_tokens += pc.sum(answers["prompt_tokens"], min_count=0).as_py()
-        self.output_tokens += pc.sum(answers["output_tokens"], min_count=0).as_py()
-        self.finish_reasons = added(self.finish_reasons, value_counts(answers["finish_reason"]))
+        self.output_tokens += pc.sum(one_by_one(answers["output_tokens"]), min_count=0).as_py()
+        self.finish_reasons = added(self.finish_reasons, value_counts(one_by_one(answers["finish_reason"])))
         if failed.num_rows:
             codes = Counter(error.partition(":")[0] for error in failed["error"].to_pylist())
             self.errors = added(self.errors, codes)
@@ -87,8 +92,14 @@ def value_counts(values: pa.ChunkedArray) -> dict[str, int]:
     return {item["values"]: item["counts"] for item in pc.value_counts(values).to_pylist()}
 
 
+def one_by_one(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values of rows' samples one after another; a column without lists as it is."""
+    return pc.list_flatten(column) if pa.types.is_list(column.type) else column
+
+
 def empty_answers(answers: pa.Table) -> int:
-    """Rows that did not fail and have nothing but white space in their answer, or none, cut while the model thought."""
-    answered = pc.fill_null(answers.filter(pc.equal(answers["status"], "ok"))["answer"], "")
+    """Answers of rows that did not fail that are nothing but white space, or none, cut while the model thought."""
+    texts = one_by_one(answers.filter(pc.equal(answers["status"], "ok"))["answer"])
+    answered = pc.fill_null(texts, "")
     empty: int = pc.sum(pc.equal(pc.utf8_trim_whitespace(answered), ""), min_count=0).as_py()
     return empty

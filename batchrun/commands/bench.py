@@ -162,7 +162,7 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
         notes.insert(
             0, f"{len(sampled.faults):,} of {sampled.rows:,} sampled rows have no prompt and are left out"
         )
-    workload = Workload("job", prompts, [job.generation.max_new_tokens] * len(prompts), tuple(notes))
+    workload = Workload("job", prompts, sampled.new_tokens, tuple(notes))
     if engines is None and job.engine.kind in BUILT_IN:
         engines = [job.engine.kind]
     options = job.engine.model_dump(exclude={"kind"})

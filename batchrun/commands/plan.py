@@ -66,7 +66,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         "plan_hash": plan.hash,
         "skipped": [f"{skipped.path} ({skipped.reason})" for skipped in plan.skipped],
         "context": prepared.codec.engine.max_context,
-        "max_new_tokens": job.generation.max_new_tokens,
+        "max_new_tokens": max(sampled.new_tokens, default=job.generation.defaults.max_new_tokens),
         "prompt_tokens": _prompt_tokens(sampled, plan.rows),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
@@ -96,7 +96,8 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     names = carried_columns(job.input, schema, job.output.partition_by)
     carried = carried_schema(pa.schema([schema.field(name) for name in names]), job)
     return {
-        field.name: str(field.type) for field in part_schema(carried, job.output.columns, job.answer.format)
+        field.name: str(field.type)
+        for field in part_schema(carried, job.output.columns, job.answer.format, job.output.samples_of_row)
     }
 
 
@@ -119,7 +120,7 @@ def _estimate(
         sampled.lengths,
         np.array(sampled.runs, np.int64),
         rows * len(sampled.prompts) / max(1, sampled.rows),
-        job.generation.max_new_tokens,
+        job.generation.samples * float(np.mean(sampled.new_tokens or [0])),
         workers or job.cluster.workers or max(1, len(visible_gpus())),
         len(left),
         job.cluster.price_per_gpu_hour,

@@ -169,7 +169,8 @@ def prepare_again(job: Job) -> Prepared:
 
 
 def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
-    needed, output = prompt_columns(job.prompt), job.output
+    needed = [*prompt_columns(job.prompt), *job.generation.columns.values()]
+    output = job.output
     if not stored:
         return [
             make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part, output.partition_by)

@@ -21,6 +21,15 @@ TokenValues = dict[str, NDArray[Any]]
 """What comes beside tokens, such as their log probabilities: by name, arrays of a value or a row for each token."""
 
 
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """What a row has in place of the same of `Sampling`."""
+
+    temperature: float
+    top_p: float
+    stop: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class Request:
     """A row as token ids.
@@ -31,6 +40,7 @@ class Request:
     `generated` (fewer than max_new_tokens,) are the first tokens of the answer, from an earlier attempt: an engine
     goes on behind them, as if it had generated them itself, or starts over where its model cannot; `values` are
     theirs.
+    `sampling` is the row's own, None where it is the job's. It may differ in what `Sampling.by_row` names.
     Of rows that wait, those of the lowest `stream` go first: it ends while later ones keep the engine busy.
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
     """
@@ -43,6 +53,7 @@ class Request:
     cancelled: bool = False
     stream: int = 0
     values: TokenValues = field(default_factory=dict)
+    sampling: RowSampling | None = None
 
     @property
     def start(self) -> TokenIds:
@@ -84,6 +95,7 @@ class Sampling:
     """How a token is chosen, in transformers' own words; `temperature` 0 is greedy.
 
     `logprobs`: log probabilities are wanted, of the chosen tokens and of so many likeliest ones.
+    `by_row` names what rows may have of their own, fields of `RowSampling`: see `Request.sampling`.
     """
 
     temperature: float = 0.0
@@ -94,6 +106,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
     logprobs: int | None = None
+    by_row: tuple[str, ...] = ()
+
+    def of(self, request: Request) -> RowSampling:
+        """The row's own, or the same of this."""
+        return request.sampling or RowSampling(self.temperature, self.top_p, self.stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,6 +21,7 @@ from transformers import (
 from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.noise import gumbel, signed
 from batchrun.engine.protocol import EngineStats, Request, Sampling
+from batchrun.engine.row_sampling import RowTensors, has_own, lowest_in_top_p, numbers_of
 from batchrun.engine.stopping import StopStrings
 from batchrun.engine.token_values import ValuesOfTokens
 
@@ -106,13 +107,16 @@ class BatchState(StoppingCriteria):
     def _string_completed(self, input_ids: Tensor, rows: Tensor) -> Tensor:
         rows_running = rows.nonzero().squeeze(1)
         # Tokens of earlier attempts stand at the end of the prompt's columns, which are padded on the left then.
-        starts = [self.width - self.generated[row] for row in rows_running.tolist()]
-        first = max(min(starts, default=0), input_ids.shape[1] - self.stop_strings.tail)
+        numbers = rows_running.tolist()
+        starts = [self.width - self.generated[row] for row in numbers]
+        strings = [self.stop_strings.of(self.requests[row]) for row in numbers]
+        tail = max(map(self.stop_strings.tail, set(strings)), default=0)
+        first = max(min(starts, default=0), input_ids.shape[1] - tail)
         tails = input_ids[rows_running, first:].tolist()
         answers = [tail[max(0, start - first) :] for tail, start in zip(tails, starts, strict=True)]
         completed = torch.zeros_like(rows)
         if answers:
-            found = self.stop_strings.completed(answers)
+            found = self.stop_strings.completed(answers, strings)
             completed[rows_running] = torch.tensor(found, device=rows.device)
         return completed
 
@@ -133,22 +137,49 @@ class CheckLogits(LogitsProcessor):
         return scores.masked_fill(broken.unsqueeze(1), 0.0)
 
 
-class GumbelNoise(LogitsProcessor):
-    """Turns the argmax that follows into a draw from the softmax, by the rows' own noise."""
+class RowTemperature(LogitsProcessor):
+    """Each row's own temperature; greedy rows stay as they are."""
 
-    def __init__(self, seed: int, state: BatchState) -> None:
-        self.seed, self.state = seed, state
+    def __init__(self, own: RowTensors) -> None:
+        self.own = own
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, vocabulary) logits at the rows' temperatures."""
+        return scores / self.own.divisor
+
+
+class RowTopP(LogitsProcessor):
+    """Each row's own top-p."""
+
+    def __init__(self, own: RowTensors) -> None:
+        self.own = own
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores, -inf where a token is not among the likeliest that add up to its row's top-p."""
+        probabilities = scores.softmax(dim=-1)
+        ordered = probabilities.sort(dim=-1, descending=True).values
+        lowest = lowest_in_top_p(ordered, self.own.top_p)
+        return scores.masked_fill(probabilities < lowest, float("-inf"))
+
+
+class GumbelNoise(LogitsProcessor):
+    """Turns the argmax that follows into a draw from the softmax, by the rows' own noise; not of greedy rows."""
+
+    def __init__(self, seed: int, state: BatchState, own: RowTensors | None = None) -> None:
+        self.seed, self.state, self.own = seed, state, own
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, vocabulary) logits with the noise of this step added in place."""
         vocab = scores.shape[-1]
         rows = max(1, CACHED_NOISE // vocab) if scores.device.type == "cpu" else len(scores)
         state = self.state
+        own = [] if self.own is None else [self.own.draws]
         parts = zip(
-            *(torch.split(one, rows) for one in (scores, state.row_seeds, state.offsets)), strict=True
+            *(torch.split(one, rows) for one in (scores, state.row_seeds, state.offsets, *own)), strict=True
         )
-        for part, row_seeds, offsets in parts:
-            part += gumbel(self.seed, row_seeds, offsets + self.state.steps, vocab)
+        for part, row_seeds, offsets, *draws in parts:
+            noise = gumbel(self.seed, row_seeds, offsets + self.state.steps, vocab)
+            part += noise.masked_fill_(~draws[0], 0.0) if draws else noise
         return scores
 
 
@@ -175,13 +206,26 @@ def logits_processors(sampling: Sampling, state: BatchState) -> list[LogitsProce
         processors.append(KeepToAnswers(state.mask, state))
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
-    if sampling.temperature == 0.0:
+    own = _own(sampling, state)
+    if sampling.temperature == 0.0 and own is None:
         return processors
-    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    processors.append(
+        TemperatureLogitsWarper(float(sampling.temperature)) if own is None else RowTemperature(own)
+    )
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
+    if own is not None and "top_p" in sampling.by_row:
+        processors.append(RowTopP(own))
+    elif sampling.top_p < 1.0:
         processors.append(TopPLogitsWarper(float(sampling.top_p)))
     if sampling.min_p:
         processors.append(MinPLogitsWarper(float(sampling.min_p)))
-    return [*processors, GumbelNoise(sampling.seed, state)]
+    return [*processors, GumbelNoise(sampling.seed, state, own)]
+
+
+def _own(sampling: Sampling, state: BatchState) -> RowTensors | None:
+    """The rows' own settings, None where all rows have the job's."""
+    if not has_own(sampling):
+        return None
+    numbers = torch.tensor(numbers_of(state.requests, sampling), dtype=torch.float32)
+    return RowTensors.of(numbers.to(state.offsets.device))

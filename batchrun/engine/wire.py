@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.engine.protocol import NO_TOKENS, Completion, EngineStats, Request, TokenIds, TokenValues
+from batchrun.engine.protocol import (
+    NO_TOKENS,
+    Completion,
+    EngineStats,
+    Request,
+    RowSampling,
+    TokenIds,
+    TokenValues,
+)
 from batchrun.engine.token_values import join
 from batchrun.errors import BatchrunError, RowFault
 
@@ -19,7 +28,9 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 
 @dataclass(frozen=True, slots=True)
 class RequestPack:
-    """Requests of one stream, the first at `first_place`; token ids end to end, `generated` by index, being rare."""
+    """Requests of one stream, the first at `first_place`; token ids end to end, those of a
+    prompt that is the one before (another sample) left out, with length 0; `generated` and `sampling`
+    by index, being rare."""
 
     stream: int
     first_place: int
@@ -28,30 +39,46 @@ class RequestPack:
     max_new_tokens: NDArray[np.int32]
     row_seeds: list[int]
     generated: dict[int, tuple[TokenIds, TokenValues]]
+    sampling: dict[int, RowSampling]
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
         """Packs requests of a stream, of which `first_place` were sent before."""
+        same = (one.token_ids is before.token_ids for before, one in pairwise(requests))
+        prompts = [
+            NO_TOKENS if known else one.token_ids for known, one in zip((False, *same), requests, strict=True)
+        ]
         return cls(
             stream,
             first_place,
-            np.concatenate([request.token_ids for request in requests]).astype(np.int32, copy=False),
-            np.array([len(request.token_ids) for request in requests], np.int32),
+            np.concatenate(prompts).astype(np.int32, copy=False),
+            np.array([len(ids) for ids in prompts], np.int32),
             np.array([request.max_new_tokens for request in requests], np.int32),
             [request.row_seed for request in requests],
             {i: (one.generated, one.values) for i, one in enumerate(requests) if len(one.generated)},
+            {i: one.sampling for i, one in enumerate(requests) if one.sampling},
         )
 
     def unpack(self) -> Iterator[Request]:
         """The requests, under ids of the wire's own: the stream's number and the place in it."""
         number = (self.stream << PLACE_BITS) + self.first_place
-        start = 0
+        start, ids = 0, NO_TOKENS
         for i, (length, limit, seed) in enumerate(
             zip(self.lengths.tolist(), self.max_new_tokens.tolist(), self.row_seeds, strict=True)
         ):
             generated, values = self.generated.get(i, (NO_TOKENS, {}))
-            ids = self.token_ids[start : start + length]
-            yield Request(number + i, ids, limit, seed, generated, stream=self.stream, values=values)
+            if length:
+                ids = self.token_ids[start : start + length]
+            yield Request(
+                number + i,
+                ids,
+                limit,
+                seed,
+                generated,
+                stream=self.stream,
+                values=values,
+                sampling=self.sampling.get(i),
+            )
             start += length
 
 

@@ -28,7 +28,7 @@ class Observation:
     It stands for `times` such stretches among those observed together.
     """
 
-    rows: int
+    rows: float
     prompt_tokens: int
     output_tokens: int
     seconds: float
@@ -122,7 +122,7 @@ def estimate(
     lengths: NDArray[np.int64],
     runs: NDArray[np.int64],
     rows: float,
-    max_new_tokens: int,
+    max_new_tokens: float,
     workers: int,
     partitions: int,
     price: float | None = None,
@@ -133,6 +133,7 @@ def estimate(
     Args:
         lengths: (sampled,) prompt tokens of sampled rows, each standing for rows / sampled of the job.
         runs: (sampled,) the place that each was sampled from: places are what the bootstrap draws.
+        max_new_tokens: of a row, on average.
         price: of one worker's hour.
 
     The interval is a bootstrap's (Efron 1979): places of the sample are drawn anew, and so are the residuals of the

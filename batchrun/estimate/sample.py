@@ -19,8 +19,9 @@ from batchrun.dataset.source import concurrently
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, RowFault
+from batchrun.job.generation import RowSettings
 from batchrun.prompt.codec import open_codec
-from batchrun.prompt.tokens import PromptBuilder
+from batchrun.prompt.tokens import Prompt, PromptBuilder
 
 ROWS = 2000  # sampled by default: shares are known to about two points, and a plan takes seconds
 RUNS = 100  # places that a sample is taken from, each a few consecutive rows: a page is decoded for its rows alone
@@ -32,12 +33,15 @@ Z = 1.96  # of a 95% interval
 class Sample:
     """Sampled rows, every one of which stands for as many rows of the plan as any other.
 
-    `prompts` and `runs` (which of the places it is from, the unit that a bootstrap draws) are of the rows that have a
-    prompt, `faults` of those that have none. `too_long` counts rows that fail or are cut for their length, `texts` are
+    `prompts`, `settings` (a row's own, None in a job whose rows have none), `new_tokens` (at most) and `runs` (which of
+    the places it is from, the unit that a bootstrap draws) are of the rows that have a prompt, `faults` of those that
+    have none. `too_long` counts rows that fail or are cut for their length, `texts` are
     a few rendered prompts. `complete` tells whether these are all rows of the plan.
     """
 
     prompts: list[TokenIds] = field(default_factory=list)
+    settings: list[RowSettings | None] = field(default_factory=list)
+    new_tokens: list[int] = field(default_factory=list)
     runs: list[int] = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)
     too_long: int = 0
@@ -81,6 +85,7 @@ def sample(prepared: Prepared, rows: int = ROWS, seconds: float = math.inf) -> S
     sampling of an ordered frame: Cochran, Sampling Techniques, chapter 8). Reading stops after `seconds`.
     """
     plan, started = prepared.plan, time.monotonic()
+    limit = prepared.job.generation.defaults.max_new_tokens
     cut = prepared.job.prompt.truncate is not None
     strict = _without_cutting(prepared) if cut else prepared.codec.builder
     found = Sample(complete=plan.rows <= rows)
@@ -89,18 +94,20 @@ def sample(prepared: Prepared, rows: int = ROWS, seconds: float = math.inf) -> S
     remote = any("://" in file.path for file in plan.files)
     for pieces in concurrently(lambda place: list(_read(prepared, *place)), places, remote):
         for run, records in pieces:
-            built = strict.build(records)
+            built = strict.prompts(records)
             long = [_is_too_long(prompt) for prompt in built]
             found.too_long += sum(long)
             if cut and any(long):
-                built = prepared.codec.builder.build(records)
+                built = prepared.codec.builder.prompts(records)
             for i, prompt in enumerate(built):
                 if found.rows % show_every == 0 and len(found.texts) < SHOWN_PROMPTS:
                     found.texts += [str(t) for t in prepared.codec.builder.render(records.slice(i, 1))]
                 if isinstance(prompt, RowFault):
                     found.faults.append(prompt)
                 else:
-                    found.prompts.append(prompt)
+                    found.prompts.append(prompt.token_ids)
+                    found.settings.append(prompt.settings)
+                    found.new_tokens.append(prompt.settings.max_new_tokens if prompt.settings else limit)
                     found.runs.append(run)
         if time.monotonic() - started > seconds:
             found.complete = False
@@ -131,7 +138,7 @@ def _without_cutting(prepared: Prepared) -> PromptBuilder:
     return open_codec(job, prepared.model, prepared.plan.schema).builder
 
 
-def _is_too_long(prompt: TokenIds | RowFault) -> bool:
+def _is_too_long(prompt: Prompt | RowFault) -> bool:
     return isinstance(prompt, RowFault) and prompt.code == FaultCode.PROMPT_TOO_LONG
 
 

@@ -16,6 +16,8 @@ from batchrun.engine.protocol import Request
 from batchrun.errors import EngineError
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.sample import Sample, spread
+from batchrun.prompt.codec import request_of
+from batchrun.prompt.tokens import Prompt
 
 FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
 WARM_ROWS = 8  # that go through the engine untimed, for what it does only once
@@ -32,8 +34,13 @@ def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -
     Raises:
         EngineError: nothing was finished in twice the time. ModelError, EngineDied: what the engine ended with.
     """
-    limit = prepared.job.generation.max_new_tokens
-    requests = [Request(i, prompt, limit, i) for i, prompt in enumerate(sampled.prompts)]
+    sampling, samples = prepared.codec.engine.sampling, prepared.job.generation.samples
+    rows = zip(sampled.prompts, sampled.settings, sampled.new_tokens, strict=True)
+    requests = [
+        request_of(i * samples + sample, Prompt(ids, False, settings), i, limit, sampling, sample)
+        for i, (ids, settings, limit) in enumerate(rows)
+        for sample in range(samples)
+    ]
     if not requests:
         raise EngineError("no sampled row has a prompt", "plan --trial", "fix the prompt first")
     started = time.monotonic()
@@ -46,18 +53,18 @@ def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -
         start_seconds = loaded - started + 2 * opening
         budget = engine.stats().gauges.get("batch_tokens")
         if budget is None:
-            observations = _streams(engine, requests, seconds)
+            observations = _streams(engine, requests, seconds, samples)
         else:
-            observations = _batches(engine, requests, int(budget), seconds)
+            observations = _batches(engine, requests, int(budget), seconds, samples)
         stats = engine.stats()
     finally:
         engine.stop()
-    source = f"a trial of {sum(o.rows for o in observations):,} rows in {time.monotonic() - loaded:.0f} s"
+    source = f"a trial of {sum(o.rows for o in observations):,.0f} rows in {time.monotonic() - loaded:.0f} s"
     return Throughput(source, stats.engine, stats.device, observations, True, start_seconds)
 
 
 def _batches(
-    engine: EngineProcess, requests: list[Request], budget: int, seconds: float
+    engine: EngineProcess, requests: list[Request], budget: int, seconds: float, samples: int
 ) -> list[Observation]:
     waiting = deque(by_length(requests))
     batches: list[list[Request]] = []
@@ -73,7 +80,7 @@ def _batches(
         patience = seconds / 2 if len(done) < 3 else 0.0
         if done and time.monotonic() + _expected(done, work, i) > deadline + patience:
             break
-        done[i] = _run(engine, batches[i], deadline + 2 * seconds)
+        done[i] = _run(engine, batches[i], deadline + 2 * seconds, samples)
     # Each batch stands for those that are nearest to it in the order of lengths.
     middle = np.cumsum(work) - work / 2
     ran = np.array(sorted(done))
@@ -94,19 +101,25 @@ def _expected(done: dict[int, Observation], work: np.ndarray, i: int) -> float:
     return sum(o.seconds for o in done.values()) / float(work[list(done)].sum()) * float(work[i])
 
 
-def _streams(engine: EngineProcess, requests: list[Request], seconds: float) -> list[Observation]:
-    order = np.random.default_rng(0).permutation(len(requests)).tolist()
+def _streams(
+    engine: EngineProcess, requests: list[Request], seconds: float, samples: int
+) -> list[Observation]:
+    order = np.random.default_rng(0).permutation(len(requests) // samples).tolist()
+
+    def of(rows: list[int]) -> list[Request]:
+        return [requests[row * samples + sample] for row in rows for sample in range(samples)]
+
     deadline = time.monotonic() + seconds
     done: list[Observation] = []
     size = FIRST_STREAM
     first = min(FIRST_STREAM, len(order) // 4)
     if first:  # as many as the first stream has: a GPU's kernels are compiled for a number of rows
-        _run(engine, [requests[i] for i in order[:first]], deadline + seconds)
+        _run(engine, of(order[:first]), deadline + seconds)
     while first < len(order):
         now = time.monotonic()
         if done and now + 2 * done[-1].seconds > deadline:
             break
-        done.append(_run(engine, [requests[i] for i in order[first : first + size]], deadline + 2 * seconds))
+        done.append(_run(engine, of(order[first : first + size]), deadline + 2 * seconds, samples))
         first, size = first + size, 2 * size
     return _beyond(done)
 
@@ -132,7 +145,7 @@ def _beyond(streams: Sequence[Observation]) -> list[Observation]:
     return [max(streams, key=lambda o: o.rows)]
 
 
-def _run(engine: EngineProcess, requests: list[Request], until: float) -> Observation:
+def _run(engine: EngineProcess, requests: list[Request], until: float, samples: int = 1) -> Observation:
     """All completions of these requests, or EngineError where they are not out in time."""
     started = time.monotonic()
     outputs = 0
@@ -145,6 +158,6 @@ def _run(engine: EngineProcess, requests: list[Request], until: float) -> Observ
                 "plan --trial",
                 "give it more time: --trial 10m",
             )
-    return Observation(
-        len(requests), sum(len(r.token_ids) for r in requests), outputs, time.monotonic() - started
-    )
+    prompt_tokens = sum(len(request.token_ids) for request in requests)
+    rows = len(requests) if samples == 1 else len(requests) / samples
+    return Observation(rows, prompt_tokens // samples, outputs, time.monotonic() - started)

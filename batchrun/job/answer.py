@@ -52,6 +52,15 @@ class AnswerSettings(Settings):
         "chat template have them",
     )
 
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _same_for_all_rows(cls, choices: Any) -> Any:
+        if isinstance(choices, dict):
+            raise ValueError(
+                "choices are the same for all rows: list all labels, and name a row's own in its prompt"
+            )
+        return choices
+
     @field_validator("choices")
     @classmethod
     def _distinct(cls, choices: list[str] | None) -> list[str] | None:

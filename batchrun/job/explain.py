@@ -33,7 +33,7 @@ _MUST = {
 
 def explain(error: Any, job: type[BaseModel]) -> str:
     """One of pydantic's errors about a `job`: where, what and the fix."""
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in keys_of(error)]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         return f"unknown key {name}{nearest(location[-1], _keys(_section_around(location, job)))}"
@@ -52,6 +52,12 @@ def explain(error: Any, job: type[BaseModel]) -> str:
         else f" (got {_short(error['input'])})"
     )
     return f"{name or 'job'}: {message}{shown}"
+
+
+def keys_of(error: Any) -> list[str | int]:
+    """Where one of pydantic's errors is: keys and places in lists. Forms that a value may have are named in
+    parentheses, and are none."""
+    return [part for part in error["loc"] if not str(part).startswith("(")]
 
 
 def _keys(section: type[BaseModel]) -> list[str]:

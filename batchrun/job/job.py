@@ -14,13 +14,13 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from batchrun.errors import JobError
 from batchrun.job.answer import ASKED_COLUMNS, AnswerSettings
 from batchrun.job.answer_schema import load_schema
-from batchrun.job.explain import explain
+from batchrun.job.explain import explain, keys_of
+from batchrun.job.generation import GenerationSettings
 from batchrun.job.output import OutputSettings
 from batchrun.job.prompt import PromptSettings
 from batchrun.job.settings import (
     ClusterSettings,
     EngineSettings,
-    GenerationSettings,
     InputSettings,
     LimitSettings,
     ModelSettings,
@@ -92,6 +92,13 @@ class Job(Settings):
         return self
 
     @model_validator(mode="after")
+    def _samples_of_row(self) -> Self:
+        """Whoever has the output's settings knows whether its columns are lists."""
+        if self.generation.samples != self.output.samples_of_row:
+            self.__dict__["output"] = self.output.of_samples(self.generation.samples)
+        return self
+
+    @model_validator(mode="after")
     def _priced(self) -> Self:
         if self.limits.max_cost is not None and not self.cluster.price_per_gpu_hour:
             raise ValueError("limits.max_cost needs cluster.price_per_gpu_hour")
@@ -155,7 +162,7 @@ class Job(Settings):
         try:
             job = cls.model_validate(_expand(tree, where))
         except ValidationError as error:
-            faults = (unexpanded(explain(e, cls), tree, e["loc"]) for e in error.errors())
+            faults = (unexpanded(explain(e, cls), tree, keys_of(e)) for e in error.errors())
             raise JobError("; ".join(faults), where) from None
         job._written, job._environment = tree, environment(tree)
         return job if base is None else job._resolve(base)
@@ -210,6 +217,11 @@ class Job(Settings):
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
+        generation = self.generation.model_dump(mode="json")
+        if self.generation.samples == 1:
+            del generation["samples"]
+        else:
+            output.add("samples")
         # Like them, only where something is asked for.
         answer = self.answer.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         return {
@@ -217,7 +229,7 @@ class Job(Settings):
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
-            "generation": self.generation.model_dump(mode="json"),
+            "generation": generation,
             **({"answer": answer} if answer else {}),
             "output": self.output.model_dump(mode="json", include=output),
         }

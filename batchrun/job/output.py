@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from batchrun.errors import nearest
 from batchrun.job.answer import ASKED_COLUMNS
@@ -23,6 +23,11 @@ class OutputSettings(Settings):
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description=f"other names for {', '.join((*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
+    )
+    samples: Literal["list"] = Field(
+        "list",
+        description="what becomes of several generation.samples: columns of lists, a row of them for each of the "
+        "input's",
     )
     failed: str | None = Field(
         None, description="a folder beside data/: the failed rows alone, each with its place in the input"
@@ -50,6 +55,30 @@ class OutputSettings(Settings):
         repr=False,
         description="fsspec's options for the output; never written anywhere",
     )
+
+    # How many answers a row has, as the job's section `generation` says: see `Job`.
+    _samples_of_row: int = PrivateAttr(1)
+
+    @property
+    def samples_of_row(self) -> int:
+        """How many answers each row has; with more than one, their columns are lists."""
+        return self._samples_of_row
+
+    def of_samples(self, samples: int) -> OutputSettings:
+        """The same for rows of so many answers."""
+        copy = self.model_copy()
+        copy._samples_of_row = samples
+        return copy
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _no_rows(cls, samples: Any) -> Any:
+        if samples == "rows":
+            raise ValueError(
+                "a part has a row for each of the input's: use list, and unnest (DuckDB, Spark) or explode (Polars, "
+                "pandas) it where you read it"
+            )
+        return samples
 
     @field_validator("columns")
     @classmethod

@@ -67,8 +67,8 @@ def _sections(annotation: Any, name: str) -> Iterator[tuple[str, type[BaseModel]
 
 def _kind(schema: dict[str, Any]) -> str:
     """A property's type in words: `integer, at least 1`, `left or right`."""
-    if "anyOf" in schema:
-        kinds = [_kind(choice) for choice in schema["anyOf"] if choice.get("type") != "null"]
+    if choices := schema.get("anyOf", schema.get("oneOf")):
+        kinds = [_kind(choice) for choice in choices if choice.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
     if "enum" in schema or "const" in schema:
         return " or ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))

@@ -89,35 +89,6 @@ class ModelSettings(Settings):
         return self.name if hub_id else PurePath(self.name).name
 
 
-class GenerationSettings(Settings):
-    """How an answer is generated, in transformers' own words."""
-
-    max_new_tokens: int = Field(
-        256, ge=1, description="an answer is cut there; also what a row's room is for"
-    )
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this share")
-    top_k: int = Field(0, ge=0, description="sample from so many likeliest tokens; 0 is all")
-    min_p: float = Field(0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest")
-    repetition_penalty: float = Field(
-        1.0, gt=0, description="above 1, tokens that were there are less likely"
-    )
-    stop: list[str] = Field(default_factory=list, description="texts that end an answer; not part of it")
-    seed: int = Field(
-        0,
-        ge=-(1 << 63),
-        lt=1 << 63,
-        description="with a row's place and the position it decides the sampling",
-    )
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, stop: list[str]) -> list[str]:
-        if "" in stop:
-            raise ValueError("an empty stop text would end every answer at once: leave it out")
-        return stop
-
-
 class EngineSettings(Settings):
     """Which engine, and its budgets; none of them decides an answer."""
 

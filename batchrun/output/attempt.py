@@ -21,6 +21,7 @@ from batchrun.output import chunk, part
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.part import Summary
+from batchrun.output.samples import repeated
 from batchrun.storage import Folder, NotFound
 from batchrun.structured.answer_format import AnswerFormat
 
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 
 # In memory offsets of text are 64 bits wide, so that a partition's answers may exceed 2 GB.
 def _wide(schema: pa.Schema) -> pa.Schema:
-    return pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in schema])
+    wide = {pa.string(): pa.large_string(), pa.list_(pa.string()): pa.list_(pa.large_string())}
+    return pa.schema([field.with_type(wide.get(field.type, field.type)) for field in schema])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +80,14 @@ class Attempt:
         self.rows = rows
         self.attempt_id = attempt_id
         self.settings = settings
-        self._schema = chunk.answers_schema(settings.columns)
+        self._samples = settings.samples_of_row
+        self._schema = chunk.answers_schema(settings.columns, self._samples)
         # For people.
         self.name_of: Callable[[int], str] = lambda row: f"row {row}"
         # What the texts become in the part.
         self.answers: AnswerFormat | None = None
         self.restored = 0
-        # By row: what earlier attempts had to let go of, the longest of each.
+        # By row, or row * samples + sample: what earlier attempts had to let go of, the longest of each.
         self.begun: dict[int, PartialAnswer] = {}
         self._origin = Origin(layout.hash_of(partition), job_hash, partition)
         self._key = layout.part(partition)
@@ -139,7 +142,7 @@ class Attempt:
             ValueError: a row outside the partition, or one that is there already.
         """
         table = pa.Table.from_batches([answers]) if isinstance(answers, pa.RecordBatch) else answers
-        table = chunk.conform(table, self._schema)
+        table = chunk.conform(repeated(table, self._samples), self._schema, self._samples)
         if table.num_rows == 0:
             return
         try:
@@ -157,7 +160,7 @@ class Attempt:
 
     def overwrite(self, answers: pa.Table) -> None:
         """Takes these rows, schema ANSWERS, in place of the answers that are there already."""
-        self._hold(answers)
+        self._hold(chunk.conform(repeated(answers, self._samples), self._schema, self._samples))
         self._replaced += answers.num_rows
 
     def maybe_flush(self) -> bool:
@@ -231,6 +234,7 @@ class Attempt:
                     self.settings.compression,
                     mine,
                     self.answers,
+                    self._samples,
                 )
             except OSError as error:
                 raise StorageError(
@@ -287,7 +291,7 @@ class Attempt:
         if not key.endswith(PARTIAL):
             self._restore(chunk.decode(data, self._origin, self.rows, self._schema))
             return
-        table = chunk.decode_partial(data, self._origin, self.rows)
+        table = chunk.decode_partial(data, self._origin, self.rows * self._samples)
         tokens = table["tokens"].combine_chunks()
         columns = (table[name].to_pylist() for name in ("row", "prompt_tokens", "values"))
         for i, (row, prompt, values) in enumerate(zip(*columns, strict=True)):

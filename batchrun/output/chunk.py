@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchrun.output.samples import grouped, in_lists
+
 # One row is one answer: `row` is its offset in the partition. A failed row has no answer but an error,
 # "CODE: message".
 ANSWERS = pa.schema(
@@ -49,16 +51,19 @@ PARTIALS = pa.schema(
 )
 
 
-def answers_schema(asked: Collection[str]) -> pa.Schema:
-    """ANSWERS, and those of the columns ASKED that are named."""
-    return pa.schema([*ANSWERS, *(field for field in ASKED if field.name in asked)])
+def answers_schema(asked: Collection[str], samples: int = 1) -> pa.Schema:
+    """ANSWERS, and those of the columns ASKED that are named; as lists where rows have several `samples`."""
+    schema = pa.schema([*ANSWERS, *(field for field in ASKED if field.name in asked)])
+    return in_lists(schema, samples)
 
 
-def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table in another schema: columns that only some jobs ask for are null where it lacks them."""
+def conform(table: pa.Table, schema: pa.Schema, samples: int = 1) -> pa.Table:
+    """The table in another schema: columns that only some jobs ask for are nulls where it lacks them."""
     for field in schema:
         if field.name in (*ASKED.names, "values") and field.name not in table.column_names:
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+            kind = field.type if samples == 1 else field.type.value_type
+            nulls = grouped(pa.nulls(table.num_rows * samples, kind), samples)
+            table = table.append_column(field.name, nulls)
     return table.select(schema.names).cast(schema)
 
 

@@ -11,17 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchrun.counters import empty_answers, value_counts
+from batchrun.counters import empty_answers, one_by_one, value_counts
 from batchrun.errors import ChangedError, OutputError, StorageError
 from batchrun.output import digest
 from batchrun.output.chunk import answers_schema
+from batchrun.output.samples import grouped
 from batchrun.storage import Folder, NotFound
 from batchrun.structured.answer_format import AnswerFormat
 
 
-def answer_fields(columns: Collection[str]) -> list[pa.Field]:
+def answer_fields(columns: Collection[str], samples: int = 1) -> list[pa.Field]:
     """The answer's fields of a part; `columns` names those that the job asks for."""
-    return [field for field in answers_schema(columns) if field.name != "row"]
+    return [field for field in answers_schema(columns, samples) if field.name != "row"]
 
 
 # Large enough to compress and scan well, small enough that a reader with little memory takes one at a time.
@@ -54,9 +55,9 @@ class Summary:
     """What a part says about itself in its footer (key-value metadata "batchrun", JSON).
 
     `errors` counts failed rows by code, `examples` gives the first of each; `finish_reasons` counts all rows, `empty`
-    those with an answer of no text (both unknown to parts of before version 0.3); `retries` tells how the part came to
-    be other than the run made it. `digest` is of all the part's bytes, see `batchrun.output.digest`; empty in parts of
-    versions that had none.
+    those with an answer of no text (each sample by itself; both unknown to parts of before version 0.3); `retries`
+    tells how the part came to be other than the run made it. `digest` is of all the part's bytes, see
+    `batchrun.output.digest`; empty in parts of versions that had none.
     """
 
     attempt: str
@@ -82,13 +83,14 @@ class Summary:
 
 
 def part_schema(
-    carried: pa.Schema, columns: Mapping[str, str], wanted: AnswerFormat | None = None
+    carried: pa.Schema, columns: Mapping[str, str], wanted: AnswerFormat | None = None, samples: int = 1
 ) -> pa.Schema:
-    """Carried fields and the schema's metadata as they are, then the answer's fields; `columns` gives other names to
-    some of the latter, and `wanted` the answer its type."""
-    fields = answer_fields(columns)
+    """Carried fields and the schema's metadata as they are, then the answer's fields, lists where rows have several
+    `samples`; `columns` gives other names to some of the latter, and `wanted` the answer its type."""
+    fields = answer_fields(columns, samples)
     if wanted is not None:
-        fields = [field.with_type(wanted.type) if field.name == "answer" else field for field in fields]
+        kind = wanted.type if samples == 1 else pa.list_(wanted.type)
+        fields = [field.with_type(kind) if field.name == "answer" else field for field in fields]
     answers = [field.with_name(columns.get(field.name, field.name)) for field in fields]
     return pa.schema([*carried, *answers], metadata=carried.metadata)
 
@@ -122,10 +124,10 @@ def summarize(
         ok=ok,
         failed=answers.num_rows - ok,
         prompt_tokens=pc.sum(answers["prompt_tokens"], min_count=0).as_py(),
-        output_tokens=pc.sum(answers["output_tokens"], min_count=0).as_py(),
+        output_tokens=pc.sum(one_by_one(answers["output_tokens"]), min_count=0).as_py(),
         errors=counts,
         examples={code: _example(failed, pc.index(codes, code).as_py(), name_of) for code in counts},
-        finish_reasons=value_counts(answers["finish_reason"]),
+        finish_reasons=value_counts(one_by_one(answers["finish_reason"])),
         empty=empty_answers(answers),
         retries=[*retries],
     )
@@ -140,6 +142,7 @@ def build(
     compression: str,
     summary: Summary,
     wanted: AnswerFormat | None = None,
+    samples: int = 1,
 ) -> Summary:
     """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order, these as
     `wanted` has them.
@@ -150,9 +153,9 @@ def build(
         ChangedError: `carried` does not hold exactly as many rows as there are answers.
     """
     with pq.ParquetWriter(
-        path, part_schema(schema, columns, wanted), compression=compression, write_page_checksum=True
+        path, part_schema(schema, columns, wanted, samples), compression=compression, write_page_checksum=True
     ) as writer:
-        beside = _beside(carried, schema, answers, columns, writer.schema, wanted)
+        beside = _beside(carried, schema, answers, columns, writer.schema, wanted, samples)
         for group in _row_groups(beside, writer.schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
         values = asdict(replace(summary, digest=digest.BLANK))
@@ -233,6 +236,7 @@ def _beside(
     columns: Mapping[str, str],
     target: pa.Schema,
     wanted: AnswerFormat | None,
+    samples: int,
 ) -> Iterator[pa.Table]:
     first = 0
     for batch in carried:
@@ -240,10 +244,10 @@ def _beside(
         if these.num_rows != batch.num_rows:
             raise _other_rows(answers.num_rows, "more")
         arrays = [batch.column(name) for name in schema.names]
-        for own in answer_fields(columns):
+        for own in answer_fields(columns, samples):
             column = these[own.name]
             if wanted is not None and own.name == "answer":
-                arrays.append(wanted.values(column.to_pylist()))
+                arrays.append(grouped(wanted.values(one_by_one(column).to_pylist()), samples))
             else:
                 arrays.append(column.cast(own.type))
         yield pa.Table.from_arrays(arrays, schema=target)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from batchrun.counters import one_by_one
 from batchrun.errors import OutputError
 from batchrun.job.output import OutputSettings
 from batchrun.output import part
@@ -20,6 +21,7 @@ from batchrun.output.chunk import answers_schema
 from batchrun.output.layout import Layout
 from batchrun.output.part import Replacement, Summary
 from batchrun.output.retry import Retry
+from batchrun.output.samples import grouped
 from batchrun.storage import Folder
 from batchrun.structured.answer_format import AnswerFormat
 
@@ -57,7 +59,7 @@ class ReplacingAttempt(Attempt):
         try:
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
             table = file.read()
-            known = read_answers(table, self.settings.columns, self.answers)
+            known = read_answers(table, self.settings.columns, self.answers, self._samples)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise part.damaged(self.folder, self._key, f"damaged ({error})") from error
         # Of these very bytes: another retry may have replaced the part since it was looked at.
@@ -114,18 +116,19 @@ class ReplacingAttempt(Attempt):
         return True
 
 
-def read_answers(table: pa.Table, columns: Mapping[str, str], wanted: AnswerFormat | None = None) -> pa.Table:
+def read_answers(
+    table: pa.Table, columns: Mapping[str, str], wanted: AnswerFormat | None = None, samples: int = 1
+) -> pa.Table:
     """A part's answers as `answers_schema` has them; `columns` gives other names to some of its columns, and what
     `wanted` made of the answers is text again."""
     named = {field.name: columns.get(field.name, field.name) for field in part.answer_fields(columns)}
     rows = pa.array(np.arange(table.num_rows))
     if wanted is not None:
         place = table.column_names.index(named["answer"])
-        table = table.set_column(
-            place, named["answer"], pa.array(wanted.texts(table[place]), pa.large_string())
-        )
+        texts = pa.array(wanted.texts(one_by_one(table[place])), pa.large_string())
+        table = table.set_column(place, named["answer"], grouped(texts, samples))
     return pa.table([rows, *(table[name] for name in named.values())], names=["row", *named]).cast(
-        answers_schema(columns)
+        answers_schema(columns, samples)
     )
 
 

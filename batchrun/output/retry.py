@@ -5,7 +5,7 @@ unseen. Three kinds of settings:
 
 - what only decides whether a row gets an answer (`FREE`: truncation, empty prompts, limits) may change;
 - the template, the sampling or the model may change only where the person names the key (`allow`);
-- what decides which rows and columns a part has (`FIXED`: input, output, a column of reasoning) never changes.
+- what decides which rows and columns a part has (`FIXED`: input, output, a column of reasoning, samples) never changes.
 
 Each difference from the job that the output was begun with is recorded here and in the manifest, together with the
 whole identity of the changed job, which a later run of it is measured by.
@@ -27,7 +27,7 @@ from batchrun.output.part import Summary
 from batchrun.storage import Folder
 
 FREE = ("prompt.truncate", "prompt.empty", "prompt.max_bytes", "generation.max_new_tokens")
-FIXED = ("input", "output", "answer.reasoning")
+FIXED = ("input", "output", "answer.reasoning", "generation.samples")
 
 READERS = 8
 

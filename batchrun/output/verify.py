@@ -137,7 +137,7 @@ def _check_part(
 
 def _holds_answers(schema: pa.Schema, settings: OutputSettings, wanted: AnswerFormat | None) -> bool:
     """Names and types stand in the footer, which no checksum covers."""
-    answers = part.part_schema(pa.schema([]), settings.columns, wanted)
+    answers = part.part_schema(pa.schema([]), settings.columns, wanted, settings.samples_of_row)
     return bool(pa.schema(list(schema)[-len(answers) :]).equals(answers))
 
 

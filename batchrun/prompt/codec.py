@@ -8,14 +8,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchrun.engine.protocol import EngineSpec, Sampling, TokenTables
+from batchrun.engine import seeds
+from batchrun.engine.protocol import EngineSpec, Request, RowSampling, Sampling, TokenTables
 from batchrun.errors import ModelError, first_line
 from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, context_length, load_tokenizer, stop_token_ids
 from batchrun.model.light import without_warnings
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.reasoning import Reasoning, find_reasoning
-from batchrun.prompt.tokens import PromptBuilder
+from batchrun.prompt.row_settings import RowSettingsReader
+from batchrun.prompt.tokens import Prompt, PromptBuilder
 from batchrun.structured.answer_format import AnswerFormat
 from batchrun.structured.tokens import token_automaton
 from batchrun.structured.vocabulary import read_vocabulary
@@ -35,6 +37,19 @@ class PromptCodec:
     answers: AnswerFormat | None = None
 
 
+def request_of(
+    number: int, prompt: Prompt, row_seed: int, max_new_tokens: int, sampling: Sampling, sample: int = 0
+) -> Request:
+    """What an engine gets of a row's `sample`, with the row's settings or with the job's."""
+    own = prompt.settings
+    row_seed = seeds.of_sample(row_seed, sample)
+    if own is None:
+        return Request(number, prompt.token_ids, max_new_tokens, row_seed)
+    row_seed = seeds.of_seed(row_seed, own.seed, sampling.seed)
+    mine = RowSampling(own.temperature, own.top_p, own.stop) if sampling.by_row else None
+    return Request(number, prompt.token_ids, own.max_new_tokens, row_seed, sampling=mine)
+
+
 def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
     """Loads the tokenizer and compiles the prompt.
 
@@ -45,11 +60,13 @@ def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
     config = _config(model, job)
     context = context_length(config) or UNBOUNDED_CONTEXT
     stop_ids = stop_token_ids(model, tokenizer)
-    detokenizer = Detokenizer(tokenizer, job.generation.stop, stop_ids)
+    generation = job.generation.defaults
+    detokenizer = Detokenizer(tokenizer, generation.stop, stop_ids)
     reasoning = None
     if job.answer.reasoning is not None:
         reasoning = find_reasoning(job.answer.reasoning_markers, tokenizer, detokenizer)
-    builder = PromptBuilder(job.prompt, tokenizer, context, job.generation.max_new_tokens, schema, reasoning)
+    own = RowSettingsReader(job.generation, schema, context) if job.generation.columns else None
+    builder = PromptBuilder(job.prompt, tokenizer, context, generation.max_new_tokens, schema, reasoning, own)
     answers = job.answer.format
     spec = _engine_spec(job, model, context, stop_ids)
     if answers is not None:
@@ -91,16 +108,17 @@ def _config(model: ModelFolder, job: Job) -> Any:
 
 
 def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int, ...]) -> EngineSpec:
-    generation = job.generation
+    generation, shared = job.generation, job.generation.defaults
     sampling = Sampling(
-        temperature=generation.temperature,
-        top_p=generation.top_p,
+        temperature=shared.temperature,
+        top_p=shared.top_p,
         top_k=generation.top_k,
         min_p=generation.min_p,
         repetition_penalty=generation.repetition_penalty,
-        stop=tuple(generation.stop),
-        seed=generation.seed,
+        stop=shared.stop,
+        seed=shared.seed,
         logprobs=job.answer.logprobs,
+        by_row=tuple(name for name in ("temperature", "top_p", "stop") if name in generation.columns),
     )
     return EngineSpec(
         kind=job.engine.kind,

@@ -16,8 +16,11 @@ class Detokenizer:
         self._tokenizer, self._stop, self._ending = tokenizer, tuple(stop), frozenset(stop_token_ids)
         self._fast = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
 
-    def decode(self, answers: Sequence[TokenIds]) -> list[str]:
-        """(answers,) texts of int32 arrays of token ids; spaces are left as they were generated."""
+    def decode(
+        self, answers: Sequence[TokenIds], stops: Sequence[Sequence[str] | None] | None = None
+    ) -> list[str]:
+        """(answers,) texts of int32 arrays of token ids; spaces are left as they were generated. `stops` (answers,)
+        are those that some have in place of `stop`."""
         ids = [self._without_ending(answer.tolist()) for answer in answers]
         if self._fast is not None:
             texts = self._fast.decode_batch(ids, skip_special_tokens=True)
@@ -26,6 +29,8 @@ class Detokenizer:
                 self._tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 for row in ids
             ]
+        if stops is not None:
+            return [self.before_stop(text, own) for text, own in zip(texts, stops, strict=True)]
         return [self.before_stop(text) for text in texts] if self._stop else texts
 
     def decode_whole(self, answer: TokenIds) -> str:
@@ -35,9 +40,10 @@ class Detokenizer:
             return str(self._fast.decode(ids, skip_special_tokens=False))
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def before_stop(self, text: str) -> str:
-        """The text up to the first of the `stop` texts."""
-        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+    def before_stop(self, text: str, own: Sequence[str] | None = None) -> str:
+        """The text up to the first of the `stop` texts, or of an answer's `own`."""
+        stops = self._stop if own is None else own
+        places = [place for stop in stops if (place := text.find(stop)) >= 0]
         return text[: min(places)] if places else text
 
     def tokens(self, ids: Sequence[int]) -> list[str]:

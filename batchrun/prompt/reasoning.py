@@ -77,21 +77,22 @@ class Reasoning:
             return text.rstrip().endswith(self.opening.text)
         return begun.rfind(self.opening.text) > begun.rfind(self.closing.text)
 
-    def take_apart(self, token_ids: TokenIds, is_begun: bool) -> Parts:
+    def take_apart(self, token_ids: TokenIds, is_begun: bool, stop: Sequence[str] | None = None) -> Parts:
         """The parts of an answer's (length,) token ids, without white space around the reasoning and before the answer.
 
-        A marker elsewhere than at its beginning is part of the answer.
+        A marker elsewhere than at its beginning is part of the answer. `stop` are the row's own stop texts.
         """
+        stops = None if stop is None else [stop]
         if not is_begun and not self._opens(token_ids):
-            return Parts(None, self.detokenizer.decode([token_ids])[0], 0)
+            return Parts(None, self.detokenizer.decode([token_ids], stops)[0], 0)
         end = self._end(token_ids)
         thought = self.detokenizer.decode_whole(token_ids[:end])
         head, closing, tail = thought.partition(self.closing.text)
         reasoning = head.lstrip().removeprefix(self.opening.text).strip()
         if not closing:
-            return Parts(self.detokenizer.before_stop(reasoning).strip(), None, len(token_ids))
+            return Parts(self.detokenizer.before_stop(reasoning, stop).strip(), None, len(token_ids))
         # A token may hold the end of a marker made of ordinary text and what comes after it.
-        answer = (tail + self.detokenizer.decode([token_ids[end:]])[0]).lstrip()
+        answer = (tail + self.detokenizer.decode([token_ids[end:]], stops)[0]).lstrip()
         return Parts(reasoning, answer, end)
 
     def _opens(self, token_ids: TokenIds) -> bool:

@@ -12,10 +12,12 @@ import pyarrow as pa
 
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, InputError, JobError, RowFault
+from batchrun.job.generation import RowSettings
 from batchrun.job.prompt import PromptSettings
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.reasoning import Reasoning
 from batchrun.prompt.renderer import KILLED, killed
+from batchrun.prompt.row_settings import RowSettingsReader
 from batchrun.prompt.source import open_source
 from batchrun.prompt.special import MARK, Guarded, cut
 from batchrun.prompt.template import prompt_columns
@@ -26,18 +28,21 @@ SAMPLE_ROWS, SAMPLE_SECONDS = 4, 4.0
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row's int32 token ids, and whether the model is thinking already where they end."""
+    """A row's int32 token ids, whether the model is thinking already where they end, and the row's own settings, None
+    in a job whose rows have none."""
 
     token_ids: TokenIds
     is_reasoning: bool
+    settings: RowSettings | None = None
 
 
 class PromptBuilder:
     """Makes prompts of record batches. `columns` are the ones it reads.
 
-    A prompt has at most `context - max_new_tokens` tokens and at most `settings.max_bytes` bytes of text. A
-    longer one is its row's fault, or is cut on the side `settings.truncate`: a text loses its first or last
-    tokens (the tokenizer's special tokens stay), a conversation those of its longest user message.
+    A prompt has at most `context - max_new_tokens` tokens (the row's own, where `own` reads them) and at most
+    `settings.max_bytes` bytes of text. A longer one is its row's fault, or is cut on the side `settings.truncate`: a
+    text loses its first or last tokens (the tokenizer's special tokens stay), a conversation those of its longest user
+    message.
 
     Raises:
         JobError: a template with a syntax error, or no room for any prompt.
@@ -53,8 +58,10 @@ class PromptBuilder:
         max_new_tokens: int,
         schema: pa.Schema,
         reasoning: Reasoning | None = None,
+        own: RowSettingsReader | None = None,
     ) -> None:
-        self.columns = prompt_columns(settings)
+        self.columns = list(dict.fromkeys([*prompt_columns(settings), *(own.columns if own else [])]))
+        self._own = own
         self._settings, self._tokenizer, self._reasoning = settings, tokenizer, reasoning
         self._context, self._room = context, context - max_new_tokens
         if self._room < 1:
@@ -81,6 +88,10 @@ class PromptBuilder:
     def prompts(self, batch: pa.RecordBatch) -> list[Prompt | RowFault]:
         """(rows,) The same, with what an answer needs to know of its prompt."""
         rows = self._source.rows(batch)
+        own = [] if self._own is None else self._own.read(batch)
+        for i, one in enumerate(own):
+            if isinstance(one, RowFault) and not isinstance(rows[i], RowFault):
+                rows[i] = one
         built: list[Any] = self._texts(rows)
         for i, text in enumerate(built):
             # A short text in ASCII, as most are, is known to be good without a copy of it.
@@ -89,11 +100,14 @@ class PromptBuilder:
         texts = [i for i, text in enumerate(built) if isinstance(text, str)]
         encoded = self._encoder.encode([built[i] for i in texts], self._source.special_tokens)
         for i, ids in zip(texts, encoded, strict=True):
-            fitted = self._fitted(rows[i], ids)
+            settings = own[i] if own else None
+            assert not isinstance(settings, RowFault)
+            room = self._room if settings is None else self._context - settings.max_new_tokens
+            fitted = self._fitted(rows[i], ids, room)
             if isinstance(fitted, RowFault):
                 built[i] = fitted
             else:
-                built[i] = Prompt(fitted, self._is_reasoning(rows[i], built[i]))
+                built[i] = Prompt(fitted, self._is_reasoning(rows[i], built[i]), settings)
         return built
 
     def _is_reasoning(self, row: Any, text: str) -> bool:
@@ -145,9 +159,9 @@ class PromptBuilder:
             text, size = shorter, len(shorter.encode())
         return row, text
 
-    def _fitted(self, row: Any, ids: TokenIds) -> TokenIds | RowFault:
-        if len(ids) > self._room:
-            return self._truncated(row, ids)
+    def _fitted(self, row: Any, ids: TokenIds, room: int) -> TokenIds | RowFault:
+        if len(ids) > room:
+            return self._truncated(row, ids, room)
         bare = sum(self._encoder.frame) if self._source.special_tokens else 0
         if len(ids) <= bare and self._settings.empty == "fail":
             return RowFault(FaultCode.EMPTY_PROMPT, "the prompt has no tokens")
@@ -160,27 +174,26 @@ class PromptBuilder:
             return np.array([bos], dtype=np.int32)
         return ids
 
-    def _truncated(self, row: Any, ids: TokenIds) -> TokenIds | RowFault:
+    def _truncated(self, row: Any, ids: TokenIds, room: int) -> TokenIds | RowFault:
         side = self._settings.truncate
         fault = RowFault(
             FaultCode.PROMPT_TOO_LONG,
-            f"{len(ids)} tokens, and {self._room} fit (context {self._context}, "
-            f"{self._context - self._room} new tokens)",
+            f"{len(ids)} tokens, and {room} fit (context {self._context}, {self._context - room} new tokens)",
         )
         if side is None:
             return fault
         if self._source.special_tokens:
-            return self._cut(ids, side) if sum(self._encoder.frame) < self._room else fault
-        while len(ids) > self._room:
-            row, text = self._shorter(row, len(ids) - self._room, self._encoder.drop)
+            return self._cut(ids, side, room) if sum(self._encoder.frame) < room else fault
+        while len(ids) > room:
+            row, text = self._shorter(row, len(ids) - room, self._encoder.drop)
             if not isinstance(text, str):
                 return text or fault
             ids = self._encoder.encode([text], False)[0]
         return ids
 
-    def _cut(self, ids: TokenIds, side: str) -> TokenIds:
+    def _cut(self, ids: TokenIds, side: str, room: int) -> TokenIds:
         before, after = self._encoder.frame
-        inner, keep = ids[before : len(ids) - after], self._room - before - after
+        inner, keep = ids[before : len(ids) - after], room - before - after
         kept = inner[-keep:] if side == "left" else inner[:keep]
         return np.concatenate([ids[:before], kept, ids[len(ids) - after :]])
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from batchrun.counters import one_by_one
 from batchrun.errors import RowFault
 from batchrun.job.job import Job
 from batchrun.prompt.renderer import RENDERER
@@ -69,7 +70,7 @@ def look(folder: Folder, job: Job, keys: Sequence[str], sizes: Sequence[int]) ->
     for j, table in enumerate(tables):
         answered = table.filter(table[column("error")].is_null())
         prompt_tokens.append(answered[lengths[0]].to_numpy().astype(np.int64))
-        output_tokens.append(answered[lengths[1]].to_numpy().astype(np.int64))
+        output_tokens.append(one_by_one(answered[lengths[1]]).to_numpy().astype(np.int64))
         _collect_failed(failed, j, table[column("error")])
     reader = _RowReader(job)
     rows = [row for j in _spread(len(chosen), READ_PARTS) for row in reader.first(keys[chosen[j]], files[j])]

@@ -72,7 +72,8 @@ class RemainingByLength:
     def add(self, now: Progress) -> None:
         """Takes in the newest progress."""
         self._now = now
-        point = _Point(_busy(now), now.counts.rows, now.counts.prompt_tokens)
+        # Where rows have limits of their own, these are part of their lengths.
+        point = _Point(_busy(now), now.counts.rows, now.counts.prompt_tokens + now.counts.limits)
         if len(self._points) < 2 and not point.rows:
             self._points = self._points or [point]
         elif not self._points or point.rows > self._points[-1].rows:
@@ -103,7 +104,7 @@ class RemainingByLength:
         left = now.rows - now.rows_done
         seconds, rows, prompt = np.diff(_stretches(self._points), axis=0).T
         lengths = np.maximum(prompt / rows, 1.0)
-        mean = counts.sent_tokens / max(1, counts.pulled)
+        mean = (counts.sent_tokens + counts.sent_limits) / max(1, counts.pulled)
         mean_left = max(1.0, (mean * (done.rows + left) - done.prompt) / max(1, left))
         power, level = _fit(np.log(lengths), np.log(seconds / rows), float(np.log(mean_left)))
         # The rows to come differ among themselves as those that are done did.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,8 +55,10 @@ class RemainingByTokens:
         if self._left is not None and before is not None and _busy(now) > _busy(before):
             self._left = max(0.0, self._left - (now.seconds - before.seconds))
         pending = self._pending(now)
-        active = _Active.of(now.worker_views)
-        self._most_active = max([self._most_active, *(_Active.of([view]).rows for view in now.worker_views)])
+        samples = _samples(now.counts)
+        active = _Active.of(now.worker_views, samples)
+        each = (_Active.of([view], samples).rows for view in now.worker_views)
+        self._most_active = max([self._most_active, *each])
         counts, last = now.counts, self._points[-1]
         if not counts.rows:
             return
@@ -99,7 +101,10 @@ class RemainingByTokens:
 
     def _estimate(self, now: Progress, active: _Active, pending: dict[str, float]) -> float:
         stretches = _stretches(self._points)
-        pace, answers = _Pace.of(stretches), _Answers.of(stretches, active, now.counts)
+        pace, answers = (
+            _Pace.of(stretches),
+            _Answers.of(stretches, active, now.counts).for_the_rest(now.counts),
+        )
         mean = now.counts.sent_tokens / max(1, now.counts.pulled)
         loads, in_hand = [], 0
         for view in now.worker_views:
@@ -107,7 +112,7 @@ class RemainingByTokens:
             rows = max(0, view.rows - counts.reused - counts.rows)
             pulled = max(0, counts.pulled - counts.rows)
             prompt = max(0, counts.sent_tokens - counts.prompt_tokens) + mean * max(0, rows - pulled)
-            load = self._load(rows, prompt, _Active.of([view]), pace, answers)
+            load = self._load(rows, prompt, _Active.of([view], _samples(now.counts)), pace, answers)
             loads.append(max(0.0, load - pending[view.address]))
             in_hand += rows
         todo = max(0, now.rows - now.rows_done - in_hand)
@@ -154,10 +159,11 @@ class _Active:
     output: float
 
     @classmethod
-    def of(cls, views: Sequence[WorkerView]) -> _Active:
+    def of(cls, views: Sequence[WorkerView], samples: float) -> _Active:
         gauges = [view.engine.gauges for view in views if view.engine]
         names = ("active_rows", "active_prompt_tokens", "active_output_tokens")
-        return cls(*(sum(one.get(name, 0.0) for one in gauges) for name in names))
+        rows, prompt, output = (sum(one.get(name, 0.0) for one in gauges) for name in names)
+        return cls(rows / samples, prompt / samples, output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +226,20 @@ class _Answers:
         answers = output / rows * rows.sum() / max(1.0, output.sum()) - 1
         both = share @ (lengths * answers) + USUAL_SLOPE * LITTLE_SPREAD
         slope = float(np.clip(both / (share @ lengths**2 + LITTLE_SPREAD), 0.0, 1.0))
-        cut = counts.finish_reasons.get("length", 0) / counts.rows
+        cut = counts.finish_reasons.get("length", 0) / (counts.rows * _samples(counts))
         finished = counts.output_tokens / counts.rows
         # Rows that are begun are half through on average, whatever their lengths.
         begun = (counts.output_tokens + 2 * active.output) / (counts.rows + active.rows)
         return cls(cut * finished + (1 - cut) * begun, counts.prompt_tokens / counts.rows, slope, cut)
+
+    def for_the_rest(self, counts: Counters) -> _Answers:
+        """The same for rows that are still to come, which have other limits of their own than those that are done."""
+        left = counts.pulled - counts.rows
+        if not counts.limits or left <= 0:
+            return self
+        done = counts.limits / counts.rows
+        to_come = max(0.0, counts.sent_limits - counts.limits) / left
+        return replace(self, mean=self.mean * to_come / done)
 
     def tokens(self, rows: float, length: float) -> float:
         """Of the answers of so many rows with prompts of `length` tokens."""
@@ -238,6 +253,11 @@ class _Answers:
         alike = max(0.0, active.rows * self.mean - active.output)
         longest = self.tokens(1, length) * (LONGEST + LONGER_OF_MORE * math.log1p(active.rows))
         return self.cut * alike + (1 - self.cut) * slots * longest
+
+
+def _samples(counts: Counters) -> float:
+    """Of each row: an engine counts every one as a row."""
+    return 1 + counts.more_samples / max(1, counts.requests)
 
 
 def _busy(now: Progress) -> float:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from batchrun.engine.protocol import Completion, TokenValues
 from batchrun.errors import FaultCode, RowFault
 from batchrun.output.chunk import ANSWERS, ASKED
+from batchrun.output.samples import merged
 from batchrun.prompt.codec import PromptCodec
 from batchrun.prompt.detokenizer import Detokenizer
 
@@ -21,16 +22,22 @@ def answered(
     lengths: NDArray[np.int32],
     codec: PromptCodec,
     reasoning: NDArray[np.bool_],
+    stops: Sequence[Sequence[str] | None] | None = None,
+    samples: int = 1,
 ) -> pa.Table:
     """Completions as answers; `lengths` are the prompts' tokens, and `reasoning` tells whose model is thinking already
-    where its prompt ends, both by row. An answer that is not as the job wants it is a fault."""
-    rows = np.fromiter((c.id for c in done), np.int64, len(done))
+    where its prompt ends, both by row. Each row has `samples` completions, one after another; `stops` are their own
+    stop texts, where they have some. An answer that is not as the job wants it is a fault."""
+    rows = np.fromiter((c.id for c in done), np.int64, len(done)) // samples
     asked = _asked(done, codec.detokenizer)
     decoded: list[str | None]
     if codec.reasoning is None:
-        decoded = list(codec.detokenizer.decode([c.token_ids for c in done]))
+        decoded = list(codec.detokenizer.decode([c.token_ids for c in done], stops))
     else:
-        parts = [codec.reasoning.take_apart(c.token_ids, bool(reasoning[c.id])) for c in done]
+        parts = [
+            codec.reasoning.take_apart(c.token_ids, bool(reasoning[row]), stop)
+            for c, row, stop in zip(done, rows, stops or [None] * len(done), strict=True)
+        ]
         decoded = [one.answer for one in parts]
         good = [completion.fault is None for completion in done]
         asked["reasoning"] = [one.reasoning if ok else None for one, ok in zip(parts, good, strict=True)]
@@ -55,7 +62,7 @@ def answered(
     )
     for name, column in asked.items():
         table = table.append_column(ASKED.field(name), pa.array(column, ASKED.field(name).type))
-    return table
+    return merged(table, samples)
 
 
 def _asked(done: Sequence[Completion], detokenizer: Detokenizer) -> dict[str, list[Any]]:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,11 @@ from batchrun.counters import Counters
 from batchrun.dataset.reader import RowBatch
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import NO_TOKENS, Completion, Request
+from batchrun.engine.token_values import first
 from batchrun.errors import FaultCode, RowFault, StorageError
+from batchrun.job.generation import RowSettings
 from batchrun.output.attempt import Attempt, PartialAnswer
-from batchrun.prompt.codec import PromptCodec
+from batchrun.prompt.codec import PromptCodec, request_of
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
 
@@ -53,7 +56,8 @@ class Generation:
 
     A row whose logits were no numbers, or whose answer is one token repeated, is tried once more in a fresh engine
     at the end, unless `rows_to_blame` said before that a fresh engine changes nothing; it says so now, if none of the
-    rows came right. `begun` holds what rows are so far that the engine let go of when they were not wanted any more.
+    rows came right. `begun` holds what rows are so far that the engine let go of when they were not wanted any more, by
+    the number of its request: the row's, or row * samples + sample.
     """
 
     def __init__(
@@ -65,20 +69,25 @@ class Generation:
         counters: AttemptCounters,
         rows: NDArray[np.bool_],
         rows_to_blame: bool = False,
+        samples: int = 1,
     ) -> None:
         self.rows_to_blame = rows_to_blame
         self.begun: dict[int, PartialAnswer] = {}
         self._read, self._attempt, self._codec, self._counters = read, attempt, codec, counters
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._samples = max_new_tokens, samples
         self._rows = rows
         self._prompts_at_once = 1
         self._lengths = np.zeros(len(rows), np.int32)
         self._reasoning = np.zeros(len(rows), bool)
+        # Of rows that have their own.
+        self._settings: dict[int, RowSettings] = {}
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
         # Rows that the engine finished and the attempt has taken.
         self.answered = 0
-        self._doubtful: dict[int, Completion] = {}
+        self._doubtful: dict[int, list[Completion]] = {}
+        # By row: samples that are out, while others of their row are not.
+        self._waiting: dict[int, list[Completion]] = {}
         self._doubtful_pid = 0
         self._second = False
         self._healed = False
@@ -88,11 +97,12 @@ class Generation:
         """Raises what reading, the engine and storage raise; what was finished before is in the attempt."""
         self._counters.doing = "generating"
         self._once(engine, still_wanted)
+        self._keep_waiting()
         if not self._doubtful or not still_wanted():
             return
         # A fresh engine keeps the worker from its other rows while it loads. A broken one fails more than a few.
         if self.rows_to_blame and len(self._doubtful) <= self.answered:
-            self._done += self._doubtful.values()
+            self._done += chain(*self._doubtful.values())
             self._settle()
             return
         self._second = True
@@ -100,6 +110,7 @@ class Generation:
         self._rows[[*self._doubtful]] = True
         engine.renew(self._doubtful_pid)
         self._once(engine, still_wanted)
+        self._waiting.clear()
         if still_wanted():
             self.rows_to_blame = not self._healed
 
@@ -151,10 +162,18 @@ class Generation:
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
                 self._counters.requests += 1
                 self._counters.sent_tokens += length
-                begun = self._begun_before(row, length)
-                yield Request(
-                    row, prompt.token_ids, self._max_new_tokens, seed, begun.tokens, values=begun.values
-                )
+                if prompt.settings is not None:
+                    self._settings[row] = prompt.settings
+                    self._counters.sent_limits += prompt.settings.max_new_tokens
+                self._counters.more_samples += self._samples - 1
+                for sample in range(self._samples):
+                    number = row * self._samples + sample
+                    request = request_of(
+                        number, prompt, seed, self._max_new_tokens, self._codec.engine.sampling, sample
+                    )
+                    begun = self._begun_before(number, length, request.max_new_tokens)
+                    request.generated, request.values = begun.tokens, begun.values
+                    yield request
 
     def _prompts(self, records: pa.RecordBatch) -> Iterator[Prompt | RowFault | None]:
         """The rows' prompts or faults, in order, made of as many rows at once as take about SETTLE_SECONDS; None
@@ -173,34 +192,57 @@ class Generation:
             fitting = int(piece.num_rows * SETTLE_SECONDS / max(seconds, 1e-9))
             self._prompts_at_once = max(1, min(PROMPT_ROWS, 2 * self._prompts_at_once, fitting))
 
-    def _begun_before(self, row: int, prompt_tokens: int) -> PartialAnswer:
+    def _begun_before(self, number: int, prompt_tokens: int, max_new_tokens: int) -> PartialAnswer:
         """The tokens that an earlier attempt left; none where they cannot be this prompt's."""
-        one = self._attempt.begun.get(row)
+        one = self._attempt.begun.get(number)
         if one is None or self._second or one.prompt_tokens != prompt_tokens:
             return NOTHING
-        return one if len(one.tokens) < self._max_new_tokens else NOTHING
+        return one if len(one.tokens) < max_new_tokens else NOTHING
 
     def _sort(self, completion: Completion, engine: EngineProcess) -> None:
-        """To the finished rows, the begun ones, or those that are tried again."""
+        """To the finished rows, the begun ones, or those that are tried again; a row goes with all its samples."""
         if completion.finish_reason == "cancelled":
-            if len(completion.token_ids):
-                self.begun[completion.id] = PartialAnswer(
-                    int(self._lengths[completion.id]), completion.token_ids, completion.values
-                )
+            self._keep(completion, len(completion.token_ids))
             return
-        completion = _judged(completion)
-        doubtful = completion.fault is not None and completion.fault.code in SECOND_TRY
+        row = completion.id // self._samples
+        samples = [*self._waiting.pop(row, []), _judged(completion)]
+        if len(samples) < self._samples:
+            self._waiting[row] = samples
+            return
+        samples.sort(key=lambda one: one.id)
+        doubtful = any(one.fault is not None and one.fault.code in SECOND_TRY for one in samples)
         if self._second or not doubtful:
             self._healed |= self._second and not doubtful
-            self._done.append(completion)
+            self._done += samples
             return
-        self._doubtful[completion.id] = completion
+        self._doubtful[row] = samples
         self._doubtful_pid = engine.pid or 0
+
+    def _keep(self, completion: Completion, tokens: int) -> None:
+        """For a later attempt, the first so many tokens of an answer."""
+        if tokens > 0:
+            self.begun[completion.id] = PartialAnswer(
+                int(self._lengths[completion.id // self._samples]),
+                completion.token_ids[:tokens],
+                first(completion.values, tokens),
+            )
+
+    def _keep_waiting(self) -> None:
+        """Samples whose rows lack others: without their last tokens, which a later attempt chooses again, so that it
+        ends them as this one did."""
+        for completion in chain(*self._waiting.values()):
+            self._keep(completion, len(completion.token_ids) - 1)
+        self._waiting.clear()
 
     def _settle(self) -> None:
         if self._done:
-            self._add(answered(self._done, self._lengths, self._codec, self._reasoning))
-            self.answered += len(self._done)
+            own = (
+                [self._settings.get(one.id // self._samples) for one in self._done] if self._settings else []
+            )
+            stops = [one.stop if one else None for one in own] if own else None
+            self._add(answered(self._done, self._lengths, self._codec, self._reasoning, stops, self._samples))
+            self._counters.limits += sum(one.max_new_tokens for one in own[:: self._samples] if one)
+            self.answered += len(self._done) // self._samples
         if self._faults:
             self._add(failed(self._faults))
         self._done.clear()

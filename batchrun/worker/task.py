@@ -155,7 +155,7 @@ def _generate(
 
     def generate(rows: NDArray[np.bool_]) -> bool:
         """Whether the engine finished any of the rows; those that it did are in the attempt."""
-        tokens = order.job.generation.max_new_tokens
+        tokens = order.job.generation.defaults.max_new_tokens
         generation = Generation(
             lambda columns: order.read(task, columns),
             attempt,
@@ -164,6 +164,7 @@ def _generate(
             counters,
             rows,
             health.rows_to_blame,
+            order.job.generation.samples,
         )
         try:
             with _staging(attempt):

@@ -74,9 +74,17 @@ def test_the_score_counts_right_answers_by_topic(tmp_path: Path) -> None:
     answers = [f" {truth.upper()}.\n" for truth in table["truth"].to_pylist()]
     answers[0], answers[-1] = "57", None
     (tmp_path / "data").mkdir()
+    counts = {"arithmetic": (5, 6), "geography": (6, 6), "language": (4, 4), "nature": (3, 4)}
     pq.write_table(table.append_column("answer", [answers]), tmp_path / "data/part.parquet")
-    counts = evaluate.score(tmp_path)
-    assert counts == {"arithmetic": (5, 6), "geography": (6, 6), "language": (4, 4), "nature": (3, 4)}
+    scores = evaluate.score(tmp_path)
+    assert {topic: (one.agreed, one.asked) for topic, one in scores.items()} == counts
+    assert {topic: (one.right, one.asked) for topic, one in scores.items()} == counts
+    # Two of three samples say the same.
+    samples = [[answer, "something else", answer] for answer in answers]
+    pq.write_table(table.append_column("answer", [samples]), tmp_path / "data/part.parquet")
+    scores = evaluate.score(tmp_path)
+    assert {topic: (one.agreed, one.asked) for topic, one in scores.items()} == counts
+    assert scores["geography"].right == pytest.approx(4)
 
 
 def test_the_shipped_model_runs_an_example_by_itself(tmp_path: Path, cluster: Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,9 @@ def tokens(partition: int, row: int, length: int) -> NDArray[np.int32]:
 
 
 class ExactlyOnce(Interleaving):
+    # Answers of each row.
+    samples = 1
+
     @initialize(
         rows=st.lists(st.integers(0, 6), min_size=1, max_size=3),
         actors=st.lists(ACTORS, min_size=2, max_size=4),
@@ -71,7 +75,9 @@ class ExactlyOnce(Interleaving):
         self, actor: Actor, partition: int, who: str, flush_rows: int, step: int, leaves: bool = False
     ) -> None:
         rows = self.rows[partition]
-        one = attempt(self.folder, self.plan, partition, rows, who, flush_rows=flush_rows)
+        one = attempt(
+            self.folder, self.plan, partition, rows, who, samples=self.samples, flush_rows=flush_rows
+        )
         actor.listed.pop(partition, None)
         actor.begun.pop(partition, None)
         if one.open() is not None:
@@ -88,8 +94,10 @@ class ExactlyOnce(Interleaving):
                 one.flush()
                 one.keep(
                     {
-                        row: PartialAnswer(3, tokens(partition, row, step + row % 2))
-                        for row in missing[start + step :]
+                        row * self.samples: PartialAnswer(
+                            3, tokens(partition, row * self.samples, step + row % 2)
+                        )
+                        for row in missing[start + step :].tolist()
                     }
                 )
                 return
@@ -160,7 +168,8 @@ class ExactlyOnce(Interleaving):
     def staged(self, partition: int, keys: Collection[str] | None = None) -> set[int]:
         """Rows that are durable in whole chunks, or in those of them that `keys` names."""
         rows: set[int] = set()
-        for table in self.chunks(partition, ".chunk", chunk.decode, keys):
+        decode = partial(chunk.decode, schema=chunk.answers_schema((), self.samples))
+        for table in self.chunks(partition, ".chunk", decode, keys):
             rows.update(table["row"].to_pylist())
         return rows
 
@@ -182,7 +191,10 @@ class ExactlyOnce(Interleaving):
                 and (keys is None or key in keys)
             ):
                 try:
-                    yield decode(data, Origin(self.plan.plan_hash, JOB_HASH, partition), self.rows[partition])
+                    origin = Origin(self.plan.plan_hash, JOB_HASH, partition)
+                    # The number of a begun answer is row * samples + sample.
+                    numbers = self.rows[partition] * (self.samples if suffix == ".partial" else 1)
+                    yield decode(data, origin, numbers)
                 except BadChunk:
                     continue
 
@@ -202,7 +214,11 @@ class ExactlyOnce(Interleaving):
         table = pq.read_table(pa.BufferReader(data))
         rows = self.rows[partition]
         assert table["id"].to_pylist() == [f"{partition}/{row}" for row in range(rows)]
-        assert [answer.split(" ")[0] for answer in table["answer"].to_pylist()] == table["id"].to_pylist()
+        found = table["answer"].to_pylist()
+        if self.samples > 1:
+            assert all(len(own) == self.samples == len({*own}) + self.samples - 1 for own in found)
+            found = [own[0] for own in found]
+        assert [answer.split(" ")[0] for answer in found] == table["id"].to_pylist()
 
     @invariant()
     def durable_coverage_never_shrinks(self) -> None:
@@ -270,3 +286,13 @@ ExactlyOnce.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestExactlyOnce = ExactlyOnce.TestCase
+
+
+class ExactlyOnceOfSamples(ExactlyOnce):
+    """The same where rows have several answers: a row is there with all of them, or not at all."""
+
+    samples = 3
+
+
+ExactlyOnceOfSamples.TestCase.settings = settings(ExactlyOnce.TestCase.settings, max_examples=40)
+TestExactlyOnceOfSamples = ExactlyOnceOfSamples.TestCase

@@ -80,8 +80,10 @@ def answers(partition: int, rows: Iterable[int], who: str = "", failed: Sequence
     )
 
 
-def attempt(folder: Folder, plan: Layout, partition: int, rows: int, who: str, **kw: object) -> Attempt:
-    return Attempt(folder, plan, JOB_HASH, partition, rows, who, settings(**kw))
+def attempt(
+    folder: Folder, plan: Layout, partition: int, rows: int, who: str, samples: int = 1, **kw: object
+) -> Attempt:
+    return Attempt(folder, plan, JOB_HASH, partition, rows, who, settings(**kw).of_samples(samples))
 
 
 def commit(folder: Folder, plan: Layout, partition: int, rows: int, who: str = "a", **kw: object) -> Receipt:

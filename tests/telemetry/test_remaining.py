@@ -15,6 +15,7 @@ from simulated_run import Rows, simulate
 from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
 from batchrun.telemetry.progress import Progress, Rates, WorkerView
+from batchrun.telemetry.remaining_tokens import _Active, _Answers, _samples
 
 PRICE = 2.0
 RNG = np.random.default_rng(0)
@@ -151,3 +152,21 @@ def test_a_complete_run_has_nothing_left():
     for now in (look(15.0, 5.0, 0, 0, 100, 5000, 100), look(25.0, 15.0, 100, 5000, 100, 5000, 100)):
         rates.add(now)
     assert rates.remaining() == 0.0
+
+
+def test_rows_to_come_are_counted_with_their_own_limits():
+    known = _Answers(mean=100.0, prompt=50.0, slope=0.0, cut=0.5)
+    same = Counters(rows=50, pulled=100)
+    assert known.for_the_rest(same) is known
+    # Those that are done might generate 200 tokens, the others 20.
+    own = Counters(rows=50, pulled=100, limits=50 * 200, sent_limits=50 * 200 + 50 * 20)
+    assert known.for_the_rest(own).tokens(10, 50.0) == pytest.approx(100.0)
+
+
+def test_the_samples_that_an_engine_holds_are_rows_only_together():
+    engine = EngineStats(gauges={"active_rows": 80, "active_prompt_tokens": 800, "active_output_tokens": 400})
+    view = WorkerView("a", "h", 1, 1, 0, "generating", engine)
+    samples = _samples(Counters(requests=10, more_samples=70))
+    assert samples == 8
+    assert _Active.of([view], samples) == _Active(10, 100, 400)
+    assert _samples(Counters()) == 1

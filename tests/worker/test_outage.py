@@ -13,7 +13,7 @@ from faulty import FaultyStore
 from parts import attempt, faulty_folder, layout
 
 from batchrun.dataset.reader import RowBatch
-from batchrun.engine.protocol import Completion, Request
+from batchrun.engine.protocol import Completion, Request, Sampling
 from batchrun.errors import EngineDied, StorageError
 from batchrun.output.attempt import Attempt
 from batchrun.prompt.tokens import Prompt
@@ -46,9 +46,10 @@ def generate(one: Attempt, engine: Any) -> AttemptCounters:
         builder=SimpleNamespace(
             columns=["text"], prompts=lambda batch: [Prompt(ids, False)] * batch.num_rows
         ),
-        detokenizer=SimpleNamespace(decode=lambda found: ["abc"] * len(found)),
+        detokenizer=SimpleNamespace(decode=lambda found, stops: ["abc"] * len(found)),
         reasoning=None,
         answers=None,
+        engine=SimpleNamespace(sampling=Sampling()),
     )
     counters = AttemptCounters(run="run", partition=0)
 

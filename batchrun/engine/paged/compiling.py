@@ -26,16 +26,18 @@ def compile_layers(model: nn.Module, attention: list[nn.Module]) -> int:
 
 def compile_sampler(sampler: Sampler) -> None:
     """Compiles the drawing of tokens, whose many passes over rows x vocabulary would each go through memory."""
-    sample = torch.compile(sampler.sample, fullgraph=True)
+    sample: Callable[..., Tensor] = torch.compile(sampler.sample, fullgraph=True)
 
-    def call(logits: Tensor, *others: Tensor | None) -> Tensor:
-        given: list[Any] = [logits, *others]
-        if len(logits) == 1:  # which would be compiled for itself
-            given = [x if x is None else torch.cat([x, x]) for x in given]
-        for x in given:
+    def call(*given: Tensor | None) -> Tensor:
+        assert given[0] is not None
+        rows = len(given[0])
+        # A single row would be compiled for itself.
+        made = [torch.cat([x, x]) if x is not None and rows == 1 else x for x in given]
+        for x in made:
             if x is not None:
                 torch._dynamo.mark_dynamic(x, 0)
-        return sample(*given)[: len(logits)]
+        drawn: Tensor = sample(*made)[:rows]
+        return drawn
 
     sampler.sample = call  # type: ignore[method-assign, assignment]
 

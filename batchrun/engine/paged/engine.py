@@ -64,8 +64,7 @@ class PagedEngine:
                 compile_sampler(sampler)
         self._stop_ids = frozenset(spec.stop_token_ids)
         self._stop_strings = StopStrings(spec)
-        self._round_stop_strings = StopStrings(spec)
-        self._round_stop_strings.tail += budget.decode_steps
+        self._round_stop_strings = StopStrings(spec, 1 + budget.decode_steps)
         self._cancel_checked = 0.0
         self._window, self._steps = budget.window_rows, budget.decode_steps
         self._runner = Runner(
@@ -271,12 +270,13 @@ class PagedEngine:
         grown = [sequence for sequence, _ in running if sequence.output]
         if not grown:
             return []
-        near = self._round_stop_strings.completed([sequence.output for sequence in grown])
+        strings = [self._stop_strings.of(sequence.request) for sequence in grown]
+        near = self._round_stop_strings.completed([sequence.output for sequence in grown], strings)
         cut = []
-        for sequence in (sequence for sequence, hit in zip(grown, near, strict=True) if hit):
+        for sequence, own in ((grown[i], strings[i]) for i, hit in enumerate(near) if hit):
             first = max(0, len(sequence.output) - self._steps)
             ends = range(first + 1, len(sequence.output) + 1)
-            hits = self._stop_strings.completed([sequence.output[:end] for end in ends])
+            hits = self._stop_strings.completed([sequence.output[:end] for end in ends], [own] * len(ends))
             if any(hits):
                 del sequence.output[ends[hits.index(True)] :]
                 cut.append(sequence)

@@ -120,35 +120,43 @@ def merge_attn_states(
 
 
 @triton.jit
-def _top_p(probabilities, lowest, size, top_p, BLOCK: tl.constexpr):
+def _top_p(probabilities, lowest, size, top_p, OWN: tl.constexpr, BLOCK: tl.constexpr):
     row = probabilities + tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     low, high = (
         0,
         0x3F800001,
     )  # the bits of 0 and of what follows 1: in between, bits are in the floats' order
-    for _ in range(31):
+    if OWN:
+        wanted = tl.load(top_p + tl.program_id(0))
+        # Of a row that keeps all its tokens, none has to be looked for.
+        rounds = tl.where(wanted < 1, 31, 0)
+    else:
+        wanted, rounds = top_p, 31
+    for _ in range(rounds):
         middle = low + (high - low) // 2
         mass = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, size, BLOCK):
             p = tl.load(row + start + column, mask=start + column < size, other=0.0)
             mass += tl.where(p.to(tl.int32, bitcast=True) >= middle, p, 0.0)
-        enough = tl.sum(mass, axis=0) >= top_p
+        enough = tl.sum(mass, axis=0) >= wanted
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
     # Rounding may keep every sum below top_p: then all tokens stay. Else the smallest that is needed.
     tl.store(lowest + tl.program_id(0), low.to(tl.float32, bitcast=True))
 
 
-def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
+def top_p_threshold(probabilities: Tensor, top_p: float | Tensor) -> Tensor:
     """See `sampler.top_p_threshold`: tokens at or above the result are those at or above the smallest one needed.
 
-    By bisection over the bits of a float, a pass over the row each: to sort 150,000 tokens for a thousand rows takes
-    longer than the decode step itself.
+    `top_p` is one number, or (rows, 1) float32, each row's own. By bisection over the bits of a float, a pass over
+    the row each: to sort 150,000 tokens for a thousand rows takes longer than the decode step itself.
     """
     probabilities = probabilities.contiguous()
     lowest = torch.empty(len(probabilities), 1, dtype=torch.float32, device=probabilities.device)
+    own = isinstance(top_p, Tensor)
+    top_p = top_p.contiguous() if isinstance(top_p, Tensor) else top_p
     _top_p[(len(probabilities),)](
-        probabilities, lowest, probabilities.shape[1], top_p, BLOCK=4096, num_warps=8
+        probabilities, lowest, probabilities.shape[1], top_p, OWN=own, BLOCK=4096, num_warps=8
     )
     return lowest
 

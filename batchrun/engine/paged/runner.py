@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.attention import CASCADE_MIN_BATCH, KVCache, forward_context
@@ -124,6 +125,7 @@ class Runner:
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
         self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
+        self._own = zeros(torch.float32, slots, row_sampling.WIDTH) if sampler.has_own else None
         # Like `_sampled`, of every step of a decode batch.
         self._values = {
             name: zeros(one.dtype, decode_steps, widest, *one.shape[1:])
@@ -284,8 +286,9 @@ class Runner:
         logits = self._forward(self._last_token[slots], position, metadata, 0)
         seen = None if self._seen is None else self._seen[slots]
         states = None if self._states is None else self._states[slots]
+        own = None if self._own is None else self._own[slots]
         generated = seq_len + 1 - self._prompt_len[slots]
-        token = self._sampler.sample(logits, self._seed[slots], generated, seen, states)
+        token = self._sampler.sample(logits, self._seed[slots], generated, seen, own, states)
         told, goes_on = self._follow(slots, token, states)
         self._sampled[:, : shape.batch_size].index_copy_(
             0, self._step, torch.where(running, told, NO_TOKEN).int()[None]
@@ -312,11 +315,16 @@ class Runner:
             self._seen[slots] = False
             self._seen[slots[self._to_device(seq_ids, np.int64)], tokens] = True
             seen = self._seen[slots]
+        own = None
+        if self._own is not None:
+            numbers = row_sampling.numbers_of([one.request for one in sequences], self._sampler.sampling)
+            own = self._to_device(np.array(numbers), np.float32)
+            self._own[slots] = own
         states = None
         if self._sampler.mask is not None:
             answers = [sequence.prompt[len(sequence.request.token_ids) :] for sequence in sequences]
             states = self._to_device(self._sampler.mask.begin(answers), np.int32)
-        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, states)
+        token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, own, states)
         self._seq_len[slots], self._final_len[slots] = seq_len, final_len
         self._prompt_len[slots], self._seed[slots] = prompt_len, seed
         told, goes_on = self._follow(slots, token, states)

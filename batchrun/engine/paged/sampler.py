@@ -9,6 +9,7 @@ from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.noise import gumbel
 from batchrun.engine.paged import devices
 from batchrun.engine.protocol import Sampling
+from batchrun.engine.row_sampling import RowTensors, has_own, lowest_in_top_p
 
 INVALID_TOKEN = -2
 """In place of a token where the logits hold no number to choose by."""
@@ -19,9 +20,10 @@ class Sampler:
     top-k, top-p, min-p, then a draw. With `mask`, of the tokens that it allows."""
 
     def __init__(self, sampling: Sampling, mask: AnswerMask | None = None) -> None:
-        self._sampling = sampling
+        self.sampling = sampling
         self.mask = mask
-        self.greedy = sampling.temperature == 0
+        self.has_own = has_own(sampling)
+        self.greedy = sampling.temperature == 0 and not self.has_own
         self.penalizes = sampling.repetition_penalty != 1
 
     def sample(
@@ -30,6 +32,7 @@ class Sampler:
         row_seeds: Tensor,
         positions: Tensor,
         seen: Tensor | None = None,
+        own: Tensor | None = None,
         states: Tensor | None = None,
     ) -> Tensor:
         """The next token of each row, or INVALID_TOKEN.
@@ -38,10 +41,11 @@ class Sampler:
             logits: (rows, vocabulary).
             row_seeds, positions: (rows,) int64, the rows' own numbers and how many tokens each has generated.
             seen: (rows, vocabulary) bool, the tokens of the row so far; wanted if `penalizes`.
+            own: (rows, WIDTH) float32, the numbers of `batchrun.engine.row_sampling`; wanted if `has_own`.
             states: (rows,) int32, where each row is in the mask's automaton; wanted with a mask.
         """
         if seen is not None:
-            logits = apply_repetition_penalty(logits.float(), seen, self._sampling.repetition_penalty)
+            logits = apply_repetition_penalty(logits.float(), seen, self.sampling.repetition_penalty)
         if self.greedy:
             return self._likeliest(logits, states)
         logits = logits.float()
@@ -49,8 +53,12 @@ class Sampler:
         if self.mask is not None and states is not None:
             logits = self.mask.apply(logits, states)
             usable = usable & logits.amax(dim=-1).isfinite()
-        noise = gumbel(self._sampling.seed, row_seeds, positions, logits.shape[1])
-        drawn = (self.warp(logits) + noise).argmax(dim=-1)
+        noise = gumbel(self.sampling.seed, row_seeds, positions, logits.shape[1])
+        if own is None:
+            drawn = (self.warp(logits) + noise).argmax(dim=-1)
+        else:
+            rows = RowTensors.of(own)
+            drawn = (self.warp(logits, rows) + torch.where(rows.draws, noise, 0.0)).argmax(dim=-1)
         return torch.where(usable, drawn, INVALID_TOKEN)
 
     def _likeliest(self, logits: Tensor, states: Tensor | None) -> Tensor:
@@ -64,14 +72,20 @@ class Sampler:
         best, token = self.mask.apply(logits, states).max(dim=-1)
         return torch.where(logits.amax(dim=-1).isfinite() & best.isfinite(), token, INVALID_TOKEN)
 
-    def warp(self, logits: Tensor) -> Tensor:
-        """Logits at the sampling's temperature, minus infinity where a token is not to be drawn. float32."""
-        wanted = self._sampling
-        logits = logits / wanted.temperature
+    def warp(self, logits: Tensor, own: RowTensors | None = None) -> Tensor:
+        """Logits at the sampling's temperature, or the rows' own, minus infinity where a token is not to be drawn.
+        float32."""
+        wanted = self.sampling
+        logits = logits / (wanted.temperature if own is None else own.divisor)
         if 0 < wanted.top_k < logits.shape[-1]:
             lowest = logits.topk(wanted.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < lowest, float("-inf"))
-        if wanted.top_p < 1:
+        if own is not None and "top_p" in wanted.by_row:
+            probabilities = logits.softmax(dim=-1)
+            logits = logits.masked_fill(
+                probabilities < top_p_thresholds(probabilities, own.top_p), float("-inf")
+            )
+        elif wanted.top_p < 1:
             probabilities = logits.softmax(dim=-1)
             logits = logits.masked_fill(
                 probabilities < top_p_threshold(probabilities, wanted.top_p), float("-inf")
@@ -105,4 +119,19 @@ def top_p_threshold(probabilities: Tensor, top_p: float) -> Tensor:
 
 @top_p_threshold.register_fake
 def _(probabilities: Tensor, top_p: float) -> Tensor:
+    return probabilities.new_empty(probabilities.shape[0], 1)
+
+
+@torch.library.custom_op("batchrun::top_p_thresholds", mutates_args=())
+def top_p_thresholds(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """The same where each row has a `top_p` (rows, 1) of its own; 0 where that is 1."""
+    if devices.is_gpu(probabilities.device):
+        from batchrun.engine.paged import kernels
+
+        return kernels.top_p_threshold(probabilities, top_p)
+    return lowest_in_top_p(probabilities.sort(dim=-1, descending=True).values, top_p)
+
+
+@top_p_thresholds.register_fake
+def _(probabilities: Tensor, top_p: Tensor) -> Tensor:
     return probabilities.new_empty(probabilities.shape[0], 1)

@@ -1,0 +1,140 @@
+"""Settings that columns give each row, where a value that does not fit is its own row's fault."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.types as types
+
+from batchrun.errors import FaultCode, InputError, RowFault, nearest
+from batchrun.job.generation import GenerationSettings, RowSettings
+from batchrun.prompt.columns import holds_text, values
+
+
+class RowSettingsReader:
+    """The job's settings for each row of a batch. `columns` are the ones it reads.
+
+    Raises:
+        InputError: a column that the schema lacks, or of a type of which no value could be the setting.
+    """
+
+    def __init__(self, generation: GenerationSettings, schema: pa.Schema, context: int) -> None:
+        self._defaults, self._context = generation.defaults, context
+        self._columns = generation.columns
+        self.columns = list(dict.fromkeys(self._columns.values()))
+        for setting, column in self._columns.items():
+            _check(setting, column, schema)
+        self._known: dict[RowSettings, RowSettings] = {}
+
+    def read(self, batch: pa.RecordBatch) -> list[RowSettings | RowFault]:
+        """(rows,) The rows' settings; rows with the same ones share an object."""
+        columns = {name: values(batch.column(column)) for name, column in self._columns.items()}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [self._of(row) for row in rows]
+
+    def _of(self, row: dict[str, Any]) -> RowSettings | RowFault:
+        given: dict[str, Any] = {}
+        for setting, value in row.items():
+            if value is None:
+                continue
+            if isinstance(value, RowFault):
+                return value
+            try:
+                given[setting] = _READ[setting](value)
+            except ValueError as error:
+                return self._fault(setting, value, str(error))
+        made = replace(self._defaults, **given)
+        if made.max_new_tokens >= self._context:
+            why = f"leaves no room for a prompt in the model's {self._context}"
+            return self._fault("max_new_tokens", made.max_new_tokens, why)
+        return self._known.setdefault(made, made)
+
+    def _fault(self, setting: str, value: Any, why: str) -> RowFault:
+        shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:37]}..."
+        return RowFault(
+            FaultCode.INVALID_SETTING, f"{setting} is {shown} in column {self._columns[setting]!r}: {why}"
+        )
+
+
+def _tokens(value: Any) -> int:
+    number = _whole(value)
+    if number < 1:
+        raise ValueError("must be at least 1")
+    return number
+
+
+def _seed(value: Any) -> int:
+    number = _whole(value)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError("must be a signed 64-bit number")
+    return number
+
+
+def _temperature(value: Any) -> float:
+    number = _finite(value)
+    if number < 0:
+        raise ValueError("must be at least 0")
+    return number
+
+
+def _top_p(value: Any) -> float:
+    number = _finite(value)
+    if not 0 < number <= 1:
+        raise ValueError("must be above 0 and at most 1")
+    return number
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be texts without a null")
+    if "" in texts:
+        raise ValueError("an empty stop text would end the answer at once")
+    return texts
+
+
+def _whole(value: Any) -> int:
+    # What a tool that knows no nulls in integers writes: 64.0, and NaN for a null.
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return float(value)
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "max_new_tokens": _tokens,
+    "temperature": _temperature,
+    "top_p": _top_p,
+    "seed": _seed,
+    "stop": _stop,
+}
+
+
+def _check(setting: str, column: str, schema: pa.Schema) -> None:
+    where = f"generation.{setting}"
+    if column not in schema.names:
+        raise InputError(f"the input has no column {column!r}{nearest(column, schema.names)}", where)
+    kind = schema.field(column).type
+    if not (_holds_stops(kind) if setting == "stop" else _holds_numbers(kind)):
+        wanted = "texts or lists of texts" if setting == "stop" else "numbers"
+        raise InputError(f"column {column!r} is {kind}, and not {wanted}", where, "use input.cast")
+
+
+def _holds_numbers(kind: pa.DataType) -> bool:
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind))
+
+
+def _holds_stops(kind: pa.DataType) -> bool:
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return holds_text(kind) or bool(is_list and holds_text(kind.value_type))
