@@ -52,6 +52,7 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
     # The progress bars would be all that is left in the short memory of the process's output.
     transformers_logging.disable_progress_bar()
     config = load_config(spec)
+    quantization = {} if spec.quantization is None else {"quantization_config": _fp8_config(spec, config)}
     auto: Any = (
         transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     )
@@ -68,6 +69,7 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **quantization,
             **({"device_map": {"": spec.device}} if straight else {}),
         )
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -85,6 +87,22 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
     if not model.can_generate():
         raise ModelError(f"{type(model).__name__} cannot generate text", spec.model_path, "use another model")
     return model.to(spec.device).eval()
+
+
+def _fp8_config(spec: EngineSpec, config: Any) -> Any:
+    """Makes transformers convert the weights to fp8 while it reads them. Raises ModelError where that cannot be."""
+    from batchrun.engine.fp8 import unsupported_device
+    from batchrun.engine.fp8_loading import Fp8Config
+
+    if reason := unsupported_device(torch.device(spec.device)):
+        raise ModelError(f"fp8 cannot run here, since {reason}", "model.quantization", "leave the key out")
+    if config.is_encoder_decoder:
+        what = "only causal language models are converted to fp8"
+        raise ModelError(what, "model.quantization", "leave the key out")
+    if getattr(config, "quantization_config", None) is not None:
+        what = "the checkpoint is quantized already, and cannot be converted to fp8"
+        raise ModelError(what, "model.quantization", "leave the key out")
+    return Fp8Config()
 
 
 def choose_dtype(spec: EngineSpec, config: Any) -> torch.dtype:

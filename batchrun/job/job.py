@@ -207,6 +207,9 @@ class Job(Settings):
         output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
         if self.output.partition_by:
             output.add("partition_by")
+        model = {"revision", "dtype"}
+        if self.model.quantization is not None:
+            model.add("quantization")
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
@@ -216,7 +219,7 @@ class Job(Settings):
             **({"answer": answer} if answer else {}),
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
-            "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
+            "model": self.model.model_dump(mode="json", include=model),
             "generation": self.generation.model_dump(mode="json"),
             **({"answer": answer} if answer else {}),
             "output": self.output.model_dump(mode="json", include=output),

@@ -1,0 +1,132 @@
+"""Linear layers in fp8 (e4m3): weights scaled per output channel, activations per token, products on fp8 matrix units.
+
+The format is that of dynamic per-token W8A8 checkpoints: a number is `fp8 * scale`, and each scale maps the largest
+absolute value of its row to the largest that e4m3 has (Micikevicius et al., FP8 Formats for Deep Learning, 2022).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+"""448, the largest number of the format; beyond it a conversion gives NaN."""
+
+MULTIPLE = 16
+"""Features of a layer, in and out, that fp8 products take are a multiple of it."""
+
+MIN_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs with fp8 matrix units (Ada; Hopper is 9.0)."""
+
+FEW_ROWS = 64
+FAST_ACCUM = True
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of x (rows, features) in fp8, and the rows' scales (rows, 1) float32.
+
+    Plain operations, so that torch.compile computes them in the kernel that makes x. A row with a number that is not
+    finite has no finite numbers afterwards.
+    """
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return (x * (FP8_MAX / largest)).to(FP8), largest / FP8_MAX
+
+
+def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in features) times the transposed `weight` (out features, in features) fp8, scaled per row of it by
+    `weight_scale` (out features,) float32. The result has x's dtype."""
+    rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    if x.is_cuda:
+        out: Tensor = scaled_product(rows, scale, weight, weight_scale).to(x.dtype)
+    else:
+        # The same numbers, multiplied in float32.
+        out = (rows.float() @ weight.float().t() * scale * weight_scale).to(x.dtype)
+    if bias is not None:
+        out = out + bias
+    return out.view(*x.shape[:-1], len(weight))
+
+
+@torch.library.custom_op("batchrun::fp8_product", mutates_args=())
+def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """rows (rows, in features) fp8 times the transposed weight (out features, in features) fp8, in bfloat16, by the
+    kernel that is the fastest for so many rows: a compiled layer runs with any number of them.
+
+    Args:
+        scale: (rows, 1) float32. weight_scale: (out features,) float32.
+    """
+    if len(rows) <= FEW_ROWS:
+        from batchrun.engine.fp8_kernels import few_rows_product
+
+        return few_rows_product(rows, scale, weight, weight_scale)
+    return torch._scaled_mm(
+        rows, weight.t(), scale, weight_scale[None], out_dtype=torch.bfloat16, use_fast_accum=FAST_ACCUM
+    )
+
+
+@scaled_product.register_fake
+def _(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), len(weight), dtype=torch.bfloat16)
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer's weights in fp8: `weight` (out features, in features), `weight_scale` (out features,) float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Takes over the layer's own parameters, which `quantize` or a loader then converts."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        scale = torch.empty(linear.out_features, dtype=torch.float32, device=linear.weight.device)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def quantize(self) -> None:
+        """Converts the weight, which is in another format so far."""
+        quantized, scale = quantize_weight(self.weight.data)
+        self.weight = nn.Parameter(quantized, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out features) of (..., in features)."""
+        return fp8_linear(x, self.weight, self.weight_scale, self.bias)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (out features, in features) in fp8, and its scales (out features,) float32."""
+    quantized, scale = quantize_rows(weight)
+    return quantized, scale[:, 0].contiguous()
+
+
+def with_fp8_layers(model: nn.Module) -> list[Fp8Linear]:
+    """Puts an Fp8Linear in the place of each linear layer whose sizes allow it, but for the one that gives the logits:
+    its products are few, and each error there is one in a token's probability. Nothing is converted yet."""
+    head = cast(nn.Module | None, model.get_output_embeddings())  # type: ignore[operator]
+    layers = []
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is not nn.Linear or child is head:
+                continue
+            if child.in_features % MULTIPLE == 0 and child.out_features % MULTIPLE == 0:
+                layers.append(Fp8Linear(child))
+                setattr(module, name, layers[-1])
+    return layers
+
+
+def quantize(model: nn.Module) -> None:
+    """Converts a model in place, layer by layer; none is there twice for longer than it takes."""
+    for layer in with_fp8_layers(model):
+        layer.quantize()
+
+
+def unsupported_device(device: torch.device) -> str | None:
+    """Why products of fp8 cannot run there, in words that follow "since"; a CPU emulates them."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MIN_CAPABILITY:
+        return None
+    name, have = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+    return f"{name} (compute capability {have}) has no fp8 matrix units, which come with 8.9 (Ada, Hopper)"

@@ -1,0 +1,76 @@
+"""Weights become fp8 one by one while transformers loads them: no second copy of a model is ever in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from batchrun.engine.fp8 import Fp8Linear, quantize_weight, with_fp8_layers
+
+METHOD = "batchrun-fp8"
+"""The name under which transformers finds the quantizer; no checkpoint has it."""
+
+
+@register_quantization_config(METHOD)
+class Fp8Config(QuantizationConfigMixin):
+    """Asks `from_pretrained` for the quantizer below."""
+
+    def __init__(self) -> None:
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class Fp8Quantizer(HfQuantizer):
+    """Prepares the model without data, names the weights to convert, and converts each as it is read."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        if not with_fp8_layers(model):
+            raise ValueError("it has no linear layers that could be converted to fp8")
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        """Whether the parameter is the weight of an Fp8Linear."""
+        owner, _dot, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(owner), Fp8Linear)
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes of a number once it is loaded: so much memory transformers asks for in advance."""
+        return 1.0 if self.param_needs_quantization(model, param_name) else param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What converts one weight."""
+        return _Quantize()
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        # Some releases of transformers compare no shapes where there is a quantizer.
+        for name, parameter in model.named_parameters():
+            if parameter.shape != self._shapes[name]:
+                want, have = tuple(self._shapes[name]), tuple(parameter.shape)
+                raise ValueError(f"{name} has the shape {have}, where its config wants {want}")
+        # Its layers are as good as any others: nothing else needs to know.
+        self.remove_quantization_config(model)
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Nobody saves it."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Nobody trains it."""
+        return False
+
+
+class _Quantize(ConversionOps):
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Tensor]:
+        converted = {}
+        for name, given in input_dict.items():
+            weight = given[0] if isinstance(given, list) else given
+            with torch.no_grad():
+                converted[name], converted[f"{name}_scale"] = quantize_weight(weight)
+        return converted
