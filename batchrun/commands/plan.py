@@ -17,7 +17,7 @@ from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.rows import carried_schema
 from batchrun.driver.prepare import Prepared, prepare
 from batchrun.estimate.cost import Estimate, Throughput, estimate
-from batchrun.estimate.records import device_name, recall, remember
+from batchrun.estimate.records import device_name, model_key, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
 from batchrun.output import state
@@ -51,7 +51,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         from batchrun.estimate.trial import trial as run_trial  # it imports torch
 
         known = replace(run_trial(prepared, sampled, trial, opening), device=device_name())
-        remember(prepared.model.fingerprint, job.engine.kind, prepared.identity.job_hash, known)
+        remember(model_key(prepared), job.engine.kind, prepared.identity.job_hash, known)
     left = _left(prepared)
     plan = prepared.plan
     return {

@@ -9,6 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+BLOCK_N, BLOCK_K = 64, 256
+"""Columns and features in a block: of several tried on an H100, the best for most of Llama-8B's products."""
+
+MULTIPROCESSORS, MIN_STEPS = 132, 12
+"""Of an H100; and blocks of features for which it pays to be a split of its own."""
+
 _counters: dict[torch.device, Tensor] = {}
 
 
@@ -63,29 +69,28 @@ def _few_rows(
 
 
 def few_rows_product(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
-    block_n: int = 64, block_k: int = 128, num_stages: int = 4, warps: int = 4, splits: int | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, splits: int | None = None
+) -> Tensor:
     """x (rows, features) fp8 times the transposed weight (columns, features) fp8, bf16 (rows, columns).
 
     Args:
         x_scale: (rows, 1) float32. weight_scale: (columns,) float32.
+        splits: blocks that share a column's features; by default what fills the GPU.
     """
     rows, features = x.shape
     columns = len(weight)
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=x.device)
-    blocks = triton.cdiv(columns, block_n)
-    steps = triton.cdiv(features, block_k)
+    blocks, steps = triton.cdiv(columns, BLOCK_N), triton.cdiv(features, BLOCK_K)
     if splits is None:
-        splits = max(1, min(264 // blocks, steps // 4))
-    split_features = triton.cdiv(steps, splits) * block_k
+        splits = max(1, min(MULTIPROCESSORS // blocks, steps // MIN_STEPS))
+    split_features = triton.cdiv(steps, splits) * BLOCK_K
     splits = triton.cdiv(features, split_features)
     parts = torch.empty((splits, rows, columns), dtype=torch.float32, device=x.device) if splits > 1 else out
     _few_rows[(blocks, splits)](
         x, x_scale, weight, weight_scale, out, parts, _counters_on(x.device, blocks), rows, columns, features,
         splits, split_features,
-        BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=block_n, BLOCK_K=block_k, SPLIT=splits > 1,
-        NUM_STAGES=num_stages, EVEN=features % block_k == 0 and columns % block_n == 0, num_warps=warps,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, SPLIT=splits > 1,
+        NUM_STAGES=4, EVEN=features % BLOCK_K == 0 and columns % BLOCK_N == 0, num_warps=4,
     )  # fmt: skip
     return out
 

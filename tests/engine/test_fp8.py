@@ -79,7 +79,9 @@ def test_loading_converts_the_same_numbers_as_converting_what_was_loaded(name: s
     fp8.quantize(converted)
     ours, theirs = dict(loaded.named_parameters()), dict(converted.named_parameters())
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(p.float(), theirs[n].float()) and p.dtype == theirs[n].dtype for n, p in ours.items())
+    assert all(
+        torch.equal(p.float(), theirs[n].float()) and p.dtype == theirs[n].dtype for n, p in ours.items()
+    )
     assert loaded.get_output_embeddings().weight.dtype == torch.float32
     assert loaded.get_input_embeddings().weight.dtype == torch.float32
 
