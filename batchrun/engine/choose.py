@@ -43,6 +43,10 @@ def load_engine(spec: EngineSpec) -> Engine:
     engine = _load(kind, spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")
+    if spec.quantization and spec.device == "cpu":
+        engine.stats.notes.append(
+            "a CPU has no fp8 products: the same numbers are multiplied in float32, slower than without model.quantization"
+        )
     if compiles_at_every_start():
         engine.stats.notes.append(
             "torch came without bytecode and PYTHONDONTWRITEBYTECODE keeps Python from writing it, so that every start "

@@ -18,6 +18,9 @@ FP8_MAX = torch.finfo(FP8).max
 MULTIPLE = 16
 """Features of a layer, in and out, that fp8 products take are a multiple of it."""
 
+ROUTERS = ("gate", "router")
+"""Names that models give to the layer that chooses a token's experts."""
+
 MIN_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with fp8 matrix units (Ada; Hopper is 9.0)."""
 
@@ -107,13 +110,14 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_fp8_layers(model: nn.Module) -> list[Fp8Linear]:
-    """Puts an Fp8Linear in the place of each linear layer whose sizes allow it, but for the one that gives the logits:
-    its products are few, and each error there is one in a token's probability. Nothing is converted yet."""
+    """Puts an Fp8Linear in the place of each linear layer whose sizes allow it, but for the one that gives the logits,
+    whose errors are those of a token's probability, and for routers, which send a token elsewhere at a near tie.
+    Nothing is converted yet."""
     head = cast(nn.Module | None, model.get_output_embeddings())  # type: ignore[operator]
     layers = []
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or child is head:
+            if type(child) is not nn.Linear or child is head or name in ROUTERS:
                 continue
             if child.in_features % MULTIPLE == 0 and child.out_features % MULTIPLE == 0:
                 layers.append(Fp8Linear(child))
