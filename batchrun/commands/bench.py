@@ -233,7 +233,7 @@ def measure_ceilings(device: str, dtype: torch.dtype, quantization: str | None =
     size, width = (8192, 1 << 30) if gpu else (1024, 1 << 26)
     a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     if quantization and gpu:
-        product = _fastest(partial(fp8.scaled_product, *fp8.quantize_rows(a), *fp8.quantize_weight(b)), gpu)
+        product = _fastest(partial(fp8.scaled_product, *fp8.quantize_rows(a), *fp8.quantize_rows(b)), gpu)
     else:
         product = _fastest(lambda: torch.mm(a, b), gpu)
     source = torch.empty(width, dtype=torch.uint8, device=device).random_()

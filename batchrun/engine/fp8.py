@@ -31,7 +31,7 @@ bfloat16, by `torch._scaled_mm` and by ours: 16 rows 165, 116 and 91; 64 rows 16
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of x (rows, features) in fp8, and the rows' scales (rows, 1) float32.
+    """Each row of x (rows, features) in fp8, and the rows' scales (rows, 1) float32: a token's, or an output channel's.
 
     Plain operations, so that torch.compile computes them in the kernel that makes x. A row with a number that is not
     finite has no finite numbers afterwards.
@@ -43,7 +43,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in features) times the transposed `weight` (out features, in features) fp8, scaled per row of it by
-    `weight_scale` (out features,) float32. The result has x's dtype."""
+    `weight_scale` (out features, 1) float32. The result has x's dtype."""
     rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
     out: Tensor = scaled_product(rows, scale, weight, weight_scale).to(x.dtype)
     if bias is not None:
@@ -57,13 +57,13 @@ def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Te
     for so many rows: an operator of its own, so that a compiled layer may run with any number of them.
 
     Args:
-        scale: (rows, 1) float32. weight_scale: (out features,) float32.
+        scale: (rows, 1) float32. weight_scale: (out features, 1) float32.
 
     Returns:
         (rows, out features), bfloat16 on a GPU; on a CPU the same product in float32.
     """
     if not rows.is_cuda:
-        return rows.float() @ weight.float().t() * scale * weight_scale
+        return rows.float() @ weight.float().t() * scale * weight_scale.t()
     if len(rows) <= FEW_ROWS:
         from batchrun.engine.fp8_kernels import few_rows_product
 
@@ -71,7 +71,7 @@ def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Te
     # Accumulated as fast as the matrix units can: over 14,336 features that doubles the rounding to bfloat16, 0.17% of
     # a result, to 0.33%, where rounding to fp8 itself makes some 3%; the exact way takes up to a sixth longer.
     return torch._scaled_mm(
-        rows, weight.t(), scale, weight_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
+        rows, weight.t(), scale, weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
     )
 
 
@@ -82,31 +82,25 @@ def _(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tens
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer's weights in fp8: `weight` (out features, in features), `weight_scale` (out features,) float32."""
+    """A linear layer in fp8: `weight` (out features, in features), `weight_scale` (out features, 1) float32."""
 
     def __init__(self, linear: nn.Linear) -> None:
         """Takes over the layer's own parameters, which `quantize` or a loader then converts."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        scale = torch.empty(linear.out_features, dtype=torch.float32, device=linear.weight.device)
+        scale = torch.empty(linear.out_features, 1, dtype=torch.float32, device=linear.weight.device)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def quantize(self) -> None:
         """Converts the weight, which is in another format so far."""
-        quantized, scale = quantize_weight(self.weight.data)
+        quantized, scale = quantize_rows(self.weight.data)
         self.weight = nn.Parameter(quantized, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out features) of (..., in features)."""
         return fp8_linear(x, self.weight, self.weight_scale, self.bias)
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (out features, in features) in fp8, and its scales (out features,) float32."""
-    quantized, scale = quantize_rows(weight)
-    return quantized, scale[:, 0].contiguous()
 
 
 def with_fp8_layers(model: nn.Module) -> list[Fp8Linear]:

@@ -74,7 +74,7 @@ def few_rows_product(
     """x (rows, features) fp8 times the transposed weight (columns, features) fp8, bf16 (rows, columns).
 
     Args:
-        x_scale: (rows, 1) float32. weight_scale: (columns,) float32.
+        x_scale: (rows, 1) float32. weight_scale: (columns, 1) float32.
         splits: blocks that share a column's features; by default what fills the GPU.
     """
     rows, features = x.shape

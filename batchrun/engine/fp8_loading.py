@@ -10,7 +10,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from batchrun.engine.fp8 import Fp8Linear, quantize_weight, with_fp8_layers
+from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows, with_fp8_layers
+from batchrun.engine.fp8_checkpoint import Fp8Checkpoint, expand_blocks, prepare
 
 METHOD = "batchrun-fp8"
 """The name under which transformers finds the quantizer; no checkpoint has it."""
@@ -18,10 +19,11 @@ METHOD = "batchrun-fp8"
 
 @register_quantization_config(METHOD)
 class Fp8Config(QuantizationConfigMixin):
-    """Asks `from_pretrained` for the quantizer below."""
+    """Asks `from_pretrained` for the quantizer below: to read a checkpoint in fp8, to convert weights, or both."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: Fp8Checkpoint | None, convert: bool) -> None:
         self.quant_method = METHOD
+        self.checkpoint, self.convert = checkpoint, convert
 
 
 @register_quantizer(METHOD)
@@ -29,14 +31,18 @@ class Fp8Quantizer(HfQuantizer):
     """Prepares the model without data, names the weights to convert, and converts each as it is read."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        if not with_fp8_layers(model):
+        checkpoint = self.quantization_config.checkpoint
+        if checkpoint is not None:
+            prepare(model, checkpoint)
+        elif not with_fp8_layers(model):
             raise ValueError("it has no linear layers that could be converted to fp8")
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """Whether the parameter is the weight of an Fp8Linear."""
+        """Whether the parameter is the weight of an Fp8Linear, and not in fp8 already."""
         owner, _dot, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(owner), Fp8Linear)
+        layer = model.get_submodule(owner)
+        return name == "weight" and isinstance(layer, Fp8Linear) and layer.weight.dtype != FP8
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Bytes of a number once it is loaded: so much memory transformers asks for in advance."""
@@ -54,6 +60,8 @@ class Fp8Quantizer(HfQuantizer):
                 raise ValueError(f"{name} has the shape {have}, where its config wants {want}")
         # Its layers are as good as any others: nothing else needs to know.
         self.remove_quantization_config(model)
+        dtype = model.get_input_embeddings().weight.dtype
+        expand_blocks(model, dtype, self.quantization_config.convert)
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -72,5 +80,5 @@ class _Quantize(ConversionOps):
         for name, given in input_dict.items():
             weight = given[0] if isinstance(given, list) else given
             with torch.no_grad():
-                converted[name], converted[f"{name}_scale"] = quantize_weight(weight)
+                converted[name], converted[f"{name}_scale"] = quantize_rows(weight)
         return converted

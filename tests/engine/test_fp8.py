@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from batchrun.engine import fp8
-from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows, quantize_weight
+from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.loading import load_model
 from batchrun.engine.padded import PaddedEngine
 from batchrun.engine.paged import PagedEngine
@@ -55,7 +55,7 @@ def test_a_rows_largest_number_becomes_the_largest_of_the_format() -> None:
 def test_a_row_that_is_not_finite_stays_so_and_the_others_are_as_without_it() -> None:
     x = torch.randn(4, 32)
     x[1, 3], x[2, 5] = float("nan"), float("inf")
-    weight, scale = quantize_weight(torch.randn(16, 32))
+    weight, scale = quantize_rows(torch.randn(16, 32))
     out = fp8.fp8_linear(x, weight, scale, None)
     assert not bool(out[1:3].isfinite().any())
     torch.testing.assert_close(out[[0, 3]], fp8.fp8_linear(x[[0, 3]], weight, scale, None))
@@ -67,7 +67,7 @@ def test_a_layers_product_is_that_of_its_dequantized_numbers() -> None:
     x = torch.randn(2, 7, 64)
     layer.quantize()
     rows, scale = quantize_rows(x.view(-1, 64))
-    weight = layer.weight.float() * layer.weight_scale[:, None]
+    weight = layer.weight.float() * layer.weight_scale
     want = ((rows.float() * scale) @ weight.t() + layer.bias).view(2, 7, 48)
     torch.testing.assert_close(layer(x), want)
     assert layer.weight.dtype == FP8
@@ -98,9 +98,9 @@ def test_each_weight_is_converted_before_the_next_is_read(monkeypatch: pytest.Mo
 
         converted.append(weakref.ref(weight))  # type: ignore[arg-type]
         alive.append(sum(ref() is not None for ref in converted))
-        return quantize_weight(weight)
+        return quantize_rows(weight)
 
-    monkeypatch.setattr(fp8_loading, "quantize_weight", count)
+    monkeypatch.setattr(fp8_loading, "quantize_rows", count)
     load_model(_spec("llama"))
     assert len(alive) == 14
     assert max(alive) <= 2
@@ -129,8 +129,8 @@ def _dequantized(name: str) -> Any:
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
-            weight, scale = quantize_weight(module.weight.data)
-            module.weight.data = weight.float() * scale[:, None]
+            weight, scale = quantize_rows(module.weight.data)
+            module.weight.data = weight.float() * scale
             module.register_forward_pre_hook(_round_input)
     return model
 
