@@ -230,6 +230,10 @@ def bench(
             "--engine", help="paged, padded", show_default="the job's; both on a GPU, padded on a CPU"
         ),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="convert the shape's or folder's weights: fp8", show_default="none; the job's"),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -238,7 +242,7 @@ def bench(
         from batchrun.commands import bench as benchmark
 
         if job_file is None:
-            results = benchmark.bench(model, workload, rows, engines)
+            results = benchmark.bench(model, workload, rows, engines, quantization=quantization)
         else:
             results = benchmark.bench_job(_load(job_file, overrides, reply), rows, engines)
         values = [asdict(result) for result in results]

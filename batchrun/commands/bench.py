@@ -10,6 +10,7 @@ import pkgutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import transformers
 
 from batchrun.commands.workloads import Workload
 from batchrun.driver.prepare import prepare
+from batchrun.engine import fp8
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, JobError, ModelError, first_line
 from batchrun.estimate.cost import Observation, Throughput
-from batchrun.estimate.records import device_name, remember
+from batchrun.estimate.records import device_name, model_key, remember
 from batchrun.estimate.sample import sample
 from batchrun.job.job import Job
 
@@ -99,6 +101,7 @@ def bench(
     dtype: str = "auto",
     options: dict[str, object] | None = None,
     seed: int = 0,
+    quantization: str | None = None,
 ) -> list[Measured]:
     """Runs a workload through each engine and times it, from the first request to the last completion.
 
@@ -109,6 +112,7 @@ def bench(
             one is several times slower there.
         device: a GPU where there is one, by default.
         options: engine settings, as in the job file.
+        quantization: of the weights, "fp8" or None.
 
     Raises:
         JobError: an unknown workload or engine. ModelError: no such model. EngineError: a row was not answered.
@@ -124,12 +128,15 @@ def bench(
     vocabulary = config.get_text_config().vocab_size
     if isinstance(workload, str):
         workload = Workload.named(workload, rows or _rows(device), vocabulary, seed)
-    ceilings = measure_ceilings(device, getattr(torch, dtype))
+    if quantization and (reason := fp8.unsupported_device(torch.device(device))):
+        raise JobError(f"fp8 cannot run here, since {reason}", "bench", "measure without it")
+    ceilings = measure_ceilings(device, getattr(torch, dtype), quantization)
     spec = EngineSpec(
         "",
         str(model),
         str(model),
         dtype=dtype,
+        quantization=quantization,
         device=device,
         max_context=workload.longest,
         options=options or {},
@@ -166,9 +173,16 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
     if engines is None and job.engine.kind in BUILT_IN:
         engines = [job.engine.kind]
     options = job.engine.model_dump(exclude={"kind"})
-    results = bench(prepared.model.path, workload, engines=engines, dtype=job.model.dtype, options=options)
+    results = bench(
+        prepared.model.path,
+        workload,
+        engines=engines,
+        dtype=job.model.dtype,
+        options=options,
+        quantization=job.model.quantization,
+    )
     for result in results:
-        remember(prepared.model.fingerprint, result.engine, None, _throughput(result))
+        remember(model_key(prepared), result.engine, None, _throughput(result))
     return results
 
 
@@ -213,22 +227,32 @@ def format_results(results: Sequence[Measured]) -> str:
     return "\n".join([*lines, *notes])
 
 
-def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """A large matrix product and a large copy, the best of a few."""
+def measure_ceilings(device: str, dtype: torch.dtype, quantization: str | None = None) -> Ceilings:
+    """A large matrix product, of the weights' format, and a large copy, the best of a few."""
     gpu = device != "cpu"
     size, width = (8192, 1 << 30) if gpu else (1024, 1 << 26)
     a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-    product = _fastest(lambda: torch.mm(a, b), gpu)
+    if quantization and gpu:
+        product = _fastest(partial(fp8.scaled_product, *fp8.quantize_rows(a), *fp8.quantize_rows(b)), gpu)
+    else:
+        product = _fastest(lambda: torch.mm(a, b), gpu)
     source = torch.empty(width, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copied = _fastest(lambda: target.copy_(source), gpu)
     return Ceilings(operations=2 * size**3 / product, bytes=2 * width / copied)
 
 
-def floor_seconds(config: Any, workload: Workload, ceilings: Ceilings, bytes_per_number: int) -> float:
+def floor_seconds(
+    config: Any,
+    workload: Workload,
+    ceilings: Ceilings,
+    bytes_per_number: int,
+    bytes_per_weight: int | None = None,
+) -> float:
     """The least time for a workload: every product once, every key and value read once per new token.
 
-    What begins every prompt is computed once and, since all rows can read it together, read once per step.
+    `bytes_per_weight` is for those of the layers, where it differs. What begins every prompt is computed once and,
+    since all rows can read it together, read once per step.
     """
     text = config.get_text_config()
     with torch.device("meta"):
@@ -247,7 +271,7 @@ def floor_seconds(config: Any, workload: Workload, ceilings: Ceilings, bytes_per
     operations = 2 * body * computed + 2 * embedding * new.sum()
     operations += 4 * text.num_hidden_layers * text.num_attention_heads * head_dim * attended
     steps = int(new.max())
-    weights = (body + embedding) * bytes_per_number
+    weights = body * (bytes_per_weight or bytes_per_number) + embedding * bytes_per_number
     read = token_bytes * ((new * (prompts + new / 2)).sum() + steps * workload.common) + steps * weights
     return float(operations / ceilings.operations + read / ceilings.bytes)
 
@@ -257,6 +281,8 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
     dtype = getattr(torch, spec.dtype)
     with torch.device(spec.device):
         model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    if spec.quantization:
+        fp8.quantize(model)
     running = pkgutil.resolve_name(BUILT_IN[kind])(spec, model)
     # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
     vocabulary = config.get_text_config().vocab_size
@@ -274,7 +300,8 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
     for name in ("requests", "completions", "prompt_tokens", "output_tokens", "computed_tokens", "batches"):
         setattr(running.stats, name, getattr(running.stats, name) - getattr(before, name))
     prompt_tokens = sum(len(p) for p in workload.prompts)
-    floor = floor_seconds(config, workload, ceilings, dtype.itemsize)
+    weight_bytes = fp8.FP8.itemsize if spec.quantization else dtype.itemsize
+    floor = floor_seconds(config, workload, ceilings, dtype.itemsize, weight_bytes)
     stats = copy.deepcopy(running.stats)
     return Measured(
         kind,

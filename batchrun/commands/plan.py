@@ -16,19 +16,21 @@ from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.rows import carried_schema
 from batchrun.driver.prepare import Prepared, prepare
 from batchrun.estimate.cost import Estimate, Throughput, estimate
-from batchrun.estimate.records import device_name, recall, remember
+from batchrun.estimate.memory import model_memory
+from batchrun.estimate.records import device_name, model_key, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
 from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
-from batchrun.telemetry.gpu import visible_gpus
+from batchrun.telemetry.gpu import gpu_now, visible_gpus
 from batchrun.telemetry.progress import duration
 
 SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read
 TRIAL_SAMPLE_SHARE = 0.25  # of a trial's time, for a sample as large as what an engine looks ahead at
 BARS = 12
 BAR_WIDTH = 40
+SUPPOSED_MEMORY = 80 << 30  # bytes of a GPU, where this machine has none
 PROMPT_SHOWN = 400  # characters of a rendered prompt
 
 
@@ -51,7 +53,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         from batchrun.estimate.trial import trial as run_trial  # it imports torch
 
         known = replace(run_trial(prepared, sampled, trial, opening), device=device_name())
-        remember(prepared.model.fingerprint, job.engine.kind, prepared.identity.job_hash, known)
+        remember(model_key(prepared), job.engine.kind, prepared.identity.job_hash, known)
     left = _left(prepared)
     plan = prepared.plan
     return {
@@ -70,6 +72,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         "prompt_tokens": _prompt_tokens(sampled, plan.rows),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
+        "memory": _memory(prepared, sampled),
         "estimate": None if known is None else _estimate(known, sampled, left, job, workers).to_json(),
     }
 
@@ -87,7 +90,7 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
-    return shown + _estimate_lines(found)
+    return shown + _memory_lines(found) + _estimate_lines(found)
 
 
 def _columns(prepared: Prepared) -> dict[str, str]:
@@ -99,6 +102,44 @@ def _columns(prepared: Prepared) -> dict[str, str]:
         field.name: str(field.type)
         for field in part_schema(carried, job.output.columns, job.answer.format, job.output.samples_of_row)
     }
+
+
+def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
+    """Bytes of weights and of a row's keys and values on a GPU, and how many rows fit, without and with fp8 weights."""
+    job, model = prepared.job, prepared.model
+    found = model_memory(model.path, model.used, job.model.dtype)
+    if found is None or not len(sampled.lengths):
+        return None
+    gpu = gpu_now()
+    tokens = float(sampled.lengths.mean()) + job.generation.max_new_tokens
+    usable = job.engine.memory_fraction * (gpu.memory_total if gpu else SUPPOSED_MEMORY)
+    return {
+        "gpu": gpu.name if gpu else None,
+        "quantization": job.model.quantization,
+        "weights": found.weights,
+        "fp8_weights": found.fp8_weights,
+        "token": found.token,
+        "row_tokens": round(tokens),
+        "rows": found.rows(usable, tokens, fp8=False),
+        "fp8_rows": found.rows(usable, tokens, fp8=True),
+    }
+
+
+def _memory_lines(found: dict[str, Any]) -> list[RenderableType]:
+    memory = found["memory"]
+    if memory is None:
+        return []
+    fp8 = memory["quantization"] == "fp8"
+    ours, theirs = ("fp8_weights", "weights") if fp8 else ("weights", "fp8_weights")
+    rows, other_rows = ("fp8_rows", "rows") if fp8 else ("rows", "fp8_rows")
+    where = memory["gpu"] or f"a GPU of {size(SUPPOSED_MEMORY)}"
+    other = "without model.quantization" if fp8 else "with model.quantization: fp8"
+    return [
+        f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory['token'])}; at most about "
+        f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}",
+        f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
+        + ("" if fp8 else "; products take about half as long, answers differ a little"),
+    ]
 
 
 def _left(prepared: Prepared) -> list[Partition]:

@@ -54,12 +54,28 @@ def load_engine(spec: EngineSpec) -> Engine:
     engine = _load(kind, spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")
+    if spec.quantization and spec.device == "cpu":
+        engine.stats.notes.append(
+            "a CPU has no fp8 products: it multiplies the same numbers in float32, slower than without quantization"
+        )
+    if spec.quantization is None and "fp8" not in engine.stats.dtype and _in_fp8(spec):
+        engine.stats.notes.append(
+            "the checkpoint's fp8 weights, a scale for each block, are expanded and take twice their files' size: "
+            "model.quantization: fp8 converts them to what this engine multiplies"
+        )
     if compiles_at_every_start():
         engine.stats.notes.append(
             "torch came without bytecode and PYTHONDONTWRITEBYTECODE keeps Python from writing it, so that every start "
             "compiles it anew (10 s on an H200 machine): unset it, or run python -m compileall once"
         )
     return engine
+
+
+def _in_fp8(spec: EngineSpec) -> bool:
+    from batchrun.engine.fp8_checkpoint import fp8_checkpoint
+    from batchrun.engine.loading import load_config
+
+    return fp8_checkpoint(spec.model_path, load_config(spec)) is not None
 
 
 def _load(kind: str, spec: EngineSpec) -> Engine:

@@ -52,6 +52,7 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
     # The progress bars would be all that is left in the short memory of the process's output.
     transformers_logging.disable_progress_bar()
     config = load_config(spec)
+    fp8 = _fp8_config(spec, config)
     auto: Any = (
         transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     )
@@ -68,6 +69,7 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **({"quantization_config": fp8} if fp8 else {}),
             **({"device_map": {"": spec.device}} if straight else {}),
         )
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -85,6 +87,36 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
     if not model.can_generate():
         raise ModelError(f"{type(model).__name__} cannot generate text", spec.model_path, "use another model")
     return model.to(spec.device).eval()
+
+
+def _fp8_config(spec: EngineSpec, config: Any) -> Any:
+    """Makes transformers convert the weights to fp8 while it reads them, or read those of a checkpoint in fp8.
+
+    None where nothing is in fp8. Raises ModelError where that cannot be.
+    """
+    if spec.quantization is None and getattr(config, "quantization_config", None) is None:
+        return None
+    from batchrun.engine.fp8 import unsupported_device
+    from batchrun.engine.fp8_checkpoint import fp8_checkpoint
+    from batchrun.engine.fp8_loading import Fp8Config
+
+    checkpoint = fp8_checkpoint(spec.model_path, config)
+    if checkpoint is not None:
+        # From here on it is ours to read, and not the packages' that transformers would ask for.
+        del config.quantization_config
+    elif spec.quantization is None:
+        return None
+    where, fix = "model.quantization", "leave the key out"
+    if spec.quantization is None:
+        where, fix = spec.model_path, "use the checkpoint in bfloat16"
+    stays_fp8 = spec.quantization is not None or (checkpoint is not None and checkpoint.block is None)
+    if stays_fp8 and (reason := unsupported_device(torch.device(spec.device))):
+        raise ModelError(f"fp8 cannot run here, since {reason}", where, fix)
+    if config.is_encoder_decoder:
+        raise ModelError("only causal language models are converted to fp8", where, fix)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError("the checkpoint is quantized already, in another way", where, fix)
+    return Fp8Config(checkpoint, convert=spec.quantization is not None)
 
 
 def choose_dtype(spec: EngineSpec, config: Any) -> torch.dtype:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.batching import PaddedBatch, by_length, take_batch
+from batchrun.engine.fp8 import format_of
 from batchrun.engine.loading import choose_dtype, load_config, load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, EngineStats, Request, TokenValues
@@ -53,7 +54,7 @@ class PaddedEngine:
             engine="padded",
             attention=model.config._attn_implementation or "none",
             device=_device_name(spec.device),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=format_of(model),
             gauges={"batch_tokens": self.budget},
         )
         self._stop_ids = torch.tensor(spec.stop_token_ids, dtype=torch.int64, device=spec.device)

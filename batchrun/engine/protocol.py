@@ -139,12 +139,14 @@ class EngineSpec:
     the padding token alone). `stop_token_ids` end a row; empty means that only the length does. `max_context` is
     the largest prompt + new tokens of any request. `options` holds the budgets that only one kind of engine reads.
     `answers` are the tables that every answer keeps to, stop tokens included; None leaves answers free.
+    `quantization` is what the weights are converted to, "fp8" or None.
     """
 
     kind: str
     model_path: str
     tokenizer_path: str
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "cpu"
     trust_remote_code: bool = False
     allow_pickle: bool = False

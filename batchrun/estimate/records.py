@@ -73,12 +73,18 @@ def device_name() -> str:
     return f"{_processor()}, {available_cores()} cores"
 
 
+def model_key(prepared: Prepared) -> str:
+    """The model as the job runs it: its fingerprint, and what its weights are converted to, if to anything."""
+    fingerprint, quantization = prepared.model.fingerprint, prepared.job.model.quantization
+    return stable_hash([fingerprint, quantization]) if quantization else fingerprint
+
+
 def remember(fingerprint: str, kind: str, job_hash: str | None, known: Throughput) -> Path:
     """Writes a trial's or a bench's throughput for later plans on this machine, in place of its like: the last bench,
     or the same job's last trial, unless that one ran more tokens.
 
     Args:
-        fingerprint: of the model, as a job's output pins it.
+        fingerprint: the model's, see `model_key`.
         kind: the engine as the job file names it.
         job_hash: of the job whose rows were run, where they were run as the job says.
     """
@@ -149,7 +155,7 @@ def _from_cache(prepared: Prepared, mean_prompt: float) -> Throughput | None:
     job_hash = prepared.identity.job_hash
     found = [
         one
-        for one in _remembered(prepared.model.fingerprint)
+        for one in _remembered(model_key(prepared))
         if one.known.device == device
         and _same_engine(kind, one.kind, one.known.engine)
         and one.serves(job_hash, mean_prompt)

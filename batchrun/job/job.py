@@ -210,10 +210,12 @@ class Job(Settings):
             prompt["tools"] = json.dumps(prompt["tools"])
         if self.prompt.messages and self.prompt.messages[-1].role == "assistant":
             prompt["continue_final_message"] = True
-        answer = self.answer.model_dump(mode="json", exclude_defaults=True)
         output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
         if self.output.partition_by:
             output.add("partition_by")
+        model = {"revision", "dtype"}
+        if self.model.quantization is not None:
+            model.add("quantization")
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
@@ -228,9 +230,8 @@ class Job(Settings):
             **({"answer": answer} if answer else {}),
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
-            "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
+            "model": self.model.model_dump(mode="json", include=model),
             "generation": generation,
-            **({"answer": answer} if answer else {}),
             "output": self.output.model_dump(mode="json", include=output),
         }
 

@@ -52,7 +52,7 @@ def _generates(architecture: str, model_type: str) -> bool:
 
 def _refuse_damaged_weights(path: Path) -> None:
     """Holds the length of every *.safetensors file against its header, and all of them against the index."""
-    held = {file.name: _tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    held = {file.name: tensor_shapes(file) for file in sorted(path.glob("*.safetensors"))}
     if not (path / INDEX).is_file():
         return
     try:
@@ -67,8 +67,12 @@ def _refuse_damaged_weights(path: Path) -> None:
         raise ModelError(what, str(path / index[lost[0]]), "copy the whole model")
 
 
-def _tensors(file: Path) -> set[str]:
-    """Names of the tensors in a file that is as long as its header says."""
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in a safetensors file, which must be as long as its header says.
+
+    Raises:
+        ModelError: it is not.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -83,11 +87,12 @@ def _tensors(file: Path) -> set[str]:
             header: dict[str, Any] = json.loads(stream.read(length))
             names = header.keys() - {"__metadata__"}
             end = max((int(header[name]["data_offsets"][1]) for name in names), default=0)
+            shapes = {name: [int(length) for length in header[name]["shape"]] for name in names}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise _damaged(file, "its header is damaged") from None
     if size != 8 + length + end:
         raise _damaged(file, f"{size:,} of {8 + length + end:,} bytes are there")
-    return set(names)
+    return shapes
 
 
 def _damaged(file: Path, what: str) -> ModelError:

@@ -125,6 +125,7 @@ def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int
         model_path=model.path,
         tokenizer_path=model.tokenizer_path,
         dtype=job.model.dtype,
+        quantization=job.model.quantization,
         device="auto",
         trust_remote_code=job.model.trust_remote_code,
         allow_pickle=job.model.allow_pickle,

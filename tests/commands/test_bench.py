@@ -71,6 +71,23 @@ def test_a_bench_of_a_job_is_remembered_and_a_plan_says_that_it_knows_no_output_
     assert "max_new_tokens for each" in str(lines(preview(job)))
 
 
+def test_what_was_measured_without_fp8_says_nothing_of_fp8(tmp_path, tiny_llama, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    parts = {"engine": {"kind": "padded"}, "generation": {"max_new_tokens": 4}, "rows": 30}
+    job = load(write_job(tmp_path, tiny_llama, **parts))
+    bench_job(job, rows=20)
+    assert preview(job)["estimate"] is not None
+    quantized = job.model_copy(update={"model": job.model.model_copy(update={"quantization": "fp8"})})
+    plan = preview(quantized)
+    assert plan["estimate"] is None
+    assert plan["memory"]["quantization"] == "fp8"
+    assert plan["memory"]["fp8_weights"] < plan["memory"]["weights"]
+    assert "without model.quantization" in str(lines(plan))
+    (result,) = bench_job(quantized, rows=20)
+    assert result.stats.dtype == "fp8 and float32"
+    assert preview(quantized)["estimate"] is not None
+
+
 @pytest.mark.parametrize(
     ("name", "prompts", "outputs"),
     [("long", (4000, 8000, 24000), (16, 150, 500)), ("chat", (4, 90, 6000), (1, 150, 2000))],

@@ -24,6 +24,7 @@ import transformers as tf
 
 pytest.importorskip("triton")
 
+from batchrun.engine import fp8
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.flash import FlashAttention
@@ -105,6 +106,49 @@ def test_every_token_is_the_references_choice_or_next_to_it(name: str, rows: int
     )
     assert np.mean(equal) > 0.9
     assert max(gaps) < 0.3 * np.mean(spread)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 63, 64, 65, 300])
+def test_an_fp8_product_is_that_of_its_numbers_for_any_number_of_rows(rows: int) -> None:
+    x, weight = torch.randn(rows, 4096, device=DEVICE), torch.randn(1024, 4096, device=DEVICE)
+    (x, x_scale), (weight, weight_scale) = fp8.quantize_rows(x), fp8.quantize_rows(weight)
+    want = x.float() @ weight.float().t() * x_scale * weight_scale.t()
+    got = fp8.scaled_product(x, x_scale, weight, weight_scale).float()
+    assert float((got - want).norm() / want.norm()) < 0.005
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3"])
+def test_fp8_layers_choose_as_often_like_float32_as_unfused_ones(name: str) -> None:
+    """Float32 products of the same fp8 numbers against the engine and, after the same tokens, against transformers' own
+    layers in bf16 around the same products."""
+    model = _model(name)
+    fp8.quantize(model)
+    unfused, reference = copy.deepcopy(model), copy.deepcopy(model).float()
+    for layer, exact in zip(unfused.modules(), reference.modules(), strict=True):
+        if isinstance(layer, fp8.Fp8Linear):
+            exact.forward = lambda x, layer=layer: _exact(x, layer)
+    for one in (unfused, reference):
+        one.set_attn_implementation("eager")
+    engine = PagedEngine(EngineSpec("paged", name, name, device=DEVICE, options={"max_rows": 256}), model)
+    requests, ours, theirs = _requests(40, 0), [], []
+    for completion in engine.generate(iter(requests)):
+        prompt, answer = requests[completion.id].token_ids, completion.token_ids
+        whole = torch.tensor(np.concatenate([prompt, answer])[None].astype(np.int64), device=DEVICE)
+        with torch.no_grad():
+            choices, others = (
+                one(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1)
+                for one in (reference, unfused)
+            )
+        ours += (choices == whole[0, len(prompt) :]).tolist()
+        theirs += (choices == others).tolist()
+    print(f"{name} fp8: {np.mean(ours):.1%} equal choices, unfused {np.mean(theirs):.1%}")
+    assert np.mean(ours) > np.mean(theirs) - 0.02
+
+
+def _exact(x: torch.Tensor, layer: fp8.Fp8Linear) -> torch.Tensor:
+    rows, scale = fp8.quantize_rows(x.reshape(-1, x.shape[-1]))
+    out = rows.float() @ layer.weight.float().t() * scale * layer.weight_scale.t()
+    return out.view(*x.shape[:-1], -1)
 
 
 LAYERS = {

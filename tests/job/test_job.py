@@ -112,6 +112,7 @@ def test_places_and_budgets_do_not_change_what_decides_the_outputs():
         "prompt.template=x{{ text }}",
         "input.limit=5",
         "model.dtype=float16",
+        "model.quantization=fp8",
     ):
         assert stable_hash(Job.parse(BASE, [change]).deciding()) != plain
 

@@ -12,6 +12,7 @@ import torch
 
 from batchrun.engine import stage
 from batchrun.engine.answer_mask import AnswerMask
+from batchrun.engine.fp8 import format_of
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged import devices
@@ -96,7 +97,7 @@ class PagedEngine:
             engine="paged",
             attention=cache.backend.name,
             device=torch.cuda.get_device_name(device) if devices.is_gpu(device) else str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=format_of(model),
             gauges={"pool_tokens": pool.num_pages * page_size},
         )
 

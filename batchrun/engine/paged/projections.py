@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from batchrun.engine.fp8 import Fp8Linear, fp8_linear
+
+_Linear = nn.Linear | Fp8Linear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names that transformers' models give to such layers, in the order in which they are called."""
@@ -13,30 +20,39 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class _FusedProjection:
     """One product for several layers; `parts` holds it from the first layer's call to the last one's."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> None:
-        self.weight, self.bias, self.sizes = weight, bias, sizes
+    def __init__(self, layers: list[_Linear]) -> None:
+        """Joins the layers' parameters, each of which becomes a view."""
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight = _joined([layer.weight for layer in layers])
+        self.bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers])
+        scales = [layer.weight_scale for layer in layers if isinstance(layer, Fp8Linear)]
+        self.weight_scale = _joined(scales) if scales else None
         self.input: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight_scale is None:
+            return functional.linear(x, self.weight, self.bias)
+        return fp8_linear(x, self.weight, self.weight_scale, self.bias)
 
 
 class FusedLinear(nn.Module):
     """The layer at place `number` of a joined product. Called out of turn, it computes its own part alone."""
 
-    def __init__(self, own: nn.Linear, product: _FusedProjection, number: int) -> None:
+    def __init__(self, own: _Linear, product: _FusedProjection, number: int) -> None:
         super().__init__()
         self.weight, self.bias = own.weight, own.bias
         self.in_features, self.out_features = own.in_features, own.out_features
-        self._product, self._number = product, number
+        self._own, self._product, self._number = own, product, number
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out features) of (..., in features). The first of the product computes all, the others take theirs."""
         product = self._product
         if self._number == 0:
             product.input = x
-            fused = functional.linear(x, product.weight, product.bias)
-            product.parts = torch.split(fused, product.sizes, dim=-1)
+            product.parts = torch.split(product(x), product.sizes, dim=-1)
         if product.input is not x:
-            return functional.linear(x, self.weight, self.bias)
+            return cast(Tensor, self._own(x))
         part = product.parts[self._number]
         if self._number == len(product.sizes) - 1:
             product.input, product.parts = None, ()
@@ -53,31 +69,30 @@ def fuse_projections(model: nn.Module) -> int:
         for names in GROUPS:
             layers = [getattr(module, name, None) for name in names]
             if _fusable(layers):
-                _fuse(module, names, layers)  # type: ignore[arg-type]
+                product = _FusedProjection(layers)  # type: ignore[arg-type]
+                for number, (name, layer) in enumerate(zip(names, layers, strict=True)):
+                    setattr(module, name, FusedLinear(layer, product, number))  # type: ignore[arg-type]
                 fused += 1
     return fused
 
 
 def _fusable(layers: list[nn.Module | None]) -> bool:
-    if not all(type(layer) is nn.Linear for layer in layers):
-        return False
     first = layers[0]
+    if type(first) not in (nn.Linear, Fp8Linear):
+        return False
     return all(
-        layer.in_features == first.in_features  # type: ignore[union-attr]
+        type(layer) is type(first)
+        and layer.in_features == first.in_features  # type: ignore[union-attr]
         and layer.weight.dtype == first.weight.dtype  # type: ignore[union-attr]
         and (layer.bias is None) == (first.bias is None)  # type: ignore[union-attr]
         for layer in layers
     )
 
 
-def _fuse(module: nn.Module, names: tuple[str, ...], layers: list[nn.Linear]) -> None:
-    sizes = [layer.out_features for layer in layers]
-    weight = torch.cat([layer.weight.data for layer in layers])
-    bias = torch.cat([layer.bias.data for layer in layers]) if layers[0].bias is not None else None
-    product = _FusedProjection(weight, bias, sizes)
-    for number, (name, layer) in enumerate(zip(names, layers, strict=True)):
-        begin = sum(sizes[:number])
-        layer.weight.data = weight[begin : begin + sizes[number]]
-        if bias is not None:
-            layer.bias.data = bias[begin : begin + sizes[number]]
-        setattr(module, name, FusedLinear(layer, product, number))
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
+    """The parameters one below the other; each becomes a view of the whole, which keeps no memory of its own."""
+    whole = torch.cat([parameter.data for parameter in parameters])
+    sizes = [len(parameter) for parameter in parameters]
+    for parameter, part in zip(parameters, torch.split(whole, sizes), strict=True):
+        parameter.data = part
+    return whole
