@@ -51,7 +51,8 @@ def connect(settings: ClusterSettings) -> Iterator[Client]:
         ClusterError: no scheduler answers at the address.
     """
     # That a worker left, came or closed a connection is the driver's news to tell, in the run's own words.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with dask.config.set(DASK_CONFIG):
         if settings.address is not None:
             try:

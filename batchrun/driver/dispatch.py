@@ -21,6 +21,7 @@ from batchrun.driver import heartbeats
 from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
 from batchrun.driver.prepare import Prepared
+from batchrun.driver.receipts import wait_for_receipt
 from batchrun.driver.stalls import Stalls
 from batchrun.driver.totals import RunTotals
 from batchrun.driver.workers import register_plugin
@@ -48,8 +49,8 @@ IN_FLIGHT_PER_SLOT = 1.25
 POLL = 1.0
 # Partitions shorter than this share a task, which costs the driver 5 ms whatever is in it.
 TASK_SECONDS = 1.0
-# Seconds to wait for a finished task's receipt from its worker, and the same once the run is to end.
-RECEIPT_TIMEOUT, RECEIPT_AT_END = 60.0, 5.0
+# Seconds to wait for receipts of tasks that finish after a stop, all of them together; each is asked for.
+RECEIPTS_AT_END, ASKING = 2.0, 0.1
 # Seconds that tasks have to stage what they hold after a stop.
 DRAIN_TIMEOUT = 30.0
 # Seconds between two calls to stop: workers come meanwhile, and take up what others have lost.
@@ -204,7 +205,7 @@ class Dispatch:
 
     def _take_isolated(self, future: Future, isolated: IsolatedAttempt) -> None:
         try:
-            outcome = future.result(timeout=RECEIPT_TIMEOUT)
+            outcome = wait_for_receipt(future, self.stop)
         except (Refused, StorageError, InternalError) as error:
             self.totals.add_lost(error)
             raise
@@ -246,7 +247,7 @@ class Dispatch:
             return
         if future.status == "finished":
             try:
-                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT_TIMEOUT)
+                receipts: list[TaskReceipt] = wait_for_receipt(future, self.stop)
             except FATAL_ERRORS as final:
                 self.totals.add_lost(final)
                 raise
@@ -285,7 +286,10 @@ class Dispatch:
         """A lost task that several partitions shared tells nothing of any one of them."""
         # Dask's own words are five lines, and say no more.
         error = None if isinstance(error, KilledWorker) else error
-        if len(members) > 1:
+        if self.stop.is_set():
+            # Nobody is to blame: its worker may well have been told to leave, as this process was.
+            self.todo.extend(members)
+        elif len(members) > 1:
             log.warning(
                 "%d partitions lost their task to %s; each goes on by itself", len(members), reason_of(error)
             )
@@ -362,7 +366,7 @@ class Dispatch:
         if client.status != "running":
             return
         began = time.monotonic()
-        next_call = began
+        next_call, patience = began, RECEIPTS_AT_END
         while self.in_flight and (now := time.monotonic()) < began + DRAIN_TIMEOUT:
             if now >= next_call:
                 client.run(request_stop, self.order.run, wait=False, on_error="ignore")
@@ -373,7 +377,9 @@ class Dispatch:
                 if now > began + OPENING and not self._holding(client):
                     break
                 continue
-            self._count_late(future)
+            asked = time.monotonic()
+            self._count_late(future, max(ASKING, patience))
+            patience -= time.monotonic() - asked
         client.cancel(list(self.in_flight))
 
     def _holding(self, client: Client) -> bool:
@@ -386,12 +392,12 @@ class Dispatch:
         """How many each of the partitions has."""
         return {index: self.plan.partitions[index].rows for index in partitions}
 
-    def _count_late(self, future: Future) -> None:
+    def _count_late(self, future: Future, timeout: float) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
         members = self.in_flight.pop(future, [])
         self.isolated_attempts.pop(future, None)
         try:
-            outcome = future.result(timeout=RECEIPT_AT_END)
+            outcome = future.result(timeout=timeout)
         except Exception as error:
             self.totals.add_lost(error)
             return

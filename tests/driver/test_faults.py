@@ -185,3 +185,26 @@ def test_a_task_whose_receipts_left_with_its_worker_is_done_again(tmp_path, tiny
     dispatch._take(future)
     assert list(dispatch.todo) == [1]
     assert not dispatch.in_flight
+
+
+def test_a_receipt_that_left_with_its_worker_is_not_waited_for_beyond_a_stop(tmp_path, tiny_llama, caplog):
+    """Dask begins the task anew meanwhile, which may take as long as the partition did."""
+    stop, waited = threading.Event(), []
+
+    class BegunAnew:
+        status = "finished"
+
+        def result(self, timeout: float) -> None:
+            waited.append(timeout)
+            stop.set()
+            raise TimeoutError
+
+    prepared = prepare(load(write_job(tmp_path, tiny_llama)))
+    dispatch = Dispatch(prepared, {1: 20}, stop, silent, Milestones())
+    future: Any = BegunAnew()
+    dispatch.todo.clear()
+    dispatch.in_flight[future] = [1]
+    dispatch._take(future)
+    assert sum(waited) < 2
+    assert list(dispatch.todo) == [1], "the run is not complete"
+    assert not caplog.messages, "nobody is to blame"
