@@ -21,7 +21,7 @@ from batchrun.driver import heartbeats
 from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
 from batchrun.driver.prepare import Prepared
-from batchrun.driver.receipts import wait_for_receipt
+from batchrun.driver.receipts import ReceiptReader
 from batchrun.driver.stalls import Stalls
 from batchrun.driver.totals import RunTotals
 from batchrun.driver.workers import register_plugin
@@ -49,8 +49,6 @@ IN_FLIGHT_PER_SLOT = 1.25
 POLL = 1.0
 # Partitions shorter than this share a task, which costs the driver 5 ms whatever is in it.
 TASK_SECONDS = 1.0
-# Seconds to wait for receipts of tasks that finish after a stop, all of them together; each is asked for.
-RECEIPTS_AT_END, ASKING = 2.0, 0.1
 # Seconds that tasks have to stage what they hold after a stop.
 DRAIN_TIMEOUT = 30.0
 # Seconds between two calls to stop: workers come meanwhile, and take up what others have lost.
@@ -89,6 +87,7 @@ class Dispatch:
             retry=retry,
         )
         self.stop, self.on_progress, self.milestones = stop, on_progress, milestones
+        self.reader = ReceiptReader(stop)
         # Raises once the run is to end: the circuit breaker and the job's limits.
         self.guard: ProgressCallback = silent
         self.todo = deque(work)
@@ -205,7 +204,7 @@ class Dispatch:
 
     def _take_isolated(self, future: Future, isolated: IsolatedAttempt) -> None:
         try:
-            outcome = wait_for_receipt(future, self.stop)
+            outcome = self.reader.read(future)
         except (Refused, StorageError, InternalError) as error:
             self.totals.add_lost(error)
             raise
@@ -247,7 +246,7 @@ class Dispatch:
             return
         if future.status == "finished":
             try:
-                receipts: list[TaskReceipt] = wait_for_receipt(future, self.stop)
+                receipts: list[TaskReceipt] = self.reader.read(future)
             except FATAL_ERRORS as final:
                 self.totals.add_lost(final)
                 raise
@@ -366,7 +365,7 @@ class Dispatch:
         if client.status != "running":
             return
         began = time.monotonic()
-        next_call, patience = began, RECEIPTS_AT_END
+        next_call = began
         while self.in_flight and (now := time.monotonic()) < began + DRAIN_TIMEOUT:
             if now >= next_call:
                 client.run(request_stop, self.order.run, wait=False, on_error="ignore")
@@ -377,27 +376,26 @@ class Dispatch:
                 if now > began + OPENING and not self._holding(client):
                     break
                 continue
-            asked = time.monotonic()
-            self._count_late(future, max(ASKING, patience))
-            patience -= time.monotonic() - asked
+            self._count_late(future)
         client.cancel(list(self.in_flight))
 
     def _holding(self, client: Client) -> bool:
-        """Whether any task in flight has begun: others wait for a worker, or for one that opens a tokenizer."""
+        """Whether any task in flight may hold answers: others wait for a worker, or for one that opens a tokenizer."""
         self.workers = client.scheduler_info(n_workers=-1)["workers"]
         rows = self._rows(self._members())
-        return bool(heartbeats.read(self.workers, self.order.run, self.totals.counts, rows).activity)
+        beats = heartbeats.read(self.workers, self.order.run, self.totals.counts, rows)
+        return any(attempt.may_hold_answers for _, attempt, _ in beats.activity)
 
     def _rows(self, partitions: Iterable[int]) -> dict[int, int]:
         """How many each of the partitions has."""
         return {index: self.plan.partitions[index].rows for index in partitions}
 
-    def _count_late(self, future: Future, timeout: float) -> None:
+    def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
         members = self.in_flight.pop(future, [])
         self.isolated_attempts.pop(future, None)
         try:
-            outcome = future.result(timeout=timeout)
+            outcome = self.reader.read(future)
         except Exception as error:
             self.totals.add_lost(error)
             return

@@ -91,7 +91,7 @@ async def _stop_work() -> None:
     """Tasks stage what they hold and return; then the engines end."""
     worker_state.leave()
     deadline = time.monotonic() + FLUSH_ON_EXIT
-    while worker_state.attempts and time.monotonic() < deadline:
+    while any(one.may_hold_answers for one in worker_state.attempts) and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     worker_state.stop_engines()
 
