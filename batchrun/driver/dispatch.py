@@ -24,7 +24,7 @@ from batchrun.driver.prepare import Prepared
 from batchrun.driver.receipts import ReceiptReader
 from batchrun.driver.stalls import Stalls
 from batchrun.driver.totals import RunTotals
-from batchrun.driver.workers import register_plugin
+from batchrun.driver.workers import register_plugin, tell
 from batchrun.errors import (
     CorruptInput,
     InternalError,
@@ -352,7 +352,7 @@ class Dispatch:
                 attempt.partition,
                 limit,
             )
-            client.run(end_at_once, workers=[worker], wait=False, on_error="ignore")
+            tell(client, end_at_once, workers=[worker])
 
     def _wind_up(self, client: Client) -> None:
         """The end of a run that is not complete: what it has come to by then is shown once more, and so recorded."""
@@ -368,7 +368,7 @@ class Dispatch:
         next_call = began
         while self.in_flight and (now := time.monotonic()) < began + DRAIN_TIMEOUT:
             if now >= next_call:
-                client.run(request_stop, self.order.run, wait=False, on_error="ignore")
+                tell(client, request_stop, self.order.run)
                 next_call = now + STOP_EVERY
             try:
                 future = self.finished.get(timeout=0.2)

@@ -219,6 +219,23 @@ def test_a_receipt_that_left_with_its_worker_is_not_waited_for_beyond_a_stop(tmp
     assert not caplog.messages, "nobody is to blame"
 
 
+def test_a_stop_does_not_wait_for_a_worker_that_does_not_hear_of_it(tmp_path, tiny_llama):
+    over = threading.Event()
+    client: Any = SimpleNamespace(
+        status="running",
+        run=lambda *words, **how: over.wait(30),
+        scheduler_info=lambda n_workers: {"workers": {}},
+        cancel=lambda futures: None,
+    )
+    prepared = prepare(load(write_job(tmp_path, tiny_llama)))
+    dispatch = Dispatch(prepared, {1: 20}, threading.Event(), silent, Milestones())
+    dispatch.in_flight[cast(Any, "future")] = [1]
+    began = time.monotonic()
+    dispatch._drain(client)
+    over.set()
+    assert time.monotonic() - began < 10
+
+
 @pytest.mark.parametrize(("doing", "holds"), [("reading", False), ("generating", True), ("sealing", True)])
 def test_a_stop_waits_for_attempts_that_may_hold_answers_and_for_no_tokenizer(
     tmp_path, tiny_llama, monkeypatch, doing, holds

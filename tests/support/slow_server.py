@@ -15,18 +15,22 @@ def slow_server(drip: bool) -> Iterator[str]:
     """The address of such a server on this machine."""
     with Relay(("127.0.0.1", 0)) as relay:
         relay.spoil(drip)
-        yield relay.url
+        yield f"http://{relay.address}"
 
 
 class Relay:
-    """Passes connections on to a store (host, port) until it is spoiled: no answer comes through any more then."""
+    """Passes connections on to a store (host, port) until it is spoiled: no answer comes through any more then.
+
+    `unanswered` counts the connections that wait for one.
+    """
 
     def __init__(self, store: tuple[str, int]) -> None:
         self._store = store
         self._spoiled, self._over = threading.Event(), threading.Event()
         self._drip = False
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.unanswered = 0
         threading.Thread(target=self._listen, daemon=True).start()
 
     def __enter__(self) -> Relay:
@@ -49,14 +53,14 @@ class Relay:
     def _serve(self, client: socket.socket) -> None:
         with suppress(OSError), client:
             if not self._spoiled.is_set():
-                store = socket.create_connection(self._store)
-                threading.Thread(target=self._answer, args=(store, client), daemon=True).start()
-                with store:
+                with socket.create_connection(self._store) as store:
+                    threading.Thread(target=self._answer, args=(store, client), daemon=True).start()
                     while (data := client.recv(1 << 16)) and not self._spoiled.is_set():
                         store.sendall(data)
             else:
-                client.recv(1 << 16)
-            self._stay_silent(client)
+                data = client.recv(1 << 16)
+            if data:
+                self._stay_silent(client)
 
     def _answer(self, store: socket.socket, client: socket.socket) -> None:
         with suppress(OSError):
@@ -66,6 +70,7 @@ class Relay:
                 client.close()
 
     def _stay_silent(self, client: socket.socket) -> None:
+        self.unanswered += 1
         drip = self._drip
         if drip:
             client.sendall(HEAD)
