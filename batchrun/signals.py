@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 
 # Seconds that a stopped process has to end by itself; at least so many once its tasks have staged what they held.
 GRACE = 4.0
-GRACE_AFTER_STAGING = 2.0
+GRACE_AFTER_STAGING = 1.0
 
 # Supervisors such as `timeout` signal the process and then its whole group: it comes twice, and means one stop.
 SAME_STOP = 0.5

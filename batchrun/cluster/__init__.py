@@ -7,6 +7,7 @@ Used by the driver, and by `plan`, which asks how many GPUs there are. May impor
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,6 +24,9 @@ from batchrun.cluster.nanny import apart
 from batchrun.cluster.slurm import slurm_cluster, slurm_module
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings, TlsSettings
+
+# In the names of Dask's own folders.
+SCRATCH = "dask-scratch-space"
 
 
 def refuse_unusable(settings: ClusterSettings) -> None:
@@ -48,7 +52,8 @@ def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[
         ClusterError: no scheduler answers at the address.
     """
     # That a worker left, came or closed a connection is the driver's news to tell, in the run's own words.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with dask.config.set(DASK_CONFIG):
         if settings.address is not None:
             try:
@@ -65,8 +70,13 @@ def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[
                 check_workers(client, settings.slots)
                 yield client
             return
-        with apart(), _start(settings, standby) as cluster, Client(cluster, set_as_default=False) as client:
-            yield client
+        before = {*sys.path}
+        with apart(), _start(settings, standby) as cluster:
+            # Dask put its scratch folder first, and takes it out of this list when the cluster ends: a thread that
+            # goes through the list then, for an import, would miss the folder of what it imports.
+            sys.path = [folder for folder in sys.path if folder in before or SCRATCH not in folder]
+            with Client(cluster, set_as_default=False) as client:
+                yield client
 
 
 def _start(settings: ClusterSettings, standby: Sequence[str]) -> AbstractContextManager[Any]:

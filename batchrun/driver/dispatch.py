@@ -21,9 +21,10 @@ from batchrun.driver import heartbeats
 from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
 from batchrun.driver.prepare import Prepared
+from batchrun.driver.receipts import ReceiptReader
 from batchrun.driver.stalls import Stalls
 from batchrun.driver.totals import RunTotals
-from batchrun.driver.workers import register_plugin
+from batchrun.driver.workers import register_plugin, tell
 from batchrun.errors import (
     CorruptInput,
     InternalError,
@@ -48,8 +49,6 @@ IN_FLIGHT_PER_SLOT = 1.25
 POLL = 1.0
 # Partitions shorter than this share a task, which costs the driver 5 ms whatever is in it.
 TASK_SECONDS = 1.0
-# Seconds to wait for a finished task's receipt from its worker, and the same once the run is to end.
-RECEIPT_TIMEOUT, RECEIPT_AT_END = 60.0, 5.0
 # Seconds that tasks have to stage what they hold after a stop.
 DRAIN_TIMEOUT = 30.0
 # Seconds between two calls to stop: workers come meanwhile, and take up what others have lost.
@@ -88,6 +87,7 @@ class Dispatch:
             retry=retry,
         )
         self.stop, self.on_progress, self.milestones = stop, on_progress, milestones
+        self.reader = ReceiptReader(stop)
         # Raises once the run is to end: the circuit breaker and the job's limits.
         self.guard: ProgressCallback = silent
         self.todo = deque(work)
@@ -204,7 +204,7 @@ class Dispatch:
 
     def _take_isolated(self, future: Future, isolated: IsolatedAttempt) -> None:
         try:
-            outcome = future.result(timeout=RECEIPT_TIMEOUT)
+            outcome = self.reader.read(future)
         except (Refused, StorageError, InternalError) as error:
             self.totals.add_lost(error)
             raise
@@ -246,7 +246,7 @@ class Dispatch:
             return
         if future.status == "finished":
             try:
-                receipts: list[TaskReceipt] = future.result(timeout=RECEIPT_TIMEOUT)
+                receipts: list[TaskReceipt] = self.reader.read(future)
             except FATAL_ERRORS as final:
                 self.totals.add_lost(final)
                 raise
@@ -285,7 +285,10 @@ class Dispatch:
         """A lost task that several partitions shared tells nothing of any one of them."""
         # Dask's own words are five lines, and say no more.
         error = None if isinstance(error, KilledWorker) else error
-        if len(members) > 1:
+        if self.stop.is_set():
+            # Nobody is to blame: its worker may well have been told to leave, as this process was.
+            self.todo.extend(members)
+        elif len(members) > 1:
             log.warning(
                 "%d partitions lost their task to %s; each goes on by itself", len(members), reason_of(error)
             )
@@ -349,7 +352,7 @@ class Dispatch:
                 attempt.partition,
                 limit,
             )
-            client.run(end_at_once, workers=[worker], wait=False, on_error="ignore")
+            tell(client, end_at_once, workers=[worker])
 
     def _wind_up(self, client: Client) -> None:
         """The end of a run that is not complete: what it has come to by then is shown once more, and so recorded."""
@@ -365,7 +368,7 @@ class Dispatch:
         next_call = began
         while self.in_flight and (now := time.monotonic()) < began + DRAIN_TIMEOUT:
             if now >= next_call:
-                client.run(request_stop, self.order.run, wait=False, on_error="ignore")
+                tell(client, request_stop, self.order.run)
                 next_call = now + STOP_EVERY
             try:
                 future = self.finished.get(timeout=0.2)
@@ -377,10 +380,11 @@ class Dispatch:
         client.cancel(list(self.in_flight))
 
     def _holding(self, client: Client) -> bool:
-        """Whether any task in flight has begun: others wait for a worker, or for one that opens a tokenizer."""
+        """Whether any task in flight may hold answers: others wait for a worker, or for one that opens a tokenizer."""
         self.workers = client.scheduler_info(n_workers=-1)["workers"]
         rows = self._rows(self._members())
-        return bool(heartbeats.read(self.workers, self.order.run, self.totals.counts, rows).activity)
+        beats = heartbeats.read(self.workers, self.order.run, self.totals.counts, rows)
+        return any(attempt.may_hold_answers for _, attempt, _ in beats.activity)
 
     def _rows(self, partitions: Iterable[int]) -> dict[int, int]:
         """How many each of the partitions has."""
@@ -391,7 +395,7 @@ class Dispatch:
         members = self.in_flight.pop(future, [])
         self.isolated_attempts.pop(future, None)
         try:
-            outcome = future.result(timeout=RECEIPT_AT_END)
+            outcome = self.reader.read(future)
         except Exception as error:
             self.totals.add_lost(error)
             return

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -105,7 +105,7 @@ class Recorder:
         self._timeline.add(_sample(now))
         if now.counts.rows and not last.counts.rows:
             # Plots take a second to import, which this process has while the rows are generated.
-            threading.Thread(target=_import_report, daemon=True).start()
+            threading.Thread(target=_import_ahead, daemon=True).start()
         self.record = replace(
             last,
             seconds=now.seconds,
@@ -167,6 +167,12 @@ def _import_report() -> ModuleType:
     from batchrun.report import page
 
     return page
+
+
+def _import_ahead() -> None:
+    # Whoever writes the report imports again what could not be imported, and says why.
+    with suppress(Exception):
+        _import_report()
 
 
 def _outcome(error: BaseException) -> tuple[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from distributed import Client
 
@@ -14,11 +14,14 @@ from batchrun.cluster import connect, refuse_unusable
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import EngineSpec
 from batchrun.engine.standby import Standby
+from batchrun.storage import deadline
 from batchrun.telemetry.milestones import Milestones
 from batchrun.worker.plugin import BatchrunPlugin, start_engine
 
 # Tries to reach all workers, of which one may be dying.
 REGISTRATIONS = 3
+# Seconds for all workers to hear of something.
+TELLING = 0.5
 
 
 class Workers:
@@ -93,6 +96,15 @@ def register_plugin(client: Client) -> None:
         except OSError:
             if client.status != "running" or not more:
                 raise
+
+
+def tell(client: Client, call: Callable[..., Any], *words: Any, workers: Sequence[str] | None = None) -> None:
+    """Has the workers, all of them by default, run a coroutine, and waits for TELLING at most: Dask's own call comes
+    back when the last of them has heard of it, and one may be dying, or only starting."""
+    with suppress(TimeoutError):
+        deadline.within(
+            TELLING, lambda: client.run(call, *words, workers=workers, wait=False, on_error="ignore")
+        )
 
 
 def _start_engines(starting: Future[Client], engine: EngineSpec) -> None:

@@ -22,7 +22,7 @@ UNSIZED = 300.0
 
 # The same once the process, or the task, was told to stop: nothing but what is to be saved is waited for.
 REQUEST_AT_STOP = 1.0
-SAVING_AT_STOP = 2.0
+SAVING_AT_STOP = 1.5
 RATE_AT_STOP = 4 << 20
 
 LOOK = 0.1  # seconds between two looks at whether to stop

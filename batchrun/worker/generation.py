@@ -50,6 +50,11 @@ class AttemptCounters(Counters):
     doing: str = "reading"
     activity: int = 0
 
+    @property
+    def may_hold_answers(self) -> bool:
+        """Whether there may be answers that it has to stage before it ends; none while it opens a tokenizer, say."""
+        return self.doing != "reading"
+
 
 class Generation:
     """Fills an attempt with the answers to `rows` (bool, by row of the partition).

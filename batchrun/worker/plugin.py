@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -68,8 +69,9 @@ async def start_engine(spec: EngineSpec) -> None:
 
     def start() -> None:
         worker_state.start_engine(spec)
-        # The first task would wait for it.
-        import_tokenizers()
+        # The first task would wait for it. It imports again what could not be imported, and says why.
+        with suppress(Exception):
+            import_tokenizers()
 
     # Not on the event loop, which must never wait for a task that holds the lock.
     threading.Thread(target=start, name="batchrun-start", daemon=True).start()
@@ -89,7 +91,7 @@ async def _stop_work() -> None:
     """Tasks stage what they hold and return; then the engines end."""
     worker_state.leave()
     deadline = time.monotonic() + FLUSH_ON_EXIT
-    while worker_state.attempts and time.monotonic() < deadline:
+    while any(one.may_hold_answers for one in worker_state.attempts) and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     worker_state.stop_engines()
 

@@ -44,6 +44,14 @@ echo "$1" >> "$SLURM_SPOOL/cancelled"
 """
 
 
+def test_a_cluster_that_ends_moves_nothing_in_the_path_that_other_threads_import_by():
+    with connect(ClusterSettings()):
+        path, folders = sys.path, [*sys.path]
+        assert not any("dask-scratch-space" in folder for folder in folders)
+    assert sys.path is path
+    assert path == folders
+
+
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A machine with sbatch and scancel; gives the folder in which they note what they did."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +24,12 @@ from batchrun.driver.dispatch import Dispatch
 from batchrun.driver.poison_rows import STRIKES
 from batchrun.driver.prepare import prepare
 from batchrun.errors import BatchrunError, ExitCode, TooManyFaults
+from batchrun.storage import deadline
 from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import silent
+from batchrun.worker import plugin
+from batchrun.worker.generation import AttemptCounters
+from batchrun.worker.state import WorkerState
 from jobs import answers, dataset, load, write_job
 
 
@@ -185,3 +191,67 @@ def test_a_task_whose_receipts_left_with_its_worker_is_done_again(tmp_path, tiny
     dispatch._take(future)
     assert list(dispatch.todo) == [1]
     assert not dispatch.in_flight
+
+
+def test_a_receipt_that_left_with_its_worker_is_not_waited_for_beyond_a_stop(tmp_path, tiny_llama, caplog):
+    """Dask begins the task anew meanwhile, which may take as long as the partition did."""
+    stop, done = threading.Event(), threading.Event()
+
+    class BegunAnew:
+        status = "finished"
+
+        def result(self, timeout: float) -> None:
+            stop.set()
+            done.wait(timeout)
+
+    prepared = prepare(load(write_job(tmp_path, tiny_llama)))
+    dispatch = Dispatch(prepared, dict.fromkeys(range(3), 20), stop, silent, Milestones())
+    dispatch.todo.clear()
+    began = time.monotonic()
+    with deadline.until(stop.is_set):
+        for i in range(3):
+            future: Any = BegunAnew()
+            dispatch.in_flight[future] = [i]
+            dispatch._take(future)
+    done.set()
+    assert time.monotonic() - began < 5
+    assert list(dispatch.todo) == [0, 1, 2], "the run is not complete"
+    assert not caplog.messages, "nobody is to blame"
+
+
+def test_a_stop_does_not_wait_for_a_worker_that_does_not_hear_of_it(tmp_path, tiny_llama):
+    over = threading.Event()
+    client: Any = SimpleNamespace(
+        status="running",
+        run=lambda *words, **how: over.wait(30),
+        scheduler_info=lambda n_workers: {"workers": {}},
+        cancel=lambda futures: None,
+    )
+    prepared = prepare(load(write_job(tmp_path, tiny_llama)))
+    dispatch = Dispatch(prepared, {1: 20}, threading.Event(), silent, Milestones())
+    dispatch.in_flight[cast(Any, "future")] = [1]
+    began = time.monotonic()
+    dispatch._drain(client)
+    over.set()
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(("doing", "holds"), [("reading", False), ("generating", True), ("sealing", True)])
+def test_a_stop_waits_for_attempts_that_may_hold_answers_and_for_no_tokenizer(
+    tmp_path, tiny_llama, monkeypatch, doing, holds
+):
+    prepared = prepare(load(write_job(tmp_path, tiny_llama)))
+    dispatch = Dispatch(prepared, {1: 20}, threading.Event(), silent, Milestones())
+    dispatch.in_flight[cast(Any, "future")] = [1]
+    attempt = AttemptCounters(run=dispatch.order.run, partition=1, doing=doing)
+    told = {"tasks": [asdict(attempt)], "engines": [], "loading": 0, "rendered": 0, "gpu": None}
+    worker = {"metrics": {"batchrun": told}, "host": "here", "nthreads": 1}
+    client: Any = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": {"tls://here": worker}})
+    assert dispatch._holding(client) is holds
+    # The same on a worker that is told to leave.
+    monkeypatch.setattr(plugin, "FLUSH_ON_EXIT", 0.5)
+    monkeypatch.setattr(plugin, "worker_state", WorkerState())
+    monkeypatch.setitem(plugin.worker_state._attempts, 1, attempt)
+    began = time.monotonic()
+    asyncio.run(plugin._stop_work())
+    assert (time.monotonic() - began >= 0.5) is holds

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from chaos.command import Command
 from chaos.processes import start_store
-from slow_server import slow_server
+from slow_server import Relay, slow_server
 from stores import s3_bucket
 
 from batchrun.cluster import connect
@@ -116,24 +116,35 @@ def test_every_request_has_a_deadline(drip, monkeypatch):
             assert time.monotonic() - began < SOON
 
 
-def test_a_stop_ends_a_run_whose_store_has_died_with_what_is_safe(tmp_path, tiny_llama):
+@pytest.mark.parametrize("drip", [False, True])
+def test_a_stop_ends_a_run_whose_store_answers_no_more_within_5_seconds_with_what_is_safe(
+    drip, tmp_path, tiny_llama
+):
     store, (host, port) = start_store(tmp_path / "store.log")
     try:
-        place = s3_bucket(f"http://{host}:{port}", "k", "secret")
-        job = write_job(tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"})
-        output = [f"output.path={place.url}/out", f"output.storage_options={json.dumps(place.options)}"]
-        process = start("run", str(job), *(word for one in output for word in ("--set", one)))
-        folder = Folder(f"{place.url}/out", place.options)
-        wait_until(lambda: any(key.endswith(".chunk") for key in folder.list("_job/stage/")))
-        store.send_signal(signal.SIGSTOP)
-        time.sleep(1)
-        code, seconds, said = ended(process, signal.SIGTERM)
+        with Relay((host, port)) as relay:
+            place = s3_bucket(f"http://{host}:{port}", "k", "secret")
+            job = write_job(tmp_path, tiny_llama, engine={"kind": "engines:SecondsEngine"})
+            options = json.dumps(place.through(relay.address).options)
+            output = [f"output.path={place.url}/out", f"output.storage_options={options}"]
+            process = start("run", str(job), *(word for one in output for word in ("--set", one)))
+            folder = Folder(f"{place.url}/out", place.options)
+            wait_until(lambda: any(key.endswith(".chunk") for key in folder.list("_job/stage/")))
+            relay.spoil(drip)
+            # The next chunk is due every 0.3 s: its put is one of those that get no answer.
+            wait_until(lambda: relay.unanswered > 0)
+            code, seconds, said = ended(process, signal.SIGTERM)
     finally:
         store.kill()
     assert code == 4, said
     assert "of 60 rows are safe" in said.splitlines()[-1]
     assert "Traceback" not in said
-    assert seconds < 2 * SOON
+    assert seconds < within_5_seconds()
+
+
+def within_5_seconds() -> float:
+    """As long as 5 s of a machine of its own may take now that others work on it."""
+    return 5.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def wait_until(true: Callable[[], bool]) -> None:

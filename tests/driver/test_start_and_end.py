@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,18 +15,22 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 
+from batchrun.counters import Counters
+from batchrun.driver import recorder
 from batchrun.driver import workers as worker_views
 from batchrun.driver.engines import standing_by
 from batchrun.driver.prepare import look
 from batchrun.driver.run import run
 from batchrun.driver.workers import Workers
-from batchrun.engine.protocol import EngineStats
+from batchrun.engine.protocol import EngineSpec, EngineStats
 from batchrun.engine.standby import Standby
 from batchrun.errors import BatchrunError, Refused
 from batchrun.model import light
 from batchrun.storage import Folder
 from batchrun.telemetry import record
 from batchrun.telemetry.milestones import NAMES, Milestones
+from batchrun.telemetry.progress import Progress
+from batchrun.worker import plugin
 from jobs import batchrun, environment, load, start, wait_until, write_job
 
 PADDED = {"kind": "padded"}
@@ -140,6 +145,29 @@ def test_engines_of_the_users_own_and_workers_elsewhere_have_nothing_standing_by
     for one in (load(job), load(job, *elsewhere)):
         with standing_by(one) as processes:
             assert not processes
+
+
+def test_what_cannot_be_imported_ahead_is_not_told_by_the_thread_that_tried(
+    tmp_path, tiny_llama, monkeypatch
+):
+    tried, told = [], []
+
+    def cannot() -> None:
+        tried.append(threading.current_thread())
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    monkeypatch.setattr(recorder, "_import_report", cannot)
+    watching = recorder.Recorder(look(load(write_job(tmp_path, tiny_llama))), "a" * 32, Milestones())
+    watching.on_progress(Progress(1.0, 1, 0, 1, 10, 1, Counters(rows=1), 1))
+    monkeypatch.setattr(plugin, "import_tokenizers", cannot)
+    monkeypatch.setattr(plugin.worker_state, "start_engine", lambda spec: None)
+    asyncio.run(plugin.start_engine(EngineSpec("echo", "nowhere", "nowhere")))
+    deadline = time.monotonic() + 30
+    while (len(tried) < 2 or any(t.is_alive() for t in tried)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watching.end("interrupted")
+    assert (len(tried), told) == (3, [])
 
 
 def test_nobody_elses_workers_are_asked_for_ahead(tmp_path, tiny_llama, monkeypatch):

@@ -121,5 +121,7 @@ def test_a_compiled_sampler_draws_the_allowed_tokens_and_is_compiled_once() -> N
     for rows in (1, 5, 40):
         given = _logits(rows), torch.arange(rows), torch.arange(rows) % 7
         states = torch.arange(rows, dtype=torch.int32) % 2 + 1
-        assert torch.equal(compiled.sample(*given, None, None, states), plain.sample(*given, None, None, states))
+        assert torch.equal(
+            compiled.sample(*given, None, None, states), plain.sample(*given, None, None, states)
+        )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
