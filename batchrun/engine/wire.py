@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.engine.protocol import NO_TOKENS, Completion, EngineStats, Request, TokenIds, TokenValues
+from batchrun.engine.protocol import (
+    NO_TOKENS,
+    Completion,
+    EngineStats,
+    Request,
+    Scored,
+    TokenIds,
+    TokenValues,
+)
 from batchrun.engine.token_values import join
 from batchrun.errors import BatchrunError, RowFault
 
@@ -19,7 +27,8 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 
 @dataclass(frozen=True, slots=True)
 class RequestPack:
-    """Requests of one stream, the first at `first_place`; token ids end to end, `generated` by index, being rare."""
+    """Requests of one stream, the first at `first_place`; token ids end to end, `generated` by index, being rare, and
+    so `scored`: what is the same for many requests crosses once."""
 
     stream: int
     first_place: int
@@ -28,6 +37,7 @@ class RequestPack:
     max_new_tokens: NDArray[np.int32]
     row_seeds: list[int]
     generated: dict[int, tuple[TokenIds, TokenValues]]
+    scored: dict[int, Scored] = field(default_factory=dict)
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
@@ -40,6 +50,7 @@ class RequestPack:
             np.array([request.max_new_tokens for request in requests], np.int32),
             [request.row_seed for request in requests],
             {i: (one.generated, one.values) for i, one in enumerate(requests) if len(one.generated)},
+            {i: one.scored for i, one in enumerate(requests) if one.scored is not None},
         )
 
     def unpack(self) -> Iterator[Request]:
@@ -51,7 +62,10 @@ class RequestPack:
         ):
             generated, values = self.generated.get(i, (NO_TOKENS, {}))
             ids = self.token_ids[start : start + length]
-            yield Request(number + i, ids, limit, seed, generated, stream=self.stream, values=values)
+            yield Request(
+                number + i, ids, limit, seed, generated, stream=self.stream, values=values,
+                scored=self.scored.get(i),
+            )  # fmt: skip
             start += length
 
 
