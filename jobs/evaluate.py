@@ -1,30 +1,29 @@
-"""Counts how many answers of jobs/evaluate.yaml are right: `python jobs/evaluate.py jobs/answers/evaluate`."""
+"""How much right answers surprise the model of jobs/evaluate.yaml: `python jobs/evaluate.py jobs/answers/evaluate`."""
 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
+from math import exp
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 
-def normal(text: str | None) -> str:
-    """Case, spaces and a full stop at the end make no answer wrong."""
-    return (text or "").strip().rstrip(".").casefold()
-
-
-def score(output: Path) -> dict[str, tuple[int, int]]:
-    """Topic: (right answers, questions), over a complete output folder."""
-    table = pq.read_table(output / "data", columns=["topic", "truth", "answer"])
-    counts: dict[str, tuple[int, int]] = {}
+def perplexities(output: Path) -> dict[str, float]:
+    """By topic, and of all questions together, the perplexity of the right answers' tokens: 1 is no surprise at all."""
+    table = pq.read_table(output / "data", columns=["topic", "truth_logprob", "truth_tokens"])
+    logprobs: defaultdict[str, float] = defaultdict(float)
+    tokens: defaultdict[str, int] = defaultdict(int)
     for row in table.to_pylist():
-        right, asked = counts.get(row["topic"], (0, 0))
-        counts[row["topic"]] = (right + (normal(row["answer"]) == normal(row["truth"])), asked + 1)
-    return counts
+        for topic in (row["topic"], "all"):
+            logprobs[topic] += row["truth_logprob"]
+            tokens[topic] += row["truth_tokens"]
+    return {topic: exp(-logprobs[topic] / tokens[topic]) for topic in logprobs}
 
 
 if __name__ == "__main__":
-    counts = score(Path(sys.argv[1]))
-    for topic, (right, asked) in sorted(counts.items()):
-        print(f"{topic:12} {right:3} of {asked:3}")
-    print(f"{'all':12} {sum(r for r, _ in counts.values()):3} of {sum(n for _, n in counts.values()):3}")
+    for topic, perplexity in sorted(
+        perplexities(Path(sys.argv[1])).items(), key=lambda item: item[0] == "all"
+    ):
+        print(f"{topic:12} {perplexity:12,.1f}")

@@ -115,7 +115,7 @@ def look(job: Job) -> Prepared:
         Refused: the first thing wrong with the job, its input or its model, each with the fix.
     """
     refuse_overlap(job)
-    if (answers := job.answer.format) is not None:
+    if (answers := job.answer.format) is not None and not job.answer.is_scored:
         _ = answers.automaton
     with first_contact():
         stored = plans.read(open_folder(job)) if job.input.since else []
@@ -170,7 +170,7 @@ def prepare_again(job: Job) -> Prepared:
 
 
 def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
-    needed, output = prompt_columns(job.prompt), job.output
+    needed, output = [*prompt_columns(job.prompt), *job.answer.read_columns], job.output
     if not stored:
         return [
             make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part, output.partition_by)

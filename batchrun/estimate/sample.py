@@ -20,7 +20,8 @@ from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, RowFault
 from batchrun.prompt.codec import open_codec
-from batchrun.prompt.tokens import PromptBuilder
+from batchrun.prompt.scoring import Behind
+from batchrun.prompt.tokens import Prompt, PromptBuilder
 
 ROWS = 2000  # sampled by default: shares are known to about two points, and a plan takes seconds
 RUNS = 100  # places that a sample is taken from, each a few consecutive rows: a page is decoded for its rows alone
@@ -32,12 +33,13 @@ Z = 1.96  # of a 95% interval
 class Sample:
     """Sampled rows, every one of which stands for as many rows of the plan as any other.
 
-    `prompts` and `runs` (which of the places it is from, the unit that a bootstrap draws) are of the rows that have a
-    prompt, `faults` of those that have none. `too_long` counts rows that fail or are cut for their length, `texts` are
-    a few rendered prompts. `complete` tells whether these are all rows of the plan.
+    `prompts`, `behind` (what is scored there) and `runs` (which of the places it is from, the unit that a bootstrap
+    draws) are of the rows that have a prompt, `faults` of those that have none. `too_long` counts rows that fail or are
+    cut for their length, `texts` are a few rendered prompts. `complete` tells whether these are all rows of the plan.
     """
 
     prompts: list[TokenIds] = field(default_factory=list)
+    behind: list[Behind] = field(default_factory=list)
     runs: list[int] = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)
     too_long: int = 0
@@ -89,18 +91,19 @@ def sample(prepared: Prepared, rows: int = ROWS, seconds: float = math.inf) -> S
     remote = any("://" in file.path for file in plan.files)
     for pieces in concurrently(lambda place: list(_read(prepared, *place)), places, remote):
         for run, records in pieces:
-            built = strict.build(records)
+            built = strict.prompts(records)
             long = [_is_too_long(prompt) for prompt in built]
             found.too_long += sum(long)
             if cut and any(long):
-                built = prepared.codec.builder.build(records)
+                built = prepared.codec.builder.prompts(records)
             for i, prompt in enumerate(built):
                 if found.rows % show_every == 0 and len(found.texts) < SHOWN_PROMPTS:
                     found.texts += [str(t) for t in prepared.codec.builder.render(records.slice(i, 1))]
                 if isinstance(prompt, RowFault):
                     found.faults.append(prompt)
                 else:
-                    found.prompts.append(prompt)
+                    found.prompts.append(prompt.token_ids)
+                    found.behind.append(prompt.behind)
                     found.runs.append(run)
         if time.monotonic() - started > seconds:
             found.complete = False
@@ -131,7 +134,7 @@ def _without_cutting(prepared: Prepared) -> PromptBuilder:
     return open_codec(job, prepared.model, prepared.plan.schema).builder
 
 
-def _is_too_long(prompt: TokenIds | RowFault) -> bool:
+def _is_too_long(prompt: Prompt | RowFault) -> bool:
     return isinstance(prompt, RowFault) and prompt.code == FaultCode.PROMPT_TOO_LONG
 
 

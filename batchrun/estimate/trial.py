@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,13 +16,17 @@ from batchrun.engine.protocol import Request
 from batchrun.errors import EngineError
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.sample import Sample, spread
+from batchrun.prompt.scoring import requests as scored_requests
 
 FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
 WARM_ROWS = 8  # that go through the engine untimed, for what it does only once
 
 
-def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -> Throughput:
-    """Generates answers for some of the sampled rows, for about so long once the engine is loaded.
+def trial(
+    prepared: Prepared, sampled: Sample, seconds: float, opening: float
+) -> tuple[Throughput, Counter[str]]:
+    """Generates answers for some of the sampled rows, for about so long once the engine is loaded; gives how fast that
+    was, and the rows by their finish reasons.
 
     Where the engine cuts batches by a budget of padded tokens, the sample is cut into the very batches that a window
     of it would become, and batches at equal distances are run. Any other engine gets streams of twice as many rows
@@ -33,31 +37,40 @@ def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -
         EngineError: nothing was finished in twice the time. ModelError, EngineDied: what the engine ended with.
     """
     limit = prepared.job.generation.max_new_tokens
-    requests = [Request(i, prompt, limit, i) for i, prompt in enumerate(sampled.prompts)]
+    requests = _requests(sampled, limit)
     if not requests:
         raise EngineError("no sampled row has a prompt", "plan --trial", "fix the prompt first")
+    endings: Counter[str] = Counter()
     started = time.monotonic()
     engine = EngineProcess(prepared.codec.engine)
     try:
         shortest = min(requests, key=lambda request: len(request.token_ids))
-        _run(engine, [replace(shortest, max_new_tokens=1)], started + 600)
+        _run(engine, [replace(shortest, max_new_tokens=1)], started + 600, Counter())
         loaded = time.monotonic()
         # A worker imports the same libraries and opens the same tokenizer once more.
         start_seconds = loaded - started + 2 * opening
         budget = engine.stats().gauges.get("batch_tokens")
         if budget is None:
-            observations = _streams(engine, requests, seconds)
+            observations = _streams(engine, requests, seconds, endings)
         else:
-            observations = _batches(engine, requests, int(budget), seconds)
+            observations = _batches(engine, requests, int(budget), seconds, endings)
         stats = engine.stats()
     finally:
         engine.stop()
     source = f"a trial of {sum(o.rows for o in observations):,} rows in {time.monotonic() - loaded:.0f} s"
-    return Throughput(source, stats.engine, stats.device, observations, True, start_seconds)
+    return Throughput(source, stats.engine, stats.device, observations, True, start_seconds), endings
+
+
+def _requests(sampled: Sample, limit: int) -> list[Request]:
+    found = []
+    for i, (prompt, behind) in enumerate(zip(sampled.prompts, sampled.behind, strict=True)):
+        # The other requests of a row that is scored have its prompt in common with the first.
+        found += scored_requests(prompt, behind[:1], i, [i]) if behind else [Request(i, prompt, limit, i)]
+    return found
 
 
 def _batches(
-    engine: EngineProcess, requests: list[Request], budget: int, seconds: float
+    engine: EngineProcess, requests: list[Request], budget: int, seconds: float, endings: Counter[str]
 ) -> list[Observation]:
     waiting = deque(by_length(requests))
     batches: list[list[Request]] = []
@@ -66,14 +79,14 @@ def _batches(
     work = np.array([sum(len(r.token_ids) + r.max_new_tokens for r in batch) for batch in batches])
     order = _by_work(work)
     deadline = time.monotonic() + seconds
-    _run(engine, batches[order[0]][:WARM_ROWS], deadline + seconds)
+    _run(engine, batches[order[0]][:WARM_ROWS], deadline + seconds, Counter())
     done: dict[int, Observation] = {}
     for i in order:
         # A batch or two say little: for the third, a trial may take half as long again.
         patience = seconds / 2 if len(done) < 3 else 0.0
         if done and time.monotonic() + _expected(done, work, i) > deadline + patience:
             break
-        done[i] = _run(engine, batches[i], deadline + 2 * seconds)
+        done[i] = _run(engine, batches[i], deadline + 2 * seconds, endings)
     # Each batch stands for those that are nearest to it in the order of lengths.
     middle = np.cumsum(work) - work / 2
     ran = np.array(sorted(done))
@@ -94,19 +107,22 @@ def _expected(done: dict[int, Observation], work: np.ndarray, i: int) -> float:
     return sum(o.seconds for o in done.values()) / float(work[list(done)].sum()) * float(work[i])
 
 
-def _streams(engine: EngineProcess, requests: list[Request], seconds: float) -> list[Observation]:
+def _streams(
+    engine: EngineProcess, requests: list[Request], seconds: float, endings: Counter[str]
+) -> list[Observation]:
     order = np.random.default_rng(0).permutation(len(requests)).tolist()
     deadline = time.monotonic() + seconds
     done: list[Observation] = []
     size = FIRST_STREAM
     first = min(FIRST_STREAM, len(order) // 4)
     if first:  # as many as the first stream has: a GPU's kernels are compiled for a number of rows
-        _run(engine, [requests[i] for i in order[:first]], deadline + seconds)
+        _run(engine, [requests[i] for i in order[:first]], deadline + seconds, Counter())
     while first < len(order):
         now = time.monotonic()
         if done and now + 2 * done[-1].seconds > deadline:
             break
-        done.append(_run(engine, [requests[i] for i in order[first : first + size]], deadline + 2 * seconds))
+        some = [requests[i] for i in order[first : first + size]]
+        done.append(_run(engine, some, deadline + 2 * seconds, endings))
         first, size = first + size, 2 * size
     return _beyond(done)
 
@@ -132,13 +148,15 @@ def _beyond(streams: Sequence[Observation]) -> list[Observation]:
     return [max(streams, key=lambda o: o.rows)]
 
 
-def _run(engine: EngineProcess, requests: list[Request], until: float) -> Observation:
-    """All completions of these requests, or EngineError where they are not out in time."""
+def _run(engine: EngineProcess, requests: list[Request], until: float, endings: Counter[str]) -> Observation:
+    """All completions of these requests, or EngineError where they are not out in time; counts how they ended."""
     started = time.monotonic()
     outputs = 0
+    scored = {request.id for request in requests if request.scored is not None}
     for completion in engine.generate(iter(requests)):
         if completion is not None:
-            outputs += len(completion.token_ids)
+            outputs += 0 if completion.id in scored else len(completion.token_ids)
+            endings[completion.finish_reason] += 1
         elif time.monotonic() > until:
             raise EngineError(
                 f"{len(requests)} rows were not finished in time",

@@ -106,6 +106,14 @@ class Job(Settings):
         return self
 
     @model_validator(mode="after")
+    def _likeliest(self) -> Self:
+        if self.generation.temperature and self.answer.probabilities:
+            raise ValueError(
+                "answer.probabilities takes the likeliest choice: leave generation.temperature at 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_secret_in_a_url(self) -> Self:
         places = {"input.path": self.input.paths, "output.path": [self.output.path]}
         places["model"] = [self.model.name, self.model.tokenizer or ""]

@@ -88,7 +88,7 @@ def part_schema(
     some of the latter, and `wanted` the answer its type."""
     fields = answer_fields(columns)
     if wanted is not None:
-        fields = [field.with_type(wanted.type) if field.name == "answer" else field for field in fields]
+        fields = [wanted.typed(field) for field in fields]
     answers = [field.with_name(columns.get(field.name, field.name)) for field in fields]
     return pa.schema([*carried, *answers], metadata=carried.metadata)
 
@@ -242,10 +242,9 @@ def _beside(
         arrays = [batch.column(name) for name in schema.names]
         for own in answer_fields(columns):
             column = these[own.name]
-            if wanted is not None and own.name == "answer":
-                arrays.append(wanted.values(column.to_pylist()))
-            else:
-                arrays.append(column.cast(own.type))
+            if wanted is not None:
+                column = wanted.column(own.name, column)
+            arrays.append(column.cast(target.field(columns.get(own.name, own.name)).type))
         yield pa.Table.from_arrays(arrays, schema=target)
         first += batch.num_rows
     if first != answers.num_rows:

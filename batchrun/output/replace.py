@@ -120,10 +120,9 @@ def read_answers(table: pa.Table, columns: Mapping[str, str], wanted: AnswerForm
     named = {field.name: columns.get(field.name, field.name) for field in part.answer_fields(columns)}
     rows = pa.array(np.arange(table.num_rows))
     if wanted is not None:
-        place = table.column_names.index(named["answer"])
-        table = table.set_column(
-            place, named["answer"], pa.array(wanted.texts(table[place]), pa.large_string())
-        )
+        for name, own in named.items():
+            place = table.column_names.index(own)
+            table = table.set_column(place, own, wanted.staged(name, table[place]))
     return pa.table([rows, *(table[name] for name in named.values())], names=["row", *named]).cast(
         answers_schema(columns)
     )

@@ -16,6 +16,7 @@ from batchrun.job.prompt import PromptSettings
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.reasoning import Reasoning
 from batchrun.prompt.renderer import KILLED, killed
+from batchrun.prompt.scoring import Behind, Scoring
 from batchrun.prompt.source import open_source
 from batchrun.prompt.special import MARK, Guarded, cut
 from batchrun.prompt.template import prompt_columns
@@ -26,10 +27,11 @@ SAMPLE_ROWS, SAMPLE_SECONDS = 4, 4.0
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row's int32 token ids, and whether the model is thinking already where they end."""
+    """A row's int32 token ids, whether the model is thinking already where they end, and what is scored behind them."""
 
     token_ids: TokenIds
     is_reasoning: bool
+    behind: Behind = ()
 
 
 class PromptBuilder:
@@ -53,8 +55,10 @@ class PromptBuilder:
         max_new_tokens: int,
         schema: pa.Schema,
         reasoning: Reasoning | None = None,
+        scoring: Scoring | None = None,
     ) -> None:
-        self.columns = prompt_columns(settings)
+        self.columns = list(dict.fromkeys([*prompt_columns(settings), *(scoring.columns if scoring else [])]))
+        self._scoring = scoring
         self._settings, self._tokenizer, self._reasoning = settings, tokenizer, reasoning
         self._context, self._room = context, context - max_new_tokens
         if self._room < 1:
@@ -64,8 +68,13 @@ class PromptBuilder:
                 f"set it below {context}",
             )
         self._encoder = Encoder(tokenizer)
-        guard = self._encoder.special.guard if settings.special_tokens == "text" else _unguarded
+        guard = self._encoder.special.guard if settings.special_tokens == "text" else unguarded
         self._source = open_source(settings, tokenizer, schema, guard)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether something is scored behind each prompt, and nothing generated."""
+        return self._scoring is not None
 
     def render(self, batch: pa.RecordBatch) -> list[str | RowFault]:
         """(rows,) The whole texts that are to be tokenized, before any limit, or the rows' faults."""
@@ -82,6 +91,7 @@ class PromptBuilder:
         """(rows,) The same, with what an answer needs to know of its prompt."""
         rows = self._source.rows(batch)
         built: list[Any] = self._texts(rows)
+        behind: list[Any] = [()] * len(rows) if self._scoring is None else self._scoring.behind(batch)
         for i, text in enumerate(built):
             # A short text in ASCII, as most are, is known to be good without a copy of it.
             if isinstance(text, str) and (len(text) > self._settings.max_bytes or not text.isascii()):
@@ -89,12 +99,21 @@ class PromptBuilder:
         texts = [i for i, text in enumerate(built) if isinstance(text, str)]
         encoded = self._encoder.encode([built[i] for i in texts], self._source.special_tokens)
         for i, ids in zip(texts, encoded, strict=True):
-            fitted = self._fitted(rows[i], ids)
+            if isinstance(behind[i], RowFault):
+                built[i] = behind[i]
+                continue
+            fitted = self._fitted(rows[i], ids, self._room_before(behind[i]))
             if isinstance(fitted, RowFault):
                 built[i] = fitted
             else:
-                built[i] = Prompt(fitted, self._is_reasoning(rows[i], built[i]))
+                built[i] = Prompt(fitted, self._is_reasoning(rows[i], built[i]), behind[i])
         return built
+
+    def _room_before(self, behind: Behind) -> int:
+        """Tokens that a prompt may have."""
+        if not behind:
+            return self._room
+        return self._context - max(len(more) + 1 for more, _ in behind)
 
     def _is_reasoning(self, row: Any, text: str) -> bool:
         return self._reasoning is not None and self._reasoning.is_begun(text, self._source.begun(row))
@@ -145,9 +164,9 @@ class PromptBuilder:
             text, size = shorter, len(shorter.encode())
         return row, text
 
-    def _fitted(self, row: Any, ids: TokenIds) -> TokenIds | RowFault:
-        if len(ids) > self._room:
-            return self._truncated(row, ids)
+    def _fitted(self, row: Any, ids: TokenIds, room: int) -> TokenIds | RowFault:
+        if len(ids) > room:
+            return self._truncated(row, ids, room)
         bare = sum(self._encoder.frame) if self._source.special_tokens else 0
         if len(ids) <= bare and self._settings.empty == "fail":
             return RowFault(FaultCode.EMPTY_PROMPT, "the prompt has no tokens")
@@ -160,27 +179,27 @@ class PromptBuilder:
             return np.array([bos], dtype=np.int32)
         return ids
 
-    def _truncated(self, row: Any, ids: TokenIds) -> TokenIds | RowFault:
+    def _truncated(self, row: Any, ids: TokenIds, room: int) -> TokenIds | RowFault:
         side = self._settings.truncate
         fault = RowFault(
             FaultCode.PROMPT_TOO_LONG,
-            f"{len(ids)} tokens, and {self._room} fit (context {self._context}, "
-            f"{self._context - self._room} new tokens)",
+            f"{len(ids)} tokens, and {max(0, room)} fit (context {self._context}, "
+            f"{self._context - room} {'new' if self._scoring is None else 'scored'} tokens)",
         )
         if side is None:
             return fault
         if self._source.special_tokens:
-            return self._cut(ids, side) if sum(self._encoder.frame) < self._room else fault
-        while len(ids) > self._room:
-            row, text = self._shorter(row, len(ids) - self._room, self._encoder.drop)
+            return self._cut(ids, side, room) if sum(self._encoder.frame) < room else fault
+        while len(ids) > room:
+            row, text = self._shorter(row, len(ids) - room, self._encoder.drop)
             if not isinstance(text, str):
                 return text or fault
             ids = self._encoder.encode([text], False)[0]
         return ids
 
-    def _cut(self, ids: TokenIds, side: str) -> TokenIds:
+    def _cut(self, ids: TokenIds, side: str, room: int) -> TokenIds:
         before, after = self._encoder.frame
-        inner, keep = ids[before : len(ids) - after], self._room - before - after
+        inner, keep = ids[before : len(ids) - after], room - before - after
         kept = inner[-keep:] if side == "left" else inner[:keep]
         return np.concatenate([ids[:before], kept, ids[len(ids) - after :]])
 
@@ -221,7 +240,8 @@ def _pieces(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordB
             return
 
 
-def _unguarded(value: Any) -> Any:
+def unguarded(value: Any) -> Any:
+    """The value, which may spell special tokens and become them."""
     return value
 
 

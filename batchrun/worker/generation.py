@@ -20,6 +20,7 @@ from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
+from batchrun.worker.scored_rows import ScoredRows
 
 # Completions decoded together: large enough to amortize, small enough to be staged soon.
 ANSWER_BATCH = 512
@@ -76,6 +77,7 @@ class Generation:
         self._reasoning = np.zeros(len(rows), bool)
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
+        self._scored = ScoredRows(len(rows))
         # Rows that the engine finished and the attempt has taken.
         self.answered = 0
         self._doubtful: dict[int, Completion] = {}
@@ -107,6 +109,8 @@ class Generation:
         try:
             with contextlib.closing(engine.generate(self._requests(), still_wanted)) as completions:
                 for completion in completions:
+                    if completion is not None and self._codec.builder.is_scored:
+                        completion = self._scored.whole(completion)
                     if completion is not None:
                         self._sort(completion, engine)
                         due = time.monotonic() - self._settled >= SETTLE_SECONDS
@@ -151,6 +155,9 @@ class Generation:
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
                 self._counters.requests += 1
                 self._counters.sent_tokens += length
+                if prompt.behind:
+                    yield from self._scored.requests(row, prompt, seed)
+                    continue
                 begun = self._begun_before(row, length)
                 yield Request(
                     row, prompt.token_ids, self._max_new_tokens, seed, begun.tokens, values=begun.values

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -33,7 +35,7 @@ def test_an_example_answers_its_rows_and_names_its_columns(
 ) -> None:
     own = [f"output.path={tmp_path}", "input.limit=3"]
     job = Job.load(path, own)
-    if not job.answer.is_constrained:
+    if not job.answer.is_constrained and not job.answer.is_scored:
         # It repeats its prompts, which are of no form that is asked for.
         job = Job.load(path, [*own, INSTANT])
     result = batchrun.run(job, client=cluster)
@@ -69,14 +71,25 @@ def test_a_real_model_is_one_line(tmp_path: Path) -> None:
         assert (path.parent / model["name"] / "config.json").exists()
 
 
-def test_the_score_counts_right_answers_by_topic(tmp_path: Path) -> None:
-    table = texts.questions()
-    answers = [f" {truth.upper()}.\n" for truth in table["truth"].to_pylist()]
-    answers[0], answers[-1] = "57", None
+def test_the_perplexity_of_a_topic_is_that_of_all_its_tokens(tmp_path: Path) -> None:
+    table = pa.table(
+        {"topic": ["a", "b", "a"], "truth_logprob": [-1.0, -9.0, -5.0], "truth_tokens": pa.array([1, 3, 2])}
+    )
     (tmp_path / "data").mkdir()
-    pq.write_table(table.append_column("answer", [answers]), tmp_path / "data/part.parquet")
-    counts = evaluate.score(tmp_path)
-    assert counts == {"arithmetic": (5, 6), "geography": (6, 6), "language": (4, 4), "nature": (3, 4)}
+    pq.write_table(table, tmp_path / "data/part.parquet")
+    found = evaluate.perplexities(tmp_path)
+    assert found == pytest.approx({"a": math.exp(2), "b": math.exp(3), "all": math.exp(2.5)})
+
+
+def test_a_classification_has_the_probability_of_each_label(tmp_path: Path, cluster: Client) -> None:
+    job = Job.load(JOBS / "classify.yaml", [f"output.path={tmp_path}", "input.limit=4"])
+    result = batchrun.run(job, client=cluster)
+    assert (result.ok, result.output_tokens) == (4, 0)
+    for row in pq.read_table(tmp_path / "data").to_pylist():
+        found = row["label_probabilities"]
+        assert list(found) == job.answer.choices
+        assert sum(found.values()) == pytest.approx(1)
+        assert row["label"] == max(found, key=found.__getitem__)
 
 
 def test_the_shipped_model_runs_an_example_by_itself(tmp_path: Path, cluster: Client) -> None:
