@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from batchrun.engine.protocol import NO_TOKENS, Completion, Request
-from batchrun.errors import EngineError
+from batchrun.errors import ModelError
 from batchrun.prompt.scoring import requests
 from batchrun.prompt.tokens import Prompt
 
@@ -38,6 +38,6 @@ class ScoredRows:
                 return Completion(row, NO_TOKENS, one.finish_reason, one.fault)
         if any("logprobs" not in one.values for one in done):
             fix = "set engine.kind to auto, padded or paged"
-            raise EngineError("the engine gives no log probabilities of given tokens", "engine.kind", fix)
+            raise ModelError("the engine gives no log probabilities of given tokens", "engine.kind", fix)
         logprobs = np.concatenate([one.values["logprobs"] for one in done])
         return Completion(row, NO_TOKENS, "stop", values={"logprobs": logprobs})

@@ -214,4 +214,4 @@ def test_a_column_that_cannot_be_scored_is_refused_before_anything_runs(
     path = job_of(tmp_path, tiny_llama, "padded", {"score": column})
     with pytest.raises(Refused, match=said):
         library.run(path, client=cluster)
-    assert not (path.parent / "out").exists()
+    assert not (path.parent / "out/data").exists()

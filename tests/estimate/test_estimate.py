@@ -232,8 +232,15 @@ def test_a_trial_is_remembered_and_what_is_left_is_told_from_the_runs_themselves
     job = write_job(tmp_path, tiny_llama, rows=24, cluster={"price_per_gpu_hour": 100.0})
     assert "--trial 60s" in str(lines(preview(load(job))))
     code, out, err = batchrun("plan", str(job), "--trial", "2s", "--gpus", "2", "--json")
-    told = json.loads(out)["estimate"]
+    found = json.loads(out)
+    told = found["estimate"]
     assert code == 0, err
+    assert found["cut"]["rows"] == 0, "an echo ends by itself"
+    assert found["cut"]["tried"] >= 6
+    found["cut"] |= {"rows": 2, "share": 0.25}
+    assert any(
+        "25.0% of the answers were cut at generation.max_new_tokens (2 of" in str(x) for x in lines(found)
+    )
     assert told["workers"] == 2
     assert "a trial of" in told["source"]
     lengths = [len(text) for text in dataset(24)["text"].to_pylist()]
