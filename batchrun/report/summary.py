@@ -49,7 +49,8 @@ def _cell(value: Any) -> str:
     elif isinstance(value, list):
         text = printable(json.dumps(value, ensure_ascii=False, default=str)[: 2 * CELL])
     else:
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        # A probability to a hundredth of a per cent, whatever else a double holds as it is to that place.
+        shown = str(round(value, 4)) if isinstance(value, float) and abs(value) >= 1e-4 else str(value)
         text = "" if value is None else printable(shown[: 2 * CELL])
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
 

@@ -82,8 +82,9 @@ def _scored(done: Sequence[Completion], codec: PromptCodec) -> tuple[list[str | 
         answers: list[str | None] = [None if total is None else repr(float(total)) for total in totals]
         return answers, asked
     good = [one for one in logprobs if one is not None]
-    found = iter(codec.choices.probabilities(np.stack(good)) if good else ())
-    probabilities = [None if one is None else next(found) for one in logprobs]
+    found: list[NDArray[np.float64]] = [*codec.choices.probabilities(np.stack(good))] if good else []
+    rows = iter(found)
+    probabilities = [None if one is None else next(rows) for one in logprobs]
     texts = codec.choices.texts
     labels = [None if one is None else texts[int(one.argmax())] for one in probabilities]
     return labels, {"probabilities": probabilities}

@@ -172,3 +172,9 @@ def test_numbers_are_written_as_people_write_them(value, text):
 )
 def test_small_amounts_of_money_keep_their_digits(value, text):
     assert summary.money(value) == text
+
+
+def test_a_struct_is_shown_a_field_to_a_line_and_a_probability_by_its_first_digits():
+    cell = summary._cell({"yes": 0.957495, "no": 0.0424905, "maybe": 1.4e-05, "name": None, "tags": ["a"]})
+    assert cell.splitlines() == ["yes: 0.9575", "no: 0.0425", "maybe: 1.4e-05", "name: ", 'tags: ["a"]']
+    assert summary._cell({"price": 1234567.25, "count": 12}) == "price: 1234567.25\ncount: 12"
