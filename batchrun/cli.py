@@ -377,7 +377,12 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
 
     own = [job.output.column(name) for name in job.output.answer_columns]
     carried = [name for name in table.schema.names if name not in own]
-    asked = [name for name in prompt_columns(job.prompt) if name in carried]
+    asked = [name for name in [*prompt_columns(job.prompt), *job.answer.read_columns] if name in carried]
     error = job.output.column("error")
-    answer = [job.output.column("answer")] + ([error] if table[error].null_count < table.num_rows else [])
+    beside = [
+        job.output.column(name) for name in ("probabilities", "perplexity") if name in job.output.columns
+    ]
+    answer = [job.output.column("answer"), *beside] + (
+        [error] if table[error].null_count < table.num_rows else []
+    )
     return [*(asked or carried)[:2], *answer]

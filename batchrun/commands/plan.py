@@ -48,11 +48,13 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
     opening = time.monotonic() - started
     rows = ROWS if trial is None else max(ROWS, job.engine.window_rows)
     sampled = sample(prepared, rows, max(SAMPLE_SECONDS, TRIAL_SAMPLE_SHARE * (trial or 0.0)))
+    endings: dict[str, int] = {}
     known = recall(prepared, float(sampled.lengths.mean()) if len(sampled.lengths) else 0.0)
     if trial is not None:
         from batchrun.estimate.trial import trial as run_trial  # it imports torch
 
-        known = replace(run_trial(prepared, sampled, trial, opening), device=device_name())
+        known, endings = run_trial(prepared, sampled, trial, opening)
+        known = replace(known, device=device_name())
         remember(model_key(prepared), job.engine.kind, prepared.identity.job_hash, known)
     left = _left(prepared)
     plan = prepared.plan
@@ -68,7 +70,11 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         "plan_hash": plan.hash,
         "skipped": [f"{skipped.path} ({skipped.reason})" for skipped in plan.skipped],
         "context": prepared.codec.engine.max_context,
-        "max_new_tokens": max(sampled.new_tokens, default=job.generation.defaults.max_new_tokens),
+        "max_new_tokens": 0
+        if job.answer.is_scored
+        else max(sampled.new_tokens, default=job.generation.defaults.max_new_tokens),
+        "invalid_if_cut": job.answer.is_constrained and not job.answer.is_scored,
+        "cut": _cut(endings),
         "prompt_tokens": _prompt_tokens(sampled, plan.rows),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
@@ -111,7 +117,7 @@ def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
     if found is None or not len(sampled.lengths):
         return None
     gpu = gpu_now()
-    tokens = float(sampled.lengths.mean()) + job.generation.max_new_tokens
+    tokens = float(sampled.lengths.mean()) + max(sampled.new_tokens)
     usable = job.engine.memory_fraction * (gpu.memory_total if gpu else SUPPOSED_MEMORY)
     return {
         "gpu": gpu.name if gpu else None,
@@ -161,7 +167,7 @@ def _estimate(
         sampled.lengths,
         np.array(sampled.runs, np.int64),
         rows * len(sampled.prompts) / max(1, sampled.rows),
-        job.generation.samples * float(np.mean(sampled.new_tokens or [0])),
+        0 if job.answer.is_scored else job.generation.samples * float(np.mean(sampled.new_tokens or [0])),
         workers or job.cluster.workers or max(1, len(visible_gpus())),
         len(left),
         job.cluster.price_per_gpu_hour,
@@ -190,6 +196,16 @@ def _prompt_tokens(sampled: Sample, rows: int) -> dict[str, Any]:
     }
 
 
+def _cut(endings: dict[str, int]) -> dict[str, Any] | None:
+    """Of the answers that a trial generated, those that were cut, with the 95% interval of their share."""
+    tried = sum(endings.values())
+    if not tried:
+        return None
+    rows = endings.get("length", 0)
+    low, high = interval(rows, tried)
+    return {"rows": rows, "tried": tried, "share": rows / tried, "low": low, "high": high}
+
+
 def _problems(sampled: Sample, job: Job) -> dict[str, Any]:
     """Rows that get no answer, by error code, and those that are too long, with the 95% intervals of their shares."""
     low, high = interval(sampled.too_long, sampled.rows)
@@ -211,11 +227,11 @@ def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
     tokens, problems = found["prompt_tokens"], found["problems"]
     sampled = tokens.get("rows") or sum(error["rows"] for error in problems["errors"].values())
     shown: list[RenderableType] = []
+    new = f" with {found['max_new_tokens']:,} new tokens" if found["max_new_tokens"] else ""
     if tokens:
         shown += [
             f"prompt tokens of {sampled:,} sampled rows: half have at most {tokens['p50']:,}, 90% {tokens['p90']:,}, "
-            f"99% {tokens['p99']:,}, all {tokens['max']:,}; context {found['context']:,} with "
-            f"{found['max_new_tokens']:,} new tokens",
+            f"99% {tokens['p99']:,}, all {tokens['max']:,}; context {found['context']:,}{new}",
             _bars(tokens["histogram"]),
             f"about {tokens['estimated_total']:,} prompt tokens in all; {tokens['shared_prefix']:.0%} of them repeat "
             f"how another prompt begins; {tokens['duplicates']:,} sampled prompts are the same as another",
@@ -225,6 +241,12 @@ def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
         shown.append(
             f"{long['share']:.1%} of the rows are too long ({long['low']:.1%} to {long['high']:.1%}), each of them "
             f"{long['becomes']}"
+        )
+    if (cut := found["cut"]) is not None and found["max_new_tokens"]:
+        fate = ", and a cut one is its row's INVALID_OUTPUT" if found["invalid_if_cut"] else ""
+        shown.append(
+            f"{cut['share']:.1%} of the answers were cut at generation.max_new_tokens ({cut['rows']:,} of "
+            f"{cut['tried']:,} tried; {cut['low']:.1%} to {cut['high']:.1%} of all){fate}"
         )
     for code, error in problems["errors"].items():
         shown.append(f"{code}: {error['rows']:,} of {sampled:,} sampled rows, e.g. {error['example']}")
@@ -262,7 +284,9 @@ def _estimate_lines(found: dict[str, Any]) -> list[RenderableType]:
     money = "" if about["cost"] is None else f", cost {spoken(about['cost'], '{:,.2f}'.format)}"
     hours = spoken(about["worker_hours"], "{:,.2f}".format)
     tokens = (
-        f"at most {out['likely']:,.0f} output tokens: the answers' lengths are not known, max_new_tokens for each"
+        "nothing is generated"
+        if not found["max_new_tokens"]
+        else f"at most {out['likely']:,.0f} output tokens: the answers' lengths are not known, max_new_tokens for each"
         if about["output_bound"]
         else f"about {out['likely']:,.0f} output tokens"
     )

@@ -114,7 +114,7 @@ def look(job: Job) -> Prepared:
         Refused: the first thing wrong with the job, its input or its model, each with the fix.
     """
     refuse_overlap(job)
-    if (answers := job.answer.format) is not None:
+    if (answers := job.answer.format) is not None and not job.answer.is_scored:
         _ = answers.automaton
     with first_contact():
         stored = plans.read(open_folder(job)) if job.input.since else []
@@ -169,7 +169,7 @@ def prepare_again(job: Job) -> Prepared:
 
 
 def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
-    needed = [*prompt_columns(job.prompt), *job.generation.columns.values()]
+    needed = [*prompt_columns(job.prompt), *job.answer.read_columns, *job.generation.columns.values()]
     output = job.output
     if not stored:
         return [

@@ -7,6 +7,7 @@ import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from batchrun.engine.fp8 import format_of
 from batchrun.engine.loading import choose_dtype, load_config, load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, EngineStats, Request, TokenValues
+from batchrun.engine.scoring import ScoringHead, score_completion
 from batchrun.engine.steps import BatchState, logits_processors
 from batchrun.engine.stopping import StopStrings
 from batchrun.engine.token_values import ValuesOfTokens, first, join, to_numpy
@@ -61,6 +63,7 @@ class PaddedEngine:
         self._stop_strings = StopStrings(spec)
         self._values_of_tokens = ValuesOfTokens(spec.sampling)
         self._answer_mask = AnswerMask.of(spec, model)
+        self._scoring = ScoringHead(model)
         self._left = not model.config.is_encoder_decoder
         # The model's own generation config would add what the job did not ask for: beams, penalties, lengths.
         own = model.generation_config
@@ -125,8 +128,10 @@ class PaddedEngine:
         started = time.monotonic()
         try:
             state = self._new_state(batch)
-            tokens = self._model_generate(batch, state)
+            with self._scores_of(batch) as scores:
+                tokens = self._model_generate(batch, state)
             tokens = tokens[:, state.width :].to("cpu", torch.int32)
+            scored = scores()
             values = self._values_by_row(state)
             ends = [state.lengths, state.stopped, state.broken, state.cut, state.settled]
             outcomes = torch.stack(ends).cpu().numpy()
@@ -136,7 +141,9 @@ class PaddedEngine:
         else:
             self._count(batch, state.steps, time.monotonic() - started)
             rows = zip(batch.requests, tokens.numpy(), values, outcomes.T, strict=True)
-            return [completion for row in rows if (completion := self._completion(*row))]
+            generated = [row for row in rows if row[0].scored is None]
+            completions = [completion for row in generated if (completion := self._completion(*row))]
+            return [*scored, *completions]
         # Out of the except block: the error's traceback holds the very tensors that are to be freed.
         self._shrink(batch)
         return None
@@ -168,6 +175,37 @@ class PaddedEngine:
                 logits_processor=logits_processors(self.spec.sampling, state),
                 stopping_criteria=[state],
             )
+
+    @contextmanager
+    def _scores_of(self, batch: PaddedBatch) -> Iterator[Callable[[], list[Completion]]]:
+        """Around the batch's way through the model; gives the completions of its requests to score, once it is
+        through."""
+        requests = [(row, one) for row, one in enumerate(batch.requests) if one.scored is not None]
+        if not requests:
+            yield list
+            return
+        if not self._left:
+            what = "a model with an encoder cannot score answers"
+            raise ModelError(what, self.spec.model_path, "use a causal language model")
+        wanted = [one.scored for _, one in requests if one.scored is not None]
+        counts = [len(scored.token_ids) for scored in wanted]
+        rows = np.repeat([row for row, _ in requests], counts)
+        columns = batch.longest - 1 - np.concatenate([scored.back for scored in wanted]).astype(np.int64)
+        # Several tokens may be wanted behind the same one.
+        unique, places = np.unique(rows * batch.longest + columns, return_inverse=True)
+        device = self.spec.device
+        flat = torch.from_numpy(unique).to(device)
+        with self._scoring.states(flat // batch.longest, flat % batch.longest) as states:
+
+            def completions() -> list[Completion]:
+                tokens = torch.from_numpy(np.concatenate([one.token_ids for one in wanted]).astype(np.int64))
+                at = torch.from_numpy(places.reshape(-1)).to(device)
+                with torch.inference_mode():
+                    found = self._scoring.logprobs(states[0], tokens.to(device), at, places.reshape(-1))
+                parts = np.split(found.cpu().numpy(), np.cumsum(counts)[:-1])
+                return [score_completion(one, part) for (_, one), part in zip(requests, parts, strict=True)]
+
+            yield completions
 
     def _values_by_row(self, state: BatchState) -> list[TokenValues]:
         """Each row's values of all the batch's steps."""

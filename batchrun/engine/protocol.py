@@ -30,6 +30,23 @@ class RowSampling:
     stop: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """Tokens whose log probabilities are wanted in place of an answer.
+
+    `token_ids` (tokens,) int32: any of the vocabulary, one or several for a place. `back` (tokens,) int32, never
+    rising: each is meant to stand behind the request's own tokens but for so many of the last ones, 0 behind all.
+    """
+
+    token_ids: TokenIds
+    back: NDArray[np.int32]
+
+    @property
+    def states(self) -> int:
+        """How many of the request's last tokens the model has to be run on for it: those of others may be shared."""
+        return int(self.back[0]) + 1
+
+
 @dataclass(slots=True)
 class Request:
     """A row as token ids.
@@ -43,6 +60,8 @@ class Request:
     `sampling` is the row's own, None where it is the job's. It may differ in what `Sampling.by_row` names.
     Of rows that wait, those of the lowest `stream` go first: it ends while later ones keep the engine busy.
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
+    With `scored` nothing is generated, and `max_new_tokens` is 1: the completion has the scored tokens, their log
+    probabilities as the values "logprobs", and ends with "stop".
     """
 
     id: int
@@ -54,6 +73,7 @@ class Request:
     stream: int = 0
     values: TokenValues = field(default_factory=dict)
     sampling: RowSampling | None = None
+    scored: Scored | None = None
 
     @property
     def start(self) -> TokenIds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +15,7 @@ from batchrun.engine.protocol import (
     EngineStats,
     Request,
     RowSampling,
+    Scored,
     TokenIds,
     TokenValues,
 )
@@ -28,9 +29,9 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 
 @dataclass(frozen=True, slots=True)
 class RequestPack:
-    """Requests of one stream, the first at `first_place`; token ids end to end, those of a
-    prompt that is the one before (another sample) left out, with length 0; `generated` and `sampling`
-    by index, being rare."""
+    """Requests of one stream, the first at `first_place`; token ids end to end, those of a prompt that is the one
+    before (another sample) left out, with length 0; `generated`, `sampling` and `scored` by index, being rare: what is
+    the same for many requests crosses once."""
 
     stream: int
     first_place: int
@@ -39,7 +40,8 @@ class RequestPack:
     max_new_tokens: NDArray[np.int32]
     row_seeds: list[int]
     generated: dict[int, tuple[TokenIds, TokenValues]]
-    sampling: dict[int, RowSampling]
+    sampling: dict[int, RowSampling] = field(default_factory=dict)
+    scored: dict[int, Scored] = field(default_factory=dict)
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
@@ -57,6 +59,7 @@ class RequestPack:
             [request.row_seed for request in requests],
             {i: (one.generated, one.values) for i, one in enumerate(requests) if len(one.generated)},
             {i: one.sampling for i, one in enumerate(requests) if one.sampling},
+            {i: one.scored for i, one in enumerate(requests) if one.scored is not None},
         )
 
     def unpack(self) -> Iterator[Request]:
@@ -70,15 +73,9 @@ class RequestPack:
             if length:
                 ids = self.token_ids[start : start + length]
             yield Request(
-                number + i,
-                ids,
-                limit,
-                seed,
-                generated,
-                stream=self.stream,
-                values=values,
-                sampling=self.sampling.get(i),
-            )
+                number + i, ids, limit, seed, generated, stream=self.stream, values=values,
+                sampling=self.sampling.get(i), scored=self.scored.get(i),
+            )  # fmt: skip
             start += length
 
 

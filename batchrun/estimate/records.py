@@ -61,7 +61,9 @@ class _Measured:
         if self.job_hash in (job_hash, None):
             return True
         near = mean_prompt / NEAR <= self.mean_prompt <= mean_prompt * NEAR
-        return near and self.tokens >= ENOUGH_TOKENS
+        # A job that scores what is given says nothing of what an output token costs.
+        generated = any(o.output_tokens for o in self.known.observations)
+        return near and generated and self.tokens >= ENOUGH_TOKENS
 
 
 def device_name() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,19 +12,23 @@ import numpy as np
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.batching import by_length, take_batch
 from batchrun.engine.process import EngineProcess
-from batchrun.engine.protocol import Request
+from batchrun.engine.protocol import Request, Sampling
 from batchrun.errors import EngineError
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.sample import Sample, spread
 from batchrun.prompt.codec import request_of
+from batchrun.prompt.scoring import requests as scored_requests
 from batchrun.prompt.tokens import Prompt
 
 FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
 WARM_ROWS = 8  # that go through the engine untimed, for what it does only once
 
 
-def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -> Throughput:
-    """Generates answers for some of the sampled rows, for about so long once the engine is loaded.
+def trial(
+    prepared: Prepared, sampled: Sample, seconds: float, opening: float
+) -> tuple[Throughput, Counter[str]]:
+    """Generates answers for some of the sampled rows, for about so long once the engine is loaded; gives how fast that
+    was, and the rows by their finish reasons.
 
     Where the engine cuts batches by a budget of padded tokens, the sample is cut into the very batches that a window
     of it would become, and batches at equal distances are run. Any other engine gets streams of twice as many rows
@@ -34,37 +38,54 @@ def trial(prepared: Prepared, sampled: Sample, seconds: float, opening: float) -
     Raises:
         EngineError: nothing was finished in twice the time. ModelError, EngineDied: what the engine ended with.
     """
-    sampling, samples = prepared.codec.engine.sampling, prepared.job.generation.samples
-    rows = zip(sampled.prompts, sampled.settings, sampled.new_tokens, strict=True)
-    requests = [
-        request_of(i * samples + sample, Prompt(ids, False, settings), i, limit, sampling, sample)
-        for i, (ids, settings, limit) in enumerate(rows)
-        for sample in range(samples)
-    ]
+    samples = prepared.job.generation.samples
+    requests = _requests(sampled, prepared.codec.engine.sampling, samples)
     if not requests:
         raise EngineError("no sampled row has a prompt", "plan --trial", "fix the prompt first")
+    endings: Counter[str] = Counter()
     started = time.monotonic()
     engine = EngineProcess(prepared.codec.engine)
     try:
         shortest = min(requests, key=lambda request: len(request.token_ids))
-        _run(engine, [replace(shortest, max_new_tokens=1)], started + 600)
+        _run(engine, [replace(shortest, max_new_tokens=1)], started + 600, Counter())
         loaded = time.monotonic()
         # A worker imports the same libraries and opens the same tokenizer once more.
         start_seconds = loaded - started + 2 * opening
         budget = engine.stats().gauges.get("batch_tokens")
         if budget is None:
-            observations = _streams(engine, requests, seconds, samples)
+            observations = _streams(engine, requests, seconds, samples, endings)
         else:
-            observations = _batches(engine, requests, int(budget), seconds, samples)
+            observations = _batches(engine, requests, int(budget), seconds, samples, endings)
         stats = engine.stats()
     finally:
         engine.stop()
     source = f"a trial of {sum(o.rows for o in observations):,.0f} rows in {time.monotonic() - loaded:.0f} s"
-    return Throughput(source, stats.engine, stats.device, observations, True, start_seconds)
+    return Throughput(source, stats.engine, stats.device, observations, True, start_seconds), endings
+
+
+def _requests(sampled: Sample, sampling: Sampling, samples: int) -> list[Request]:
+    """A row's samples one after another; of a row that is scored, its first request: the others have its prompt in
+    common with that."""
+    found: list[Request] = []
+    rows = zip(sampled.prompts, sampled.settings, sampled.new_tokens, sampled.behind, strict=True)
+    for i, (ids, settings, limit, behind) in enumerate(rows):
+        if behind:
+            found += scored_requests(ids, behind[:1], i, [i])
+            continue
+        prompt = Prompt(ids, False, settings)
+        found += [
+            request_of(i * samples + sample, prompt, i, limit, sampling, sample) for sample in range(samples)
+        ]
+    return found
 
 
 def _batches(
-    engine: EngineProcess, requests: list[Request], budget: int, seconds: float, samples: int
+    engine: EngineProcess,
+    requests: list[Request],
+    budget: int,
+    seconds: float,
+    samples: int,
+    endings: Counter[str],
 ) -> list[Observation]:
     waiting = deque(by_length(requests))
     batches: list[list[Request]] = []
@@ -73,14 +94,14 @@ def _batches(
     work = np.array([sum(len(r.token_ids) + r.max_new_tokens for r in batch) for batch in batches])
     order = _by_work(work)
     deadline = time.monotonic() + seconds
-    _run(engine, batches[order[0]][:WARM_ROWS], deadline + seconds)
+    _run(engine, batches[order[0]][:WARM_ROWS], deadline + seconds, Counter())
     done: dict[int, Observation] = {}
     for i in order:
         # A batch or two say little: for the third, a trial may take half as long again.
         patience = seconds / 2 if len(done) < 3 else 0.0
         if done and time.monotonic() + _expected(done, work, i) > deadline + patience:
             break
-        done[i] = _run(engine, batches[i], deadline + 2 * seconds, samples)
+        done[i] = _run(engine, batches[i], deadline + 2 * seconds, endings, samples)
     # Each batch stands for those that are nearest to it in the order of lengths.
     middle = np.cumsum(work) - work / 2
     ran = np.array(sorted(done))
@@ -102,7 +123,7 @@ def _expected(done: dict[int, Observation], work: np.ndarray, i: int) -> float:
 
 
 def _streams(
-    engine: EngineProcess, requests: list[Request], seconds: float, samples: int
+    engine: EngineProcess, requests: list[Request], seconds: float, samples: int, endings: Counter[str]
 ) -> list[Observation]:
     order = np.random.default_rng(0).permutation(len(requests) // samples).tolist()
 
@@ -114,12 +135,13 @@ def _streams(
     size = FIRST_STREAM
     first = min(FIRST_STREAM, len(order) // 4)
     if first:  # as many as the first stream has: a GPU's kernels are compiled for a number of rows
-        _run(engine, of(order[:first]), deadline + seconds)
+        _run(engine, of(order[:first]), deadline + seconds, Counter())
     while first < len(order):
         now = time.monotonic()
         if done and now + 2 * done[-1].seconds > deadline:
             break
-        done.append(_run(engine, of(order[first : first + size]), deadline + 2 * seconds, samples))
+        some = of(order[first : first + size])
+        done.append(_run(engine, some, deadline + 2 * seconds, endings, samples))
         first, size = first + size, 2 * size
     return _beyond(done)
 
@@ -145,13 +167,17 @@ def _beyond(streams: Sequence[Observation]) -> list[Observation]:
     return [max(streams, key=lambda o: o.rows)]
 
 
-def _run(engine: EngineProcess, requests: list[Request], until: float, samples: int = 1) -> Observation:
-    """All completions of these requests, or EngineError where they are not out in time."""
+def _run(
+    engine: EngineProcess, requests: list[Request], until: float, endings: Counter[str], samples: int = 1
+) -> Observation:
+    """All completions of these requests, or EngineError where they are not out in time; counts how they ended."""
     started = time.monotonic()
     outputs = 0
+    scored = {request.id for request in requests if request.scored is not None}
     for completion in engine.generate(iter(requests)):
         if completion is not None:
-            outputs += len(completion.token_ids)
+            outputs += 0 if completion.id in scored else len(completion.token_ids)
+            endings[completion.finish_reason] += 1
         elif time.monotonic() > until:
             raise EngineError(
                 f"{len(requests)} rows were not finished in time",

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from batchrun.structured.answer_format import AnswerFormat
 
 
-ASKED_COLUMNS = ("logprobs", "top_logprobs", "mean_logprob", "reasoning", "reasoning_tokens")
+ASKED_COLUMNS = (
+    "logprobs",
+    "top_logprobs",
+    "mean_logprob",
+    "reasoning",
+    "reasoning_tokens",
+    "raw",
+    "probabilities",
+    "perplexity",
+    "scored_tokens",
+)
 """Columns that an output has if its job asks for them: see `AnswerSettings.columns`."""
 
 
@@ -32,7 +42,22 @@ class AnswerSettings(Settings):
         None, min_length=1, description="regular expression that a whole answer matches; no look-around"
     )
     choices: list[str] | None = Field(None, min_length=1, description="texts of which an answer is one")
-
+    probabilities: bool = Field(
+        False,
+        description="the probability of each of the choices as a column, a struct with a field for each; nothing is "
+        "generated, the answer is the likeliest choice",
+    )
+    raw: str | None = Field(
+        None,
+        min_length=1,
+        description="a column for the text of an answer as the model wrote it, beside the typed one; invalid ones too",
+    )
+    score: str | None = Field(
+        None,
+        min_length=1,
+        description="a column with texts: nothing is generated, the answer is the log probability of the row's text "
+        "behind its prompt; NAME_mean_logprob, NAME_perplexity and NAME_tokens stand beside it",
+    )
     logprobs: int | None = Field(
         None,
         ge=0,
@@ -78,6 +103,38 @@ class AnswerSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        if self.probabilities and self.choices is None:
+            raise ValueError("probabilities are of choices: give answer.choices")
+        if self.raw is not None and (self.probabilities or not self.is_constrained):
+            raise ValueError(
+                "raw is the text that a schema, regex or choices are read from: leave it out here"
+            )
+        if self.score is not None and self.is_constrained:
+            raise ValueError("score takes texts from a column: leave out schema, regex and choices")
+        generates_nothing = (
+            "score" if self.score is not None else "probabilities" if self.probabilities else ""
+        )
+        for name in ("logprobs", "reasoning"):
+            if generates_nothing and getattr(self, name) is not None:
+                raise ValueError(f"{name} are of generated tokens, and {generates_nothing} generates none")
+        if self.choices is not None and self.probabilities:
+            folded = [choice.casefold() for choice in self.choices]
+            if len(set(folded)) < len(folded):
+                raise ValueError("probabilities are columns by choice: choices may not differ in case alone")
+        return self
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether nothing is generated, and given texts are scored instead."""
+        return self.probabilities or self.score is not None
+
+    @property
+    def read_columns(self) -> list[str]:
+        """Columns of the input that are read for it."""
+        return [] if self.score is None else [self.score]
+
     @property
     def is_constrained(self) -> bool:
         """Whether answers are kept to a form."""
@@ -94,9 +151,14 @@ class AnswerSettings(Settings):
             raise JobError(
                 "the schema was not read", "answer.schema", "give it as a mapping, or use Job.load"
             )
-        from batchrun.structured.answer_format import answer_format  # pyarrow: not for every job
+        from batchrun.structured.answer_format import (  # pyarrow: not for every job
+            answer_format,
+            number_format,
+        )
 
-        return answer_format(self.schema_, self.regex, self.choices)
+        if self.score is not None:
+            return number_format()
+        return answer_format(self.schema_, self.regex, self.choices, self.probabilities)
 
     @property
     def columns(self) -> dict[str, str | None]:
@@ -107,6 +169,13 @@ class AnswerSettings(Settings):
             found |= {"top_logprobs": None} if self.logprobs else {}
         if self.reasoning is not None:
             found |= {"reasoning": self.reasoning, "reasoning_tokens": f"{self.reasoning}_tokens"}
+        if self.raw is not None:
+            found["raw"] = self.raw
+        if self.probabilities:
+            found["probabilities"] = None
+        if self.score is not None:
+            names = {"mean_logprob": "mean_logprob", "perplexity": "perplexity", "scored_tokens": "tokens"}
+            found |= {name: f"{self.score}_{suffix}" for name, suffix in names.items()}
         return found
 
     @model_validator(mode="after")

@@ -94,6 +94,9 @@ class Job(Settings):
     @model_validator(mode="after")
     def _samples_of_row(self) -> Self:
         """Whoever has the output's settings knows whether its columns are lists."""
+        if self.generation.samples > 1 and self.answer.is_scored:
+            name = "probabilities" if self.answer.probabilities else "score"
+            raise ValueError(f"generation.samples are of generated answers, and answer.{name} generates none")
         if self.generation.samples != self.output.samples_of_row:
             self.__dict__["output"] = self.output.of_samples(self.generation.samples)
         return self
@@ -109,6 +112,14 @@ class Job(Settings):
         if self.generation.stop and self.answer.is_constrained:
             raise ValueError(
                 "generation.stop would cut answers: leave it out beside answer.schema, regex or choices"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _likeliest(self) -> Self:
+        if self.generation.temperature and self.answer.probabilities:
+            raise ValueError(
+                "answer.probabilities takes the likeliest choice: leave generation.temperature at 0"
             )
         return self
 

@@ -37,6 +37,11 @@ ASKED = pa.schema(
         pa.field("mean_logprob", pa.float32()),
         pa.field("reasoning", pa.string()),
         pa.field("reasoning_tokens", pa.int32()),
+        pa.field("raw", pa.string()),
+        # Of the job's choices, in their order; in a part a struct with a field for each.
+        pa.field("probabilities", pa.list_(pa.float64())),
+        pa.field("perplexity", pa.float64()),
+        pa.field("scored_tokens", pa.int32()),
     ]
 )
 

@@ -89,8 +89,7 @@ def part_schema(
     `samples`; `columns` gives other names to some of the latter, and `wanted` the answer its type."""
     fields = answer_fields(columns, samples)
     if wanted is not None:
-        kind = wanted.type if samples == 1 else pa.list_(wanted.type)
-        fields = [field.with_type(kind) if field.name == "answer" else field for field in fields]
+        fields = [wanted.typed(field) for field in fields]
     answers = [field.with_name(columns.get(field.name, field.name)) for field in fields]
     return pa.schema([*carried, *answers], metadata=carried.metadata)
 
@@ -247,9 +246,10 @@ def _beside(
         for own in answer_fields(columns, samples):
             column = these[own.name]
             if wanted is not None and own.name == "answer":
-                arrays.append(grouped(wanted.values(one_by_one(column).to_pylist()), samples))
-            else:
-                arrays.append(column.cast(own.type))
+                column = grouped(wanted.column(own.name, one_by_one(column)), samples)
+            elif wanted is not None:
+                column = wanted.column(own.name, column)
+            arrays.append(column.cast(target.field(columns.get(own.name, own.name)).type))
         yield pa.Table.from_arrays(arrays, schema=target)
         first += batch.num_rows
     if first != answers.num_rows:

@@ -124,9 +124,14 @@ def read_answers(
     named = {field.name: columns.get(field.name, field.name) for field in part.answer_fields(columns)}
     rows = pa.array(np.arange(table.num_rows))
     if wanted is not None:
-        place = table.column_names.index(named["answer"])
-        texts = pa.array(wanted.texts(one_by_one(table[place])), pa.large_string())
-        table = table.set_column(place, named["answer"], grouped(texts, samples))
+        for name, own in named.items():
+            place = table.column_names.index(own)
+            column = table[place]
+            if name == "answer":
+                column = grouped(wanted.staged(name, one_by_one(column)), samples)
+            else:
+                column = wanted.staged(name, column)
+            table = table.set_column(place, own, column)
     return pa.table([rows, *(table[name] for name in named.values())], names=["row", *named]).cast(
         answers_schema(columns, samples)
     )

@@ -15,9 +15,11 @@ from batchrun.job.job import Job
 from batchrun.model.folder import ModelFolder, context_length, load_tokenizer, stop_token_ids
 from batchrun.model.light import without_warnings
 from batchrun.prompt.detokenizer import Detokenizer
+from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.reasoning import Reasoning, find_reasoning
 from batchrun.prompt.row_settings import RowSettingsReader
-from batchrun.prompt.tokens import Prompt, PromptBuilder
+from batchrun.prompt.scoring import ChoiceScoring, ColumnScoring
+from batchrun.prompt.tokens import Prompt, PromptBuilder, unguarded
 from batchrun.structured.answer_format import AnswerFormat
 from batchrun.structured.tokens import token_automaton
 from batchrun.structured.vocabulary import read_vocabulary
@@ -35,6 +37,7 @@ class PromptCodec:
     engine: EngineSpec
     reasoning: Reasoning | None = None
     answers: AnswerFormat | None = None
+    choices: ChoiceScoring | None = None
 
 
 def request_of(
@@ -66,13 +69,43 @@ def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
     if job.answer.reasoning is not None:
         reasoning = find_reasoning(job.answer.reasoning_markers, tokenizer, detokenizer)
     own = RowSettingsReader(job.generation, schema, context) if job.generation.columns else None
-    builder = PromptBuilder(job.prompt, tokenizer, context, generation.max_new_tokens, schema, reasoning, own)
+    scoring = _scoring(job, model, tokenizer, detokenizer, config, schema, stop_ids)
+    new_tokens = generation.max_new_tokens if scoring is None else 1
+    builder = PromptBuilder(job.prompt, tokenizer, context, new_tokens, schema, reasoning, own, scoring)
     answers = job.answer.format
     spec = _engine_spec(job, model, context, stop_ids)
-    if answers is not None:
+    if answers is not None and scoring is None:
         tables = _token_tables(answers, tokenizer, config, stop_ids, model.tokenizer_path)
         spec = replace(spec, answers=tables)
-    return PromptCodec(builder, detokenizer, spec, reasoning, answers)
+    choices = scoring if isinstance(scoring, ChoiceScoring) else None
+    return PromptCodec(builder, detokenizer, spec, reasoning, answers, choices)
+
+
+def _scoring(
+    job: Job,
+    model: ModelFolder,
+    tokenizer: Any,
+    detokenizer: Detokenizer,
+    config: Any,
+    schema: pa.Schema,
+    stop_ids: tuple[int, ...],
+) -> ChoiceScoring | ColumnScoring | None:
+    """What the job scores in place of generating."""
+    answer = job.answer
+    if not answer.is_scored:
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        name = "score" if answer.score is not None else "probabilities"
+        what = f"answer.{name} needs a model without an encoder"
+        raise ModelError(what, model.path, "use a causal language model")
+    encoder = Encoder(tokenizer)
+    if answer.score is not None:
+        guard = encoder.special.guard if job.prompt.special_tokens == "text" else unguarded
+        return ColumnScoring(answer.score, encoder, schema, guard)
+    # A model may have fewer logits than its tokenizer has tokens.
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    ends = [i for i in stop_ids if size is None or i < size]
+    return ChoiceScoring(answer.choices or [], encoder, detokenizer, ends, model.tokenizer_path)
 
 
 def _token_tables(

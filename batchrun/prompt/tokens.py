@@ -18,6 +18,7 @@ from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.reasoning import Reasoning
 from batchrun.prompt.renderer import KILLED, killed
 from batchrun.prompt.row_settings import RowSettingsReader
+from batchrun.prompt.scoring import Behind, Scoring
 from batchrun.prompt.source import open_source
 from batchrun.prompt.special import MARK, Guarded, cut
 from batchrun.prompt.template import prompt_columns
@@ -28,12 +29,13 @@ SAMPLE_ROWS, SAMPLE_SECONDS = 4, 4.0
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row's int32 token ids, whether the model is thinking already where they end, and the row's own settings, None
-    in a job whose rows have none."""
+    """A row's int32 token ids, whether the model is thinking already where they end, the row's own settings, None in a
+    job whose rows have none, and what is scored behind the tokens."""
 
     token_ids: TokenIds
     is_reasoning: bool
     settings: RowSettings | None = None
+    behind: Behind = ()
 
 
 class PromptBuilder:
@@ -59,9 +61,15 @@ class PromptBuilder:
         schema: pa.Schema,
         reasoning: Reasoning | None = None,
         own: RowSettingsReader | None = None,
+        scoring: Scoring | None = None,
     ) -> None:
-        self.columns = list(dict.fromkeys([*prompt_columns(settings), *(own.columns if own else [])]))
-        self._own = own
+        columns = [
+            *prompt_columns(settings),
+            *(own.columns if own else []),
+            *(scoring.columns if scoring else []),
+        ]
+        self.columns = list(dict.fromkeys(columns))
+        self._own, self._scoring = own, scoring
         self._settings, self._tokenizer, self._reasoning = settings, tokenizer, reasoning
         self._context, self._room = context, context - max_new_tokens
         if self._room < 1:
@@ -71,8 +79,13 @@ class PromptBuilder:
                 f"set it below {context}",
             )
         self._encoder = Encoder(tokenizer)
-        guard = self._encoder.special.guard if settings.special_tokens == "text" else _unguarded
+        guard = self._encoder.special.guard if settings.special_tokens == "text" else unguarded
         self._source = open_source(settings, tokenizer, schema, guard)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether something is scored behind each prompt, and nothing generated."""
+        return self._scoring is not None
 
     def render(self, batch: pa.RecordBatch) -> list[str | RowFault]:
         """(rows,) The whole texts that are to be tokenized, before any limit, or the rows' faults."""
@@ -93,6 +106,7 @@ class PromptBuilder:
             if isinstance(one, RowFault) and not isinstance(rows[i], RowFault):
                 rows[i] = one
         built: list[Any] = self._texts(rows)
+        behind: list[Any] = [()] * len(rows) if self._scoring is None else self._scoring.behind(batch)
         for i, text in enumerate(built):
             # A short text in ASCII, as most are, is known to be good without a copy of it.
             if isinstance(text, str) and (len(text) > self._settings.max_bytes or not text.isascii()):
@@ -100,15 +114,23 @@ class PromptBuilder:
         texts = [i for i, text in enumerate(built) if isinstance(text, str)]
         encoded = self._encoder.encode([built[i] for i in texts], self._source.special_tokens)
         for i, ids in zip(texts, encoded, strict=True):
+            if isinstance(behind[i], RowFault):
+                built[i] = behind[i]
+                continue
             settings = own[i] if own else None
             assert not isinstance(settings, RowFault)
-            room = self._room if settings is None else self._context - settings.max_new_tokens
-            fitted = self._fitted(rows[i], ids, room)
+            fitted = self._fitted(rows[i], ids, self._room_of(settings, behind[i]))
             if isinstance(fitted, RowFault):
                 built[i] = fitted
             else:
-                built[i] = Prompt(fitted, self._is_reasoning(rows[i], built[i]), settings)
+                built[i] = Prompt(fitted, self._is_reasoning(rows[i], built[i]), settings, behind[i])
         return built
+
+    def _room_of(self, settings: RowSettings | None, behind: Behind) -> int:
+        """Tokens that a row's prompt may have."""
+        if behind:
+            return self._context - max(len(more) + 1 for more, _ in behind)
+        return self._room if settings is None else self._context - settings.max_new_tokens
 
     def _is_reasoning(self, row: Any, text: str) -> bool:
         return self._reasoning is not None and self._reasoning.is_begun(text, self._source.begun(row))
@@ -178,7 +200,8 @@ class PromptBuilder:
         side = self._settings.truncate
         fault = RowFault(
             FaultCode.PROMPT_TOO_LONG,
-            f"{len(ids)} tokens, and {room} fit (context {self._context}, {self._context - room} new tokens)",
+            f"{len(ids)} tokens, and {max(0, room)} fit (context {self._context}, "
+            f"{self._context - room} {'new' if self._scoring is None else 'scored'} tokens)",
         )
         if side is None:
             return fault
@@ -234,7 +257,8 @@ def _pieces(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordB
             return
 
 
-def _unguarded(value: Any) -> Any:
+def unguarded(value: Any) -> Any:
+    """The value, which may spell special tokens and become them."""
     return value
 
 

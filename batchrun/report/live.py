@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchrun.job.job import Job
-from batchrun.report.summary import money, number, size
+from batchrun.report.summary import CUT, money, number, size
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
 from batchrun.telemetry.progress import (
@@ -91,7 +91,14 @@ class View:
         price = self.job.cluster.price_per_gpu_hour
         if now is None:
             yield "time", "starting: reads the input, checks the model, starts workers"
-            for name in ("rows", "tokens", "batches", "failed", *(["cost"] if price is not None else [])):
+            for name in (
+                "rows",
+                "tokens",
+                "answers",
+                "batches",
+                "failed",
+                *(["cost"] if price is not None else []),
+            ):
                 yield name, UNKNOWN
             return
         counts, rates = now.counts, self.rates
@@ -105,6 +112,7 @@ class View:
         speed_in, speed_out = (number(rates.per_second(f"{which}_tokens")) for which in ("prompt", "output"))
         sums = f"{counts.prompt_tokens:,} in, {counts.output_tokens:,} out so far"
         yield "tokens", f"{speed_in}/s in, {speed_out}/s out; {sums}"
+        yield "answers", _endings(counts.finish_reasons)
         yield "batches", _batches(now)
         kinds = ", ".join(f"{code} {count:,}" for code, count in sorted(counts.errors.items()))
         yield "failed", f"{counts.failed:,} rows: {kinds}" if counts.failed else "none"
@@ -149,6 +157,14 @@ DOING = {"loading": "loading the model", "compiling": "compiling the model"} | {
     name: name for name in ("starting", "generating", "sealing", "idle")
 }
 """What a worker does (see `WorkerView`), to a person."""
+
+
+def _endings(finish_reasons: Mapping[str, int]) -> str:
+    """How the answers ended that there are: by themselves, or cut."""
+    stopped, cut = (finish_reasons.get(reason, 0) for reason in ("stop", "length"))
+    if not stopped + cut:
+        return UNKNOWN
+    return f"{stopped:,} ended by themselves, {cut:,} ({cut / (stopped + cut):.1%}) {CUT}"
 
 
 def _batches(now: Progress) -> str:

@@ -43,10 +43,15 @@ def rows_table(table: pa.Table, columns: Sequence[str]) -> Table:
 
 
 def _cell(value: Any) -> str:
-    text = (
-        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
-    )
-    text = "" if value is None else printable(text[: 2 * CELL])
+    if isinstance(value, dict):
+        # A field on each line: that of a schema's answers, or of choices' probabilities.
+        text = "\n".join(f"{printable(name)}: {_cell(field)}" for name, field in value.items())
+    elif isinstance(value, list):
+        text = printable(json.dumps(value, ensure_ascii=False, default=str)[: 2 * CELL])
+    else:
+        # A probability to a hundredth of a per cent, whatever else a double holds as it is to that place.
+        shown = str(round(value, 4)) if isinstance(value, float) and abs(value) >= 1e-4 else str(value)
+        text = "" if value is None else printable(shown[: 2 * CELL])
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
 
 
@@ -96,7 +101,7 @@ def _answer_lines(result: RunResult) -> Iterator[str]:
     """How the answers ended, with a warning where many of them are of little use."""
     # Rows that the engine answered, those among them whose answer is invalid since it was cut.
     answered = sum(result.finish_reasons.values()) - result.finish_reasons.get("error", 0)
-    if not answered:
+    if not answered or not result.output_tokens:  # of scored rows nothing is generated
         return
     cut, empty = result.finish_reasons.get("length", 0), result.empty
     shares = [f"{count:,} ({count / answered:.1%}) {what}" for count, what in ((cut, CUT), (empty, "empty"))]

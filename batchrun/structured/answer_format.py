@@ -24,12 +24,13 @@ from batchrun.structured.schema import read_schema
 class AnswerFormat:
     """Answers that are documents of a schema (`node`), or plain texts (`node` None).
 
-    `kind` is what their column holds.
+    `kind` is what their column holds. With `probabilities`, those of its texts are a column beside it.
     """
 
     node: Node | None
     kind: Kind
     expression: str | None = None
+    probabilities: bool = False
 
     @cached_property
     def automaton(self) -> Automaton:
@@ -48,6 +49,26 @@ class AnswerFormat:
     def type(self) -> pa.DataType:
         """The Arrow type of the answers' column."""
         return self.kind.type
+
+    def typed(self, field: pa.Field) -> pa.Field:
+        """An output column's field as parts have it; of answers in lists, one for each sample, lists."""
+        if field.name == "probabilities":
+            return field.with_type(pa.struct([(text, pa.float64()) for text in self.kind.texts]))
+        if field.name != "answer":
+            return field
+        return field.with_type(pa.list_(self.type) if pa.types.is_list(field.type) else self.type)
+
+    def column(self, name: str, staged: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+        """An output column as parts have it, from how chunks have it."""
+        if name == "probabilities":
+            return _to_struct(staged, self.kind.texts)
+        return self.values(staged.to_pylist()) if name == "answer" else staged
+
+    def staged(self, name: str, column: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+        """The other way round."""
+        if name == "probabilities":
+            return _to_lists(column)
+        return pa.array(self.texts(column), pa.large_string()) if name == "answer" else column
 
     def faults(self, texts: Sequence[str], whole: Sequence[bool]) -> list[str | None]:
         """For each answer what is wrong with it, None where it is valid.
@@ -88,8 +109,34 @@ class AnswerFormat:
         return None
 
 
+def _to_struct(lists: pa.ChunkedArray, names: Sequence[str]) -> pa.Array:
+    """A struct with a field for each place of the lists, which are as long as there are names."""
+    array = pa.chunked_array(lists.chunks, lists.type).combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    there = array.is_valid().to_numpy(zero_copy_only=False)
+    numbers = np.zeros((len(array), len(names)))
+    numbers[there] = array.drop_null().flatten().to_numpy().reshape(-1, len(names))
+    fields = [pa.array(column, mask=~there) for column in numbers.T]
+    return pa.StructArray.from_arrays(fields, list(names), mask=pa.array(~there))
+
+
+def _to_lists(structs: pa.ChunkedArray) -> pa.Array:
+    """The values of each struct in the order of its fields."""
+    names = [field.name for field in structs.type]
+    rows = [value and [value[name] for name in names] for value in structs.to_pylist()]
+    return pa.array(rows, pa.list_(pa.float64()))
+
+
+def number_format() -> AnswerFormat:
+    """Answers that are numbers, float64."""
+    return AnswerFormat(None, Kind("float"))
+
+
 def answer_format(
-    schema: dict[str, Any] | None = None, regex: str | None = None, choices: Sequence[str] | None = None
+    schema: dict[str, Any] | None = None,
+    regex: str | None = None,
+    choices: Sequence[str] | None = None,
+    probabilities: bool = False,
 ) -> AnswerFormat | None:
     """The format of a job's answers; None where none of the three is given.
 
@@ -100,7 +147,7 @@ def answer_format(
         return _of_schema(json.dumps(schema))
     if regex is not None:
         return _of_regex(regex)
-    return None if choices is None else _of_choices(tuple(choices))
+    return None if choices is None else _of_choices(tuple(choices), probabilities)
 
 
 @cache
@@ -115,8 +162,8 @@ def _of_regex(expression: str) -> AnswerFormat:
 
 
 @cache
-def _of_choices(texts: tuple[str, ...]) -> AnswerFormat:
-    return AnswerFormat(None, Kind("enum", texts=texts))
+def _of_choices(texts: tuple[str, ...], probabilities: bool) -> AnswerFormat:
+    return AnswerFormat(None, Kind("enum", texts=texts), probabilities=probabilities)
 
 
 def _regex(expression: str) -> Automaton:

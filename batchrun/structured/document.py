@@ -1,4 +1,5 @@
-"""The automaton of all canonical documents of a schema: the bytes that `json.dumps` writes with its defaults."""
+"""The automaton of all canonical documents of a schema: the bytes that `json.dumps` writes, with a space behind a comma
+or a colon or without, as models have learned either."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from batchrun.structured.facts import canonical, refusal
 from batchrun.structured.nodes import Array, Integer, Literals, Node, Number, Object, String, Union
 from batchrun.structured.strings import string
 
-COMMA, COLON = b", ", b": "
+COMMA, COLON = (either(literal(sign), literal(sign + b" ")) for sign in (b",", b":"))
 
 
 def document(node: Node) -> Automaton:
@@ -98,21 +99,21 @@ class _Writer:
                 if place == count:
                     break
                 item, after = nfa.node(), nfa.node()
-                literal(COMMA if place else b"")(nfa, here, item)
+                (COMMA if place else literal(b""))(nfa, here, item)
                 piece = prefix[place] if place < len(prefix) else items
                 assert piece is not None
                 piece(nfa, item, after)
                 here = after
             if node.most is None and items is not None:
                 item = nfa.node()
-                literal(COMMA)(nfa, here, item)
+                COMMA(nfa, here, item)
                 items(nfa, item, here)
 
         return emit
 
     def _object(self, node: Object) -> Piece:
         members = [
-            (literal(canonical(one.name).encode() + COLON), self.value(one.value), one.required)
+            (literal(canonical(one.name).encode()), self.value(one.value), one.required)
             for one in node.properties
         ]
 
@@ -121,10 +122,11 @@ class _Writer:
             first, later = nfa.node(), nfa.node()
             literal(b"{")(nfa, begin, first)
             for name, value, required in members:
-                member, colon = nfa.node(), nfa.node()
+                member, named, colon = nfa.node(), nfa.node(), nfa.node()
                 nfa.empty[first].append(member)
-                literal(COMMA)(nfa, later, member)
-                name(nfa, member, colon)
+                COMMA(nfa, later, member)
+                name(nfa, member, named)
+                COLON(nfa, named, colon)
                 next_first, next_later = nfa.node(), nfa.node()
                 value(nfa, colon, next_later)
                 if not required:

@@ -29,21 +29,14 @@ def answered(
     where its prompt ends, both by row. Each row has `samples` completions, one after another; `stops` are their own
     stop texts, where they have some. An answer that is not as the job wants it is a fault."""
     rows = np.fromiter((c.id for c in done), np.int64, len(done)) // samples
-    asked = _asked(done, codec.detokenizer)
     decoded: list[str | None]
-    if codec.reasoning is None:
-        decoded = list(codec.detokenizer.decode([c.token_ids for c in done], stops))
+    if codec.builder.is_scored:
+        decoded, asked = _scored(done, codec)
     else:
-        parts = [
-            codec.reasoning.take_apart(c.token_ids, bool(reasoning[row]), stop)
-            for c, row, stop in zip(done, rows, stops or [None] * len(done), strict=True)
-        ]
-        decoded = [one.answer for one in parts]
-        good = [completion.fault is None for completion in done]
-        asked["reasoning"] = [one.reasoning if ok else None for one, ok in zip(parts, good, strict=True)]
-        asked["reasoning_tokens"] = [one.tokens if ok else None for one, ok in zip(parts, good, strict=True)]
+        decoded, asked = _decoded(done, codec, reasoning[rows], stops)
     faults = [c.fault for c in done]
-    if codec.answers is not None:
+    if codec.answers is not None and not codec.builder.is_scored:
+        asked["raw"] = [None if fault else text for text, fault in zip(decoded, faults, strict=True)]
         wrong = codec.answers.faults(
             [text or "" for text in decoded], [c.finish_reason == "stop" for c in done]
         )
@@ -63,6 +56,48 @@ def answered(
     for name, column in asked.items():
         table = table.append_column(ASKED.field(name), pa.array(column, ASKED.field(name).type))
     return merged(table, samples)
+
+
+def _decoded(
+    done: Sequence[Completion],
+    codec: PromptCodec,
+    reasoning: NDArray[np.bool_],
+    stops: Sequence[Sequence[str] | None] | None,
+) -> tuple[list[str | None], dict[str, list[Any]]]:
+    """The texts of generated answers, and the columns beside them; `reasoning` and `stops` by completion."""
+    asked = _asked(done, codec.detokenizer)
+    if codec.reasoning is None:
+        return list(codec.detokenizer.decode([c.token_ids for c in done], stops)), asked
+    parts = [
+        codec.reasoning.take_apart(c.token_ids, begun, stop)
+        for c, begun, stop in zip(done, reasoning.tolist(), stops or [None] * len(done), strict=True)
+    ]
+    good = [completion.fault is None for completion in done]
+    asked["reasoning"] = [one.reasoning if ok else None for one, ok in zip(parts, good, strict=True)]
+    asked["reasoning_tokens"] = [one.tokens if ok else None for one, ok in zip(parts, good, strict=True)]
+    return [one.answer for one in parts], asked
+
+
+def _scored(done: Sequence[Completion], codec: PromptCodec) -> tuple[list[str | None], dict[str, list[Any]]]:
+    """The answers that log probabilities make, and the columns beside them."""
+    logprobs = [c.values["logprobs"].astype(np.float64) if c.fault is None else None for c in done]
+    if codec.choices is None:
+        totals = [None if one is None else one.sum() for one in logprobs]
+        means = [None if one is None else one.mean() for one in logprobs]
+        asked: dict[str, list[Any]] = {
+            "mean_logprob": means,
+            "perplexity": [None if mean is None else np.exp(-mean) for mean in means],
+            "scored_tokens": [None if one is None else len(one) for one in logprobs],
+        }
+        answers: list[str | None] = [None if total is None else repr(float(total)) for total in totals]
+        return answers, asked
+    good = [one for one in logprobs if one is not None]
+    found: list[NDArray[np.float64]] = [*codec.choices.probabilities(np.stack(good))] if good else []
+    rows = iter(found)
+    probabilities = [None if one is None else next(rows) for one in logprobs]
+    texts = codec.choices.texts
+    labels = [None if one is None else texts[int(one.argmax())] for one in probabilities]
+    return labels, {"probabilities": probabilities}
 
 
 def _asked(done: Sequence[Completion], detokenizer: Detokenizer) -> dict[str, list[Any]]:

@@ -23,6 +23,7 @@ from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec, request_of
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
+from batchrun.worker.scored_rows import ScoredRows
 
 # Completions decoded together: large enough to amortize, small enough to be staged soon.
 ANSWER_BATCH = 512
@@ -88,6 +89,7 @@ class Generation:
         self._settings: dict[int, RowSettings] = {}
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
+        self._scored = ScoredRows(len(rows))
         # Rows that the engine finished and the attempt has taken.
         self.answered = 0
         self._doubtful: dict[int, list[Completion]] = {}
@@ -123,6 +125,8 @@ class Generation:
         try:
             with contextlib.closing(engine.generate(self._requests(), still_wanted)) as completions:
                 for completion in completions:
+                    if completion is not None and self._codec.builder.is_scored:
+                        completion = self._scored.whole(completion)
                     if completion is not None:
                         self._sort(completion, engine)
                         due = time.monotonic() - self._settled >= SETTLE_SECONDS
@@ -167,6 +171,9 @@ class Generation:
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
                 self._counters.requests += 1
                 self._counters.sent_tokens += length
+                if prompt.behind:
+                    yield from self._scored.requests(row, prompt, seed)
+                    continue
                 if prompt.settings is not None:
                     self._settings[row] = prompt.settings
                     self._counters.sent_limits += prompt.settings.max_new_tokens

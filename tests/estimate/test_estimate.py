@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -148,7 +148,7 @@ def test_a_trial_tells_the_whole_jobs_time_within_15_per_cent(median, spread_, m
         deque(engine.generate(iter(whole[start : start + 8192])), maxlen=0)
     truth = clock.now
     drawn = rng.choice(40_000, 8192, replace=False).tolist()
-    seen = trial._batches(engine, [whole[i] for i in drawn], BUDGET, truth / 25)
+    seen = trial._batches(engine, [whole[i] for i in drawn], BUDGET, truth / 25, Counter())
     assert sum(o.seconds for o in seen) < truth / 10, "a trial is short"
     known = Throughput("trial", "padded", "cpu", seen, True)
     about = estimate(known, lengths[drawn], np.arange(8192) // 80, 40_000, new_tokens, 1, 1)
@@ -170,7 +170,9 @@ def test_an_engine_without_batches_is_told_by_what_a_longer_stream_adds(monkeypa
 
     prompts = prompts_of(np.full(4000, 50), np.random.default_rng(0))
     requests = [Request(i, p, 8, i) for i, p in enumerate(prompts)]
-    (seen,) = trial._streams(Ramped(), requests, 60)
+    endings: Counter[str] = Counter()
+    (seen,) = trial._streams(Ramped(), requests, 60, endings)
+    assert endings.keys() == {"length"}
     assert seen.seconds / seen.rows == pytest.approx(0.18)
 
 
@@ -230,8 +232,14 @@ def test_a_trial_is_remembered_and_what_is_left_is_told_from_the_runs_themselves
     job = write_job(tmp_path, tiny_llama, rows=24, cluster={"price_per_gpu_hour": 100.0})
     assert "--trial 60s" in str(lines(preview(load(job))))
     code, out, err = batchrun("plan", str(job), "--trial", "2s", "--gpus", "2", "--json")
-    told = json.loads(out)["estimate"]
+    found = json.loads(out)
+    told = found["estimate"]
     assert code == 0, err
+    assert 6 <= found["cut"]["rows"] == found["cut"]["tried"], "an echo stops nowhere"
+    found["cut"] |= {"rows": 2, "share": 0.25}
+    assert any(
+        "25.0% of the answers were cut at generation.max_new_tokens (2 of" in str(x) for x in lines(found)
+    )
     assert told["workers"] == 2
     assert "a trial of" in told["source"]
     lengths = [len(text) for text in dataset(24)["text"].to_pylist()]

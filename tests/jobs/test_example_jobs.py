@@ -33,7 +33,7 @@ def test_an_example_answers_its_rows_and_names_its_columns(
 ) -> None:
     own = [f"output.path={tmp_path}", "input.limit=3"]
     job = Job.load(path, own)
-    if not job.answer.is_constrained:
+    if not job.answer.is_constrained and not job.answer.is_scored:
         # It repeats its prompts, which are of no form that is asked for.
         job = Job.load(path, [*own, INSTANT])
     result = batchrun.run(job, client=cluster)
@@ -85,6 +85,17 @@ def test_the_score_counts_right_answers_by_topic(tmp_path: Path) -> None:
     scores = evaluate.score(tmp_path)
     assert {topic: (one.agreed, one.asked) for topic, one in scores.items()} == counts
     assert scores["geography"].right == pytest.approx(4)
+
+
+def test_a_classification_has_the_probability_of_each_label(tmp_path: Path, cluster: Client) -> None:
+    job = Job.load(JOBS / "classify.yaml", [f"output.path={tmp_path}", "input.limit=4"])
+    result = batchrun.run(job, client=cluster)
+    assert (result.ok, result.output_tokens) == (4, 0)
+    for row in pq.read_table(tmp_path / "data").to_pylist():
+        found = row["label_probabilities"]
+        assert list(found) == job.answer.choices
+        assert sum(found.values()) == pytest.approx(1)
+        assert row["label"] == max(found, key=found.__getitem__)
 
 
 def test_the_shipped_model_runs_an_example_by_itself(tmp_path: Path, cluster: Client) -> None:

@@ -13,7 +13,21 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 from interleaving import Actor, Interleaving, OneThread
-from parts import JOB_HASH, SCHEMA, answers, attempt, carried, faulty_folder, layout, output, pin
+from parts import (
+    ASKED,
+    FORMAT,
+    JOB_HASH,
+    SCHEMA,
+    answers,
+    attempt,
+    carried,
+    check_asked,
+    faulty_folder,
+    layout,
+    output,
+    pin,
+    with_asked,
+)
 from parts import settings as output_settings
 
 from batchrun.errors import BatchrunError
@@ -44,7 +58,8 @@ def some_failed(partition: int, rows: int) -> pa.Table:
     """Answers of the first run: of every four rows one was too long, and one did not fit the memory."""
     table = answers(partition, range(rows), "run", failed=[r for r in range(rows) if r % 4 in (1, 2)])
     errors = ["OUT_OF_MEMORY: alone" if r % 4 == 2 else e for r, e in enumerate(table["error"].to_pylist())]
-    return table.set_column(table.schema.get_field_index("error"), "error", pa.array(errors, pa.string()))
+    place = table.schema.get_field_index("error")
+    return with_asked(table.set_column(place, "error", pa.array(errors, pa.string())))
 
 
 def places(partition: int, rows: int) -> list[pa.RecordBatch]:
@@ -75,13 +90,14 @@ class Retries(Interleaving):
     )
     def start(self, rows: list[int], actors: list[tuple[list[str], int, int]]) -> None:
         self.rows, self.plan = rows, layout(len(rows))
-        self.settings = output_settings(failed=FAILED)
+        self.settings = output_settings(failed=FAILED, columns=ASKED)
         self.folder, self.store = faulty_folder()
         self.root = self.folder.url.removeprefix("faulty://")
-        self.output = output(self.folder, self.plan, rows, failed=FAILED)
+        self.output = output(self.folder, self.plan, rows, failed=FAILED, columns=ASKED)
         pin(self.folder, pinned(self.plan))
         for partition, count in enumerate(rows):
-            one = attempt(self.folder, self.plan, partition, count, f"run.{partition}")
+            one = attempt(self.folder, self.plan, partition, count, f"run.{partition}", columns=ASKED)
+            one.answers = FORMAT
             one.open()
             one.add(some_failed(partition, count))
             one.seal(carried(partition, count), SCHEMA)
@@ -115,8 +131,9 @@ class Retries(Interleaving):
         self, actor: Actor, one: retry.Retry, partition: int, who: str, flush_rows: int, step: int
     ) -> None:
         plan = Layout(self.plan.plan_hash, self.plan.partitions, generation=one.number)
-        rows, limits = self.rows[partition], output_settings(flush_rows=flush_rows)
+        rows, limits = self.rows[partition], output_settings(flush_rows=flush_rows, columns=ASKED)
         mine = ReplacingAttempt(self.folder, plan, partition, rows, who, limits, one)
+        mine.answers = FORMAT
         if mine.open() is not None:
             return
         missing = mine.missing
@@ -127,7 +144,8 @@ class Retries(Interleaving):
         for first in range(0, len(missing), step):
             # Of the rows that were too long, every other one still is.
             some = missing[first : first + step]
-            mine.add(answers(partition, some, who, failed=[row for row in some if row % 8 == 5]))
+            failed = [row for row in some if row % 8 == 5]
+            mine.add(with_asked(answers(partition, some, who, failed=failed)))
             mine.maybe_flush()
         mine.seal(carried(partition, rows), SCHEMA)
         FailedRows(self.folder, plan, self.settings).update(partition, lambda i: places(i, rows))
@@ -207,6 +225,7 @@ class Retries(Interleaving):
                     assert answer.startswith(f"{partition}/{row} by a")
                 else:
                     assert answer is None
+            check_asked(table)
             self.checked[key] = data
 
     @invariant()
@@ -247,7 +266,7 @@ class Retries(Interleaving):
             assert [one.old for one in past] == chain[:-1]
             assert chain[-1] == written.parts[partition].attempt == self.summary(partition).attempt
         checked = verify.verify(
-            self.output, lambda i: carried(i, self.rows[i]), lambda i: places(i, self.rows[i])
+            self.output, lambda i: carried(i, self.rows[i]), lambda i: places(i, self.rows[i]), FORMAT
         )
         assert checked.passed, checked.problems
 

@@ -39,6 +39,7 @@ def at(seconds: float, rows: int, *doing: str) -> Progress:
         counts=Counters(
             rows=rows, failed=failed, pulled=1000, sent_tokens=10000, prompt_tokens=rows * 10, output_tokens=rows * 10,
             errors={"NULL_PROMPT": failed} if failed else {},
+            finish_reasons={"error": failed, "length": rows // 10, "stop": rows - rows // 10 - failed} if rows else {},
         ),
         workers=len(doing), worker_time={"generating": seconds * len(doing)},
         worker_views=[
@@ -74,6 +75,7 @@ def test_the_view_names_job_model_and_what_each_worker_does(view):
     assert "loading the model" in words[2]
     assert "compiling the model" in words[2]
     for expected in (
+        "267 ended by themselves, 30 (10.1%) cut at generation.max_new_tokens",
         "30%", "about 69 s left", "300 of 1,000", "2 of 10 parts", "NULL_PROMPT 3", "pages 75% full", "0.667",
         "10.0.0.1:9000", "generating, 200 tokens/s, 10 rows in hand", "sealing", "GPU 75% busy",
         "0.0333 so far, about 0.1",
@@ -86,8 +88,10 @@ def test_the_view_names_job_model_and_what_each_worker_does(view):
 def test_no_line_moves_while_a_run_goes_on(view, width):
     screens = [shown(view, now, width) for now in COURSE]
     assert {len(line) <= width for screen in screens for line in screen} == {True}
-    names = [[line.split()[0] for line in screen[2:8]] for screen in screens]
-    assert all(one == ["time", "rows", "tokens", "batches", "failed", "cost"] for one in names), names
+    names = [[line.split()[0] for line in screen[2:9]] for screen in screens]
+    assert all(one == ["time", "rows", "tokens", "answers", "batches", "failed", "cost"] for one in names), (
+        names
+    )
     heights = [len(screen) for screen in screens]
     assert heights == sorted(heights)
     assert heights[2] == heights[-1] == heights[0] + 1, "a line more once for the second worker, and for good"
@@ -168,3 +172,9 @@ def test_numbers_are_written_as_people_write_them(value, text):
 )
 def test_small_amounts_of_money_keep_their_digits(value, text):
     assert summary.money(value) == text
+
+
+def test_a_struct_is_shown_a_field_to_a_line_and_a_probability_by_its_first_digits():
+    cell = summary._cell({"yes": 0.957495, "no": 0.0424905, "maybe": 1.4e-05, "name": None, "tags": ["a"]})
+    assert cell.splitlines() == ["yes: 0.9575", "no: 0.0425", "maybe: 1.4e-05", "name: ", 'tags: ["a"]']
+    assert summary._cell({"price": 1234567.25, "count": 12}) == "price: 1234567.25\ncount: 12"

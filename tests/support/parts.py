@@ -20,6 +20,8 @@ from batchrun.output.layout import Layout
 from batchrun.output.lease import Holder
 from batchrun.output.output import Output
 from batchrun.storage import Folder
+from batchrun.structured.answer_format import AnswerFormat
+from batchrun.structured.arrow import Kind
 
 PLAN_HASH = "abcdef0123456789" * 4
 JOB_HASH = "0123456789abcdef" * 4
@@ -78,6 +80,27 @@ def answers(partition: int, rows: Iterable[int], who: str = "", failed: Sequence
         },
         schema=ANSWERS,
     )
+
+
+# Columns that a job asks for beside the answer, one of them of another type in parts than in chunks.
+ASKED = {"raw": "raw", "probabilities": "odds"}
+FORMAT = AnswerFormat(None, Kind("string", texts=("yes", "no")), probabilities=True)
+
+
+def with_asked(table: pa.Table) -> pa.Table:
+    """The answers with those columns, each of which tells whose row it is of."""
+    texts = table["answer"].to_pylist()
+    odds = [text and [float(row), 0.5] for text, row in zip(texts, table["row"].to_pylist(), strict=True)]
+    odds_column = pa.array(odds, pa.list_(pa.float64()))
+    return table.append_column("raw", table["answer"]).append_column("probabilities", odds_column)
+
+
+def check_asked(part: pa.Table) -> None:
+    """Every row of a part has its own values in those columns, and a failed one none."""
+    texts = part["answer"].to_pylist()
+    assert part["raw"].to_pylist() == texts
+    odds = [text and {"yes": float(row), "no": 0.5} for row, text in enumerate(texts)]
+    assert part["odds"].to_pylist() == odds
 
 
 def attempt(

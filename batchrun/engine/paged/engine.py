@@ -22,18 +22,22 @@ from batchrun.engine.paged.compiling import compile_layers, compile_sampler
 from batchrun.engine.paged.memory import Budget, affordable_pages
 from batchrun.engine.paged.output_lengths import OutputLengths
 from batchrun.engine.paged.page_pool import PagePool
+from batchrun.engine.paged.pending import Pending
 from batchrun.engine.paged.projections import fuse_projections
 from batchrun.engine.paged.queue import Sequence
-from batchrun.engine.paged.runner import SETTLED, Pending, Runner
+from batchrun.engine.paged.runner import SETTLED, Runner
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request, TokenValues
+from batchrun.engine.scoring import score_completion
 from batchrun.engine.stopping import StopStrings
 from batchrun.engine.token_values import ValuesOfTokens, first, join
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256
 """Tokens; flash-attn 2 wants a multiple of it."""
+PREFILLS_AHEAD = 2
+"""Launched before the results of an earlier one are read, so that the device has work meanwhile."""
 Work = TypeVar("Work")
 # Between two looks at which sequences are cancelled.
 CANCEL_SECONDS = 0.2
@@ -141,9 +145,11 @@ class PagedEngine:
                         continue
                     pending.append(prefilled)
                     scheduler.prefill_launched()
-                    # Launching all prompts that there is room for takes a second: too long for finished rows to wait.
-                    while pending[0].arrived and len(pending) > 1:
-                        yield from self._read(pending, leaving=len(pending) - 1)
+                    # Launching all prompts that there is room for takes a second, and rows without decode steps go on
+                    # for as long as there are any: what is finished cannot wait for that.
+                    yield from self._read(pending, leaving=PREFILLS_AHEAD)
+                    yield from self._abort_cancelled(pending)
+                    yield from self._pull(feed)
                 if scheduler.must_preempt(self._steps) or self._may_have_settled(pending):
                     yield from self._read(pending, leaving=0)
                 work = scheduler.next_decode(self._steps)
@@ -207,6 +213,11 @@ class PagedEngine:
                     else None
                 )
                 yield self._complete(sequence.request, sequence.output, reason, fault, _values(sequence))
+            for sequence in results.take_scores():
+                if not sequence.finished:
+                    self._scheduler.finish(sequence)
+                    self.stats.completions += 1
+                    yield score_completion(sequence.request, sequence.scores)
 
     def _launch(self, launch: Callable[[Work], Pending], work: Work) -> Pending | None:
         """What was launched, or None when it did not fit the device."""

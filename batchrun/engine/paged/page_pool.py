@@ -106,9 +106,9 @@ class PagePool:
                 else:
                     self._free_pages.append(page)
 
-    def match_prefix(self, tokens: TokenIds) -> PrefixMatch:
-        """What is held of a prompt; its last token never is, because its logits are wanted."""
-        size, most = self.page_size, len(tokens) - 1
+    def match_prefix(self, tokens: TokenIds, computed: int = 1) -> PrefixMatch:
+        """What is held of a prompt; its last `computed` tokens never are, because their logits are wanted."""
+        size, most = self.page_size, len(tokens) - computed
         pages: list[int] = []
         prefix_hash = _ROOT_HASH
         while (len(pages) + 1) * size <= most:

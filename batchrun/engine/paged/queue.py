@@ -7,6 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchrun.engine.protocol import Request, TokenIds, TokenValues
 
@@ -23,7 +24,7 @@ class Sequence:
 
     `prompt` is what has to be in the pool before the next token: the request's tokens and, after an preemption, the
     output so far. `computed_tokens` of them are there. `final_len` is how many tokens the pool holds when the
-    sequence is done.
+    sequence is done. `scores` are the log probabilities of a request's scored tokens, as far as they are there.
     """
 
     request: Request
@@ -36,6 +37,7 @@ class Sequence:
     slot: int = -1
     admission: int = -1
     finished: bool = False
+    scores: NDArray[np.float32] | None = None
 
     @classmethod
     def of(cls, request: Request) -> Sequence:
@@ -43,6 +45,11 @@ class Sequence:
         prompt = np.ascontiguousarray(request.start, dtype=np.int32)
         final_len = len(request.token_ids) + request.max_new_tokens - 1
         return cls(request, prompt, final_len, request.generated.tolist(), [request.values])
+
+    @property
+    def states(self) -> int:
+        """How many of the prompt's last tokens have to be computed, whatever the pool holds of it."""
+        return 1 if self.request.scored is None else self.request.scored.states
 
     @property
     def new_tokens(self) -> int:

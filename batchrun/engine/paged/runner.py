@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from batchrun.engine.paged.graphs import DecodeGraphs, Graph, Shape
 from batchrun.engine.paged.last_layer import LastLayer
 from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefix
 from batchrun.engine.paged.page_pool import NULL_PAGE
+from batchrun.engine.paged.pending import Mark, Pending
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.scheduler import DecodeBatch, Ints, PrefillChunk
-from batchrun.engine.protocol import Request, TokenValues
+from batchrun.engine.paged.scored_chunks import ScoredChunks
+from batchrun.engine.protocol import Request
+from batchrun.engine.scoring import ScoringHead
 from batchrun.engine.token_values import ValuesOfTokens
 
 NO_TOKEN = -1
@@ -34,47 +37,6 @@ SETTLED = -3
 
 _BATCH_SIZES = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
 NARROW_BATCH = 128
-
-
-# A moment on the device: an event of its stream, or on a CPU, which computes while the host waits, the time.
-Mark = torch.cuda.Event | float
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """Tokens on their way back: `tokens` (steps, at least as many as sequences) int32, valid once `done` happened."""
-
-    sequences: list[Sequence]
-    tokens: Tensor
-    began: Mark
-    done: Mark
-    values: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def arrived(self) -> bool:
-        """Whether `read` would not wait."""
-        return isinstance(self.done, float) or self.done.query()
-
-    def read(self) -> list[list[int]]:
-        """Waits, and gives each sequence's tokens: NO_TOKEN after its end, INVALID_TOKEN where it has no next one,
-        SETTLED and below where the rest is known."""
-        if not isinstance(self.done, float):
-            self.done.synchronize()
-        columns: list[list[int]] = self.tokens[:, : len(self.sequences)].t().tolist()
-        return columns
-
-    def values_of(self, number: int, tokens: int) -> TokenValues:
-        """Those of the first so many tokens of a sequence, by its place in `sequences`; once it has been read."""
-        # A copy: the rest of the memory is not kept for as long as the sequence runs.
-        return {name: column[:tokens, number].numpy().copy() for name, column in self.values.items()}
-
-    @property
-    def seconds(self) -> float:
-        """How long the device worked on it; once it has been read."""
-        if isinstance(self.began, float) or isinstance(self.done, float):
-            return cast(float, self.done) - cast(float, self.began)
-        milliseconds: float = self.began.elapsed_time(self.done)
-        return milliseconds / 1000
 
 
 class Runner:
@@ -97,6 +59,7 @@ class Runner:
         self.launches = 0
         self._model, self._sampler, self._device = model, sampler, device
         self._last_layer = LastLayer(model, cache.modules)
+        self._scoring = ScoringHead(model)
         self._graphs = DecodeGraphs(device)
         self._use_graphs = devices.is_gpu(device)
         self._max_pages = 1
@@ -162,7 +125,10 @@ class Runner:
         seq_ids = np.repeat(np.arange(len(query_lens)), query_lens)
         slot_mapping = block_tables[seq_ids, positions // size].astype(np.int64) * size + positions % size
         cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)])
-        completed = [i for i, chunk in enumerate(chunks) if chunk.complete]
+        scored = ScoredChunks.of(chunks, cu_seqlens_q)
+        completed = [
+            i for i, chunk in enumerate(chunks) if chunk.complete and chunk.sequence.request.scored is None
+        ]
         sequences = [chunks[i].sequence for i in completed]
         metadata = AttentionMetadata(
             slot_mapping=self._to_device(slot_mapping, np.int64),
@@ -179,15 +145,19 @@ class Runner:
         logits_to_keep = self._to_device([cu_seqlens_q[i + 1] - 1 for i in completed] or [0], np.int64)
         token_ids, position_ids = self._to_device(tokens, np.int64), self._to_device(positions, np.int64)
         began = self._mark()
-        logits = self._forward(token_ids, position_ids, metadata, logits_to_keep)
+        if scored is not None:
+            logits, logprobs = self._score(token_ids, position_ids, metadata, logits_to_keep, scored)
+        else:
+            logits, logprobs = self._forward(token_ids, position_ids, metadata, logits_to_keep), None
         if not sequences:
-            return Pending([], torch.empty(1, 0, dtype=torch.int32), began, self._mark())
+            nothing = torch.empty(1, 0, dtype=torch.int32)
+            return Pending([], nothing, began, self._mark(), scored=scored, logprobs=logprobs)
         token = self._start(sequences, [chunks[i].stop for i in completed], logits)
         values = {
             name: column[None]
             for name, column in self._values_of_tokens.compute(logits, token.long()).items()
         }
-        return self._to_host(sequences, token[None], began, values)
+        return replace(self._to_host(sequences, token[None], began, values), scored=scored, logprobs=logprobs)
 
     @torch.no_grad()
     def decode(self, batch: DecodeBatch) -> Pending:
@@ -353,13 +323,36 @@ class Runner:
         if self._seen is not None:
             self._seen.index_put_((slots, token), self._true)  # a plain True comes from the host
 
+    def _score(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        metadata: AttentionMetadata,
+        logits_to_keep: Tensor,
+        scored: ScoredChunks,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits as `_forward` gives them, and the scored tokens' log probabilities on their way to the host."""
+        columns, places = self._to_device(scored.columns, np.int64), self._to_device(scored.places, np.int64)
+        wanted = self._to_device(scored.tokens, np.int64)
+        with self._scoring.states(0, columns) as states:
+            needed = torch.cat([logits_to_keep, columns])
+            logits = self._forward(tokens, positions, metadata, logits_to_keep, needed)
+        return logits, self._copied(self._scoring.logprobs(states[0], wanted, places, scored.places))
+
     def _forward(
-        self, tokens: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_to_keep: Tensor | int
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        metadata: AttentionMetadata,
+        logits_to_keep: Tensor | int,
+        needed: Tensor | None = None,
     ) -> Tensor:
-        """Logits (sequences, vocabulary): of all tokens with `logits_to_keep` 0, else of those that it points at."""
+        """Logits (sequences, vocabulary): of all tokens with `logits_to_keep` 0, else of those that it points at.
+        `needed` are the tokens whose last hidden states count, where they are more than these."""
+        needed = logits_to_keep if needed is None and isinstance(logits_to_keep, Tensor) else needed
         with (
             forward_context(self.cache, metadata),
-            self._last_layer.only(logits_to_keep) if isinstance(logits_to_keep, Tensor) else nullcontext(),
+            nullcontext() if needed is None else self._last_layer.only(needed),
         ):
             logits: Tensor = self._model(
                 input_ids=tokens[None],

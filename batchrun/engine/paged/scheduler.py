@@ -150,7 +150,7 @@ class Scheduler:
         deferred: list[Sequence] = []
         while tokens > 0 and len(self.queue) and self.active < most and self._partial_sequence is None:
             sequence = self.queue.peek()
-            match = self.pool.match_prefix(sequence.prompt)
+            match = self.pool.match_prefix(sequence.prompt, sequence.states)
             if match.wait and len(deferred) < MAX_DEFERRED:
                 deferred.append(self.queue.pop())
                 continue
