@@ -86,7 +86,8 @@ class BatchState(StoppingCriteria):
         stops &= ~self.broken
         if self.mask is not None and self.states is not None:
             self.states = self.mask.advance(self.states, input_ids[:, -1])
-            self.settled |= self.mask.settled[self.states] & ~(self.done | stops | self.broken)
+            settled = self.mask.settled.index_select(0, self.states)
+            self.settled |= settled & ~(self.done | stops | self.broken)
         ends = ~self.done & (stops | self.broken | self.settled | (self.limits <= self.steps))
         self.lengths = torch.where(ends, self.steps, self.lengths)
         self.stopped |= ends & stops

@@ -309,7 +309,7 @@ class Runner:
             return token, None
         mask = self._sampler.mask
         self._states[slots] = states = mask.advance(states, token.clamp(min=0))
-        settled = mask.settled[states] & (token >= 0)
+        settled = mask.settled.index_select(0, states) & (token >= 0)
         return torch.where(settled, SETTLED - token, token), ~settled
 
     def _continues(self, token: Tensor, seq_len: Tensor, final_len: Tensor) -> Tensor:
