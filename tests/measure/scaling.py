@@ -195,7 +195,7 @@ def line(count: int, figures: dict[str, Any], rows: int, alone: tuple[int, dict[
 
 
 def visible() -> list[str]:
-    from batchrun.cluster.local import visible_gpus
+    from batchrun.telemetry.gpu import visible_gpus
 
     return visible_gpus()
 
