@@ -204,6 +204,10 @@ class Job(Settings):
         if self.prompt.messages and self.prompt.messages[-1].role == "assistant":
             prompt["continue_final_message"] = True
         answer = self.answer.model_dump(mode="json", exclude_defaults=True)
+        generation = self.generation.model_dump(mode="json", exclude={"deduplicate"})
+        if self.generation.deduplicate and self.generation.temperature > 0:
+            # Where nothing is sampled, it decides nothing.
+            generation["deduplicate"] = True
         output = {"columns", "rows_per_part", "bytes_per_part", "compression"}
         if self.output.partition_by:
             output.add("partition_by")
@@ -217,7 +221,7 @@ class Job(Settings):
             "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include={"revision", "dtype"}),
-            "generation": self.generation.model_dump(mode="json"),
+            "generation": generation,
             **({"answer": answer} if answer else {}),
             "output": self.output.model_dump(mode="json", include=output),
         }

@@ -109,6 +109,11 @@ class GenerationSettings(Settings):
         lt=1 << 63,
         description="with a row's place and the position it decides the sampling",
     )
+    deduplicate: bool | None = Field(
+        None,
+        description="rows with the same prompt are generated once and copied; by default where the answer cannot "
+        "differ, with true where it is sampled, too, with false never",
+    )
 
     @field_validator("stop")
     @classmethod

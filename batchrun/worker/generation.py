@@ -20,6 +20,7 @@ from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
+from batchrun.worker.duplicates import Duplicates
 
 # Completions decoded together: large enough to amortize, small enough to be staged soon.
 ANSWER_BATCH = 512
@@ -54,6 +55,7 @@ class Generation:
     A row whose logits were no numbers, or whose answer is one token repeated, is tried once more in a fresh engine
     at the end, unless `rows_to_blame` said before that a fresh engine changes nothing; it says so now, if none of the
     rows came right. `begun` holds what rows are so far that the engine let go of when they were not wanted any more.
+    With `duplicates`, of rows with the same prompt one goes to the engine.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class Generation:
         counters: AttemptCounters,
         rows: NDArray[np.bool_],
         rows_to_blame: bool = False,
+        duplicates: Duplicates | None = None,
     ) -> None:
         self.rows_to_blame = rows_to_blame
         self.begun: dict[int, PartialAnswer] = {}
         self._read, self._attempt, self._codec, self._counters = read, attempt, codec, counters
         self._max_new_tokens = max_new_tokens
+        self._duplicates = duplicates
         self._rows = rows
         self._prompts_at_once = 1
         self._lengths = np.zeros(len(rows), np.int32)
@@ -87,15 +91,26 @@ class Generation:
     def run(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         """Raises what reading, the engine and storage raise; what was finished before is in the attempt."""
         self._counters.doing = "generating"
+        try:
+            self._all(engine, still_wanted)
+        finally:
+            if self._duplicates is not None:
+                self._duplicates.release()
+
+    def _all(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         self._once(engine, still_wanted)
         if not self._doubtful or not still_wanted():
             return
         # A fresh engine keeps the worker from its other rows while it loads. A broken one fails more than a few.
         if self.rows_to_blame and len(self._doubtful) <= self.answered:
-            self._done += self._doubtful.values()
+            for completion in self._doubtful.values():
+                self._finish(completion)
             self._settle()
             return
         self._second = True
+        if self._duplicates is not None:
+            # Whoever waits for these keeps the engine from being replaced.
+            self._duplicates.release()
         self._rows = np.zeros_like(self._rows)
         self._rows[[*self._doubtful]] = True
         engine.renew(self._doubtful_pid)
@@ -149,12 +164,21 @@ class Generation:
                     continue
                 length = len(prompt.token_ids)
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
-                self._counters.requests += 1
-                self._counters.sent_tokens += length
                 begun = self._begun_before(row, length)
-                yield Request(
+                request = Request(
                     row, prompt.token_ids, self._max_new_tokens, seed, begun.tokens, values=begun.values
                 )
+                if self._second or self._duplicates is None or self._duplicates.admit(request):
+                    yield self._sent(request)
+        while self._duplicates is not None and self._duplicates.are_elsewhere:
+            for request in self._duplicates.left_to_us():
+                yield self._sent(request)
+            yield None
+
+    def _sent(self, request: Request) -> Request:
+        self._counters.requests += 1
+        self._counters.sent_tokens += len(request.token_ids)
+        return request
 
     def _prompts(self, records: pa.RecordBatch) -> Iterator[Prompt | RowFault | None]:
         """The rows' prompts or faults, in order, made of as many rows at once as take about SETTLE_SECONDS; None
@@ -192,15 +216,22 @@ class Generation:
         doubtful = completion.fault is not None and completion.fault.code in SECOND_TRY
         if self._second or not doubtful:
             self._healed |= self._second and not doubtful
-            self._done.append(completion)
+            self._finish(completion)
             return
         self._doubtful[completion.id] = completion
         self._doubtful_pid = engine.pid or 0
+
+    def _finish(self, completion: Completion) -> None:
+        self._done.append(completion)
+        if self._duplicates is not None:
+            self._duplicates.ended(completion)
 
     def _settle(self) -> None:
         if self._done:
             self._add(answered(self._done, self._lengths, self._codec, self._reasoning))
             self.answered += len(self._done)
+        if self._duplicates is not None and (copies := self._duplicates.take()):
+            self._add(answered(copies, self._lengths, self._codec, self._reasoning), are_copies=True)
         if self._faults:
             self._add(failed(self._faults))
         self._done.clear()
@@ -208,9 +239,9 @@ class Generation:
         self._attempt.maybe_flush()
         self._settled = time.monotonic()
 
-    def _add(self, answers: pa.Table) -> None:
+    def _add(self, answers: pa.Table, are_copies: bool = False) -> None:
         self._counters.activity += 1
-        self._counters.count(answers, self._attempt.name_of)
+        self._counters.count(answers, self._attempt.name_of, are_copies)
         self._attempt.add(answers)
 
 
