@@ -16,12 +16,14 @@ EXAMPLES = 5  # failed rows that are named
 class Counters:
     """Sums over generated rows; two of them add up with `+`.
 
-    `rows` were generated, `failed` of them without an answer, `empty` with an answer of no text; tokens, and the rows
-    by finish reason and error code, are theirs. Of rows with several samples each sample has its finish reason, and
-    may be `empty`. `reused` rows had been staged by earlier attempts. Of the `pulled` rows, which were read and made
-    prompts of, `requests` went to engines, with `more_samples` besides the first ones, and `sent_tokens` tokens of
-    prompts in all. Where rows have limits of new tokens of their own, `sent_limits` are those of rows sent, `limits`
-    those of rows generated. `commits` parts were built and put in `commit_seconds`. `examples` names a few failed rows.
+    `rows` were generated or copied, `failed` of them without an answer, `empty` with an answer of no text; finish
+    reasons and error codes are theirs. `copied` of them have the answer of another row with the same prompt; the
+    `copied_tokens` of their prompts and answers are not among the other tokens, which engines have worked for. Of rows
+    with several samples each sample has its finish reason, and may be `empty`. `reused` rows had been staged by earlier
+    attempts. Of the `pulled` rows, which were read and made prompts of, `requests` went to engines, with `more_samples`
+    besides the first ones, and `sent_tokens` tokens of prompts in all. Where rows have limits of new tokens of their
+    own, `sent_limits` are those of rows sent, `limits` those of rows generated. `commits` parts were built and put in
+    `commit_seconds`. `examples` names a few failed rows.
     """
 
     rows: int = 0
@@ -36,6 +38,8 @@ class Counters:
     limits: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    copied: int = 0
+    copied_tokens: int = 0
     commits: int = 0
     commit_seconds: float = 0.0
     finish_reasons: dict[str, int] = field(default_factory=dict)
@@ -44,7 +48,7 @@ class Counters:
 
     @property
     def tokens(self) -> int:
-        """Of prompts and answers."""
+        """Of prompts and answers, without those of copied rows."""
         return self.prompt_tokens + self.output_tokens
 
     def __add__(self, other: Counters) -> Counters:
@@ -56,7 +60,7 @@ class Counters:
             examples=(*self.examples, *other.examples)[:EXAMPLES],
         )
 
-    def count(self, answers: pa.Table, name_of: Callable[[int], str]) -> None:
+    def count(self, answers: pa.Table, name_of: Callable[[int], str], are_copies: bool = False) -> None:
         """Takes in new rows of a partition, schema ANSWERS; `name_of` gives them names for people.
 
         Dicts are replaced, never changed: a heartbeat reads the old ones meanwhile.
@@ -65,8 +69,14 @@ class Counters:
         self.rows += answers.num_rows
         self.failed += failed.num_rows
         self.empty += empty_answers(answers)
-        self.prompt_tokens += pc.sum(answers["prompt_tokens"], min_count=0).as_py()
-        self.output_tokens += pc.sum(one_by_one(answers["output_tokens"]), min_count=0).as_py()
+        prompt = pc.sum(answers["prompt_tokens"], min_count=0).as_py()
+        output = pc.sum(one_by_one(answers["output_tokens"]), min_count=0).as_py()
+        if are_copies:
+            self.copied += answers.num_rows
+            self.copied_tokens += prompt + output
+        else:
+            self.prompt_tokens += prompt
+            self.output_tokens += output
         self.finish_reasons = added(self.finish_reasons, value_counts(one_by_one(answers["finish_reason"])))
         if failed.num_rows:
             codes = Counter(error.partition(":")[0] for error in failed["error"].to_pylist())

@@ -120,6 +120,7 @@ class Recorder:
             busy_seconds=sum(e.busy_seconds for e in loaded),
             computed_tokens=now.computed_tokens,
             real_tokens=now.real_tokens,
+            shared_tokens=now.shared_tokens,
             batches=now.batches,
             milestones=self.milestones.seconds,
             notes=sorted({note for e in loaded for note in e.notes}),

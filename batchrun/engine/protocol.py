@@ -182,7 +182,8 @@ class EngineStats:
     """Counters since the engine was loaded; sums, so that several engines add up.
 
     `computed_tokens` counts token positions that the model was run on, padding included; `prompt_tokens` and
-    `output_tokens` the real ones among them. `steps` grows while the model works, also inside of a long batch.
+    `output_tokens` the real ones among them. `shared_tokens` are those of prompts that it was not run on, since another
+    row's prompt begins alike. `steps` grows while the model works, also inside of a long batch.
     `busy_seconds` is time spent in the model. `stage` is "loading" or "compiling" until it is loaded. `notes` are the
     lines for a person: which attention, why not paged, a batch that was halved. `times` are moments, in seconds since
     the epoch: "engine started", "engine imported", "engine ready", "first row" and "last row".
@@ -196,6 +197,7 @@ class EngineStats:
     completions: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    shared_tokens: int = 0
     computed_tokens: int = 0
     batches: int = 0
     steps: int = 0

@@ -106,6 +106,12 @@ class GenerationSettings(Settings):
         1, ge=1, description="answers of each row, of one prompt; what comes of several says output.samples"
     )
 
+    deduplicate: bool | None = Field(
+        None,
+        description="rows with the same prompt are generated once and copied; by default where the answer cannot "
+        "differ, with true where it is sampled, too, with false never",
+    )
+
     @model_validator(mode="after")
     def _different_samples(self) -> Self:
         if self.samples > 1 and self.temperature == 0:

@@ -230,7 +230,10 @@ class Job(Settings):
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
-        generation = self.generation.model_dump(mode="json")
+        generation = self.generation.model_dump(mode="json", exclude={"deduplicate"})
+        if self.generation.deduplicate and self.generation.temperature != 0:
+            # Where nothing is sampled, it decides nothing.
+            generation["deduplicate"] = True
         if self.generation.samples == 1:
             del generation["samples"]
         else:

@@ -106,11 +106,13 @@ class View:
         left = "" if remaining is None else f", about {duration(remaining)} left"
         yield "time", f"{duration(now.seconds)}{left}"
         before = f", {counts.reused:,} from before" if counts.reused else ""
+        before += f", {counts.copied:,} copied" if counts.copied else ""
         parts = f"{now.partitions_done:,} of {now.partitions:,} parts"
         rows = f"{now.rows_done:,} of {now.rows:,}, {number(rates.per_second('rows'))}/s{before}; {parts}"
         yield "rows", rows
         speed_in, speed_out = (number(rates.per_second(f"{which}_tokens")) for which in ("prompt", "output"))
         sums = f"{counts.prompt_tokens:,} in, {counts.output_tokens:,} out so far"
+        sums += f", {now.shared_tokens:,} shared" if now.shared_tokens else ""
         yield "tokens", f"{speed_in}/s in, {speed_out}/s out; {sums}"
         yield "answers", _endings(counts.finish_reasons)
         yield "batches", _batches(now)

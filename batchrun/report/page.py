@@ -172,6 +172,13 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str, str]]:
     if computed:
         real = sum(run.real_tokens for run in facts.runs)
         yield "padding efficiency", f"{real / computed:.1%}", "of computed tokens are no padding"
+    shared = sum(run.shared_tokens for run in facts.runs)
+    if shared:
+        share = shared / max(1, facts.counts.prompt_tokens)
+        yield "shared prompt tokens", f"{shared:,}", f"{share:.0%}, computed once for several rows"
+    if facts.counts.copied:
+        tokens = f"{facts.counts.copied_tokens:,} tokens"
+        yield "copied rows", f"{facts.counts.copied:,}", f"{tokens}, from rows with the same prompt"
     costs = [run.cost for run in facts.runs if run.cost is not None]
     if costs:
         yield "cost", money(sum(costs)), "all runs"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
 from batchrun.report.result import RunResult
 from batchrun.telemetry.printable import printable
@@ -80,7 +81,8 @@ def run_lines(result: RunResult) -> list[str]:
         return lines
     before = f", {counts.reused:,} taken from an earlier run" if counts.reused else ""
     lines.append(
-        f"{duration(result.seconds)}: {counts.rows:,} rows generated{before}; {counts.prompt_tokens:,} tokens in, "
+        f"{duration(result.seconds)}: {counts.rows - counts.copied:,} rows generated{_copied(counts)}{before}; "
+        f"{counts.prompt_tokens:,} tokens in, "
         f"{counts.output_tokens:,} out, {number(counts.output_tokens / max(result.seconds, 1e-9))} tokens/s out"
     )
     # Engines that tell nothing of themselves are told of once.
@@ -89,6 +91,12 @@ def run_lines(result: RunResult) -> list[str]:
     lines.append(milestones_line(result.milestones))
     lines.append(f"report: {result.output}/{REPORT}")
     return lines
+
+
+def _copied(counts: Counters) -> str:
+    if not counts.copied:
+        return ""
+    return f", {counts.copied:,} copied from rows with the same prompt ({counts.copied_tokens:,} tokens)"
 
 
 def milestones_line(milestones: Mapping[str, float]) -> str:
@@ -132,6 +140,9 @@ def engine_line(stats: EngineStats) -> str:
     facts = [f"busy {duration(busy)} at {number(rate)} tokens/s"] if busy else []
     if stats.computed_tokens:
         facts.append(f"padding efficiency {stats.padding_efficiency:.3f}")
+    if stats.engine == "paged":
+        share = stats.shared_tokens / max(1, stats.shared_tokens + stats.prompt_tokens)
+        facts.append(f"shared prompt tokens {stats.shared_tokens:,} ({share:.0%})")
     facts += [f"{name.replace('_', ' ')} {number(value)}" for name, value in sorted(stats.gauges.items())]
     on = ", ".join(word for word in (stats.attention, stats.dtype) if word)
     engine = f"engine {stats.engine} ({f'{on} on ' if on else ''}{stats.device or 'cpu'})"

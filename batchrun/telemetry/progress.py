@@ -75,6 +75,11 @@ class Progress:
         return sum(engine.prompt_tokens + engine.output_tokens for engine in self.engines)
 
     @property
+    def shared_tokens(self) -> int:
+        """Prompt tokens that no model was run on, since another row's prompt begins alike."""
+        return sum(engine.shared_tokens for engine in self.engines)
+
+    @property
     def padding_efficiency(self) -> float | None:
         """Real tokens / computed tokens, None before anything was computed."""
         return self.real_tokens / self.computed_tokens if self.computed_tokens else None

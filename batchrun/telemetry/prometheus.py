@@ -21,7 +21,8 @@ from batchrun.telemetry.progress import Progress, ProgressCallback, Rates, Worke
 
 # Of the whole run, sums since its start: the metric, the counter, what it is.
 COUNTERS = [
-    ("batchrun_rows_generated", "rows", "Rows this run has generated, failed ones included."),
+    ("batchrun_rows_generated", "rows", "Rows this run has generated or copied, failed ones included."),
+    ("batchrun_rows_copied", "copied", "Those of them with the answer of another row with the same prompt."),
     ("batchrun_rows_reused", "reused", "Rows that earlier attempts had staged."),
     ("batchrun_requests", "requests", "Rows sent to engines."),
     ("batchrun_prompt_tokens", "prompt_tokens", "Prompt tokens of generated rows."),
@@ -31,6 +32,11 @@ COUNTERS = [
 ENGINE_COUNTERS = [
     ("batchrun_engine_prompt_tokens", "prompt_tokens", "Prompt tokens computed."),
     ("batchrun_engine_output_tokens", "output_tokens", "Tokens generated."),
+    (
+        "batchrun_engine_shared_tokens",
+        "shared_tokens",
+        "Prompt tokens shared with another row's, not computed.",
+    ),
     ("batchrun_engine_computed_tokens", "computed_tokens", "Token positions computed, padding included."),
     ("batchrun_engine_batches", "batches", "Batches or rounds computed."),
     ("batchrun_engine_busy_seconds", "busy_seconds", "Time spent in the model."),

@@ -45,12 +45,13 @@ class RunRecord:
     """One run as its driver saw it, last written at `seconds` after `started` (UTC, ISO 8601).
 
     `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed; `message` says
-    why, and `traceback` where, if it was a bug. `counts` are of
-    what this run itself generated. `workers` is the most there were at once, `worker_time` their seconds added up by
-    what they did: with one GPU each, GPU seconds. `load_seconds` is the longest load of an engine, `busy_seconds` the
-    time of all of them in the model; `real_tokens` of the `computed_tokens` were no padding. `engine_logs` are the keys
-    of what engines printed that ended by themselves. `milestones` says how many seconds after the command it reached
-    what (see `Milestones`). `samples` is the run over time, a list per quantity (see `Timeline`), all equally long.
+    why, and `traceback` where, if it was a bug. `counts` are of what this run itself generated. `workers` is the most
+    there were at once, `worker_time` their seconds added up by what they did: with one GPU each, GPU seconds.
+    `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model; `real_tokens`
+    of the `computed_tokens` were no padding, and `shared_tokens` of prompts were not computed, since another row's
+    prompt begins alike. `engine_logs` are the keys of what engines printed that ended by themselves. `milestones` says
+    how many seconds after the command it reached what (see `Milestones`). `samples` is the run over time, a list per
+    quantity (see `Timeline`), all equally long.
     """
 
     run: str
@@ -73,6 +74,7 @@ class RunRecord:
     busy_seconds: float = 0.0
     real_tokens: int = 0
     computed_tokens: int = 0
+    shared_tokens: int = 0
     batches: int = 0
     notes: list[str] = field(default_factory=list)
     engine_logs: list[str] = field(default_factory=list)

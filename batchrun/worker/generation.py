@@ -23,6 +23,7 @@ from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec, request_of
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
+from batchrun.worker.duplicates import Duplicates
 from batchrun.worker.scored_rows import ScoredRows
 
 # Completions decoded together: large enough to amortize, small enough to be staged soon.
@@ -63,7 +64,8 @@ class Generation:
     A row whose logits were no numbers, or whose answer is one token repeated, is tried once more in a fresh engine
     at the end, unless `rows_to_blame` said before that a fresh engine changes nothing; it says so now, if none of the
     rows came right. `begun` holds what rows are so far that the engine let go of when they were not wanted any more, by
-    the number of its request: the row's, or row * samples + sample.
+    the number of its request: the row's, or row * samples + sample. With `duplicates`, of rows with the same prompt one
+    goes to the engine.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class Generation:
         rows: NDArray[np.bool_],
         rows_to_blame: bool = False,
         samples: int = 1,
+        duplicates: Duplicates | None = None,
     ) -> None:
         self.rows_to_blame = rows_to_blame
         self.begun: dict[int, PartialAnswer] = {}
         self._read, self._attempt, self._codec, self._counters = read, attempt, codec, counters
         self._max_new_tokens, self._samples = max_new_tokens, samples
+        self._duplicates = duplicates
         self._rows = rows
         self._prompts_at_once = 1
         self._lengths = np.zeros(len(rows), np.int32)
@@ -103,16 +107,27 @@ class Generation:
     def run(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         """Raises what reading, the engine and storage raise; what was finished before is in the attempt."""
         self._counters.doing = "generating"
+        try:
+            self._all(engine, still_wanted)
+        finally:
+            if self._duplicates is not None:
+                self._duplicates.release()
+
+    def _all(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         self._once(engine, still_wanted)
         self._keep_waiting()
         if not self._doubtful or not still_wanted():
             return
         # A fresh engine keeps the worker from its other rows while it loads. A broken one fails more than a few.
         if self.rows_to_blame and len(self._doubtful) <= self.answered:
-            self._done += chain(*self._doubtful.values())
+            for samples in self._doubtful.values():
+                self._finish(samples)
             self._settle()
             return
         self._second = True
+        if self._duplicates is not None:
+            # Whoever waits for these keeps the engine from being replaced.
+            self._duplicates.release()
         self._rows = np.zeros_like(self._rows)
         self._rows[[*self._doubtful]] = True
         engine.renew(self._doubtful_pid)
@@ -169,23 +184,41 @@ class Generation:
                     continue
                 length = len(prompt.token_ids)
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
-                self._counters.requests += 1
-                self._counters.sent_tokens += length
                 if prompt.behind:
-                    yield from self._scored.requests(row, prompt, seed)
+                    requests = self._scored.requests(row, prompt, seed)
+                    self._sent(None, requests[:1])
+                    yield from requests
                     continue
                 if prompt.settings is not None:
                     self._settings[row] = prompt.settings
-                    self._counters.sent_limits += prompt.settings.max_new_tokens
-                self._counters.more_samples += self._samples - 1
-                for sample in range(self._samples):
-                    number = row * self._samples + sample
-                    request = request_of(
-                        number, prompt, seed, self._max_new_tokens, self._codec.engine.sampling, sample
-                    )
-                    begun = self._begun_before(number, length, request.max_new_tokens)
-                    request.generated, request.values = begun.tokens, begun.values
-                    yield request
+                requests = self._requests_of(row, prompt, seed)
+                if self._second or self._duplicates is None or self._duplicates.admit(requests[0]):
+                    yield from self._sent(prompt.settings, requests)
+        while self._duplicates is not None and self._duplicates.are_elsewhere:
+            for request in self._duplicates.left_to_us():
+                yield from self._sent(self._settings.get(request.id), [request])
+            yield None
+
+    def _requests_of(self, row: int, prompt: Prompt, seed: int) -> list[Request]:
+        """One for each of the row's samples, going on where an earlier attempt left it."""
+        requests = []
+        for sample in range(self._samples):
+            number = row * self._samples + sample
+            sampling = self._codec.engine.sampling
+            request = request_of(number, prompt, seed, self._max_new_tokens, sampling, sample)
+            begun = self._begun_before(number, len(prompt.token_ids), request.max_new_tokens)
+            request.generated, request.values = begun.tokens, begun.values
+            requests.append(request)
+        return requests
+
+    def _sent(self, settings: RowSettings | None, requests: list[Request]) -> list[Request]:
+        """The requests of a row, which are counted."""
+        self._counters.requests += 1
+        self._counters.sent_tokens += len(requests[0].token_ids)
+        self._counters.more_samples += len(requests) - 1
+        if settings is not None:
+            self._counters.sent_limits += settings.max_new_tokens
+        return requests
 
     def _prompts(self, records: pa.RecordBatch) -> Iterator[Prompt | RowFault | None]:
         """The rows' prompts or faults, in order, made of as many rows at once as take about SETTLE_SECONDS; None
@@ -225,10 +258,15 @@ class Generation:
         doubtful = any(one.fault is not None and one.fault.code in SECOND_TRY for one in samples)
         if self._second or not doubtful:
             self._healed |= self._second and not doubtful
-            self._done += samples
+            self._finish(samples)
             return
         self._doubtful[row] = samples
         self._doubtful_pid = engine.pid or 0
+
+    def _finish(self, samples: list[Completion]) -> None:
+        self._done += samples
+        if self._duplicates is not None:
+            self._duplicates.ended(samples[0])
 
     def _keep(self, completion: Completion, tokens: int) -> None:
         """For a later attempt, the first so many tokens of an answer."""
@@ -248,13 +286,15 @@ class Generation:
 
     def _settle(self) -> None:
         if self._done:
-            own = (
-                [self._settings.get(one.id // self._samples) for one in self._done] if self._settings else []
-            )
-            stops = [one.stop if one else None for one in own] if own else None
-            self._add(answered(self._done, self._lengths, self._codec, self._reasoning, stops, self._samples))
-            self._counters.limits += sum(one.max_new_tokens for one in own[:: self._samples] if one)
+            self._add(self._answers(self._done))
+            if self._settings:
+                rows = {one.id // self._samples for one in self._done}
+                self._counters.limits += sum(
+                    self._settings[row].max_new_tokens for row in rows if row in self._settings
+                )
             self.answered += len(self._done) // self._samples
+        if self._duplicates is not None and (copies := self._duplicates.take()):
+            self._add(self._answers(copies), are_copies=True)
         if self._faults:
             self._add(failed(self._faults))
         self._done.clear()
@@ -262,9 +302,14 @@ class Generation:
         self._attempt.maybe_flush()
         self._settled = time.monotonic()
 
-    def _add(self, answers: pa.Table) -> None:
+    def _answers(self, done: list[Completion]) -> pa.Table:
+        own = [self._settings.get(one.id // self._samples) for one in done] if self._settings else []
+        stops = [one.stop if one else None for one in own] or None
+        return answered(done, self._lengths, self._codec, self._reasoning, stops, self._samples)
+
+    def _add(self, answers: pa.Table, are_copies: bool = False) -> None:
         self._counters.activity += 1
-        self._counters.count(answers, self._attempt.name_of)
+        self._counters.count(answers, self._attempt.name_of, are_copies)
         self._attempt.add(answers)
 
 

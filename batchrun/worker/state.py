@@ -14,6 +14,7 @@ from batchrun.errors import ChangedError
 from batchrun.model.folder import resolve
 from batchrun.prompt.codec import PromptCodec, open_codec
 from batchrun.storage import Folder, deadline
+from batchrun.worker.duplicates import KnownAnswers
 from batchrun.worker.engine_health import EngineHealth
 from batchrun.worker.generation import AttemptCounters
 from batchrun.worker.order import WorkOrder
@@ -28,6 +29,7 @@ class WorkerState:
         self._engines: dict[str, EngineProcess] = {}
         # Of the engines, by the same keys.
         self._health: dict[str, EngineHealth] = {}
+        self._answers: dict[str, KnownAnswers] = {}
         self._attempts: dict[int, AttemptCounters] = {}
         self._stopped_runs: set[str] = set()
         self._opening = threading.Event()
@@ -119,6 +121,13 @@ class WorkerState:
                 folder = Folder(order.job.output.path, order.job.output.storage_options)
                 self._health[key] = EngineHealth(order.run, folder, order.job.secrets())
             return self._health[key]
+
+    def known_answers(self, run: str) -> KnownAnswers:
+        """What the run's partitions know of each other's prompts; that of other runs is forgotten."""
+        with self._lock:
+            if run not in self._answers:
+                self._answers = {run: KnownAnswers()}
+            return self._answers[run]
 
     def stop_engines(self) -> None:
         """Ends the engines' processes."""

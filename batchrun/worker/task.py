@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from batchrun.dataset.plan import carried_columns
 from batchrun.dataset.rows import carried, carried_schema
-from batchrun.engine.protocol import EngineStats
+from batchrun.engine.protocol import EngineStats, Sampling
 from batchrun.errors import (
     BatchrunError,
     CorruptInput,
@@ -33,6 +33,7 @@ from batchrun.output.attempt import Attempt, PartialAnswer, Receipt
 from batchrun.output.failed_rows import FailedRows
 from batchrun.output.replace import ReplacingAttempt
 from batchrun.worker.answers import failed
+from batchrun.worker.duplicates import Duplicates
 from batchrun.worker.generation import AttemptCounters, Generation
 from batchrun.worker.order import Task, TaskReceipt, WorkOrder
 from batchrun.worker.state import worker_state
@@ -165,6 +166,7 @@ def _generate(
             rows,
             health.rows_to_blame,
             order.job.generation.samples,
+            _duplicates(order, codec.engine.sampling),
         )
         try:
             with _staging(attempt):
@@ -192,6 +194,13 @@ def _generate(
         if missing.any():
             generate(missing)
         return engine.stats(), begun
+
+
+def _duplicates(order: WorkOrder, sampling: Sampling) -> Duplicates | None:
+    wanted = order.job.generation.deduplicate
+    if wanted is False or order.job.generation.samples > 1:
+        return None
+    return Duplicates(worker_state.known_answers(order.run), sampling, is_merging_samples=wanted is True)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def test_what_only_a_gpu_runs_gives_the_answers_of_a_cpu(
     assert engine.stats.attention == "triton and flash-attn 2"
     assert engine.stats.device == "a GPU"
     # More than whole pages: some are copied.
-    assert engine.stats.gauges["shared_prompt_tokens"] > 3 * 32
+    assert engine.stats.shared_tokens > 3 * 32
     # A window sees no shared prefix whole.
     assert bool(merged) == (name == "llama")
 

@@ -19,6 +19,7 @@ from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine, unsupported
 from batchrun.engine.paged.architecture import Unsupported, attention_layers
 from batchrun.engine.paged.compiling import compile_layers
+from batchrun.engine.paged.page_pool import PagePool, PrefixMatch
 from batchrun.engine.paged.projections import fuse_projections
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
 from batchrun.errors import FaultCode, ModelError
@@ -160,8 +161,37 @@ def test_a_shared_prefix_is_computed_once(
     requests = _requests(seed=4, rows=20, prefix=prefix)
     completions = _run(engine, requests)
     _check_greedy(models["qwen3"], requests, completions)
-    assert engine.stats.gauges["shared_prompt_tokens"] >= 19 * prefix
+    assert engine.stats.shared_tokens >= 19 * prefix
     assert engine.stats.prompt_tokens <= sum(len(r.token_ids) for r in requests) - 19 * prefix
+
+
+def test_answers_are_the_same_as_without_sharing_whatever_prompts_have_in_common(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of documents within instructions, of some pages and of parts of pages, in random order."""
+    rng = np.random.default_rng(11)
+    instructions = rng.integers(3, 259, 21)
+    documents = [np.append(instructions, rng.integers(3, 259, n)) for n in (5, 17, 40, 66, 90)]
+    requests = []
+    for number in range(60):
+        document = documents[rng.integers(len(documents))]
+        prompt = np.append(
+            document[: rng.integers(1, len(document) + 1)], rng.integers(3, 259, rng.integers(1, 9))
+        )
+        requests.append(Request(number, prompt.astype(np.int32), int(rng.integers(1, 12))))
+
+    def run(page_size: int, tokens: int) -> tuple[dict[int, list[int]], int]:
+        options = {"max_rows": 8, "prefill_tokens": 150, "cache_tokens": tokens}
+        engine = _engine(folders["qwen3"], page_size, options=options, stop_token_ids=(NEVER,))
+        return _tokens(_run(engine, requests)), engine.stats.shared_tokens
+
+    shared = {size: run(size, tokens) for size, tokens in ((32, 1024), (256, 3000))}
+    monkeypatch.setattr(PagePool, "match_prefix", lambda pool, tokens: PrefixMatch())
+    apart, none = run(32, 1024)
+    assert none == 0
+    for answers, tokens in shared.values():
+        assert answers == apart
+        assert tokens > 0.5 * sum(len(request.token_ids) for request in requests)
 
 
 def test_a_prompt_asked_twice_is_computed_once_but_for_its_last_token(

@@ -118,11 +118,13 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Lay
     assert torch.equal(values[:11], reference[1][:11])
 
 
-def test_a_copied_page_is_the_same_up_to_the_copied_token_in_every_plane() -> None:
+def test_a_copied_page_is_the_same_up_to_its_copied_tokens_in_every_plane() -> None:
     memory = _random(6, 9, 16, 24)
     before = memory.clone()
-    kernels.copy_pages(memory, _int([1, 1, 4]).long(), _int([2, 3, 8]).long(), 5)
-    before[:, [2, 3, 8], :5] = before[:, [1, 1, 4], :5]
+    copies = [(1, 2, 5), (1, 3, 15), (4, 8, 1)]
+    kernels.copy_pages(memory, *(_int(list(column)).long() for column in zip(*copies, strict=True)))
+    for source, target, tokens in copies:
+        before[:, target, :tokens] = before[:, source, :tokens]
     assert torch.equal(memory, before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from dataclasses import replace
@@ -115,9 +116,10 @@ class Run:
 
 @settings(max_examples=400, deadline=None)
 @example(seed=69, page_size=16, pages=13, max_rows=2, prefill_tokens=16, steps=5, certain=True)
+@example(seed=7, page_size=32, pages=9, max_rows=12, prefill_tokens=60, steps=3, certain=False)
 @given(
     seed=st.integers(0, 10**9),
-    page_size=st.sampled_from([4, 16]),
+    page_size=st.sampled_from([4, 16, 32]),
     pages=st.integers(8, 40),
     max_rows=st.integers(1, 12),
     prefill_tokens=st.integers(4, 60),
@@ -167,6 +169,55 @@ def test_rows_are_served_longest_first_and_groups_as_a_whole() -> None:
         assert queue.pop() is first
         order.append(first.request.id)
     assert order == [20, 12, 10, 11, 1, 2, 0]
+
+
+def test_groups_within_a_group_are_served_as_a_whole_too() -> None:
+    """All prompts begin with the same instructions; behind them, rows of three documents alternate."""
+    queue, instructions = WaitingQueue(), [7] * 70
+    for number in range(12):
+        document = [100 + number % 3] * (40 + 20 * (number % 3))
+        queue.push(Sequence.of(_request(number, [*instructions, *document, *[number] * (12 - number)], 1)))
+    order = [queue.pop().request.id for _ in range(12)]
+    assert order == [2, 5, 8, 11, 1, 4, 7, 10, 0, 3, 6, 9]
+
+
+def test_who_may_generate_much_goes_before_a_beginning_in_common() -> None:
+    queue, shared = WaitingQueue(), [3] * 40
+    for number, new in enumerate([4, 600, 5, 500]):
+        queue.push(Sequence.of(_request(number, [*shared, number], new)))
+    queue.push(Sequence.of(_request(9, [8] * 90, 40)))
+    assert [queue.pop().request.id for _ in range(5)] == [1, 3, 9, 2, 0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**9))
+def test_waiting_rows_come_once_and_those_with_a_beginning_in_common_one_after_another(seed: int) -> None:
+    rng = random.Random(seed)
+    queue, prompts, order = WaitingQueue(), {}, []
+    for number in range(60):
+        if len(queue) and rng.random() < 0.2:
+            first = queue.peek()
+            assert queue.pop() is first
+            order.append(first.request.id)
+        old = rng.choice([[], *prompts.values()])
+        prompts[number] = (old[: rng.randrange(len(old) + 1)] + [rng.randrange(2)] * rng.choice([1, 20, 40]))[
+            -300:
+        ]
+        queue.push(Sequence.of(_request(number, prompts[number], 1)))
+    if rng.random() < 0.3:
+        for number in rng.sample(range(60), 10):
+            for _, sequence in queue._trees[min(queue._trees)]:
+                sequence.request.cancelled = sequence.request.cancelled or sequence.request.id == number
+        order += [sequence.request.id for sequence in queue.take_cancelled()]
+    rest = []
+    while len(queue):
+        rest.append(queue.pop().request.id)
+    assert sorted(order + rest) == list(range(60))
+    assert queue.new_tokens == 0
+    for stop in range(16, 300, 16):
+        groups = [tuple(prompts[number][:stop]) for number in rest if len(prompts[number]) >= stop]
+        changes = sum(one != other for one, other in itertools.pairwise(groups))
+        assert changes == len(set(groups)) - bool(groups), "rows of a group are apart"
 
 
 @settings(max_examples=200, deadline=None)
@@ -268,6 +319,58 @@ def test_pages_in_the_index_are_given_out_last_and_the_start_of_a_prompt_last_of
     assert not set(pool.allocate(4)) & set(pages)
     assert pool.allocate(1) == [pages[3]]
     assert pool.match_prefix(prompt).pages == tuple(pages[:3])
+
+
+def test_of_many_pages_behind_a_prefix_the_one_with_most_in_common_is_copied() -> None:
+    pool, rng = PagePool(60, 64), np.random.default_rng(0)
+    prompts = [rng.integers(0, 50, 40).astype(np.int32) for _ in range(50)]
+    pages = [pool.allocate(1) for _ in prompts]
+    for prompt, own in zip(prompts, pages, strict=True):
+        pool.insert(prompt, own, 0, len(prompt))
+    assert pool.match_prefix(prompts[7]).wait, "what is not computed yet cannot be copied"
+    pool.launched()
+    for prompt, own in zip(prompts, pages, strict=True):
+        for common in (16, 25, 40):
+            match = pool.match_prefix(np.append(prompt[:common], [99] * 30).astype(np.int32))
+            assert (match.copy_from, match.copied) == (own[0], common)
+    pool.free(pages[7])
+    pool.allocate(pool.available)
+    assert not pool.match_prefix(prompts[7]).copied
+
+
+def test_a_whole_page_is_copied_from_too_where_prompts_part_within_it() -> None:
+    pool, prompt = PagePool(9, 32), np.arange(70, dtype=np.int32)
+    pages = pool.allocate(3)
+    pool.insert(prompt, pages, 0, 70)
+    pool.launched()
+    other = np.append(prompt[:50], prompt)
+    match = pool.match_prefix(other)
+    assert (match.pages, match.copy_from, match.copied) == ((pages[0],), pages[1], 18)
+
+
+def test_of_the_prompt_tokens_that_a_window_has_in_common_nearly_all_are_computed_once() -> None:
+    rng = random.Random(1)
+    beginnings = [[rng.randrange(1000) for _ in range(rng.randrange(20, 200))] for _ in range(150)]
+    prompts = [
+        rng.choice(beginnings) + [rng.randrange(1000) for _ in range(rng.randrange(5, 150))]
+        for _ in range(1500)
+    ]
+    scheduler = Scheduler(PagePool(300, 256), 200, 4096, 512, OutputLengths(certain=True))
+    for number, prompt in enumerate(prompts):
+        scheduler.add(_request(number, prompt, 16))
+    while len(scheduler.queue) or scheduler.active:
+        while scheduler.should_prefill() and scheduler.next_prefill():
+            scheduler.prefill_launched()
+        scheduler.next_decode(8)
+    ordered = sorted(prompts)
+    common = sum(
+        next(
+            (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+        )
+        for one, other in itertools.pairwise(ordered)
+    )
+    assert scheduler.shared_tokens > 0.95 * common
+    scheduler.check()
 
 
 def test_rows_of_the_oldest_stream_go_first_and_in_a_stream_the_longest() -> None:

@@ -59,7 +59,7 @@ def _turn(
     engine._scheduler.check()
     assert len(got) == rows
     seconds = time.perf_counter() - started
-    gauges = {name: engine.stats.gauges[name] for name in ("preemptions", "shared_prompt_tokens")}
+    gauges = {"preemptions": engine.stats.gauges["preemptions"], "shared_tokens": engine.stats.shared_tokens}
     assert most >= at_once
     print(f"{rows} rows, {seconds:.1f} s, {dict(reasons)}, at most {most} at once, {gauges}", flush=True)
     return got
@@ -75,7 +75,7 @@ def test_every_row_comes_back_whole_and_the_same_twice() -> None:
     turns = [_turn(engine, 20_000, shift, at_once=1000) for shift in (0, 1, 0)]
     assert all(len(tokens) == NEW for turn in turns for tokens in turn.values())
     assert _equal(turns[0], turns[2]) >= 0.999
-    assert engine.stats.gauges["shared_prompt_tokens"] > 0
+    assert engine.stats.shared_tokens > 0
 
 
 def test_a_pool_too_small_for_the_rows_at_once_preempts_and_loses_none() -> None:

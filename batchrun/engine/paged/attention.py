@@ -58,14 +58,15 @@ class KVCache:
         shape = (len(self.layers), 2, pages, self.page_size, layer.kv_heads, layer.head_dim)
         self.memory = torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def copy_pages(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
-        """The first `tokens` tokens of each source page, in all layers, to its target page."""
+    def copy_pages(self, sources: Tensor, targets: Tensor, tokens: Tensor) -> None:
+        """The first so many `tokens` of each source page, in all layers, to its target page: (copies,) int64 each."""
         if devices.is_gpu(self.memory.device):
             from batchrun.engine.paged import kernels
 
             kernels.copy_pages(self.memory.flatten(4).flatten(0, 1), sources, targets, tokens)
         else:
-            self.memory[:, :, targets, :tokens] = self.memory[:, :, sources, :tokens]
+            most = int(tokens.max())
+            self.memory[:, :, targets, :most] = self.memory[:, :, sources, :most]
 
 
 @contextmanager

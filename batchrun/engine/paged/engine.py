@@ -317,6 +317,7 @@ class PagedEngine:
         stats.batches = runner.launches
         stats.steps = runner.launches
         stats.prompt_tokens = scheduler.prompt_tokens - scheduler.shared_tokens
+        stats.shared_tokens = scheduler.shared_tokens
         prompt_tokens, output_tokens = scheduler.active_tokens
         stats.gauges |= {
             "active_rows": scheduler.active,
@@ -326,7 +327,6 @@ class PagedEngine:
             "pages": scheduler.pool.num_pages,
             "pages_free": scheduler.pool.available,
             "preemptions": scheduler.preemptions,
-            "shared_prompt_tokens": scheduler.shared_tokens,
         }
 
 

@@ -50,29 +50,31 @@ def write_kv_cache(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["sources", "targets"])
+@triton.jit(do_not_specialize_on_alignment=["sources", "targets", "tokens"])
 def _copy_pages(
-    memory, sources, targets, pages, tokens, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr
+    memory, sources, targets, tokens, pages, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
     plane = tl.program_id(1).to(tl.int64) * pages
     source = (plane + tl.load(sources + tl.program_id(0))) * PAGE_SIZE * WIDTH
     target = (plane + tl.load(targets + tl.program_id(0))) * PAGE_SIZE * WIDTH
-    for start in range(0, tokens * WIDTH, BLOCK):
+    size = tl.load(tokens + tl.program_id(0)).to(tl.int32) * WIDTH
+    for start in range(0, size, BLOCK):
         offset = start + tl.arange(0, BLOCK)
-        mask = offset < tokens * WIDTH
+        mask = offset < size
         tl.store(memory + target + offset, tl.load(memory + source + offset, mask=mask), mask=mask)
 
 
-def copy_pages(memory: Tensor, sources: Tensor, targets: Tensor, tokens: int) -> None:
-    """The first `tokens` tokens of each source page, in all planes, to its target page; needs no memory besides.
+def copy_pages(memory: Tensor, sources: Tensor, targets: Tensor, tokens: Tensor) -> None:
+    """The first tokens of each source page, in all planes, to its target page; needs no memory besides.
 
     Args:
         memory: (planes, pages, page size, numbers), contiguous.
         sources, targets: (copies,) int64; no target is a source.
+        tokens: (copies,) int64, how many of each.
     """
     planes, pages, page_size, width = memory.shape
     _copy_pages[(len(sources), planes)](
-        memory, sources, targets, pages, tokens, WIDTH=width, PAGE_SIZE=page_size, BLOCK=4096, num_warps=8
+        memory, sources, targets, tokens, pages, WIDTH=width, PAGE_SIZE=page_size, BLOCK=4096, num_warps=8
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Iterable
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 
+from batchrun.engine.paged.prefix_tree import common_prefix
 from batchrun.engine.protocol import TokenIds
 
 NULL_PAGE = 0
@@ -17,7 +19,6 @@ NULL_PAGE = 0
 MIN_COPIED_TOKENS = 16
 """Tokens. Computing fewer again costs less than a copy and a prefill batch cut short."""
 
-_MAX_PARTIAL_PAGES = 4
 _ROOT_HASH = b""
 
 
@@ -49,10 +50,9 @@ class PagePool:
         self._ref_counts = [0] * pages
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._full_pages: dict[bytes, int] = {}
-        self._partial_pages: dict[bytes, deque[tuple[int, TokenIds]]] = {}
         self._page_hash: dict[int, bytes] = {}
-        self._parent_hash: dict[int, bytes] = {}
-        self._pending: dict[bytes, tuple[int, TokenIds]] = {}
+        self._copyable = _Tails()
+        self._pending = _Tails()
         self.copy_sources: list[int] = []
 
     @property
@@ -101,7 +101,7 @@ class PagePool:
         for page in reversed(list(pages)):
             self._ref_counts[page] -= 1
             if self._ref_counts[page] == 0:
-                if page in self._page_hash or page in self._parent_hash:
+                if page in self._page_hash or page in self._copyable:
                     self._evictable[page] = None
                 else:
                     self._free_pages.append(page)
@@ -119,15 +119,9 @@ class PagePool:
             prefix_hash = page_hash
         # One token short of a page: a copy that filled it would leave the sequence's first own token on the next one.
         rest = tokens[len(pages) * size : min((len(pages) + 1) * size - 1, most)]
-        copied, copy_from = 0, NULL_PAGE
-        for page, held in self._partial_pages.get(prefix_hash, ()):
-            common = _common_prefix(rest, held)
-            if common > copied:
-                copied, copy_from = common, page
-        if (
-            prefix_hash in self._pending
-            and _common_prefix(rest, self._pending[prefix_hash][1]) >= copied + MIN_COPIED_TOKENS
-        ):
+        copied, copy_from = self._copyable.nearest(prefix_hash, rest)
+        pending, _ = self._pending.nearest(prefix_hash, rest)
+        if pending >= copied + MIN_COPIED_TOKENS:
             return PrefixMatch(tuple(pages), wait=True)
         if copied < MIN_COPIED_TOKENS:
             copied, copy_from = 0, NULL_PAGE
@@ -144,8 +138,8 @@ class PagePool:
         for number in range(self.pages_for(stop)):
             page = pages[number]
             begin, end = number * size, min((number + 1) * size, stop)
-            if end > start and prefix_hash not in self._pending and page not in self._parent_hash:
-                self._pending[prefix_hash] = (page, tokens[begin:end].copy())
+            if end > start and page not in self._copyable:
+                self._pending.add(prefix_hash, page, tokens[begin:end])
             if end - begin < size:
                 break
             prefix_hash = self._hash_page(prefix_hash, tokens, number)
@@ -154,17 +148,10 @@ class PagePool:
 
     def launched(self) -> None:
         """The prefill batch was handed to the device: its pages can be copied from, its copies have been made."""
-        for parent_hash, (page, tokens) in self._pending.items():
-            if self._ref_counts[page] == 0 or page in self._parent_hash:
-                continue
-            partial_pages = self._partial_pages.setdefault(parent_hash, deque())
-            partial_pages.append((page, tokens))
-            self._parent_hash[page] = parent_hash
-            if len(partial_pages) > _MAX_PARTIAL_PAGES:
-                oldest, _ = partial_pages.popleft()
-                del self._parent_hash[oldest]
-                self._free_if_uncached(oldest)
-        self._pending.clear()
+        for page in self._pending:
+            if self._ref_counts[page]:
+                self._copyable.take(page, self._pending)
+        self._pending = _Tails()
         self.free(self.copy_sources)
         self.copy_sources.clear()
 
@@ -172,9 +159,7 @@ class PagePool:
         """What was said of these pages, which are held, is not so: nobody may share or copy them."""
         for page in pages:
             self._invalidate(page)
-        self._pending = {
-            parent_hash: entry for parent_hash, entry in self._pending.items() if entry[0] not in set(pages)
-        }
+            self._pending.remove(page)
 
     def check(self, holdings: Iterable[list[int]]) -> None:
         """Raises AssertionError unless every page is free, evictable or held by exactly the given page lists."""
@@ -198,21 +183,54 @@ class PagePool:
         page_hash = self._page_hash.pop(page, None)
         if page_hash is not None:
             del self._full_pages[page_hash]
-        parent_hash = self._parent_hash.pop(page, None)
-        if parent_hash is not None:
-            partial_pages = self._partial_pages[parent_hash]
-            self._partial_pages[parent_hash] = deque(tail for tail in partial_pages if tail[0] != page)
-            if not self._partial_pages[parent_hash]:
-                del self._partial_pages[parent_hash]
-
-    def _free_if_uncached(self, page: int) -> None:
-        if page in self._evictable and page not in self._page_hash:
-            del self._evictable[page]
-            self._free_pages.append(page)
+        self._copyable.remove(page)
 
 
-def _common_prefix(a: TokenIds, b: TokenIds) -> int:
-    """How many leading tokens are equal."""
-    shorter = min(len(a), len(b))
-    different = np.flatnonzero(a[:shorter] != b[:shorter])
-    return int(different[0]) if len(different) else shorter
+class _Tails:
+    """Pages that hold some tokens behind a prefix, by that prefix and in the order of those tokens.
+
+    Of tokens in order, those with most in common stand side by side.
+    """
+
+    def __init__(self) -> None:
+        self._pages: dict[bytes, list[tuple[bytes, int]]] = {}
+        self._entries: dict[int, tuple[bytes, bytes]] = {}
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._entries
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
+    def add(self, prefix_hash: bytes, page: int, tokens: TokenIds) -> None:
+        """The page, which is not there yet, holds these tokens behind the prefix."""
+        self._insert(page, prefix_hash, tokens.tobytes())
+
+    def take(self, page: int, other: _Tails) -> None:
+        """The page, which is not there yet, holds what it holds in the other ones."""
+        self._insert(page, *other._entries[page])
+
+    def remove(self, page: int) -> None:
+        """The page holds nothing any more, if it did."""
+        if page not in self._entries:
+            return
+        prefix_hash, tail = self._entries.pop(page)
+        pages = self._pages[prefix_hash]
+        del pages[bisect_left(pages, (tail, page))]
+        if not pages:
+            del self._pages[prefix_hash]
+
+    def nearest(self, prefix_hash: bytes, tokens: TokenIds) -> tuple[int, int]:
+        """How many of the tokens behind the prefix a page holds at most, and which; 0 and NULL_PAGE without any."""
+        best = (0, NULL_PAGE)
+        if pages := self._pages.get(prefix_hash):
+            place = bisect_left(pages, (tokens.tobytes(), 0))
+            for tail, page in pages[max(0, place - 1) : place + 1]:
+                common = common_prefix(tokens, np.frombuffer(tail, np.int32))
+                if common > best[0]:
+                    best = (common, page)
+        return best
+
+    def _insert(self, page: int, prefix_hash: bytes, tail: bytes) -> None:
+        insort(self._pages.setdefault(prefix_hash, []), (tail, page))
+        self._entries[page] = (prefix_hash, tail)

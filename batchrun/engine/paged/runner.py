@@ -107,7 +107,7 @@ class Runner:
             self.cache.copy_pages(
                 self._to_device([s.copy_from for s in copies], np.int64),
                 self._to_device([s.copy_to for s in copies], np.int64),
-                max(s.copied for s in copies),
+                self._to_device([s.copied for s in copies], np.int64),
             )
         query_lens = [s.stop - s.start for s in chunks]
         # Padding, up to one of few numbers of tokens, belongs to a sequence of its own on the null page.
