@@ -19,6 +19,7 @@ from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine, unsupported
 from batchrun.engine.paged.architecture import Unsupported, attention_layers
 from batchrun.engine.paged.compiling import compile_layers
+from batchrun.engine.paged.engine import PREFILLS_AHEAD
 from batchrun.engine.paged.page_pool import PagePool, PrefixMatch
 from batchrun.engine.paged.projections import fuse_projections
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
@@ -186,7 +187,7 @@ def test_answers_are_the_same_as_without_sharing_whatever_prompts_have_in_common
         return _tokens(_run(engine, requests)), engine.stats.shared_tokens
 
     shared = {size: run(size, tokens) for size, tokens in ((32, 1024), (256, 3000))}
-    monkeypatch.setattr(PagePool, "match_prefix", lambda pool, tokens: PrefixMatch())
+    monkeypatch.setattr(PagePool, "match_prefix", lambda pool, tokens, computed=0: PrefixMatch())
     apart, none = run(32, 1024)
     assert none == 0
     for answers, tokens in shared.values():
@@ -422,7 +423,7 @@ def test_rows_that_are_finished_do_not_wait_until_all_prompts_are_launched(folde
     prompt = np.arange(3, 19, dtype=np.int32)
     rows = engine.generate(Request(number, prompt + number, 1) for number in range(8))
     next(rows)
-    assert engine._runner.launches <= 2
+    assert engine._runner.launches <= PREFILLS_AHEAD + 1
     assert len([*rows]) == 7
 
 

@@ -45,12 +45,13 @@ class Partition:
         assert self.attempt.open() is None
         self.counters = AttemptCounters(run="run", partition=0)
         texts: Any = SimpleNamespace(
-            builder=SimpleNamespace(columns=["text"], prompts=self._prompts),
+            builder=SimpleNamespace(columns=["text"], prompts=self._prompts, is_scored=False),
             detokenizer=SimpleNamespace(
-                decode=lambda found: [str(ids[0]) if len(ids) else "" for ids in found]
+                decode=lambda found, stops: [str(ids[0]) if len(ids) else "" for ids in found]
             ),
             reasoning=None,
             answers=None,
+            engine=SimpleNamespace(sampling=sampling),
         )
         self.generation = Generation(
             self._read, self.attempt, texts, 4, self.counters, np.ones(len(prompts), bool),

@@ -44,7 +44,9 @@ def generate(one: Attempt, engine: Any) -> AttemptCounters:
     records = pa.RecordBatch.from_pydict({"text": ["x"] * ROWS})
     texts: Any = SimpleNamespace(
         builder=SimpleNamespace(
-            columns=["text"], prompts=lambda batch: [Prompt(ids, False)] * batch.num_rows
+            columns=["text"],
+            prompts=lambda batch: [Prompt(ids, False)] * batch.num_rows,
+            is_scored=False,
         ),
         detokenizer=SimpleNamespace(decode=lambda found, stops: ["abc"] * len(found)),
         reasoning=None,

@@ -69,7 +69,9 @@ def run(one: Attempt, engine: Engine, own: RowSettings | None = None) -> Generat
     prompts = [Prompt(rng.integers(3, 200, 5 + i).astype(np.int32), False, own) for i in range(ROWS)]
     codec: Any = SimpleNamespace(
         builder=SimpleNamespace(
-            columns=["n"], prompts=lambda batch: [prompts[i] for i in batch["n"].to_pylist()]
+            columns=["n"],
+            prompts=lambda batch: [prompts[i] for i in batch["n"].to_pylist()],
+            is_scored=False,
         ),
         detokenizer=SimpleNamespace(decode=lambda found, stops: [" ".join(map(str, ids)) for ids in found]),
         reasoning=None,

@@ -15,7 +15,7 @@ from parts import attempt, faulty_folder, layout
 from batchrun.counters import Counters
 from batchrun.dataset.reader import RowBatch
 from batchrun.driver import heartbeats
-from batchrun.engine.protocol import Completion, Request
+from batchrun.engine.protocol import Completion, Request, Sampling
 from batchrun.errors import FaultCode, RowFault
 from batchrun.prompt.renderer import RENDERER, Renderer
 from batchrun.worker import generation
@@ -63,7 +63,10 @@ class SlowRun:
         place, _ = faulty_folder()
         one = attempt(place, layout(1), 0, ROWS, "a")
         assert one.open() is None
-        codec: Any = SimpleNamespace(builder=SimpleNamespace(columns=["n"], prompts=self.prompts))
+        codec: Any = SimpleNamespace(
+            builder=SimpleNamespace(columns=["n"], prompts=self.prompts, is_scored=False),
+            engine=SimpleNamespace(sampling=Sampling()),
+        )
         engine: Any = self
 
         def read(columns: Sequence[str]) -> Iterator[RowBatch]:
