@@ -69,9 +69,10 @@ def make_job(folder: Path, args: argparse.Namespace) -> int:
         # In a process of its own: whoever measures must not hold a CUDA context.
         subprocess.run([sys.executable, "-c", MAKE_MODEL, str(folder / "model"), args.shape], check=True)
     if not (rows := folder / "rows.parquet").exists():
-        table = pq.read_table(args.rows, columns=[args.column])
-        texts = pa.concat_tables([table] * args.copies).rename_columns(["text"])
-        pq.write_table(texts, rows, row_group_size=65_536)
+        texts = pq.read_table(args.rows, columns=[args.column])[args.column].to_pylist()
+        # Rows that were the same would be generated once.
+        copies = [f"{copy} {text}" for copy in range(args.copies) for text in texts]
+        pq.write_table(pa.table({"text": copies}), rows, row_group_size=65_536)
     job = {
         "input": {"path": "rows.parquet"},
         "prompt": {"template": "Describe: {{ text }}", "truncate": "right"},
