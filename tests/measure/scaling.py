@@ -55,12 +55,14 @@ def main() -> None:
             run(folder, "warm-up", visible()[:1], limit=min(rows, WARM_UP_ROWS))
         print(f"{rows:,} rows, {gpu_name()}, {os.cpu_count()} CPU cores", flush=True)
         print(HEAD, flush=True)
-        alone = None
+        known = folder / "figures.json"
+        found = json.loads(known.read_text()) if known.exists() else {}
         for count in args.gpus:
-            figures = run(folder, f"out-{count}", visible()[:count])
-            alone = alone or (count, figures)
-            print(line(count, figures, rows, alone), flush=True)
-            print(f"      {json.dumps(figures['milestones'])}", flush=True)
+            found[str(count)] = run(folder, f"out-{count}", visible()[:count])
+            known.write_text(json.dumps(found))
+            fewest = min(found, key=int)
+            print(line(count, found[str(count)], rows, (int(fewest), found[fewest])), flush=True)
+            print(f"      {json.dumps(found[str(count)]['milestones'])}", flush=True)
 
 
 def make_job(folder: Path, args: argparse.Namespace) -> int:
