@@ -24,7 +24,7 @@ def test_kills_and_stops_at_any_moment_leave_what_the_documentation_promises(tmp
         "--seed",
         seed,
         "--kills",
-        "3",
+        "2",
         "--signals",
         "1",
         "--rows",

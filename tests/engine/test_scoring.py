@@ -103,7 +103,7 @@ def test_prompts_in_pieces_shared_pages_and_small_pools_change_no_score(options:
     for _ in range(2):  # the second time the pool holds every prompt
         _check(_run(engine, _requests()), _requests())
         engine._scheduler.check()
-    assert engine.stats.gauges["shared_prompt_tokens"] > 0
+    assert engine.stats.shared_tokens > 0
     assert engine.stats.output_tokens == 0
 
 
@@ -121,7 +121,7 @@ def test_rows_that_share_a_prompt_compute_it_once() -> None:
     ]
     engine = _engine("paged")
     _check(_run(engine, requests), requests)
-    assert engine.stats.gauges["shared_prompt_tokens"] >= 2 * 64
+    assert engine.stats.shared_tokens >= 2 * 64
 
 
 @pytest.mark.parametrize("kind", ["padded", "paged"])

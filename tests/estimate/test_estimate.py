@@ -148,7 +148,7 @@ def test_a_trial_tells_the_whole_jobs_time_within_15_per_cent(median, spread_, m
         deque(engine.generate(iter(whole[start : start + 8192])), maxlen=0)
     truth = clock.now
     drawn = rng.choice(40_000, 8192, replace=False).tolist()
-    seen = trial._batches(engine, [whole[i] for i in drawn], BUDGET, truth / 25, Counter())
+    seen = trial._batches(engine, [whole[i] for i in drawn], BUDGET, truth / 25, 1, Counter())
     assert sum(o.seconds for o in seen) < truth / 10, "a trial is short"
     known = Throughput("trial", "padded", "cpu", seen, True)
     about = estimate(known, lengths[drawn], np.arange(8192) // 80, 40_000, new_tokens, 1, 1)
@@ -171,7 +171,7 @@ def test_an_engine_without_batches_is_told_by_what_a_longer_stream_adds(monkeypa
     prompts = prompts_of(np.full(4000, 50), np.random.default_rng(0))
     requests = [Request(i, p, 8, i) for i, p in enumerate(prompts)]
     endings: Counter[str] = Counter()
-    (seen,) = trial._streams(Ramped(), requests, 60, endings)
+    (seen,) = trial._streams(Ramped(), requests, 60, 1, endings)
     assert endings.keys() == {"length"}
     assert seen.seconds / seen.rows == pytest.approx(0.18)
 

@@ -112,7 +112,11 @@ def test_what_compose_starts_works_together(
         for name, count in (("scheduler", 1), ("worker", services["worker"]["deploy"]["replicas"])):
             for _ in range(count):
                 fleet.start(name, here(services[name]["command"]))
-        small = ["--set=engine.kind=batchrun.engine.instant:InstantEngine", "--set=input.limit=600"]
+        small = [
+            "--set=engine.kind=batchrun.engine.instant:InstantEngine",
+            "--set=answer={}",
+            "--set=input.limit=600",
+        ]
         ran = subprocess.run(
             here([*services["job"]["command"], *small]),
             capture_output=True,

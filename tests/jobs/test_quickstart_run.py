@@ -22,11 +22,13 @@ sys.path.insert(0, str(QUICKSTART))
 
 import orders  # noqa: E402
 
+ROWS = 200
+
 
 @pytest.fixture(scope="module")
 def unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("orders") / "unseen.parquet"
-    pq.write_table(orders.to_table(orders.rows(orders.TEST_SEED, orders.TEST_ROWS)), path, row_group_size=64)
+    pq.write_table(orders.to_table(orders.rows(orders.TEST_SEED, ROWS)), path, row_group_size=64)
     return path
 
 
@@ -52,7 +54,7 @@ def test_a_stopped_and_resumed_run_reads_97_of_100_orders_right_in_every_field(
     with pytest.raises(Interrupted):
         batchrun.run(small_batches, client=cluster, stop=stop, on_progress=on_progress)
     result = batchrun.run(small_batches, client=cluster)
-    assert 0 < result.requests < orders.TEST_ROWS, "what was staged is not generated again"
+    assert 0 < result.requests < ROWS, "what was staged is not generated again"
     table = answers(tmp_path)
     assert table["expected"].equals(pq.read_table(unseen)["expected"]), "in the input's order"
     assert set(table["finish_reason"].to_pylist()) == {"stop"}
