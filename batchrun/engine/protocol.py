@@ -166,7 +166,6 @@ class EngineSpec:
     model_path: str
     tokenizer_path: str
     dtype: str = "auto"
-    quantization: str | None = None
     device: str = "cpu"
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -175,6 +174,7 @@ class EngineSpec:
     max_context: int = 4096
     options: dict[str, object] = field(default_factory=dict)
     answers: TokenTables | None = None
+    quantization: str | None = None
 
 
 @dataclass(slots=True)

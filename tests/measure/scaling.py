@@ -149,7 +149,11 @@ def watch(process: subprocess.Popen[Any], gpus: list[str], samples: Samples) -> 
 
 def children_memory(driver: psutil.Process) -> int:
     total = 0
-    for child in driver.children(recursive=True):
+    try:
+        children = driver.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return 0
+    for child in children:
         try:
             total += child.memory_info().rss
         except psutil.Error:
