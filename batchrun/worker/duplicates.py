@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import fields, replace
+from functools import lru_cache
 from hashlib import blake2b
+from operator import attrgetter
 
 import numpy as np
 
-from batchrun.engine.protocol import Completion, Request, Sampling
+from batchrun.engine.protocol import Completion, Request, Sampling, TokenValues
 
 # Answers that a worker remembers from partition to partition, and what one takes besides its tokens. The oldest ones
 # that nobody asked for since are forgotten first.
@@ -18,7 +20,7 @@ REMEMBERED_BYTES, ANSWER_BYTES = 64 << 20, 300
 
 # Fields of a request that do not decide its answer. All others do, whatever they are; `row_seed` where it is sampled.
 _NOT_DECIDING = {"id", "token_ids", "row_seed", "generated", "values", "cancelled", "stream"}
-_DECIDING = tuple(field.name for field in fields(Request) if field.name not in _NOT_DECIDING)
+_deciding = attrgetter(*(field.name for field in fields(Request) if field.name not in _NOT_DECIDING))
 
 
 class KnownAnswers:
@@ -32,15 +34,19 @@ class KnownAnswers:
         # Grows whenever a claim ends.
         self.changes = 0
         self._lock = threading.Lock()
-        self._answers: OrderedDict[bytes, Completion] = OrderedDict()
+        # Token ids as bytes, finish reason, values: of hundreds of thousands of answers nothing that the garbage
+        # collector would go through.
+        self._answers: OrderedDict[bytes, tuple[bytes, str, TokenValues | None]] = OrderedDict()
         self._claims: dict[bytes, object] = {}
 
     def find(self, key: bytes) -> Completion | None:
         """The answer, if it is there and was not forgotten."""
         with self._lock:
-            if key in self._answers:
-                self._answers.move_to_end(key)
-            return self._answers.get(key)
+            if key not in self._answers:
+                return None
+            self._answers.move_to_end(key)
+            token_ids, finish_reason, values = self._answers[key]
+        return Completion(0, np.frombuffer(token_ids, np.int32), finish_reason, values=values or {})
 
     def claim(self, key: bytes, owner: object) -> bool:
         """Whether this owner is to generate the answer: nobody else is at it."""
@@ -50,15 +56,14 @@ class KnownAnswers:
     def tell(self, key: bytes, completion: Completion) -> None:
         """The answer, whose claim ends; a fault is nobody else's."""
         # Copies: what comes from an engine are views of packs.
-        values = {name: column.copy() for name, column in completion.values.items()}
-        kept = replace(completion, token_ids=completion.token_ids.copy(), values=values)
+        values = {name: column.copy() for name, column in completion.values.items()} or None
         with self._lock:
             self._claims.pop(key, None)
             self.changes += 1
             if completion.fault is not None or key in self._answers:
                 return
-            self._answers[key] = kept
-            self._bytes += _size(kept)
+            self._answers[key] = completion.token_ids.tobytes(), completion.finish_reason, values
+            self._bytes += _size(self._answers[key])
             while self._bytes > self._most_bytes:
                 self._bytes -= _size(self._answers.popitem(last=False)[1])
 
@@ -78,8 +83,9 @@ class Duplicates:
     def __init__(self, known: KnownAnswers, sampling: Sampling, is_merging_samples: bool) -> None:
         self._known = known
         self._sampling, self._is_merging_samples = sampling, is_merging_samples
-        # By key: rows that get a copy. Those without a request wait for a row of their own partition.
-        self._waiting: dict[bytes, list[int]] = {}
+        # By key: rows that get a copy, None where there are none yet. Those without a request wait for a row of their
+        # own partition.
+        self._waiting: dict[bytes, list[int] | None] = {}
         self._elsewhere: dict[bytes, Request] = {}
         self._keys: dict[int, bytes] = {}
         self._looked = -1
@@ -89,11 +95,14 @@ class Duplicates:
         """Whether the request is to be generated. Its row's copy comes with `take` otherwise."""
         key = self._key(request)
         if key in self._waiting:
-            self._waiting[key].append(request.id)
+            if (rows := self._waiting[key]) is None:
+                self._waiting[key] = [request.id]
+            else:
+                rows.append(request.id)
         elif (answer := self._known.find(key)) is not None:
             self._copies.append(replace(answer, id=request.id))
         elif self._known.claim(key, self):
-            self._keys[request.id], self._waiting[key] = key, []
+            self._keys[request.id], self._waiting[key] = key, None
             return True
         else:
             self._waiting[key], self._elsewhere[key] = [request.id], request
@@ -113,10 +122,11 @@ class Duplicates:
         for key, request in list(self._elsewhere.items()):
             if (answer := self._known.find(key)) is not None:
                 del self._elsewhere[key]
-                self._copies += (replace(answer, id=row) for row in self._waiting.pop(key))
+                self._copies += (replace(answer, id=row) for row in self._waiting.pop(key) or ())
             elif self._known.claim(key, self):
                 del self._elsewhere[key]
-                self._waiting[key].remove(request.id)
+                # The one that waited first, with this request.
+                self._waiting[key] = (self._waiting[key] or [])[1:] or None
                 self._keys[request.id] = key
                 yield request
 
@@ -125,7 +135,7 @@ class Duplicates:
         key = self._keys.pop(completion.id, None)
         if key is not None:
             self._known.tell(key, completion)
-            self._copies += (replace(completion, id=row) for row in self._waiting.pop(key))
+            self._copies += (replace(completion, id=row) for row in self._waiting.pop(key) or ())
 
     def take(self) -> list[Completion]:
         """The copies since the last call."""
@@ -139,16 +149,20 @@ class Duplicates:
     def _key(self, request: Request) -> bytes:
         """A digest of all that decides the answer."""
         digest = blake2b(request.token_ids.tobytes(), digest_size=16)
-        for name in _DECIDING:
-            value = getattr(request, name)
-            digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-            digest.update(b"\0")
+        digest.update(_written(_deciding(request)))
         sampling = request.sampling or self._sampling
         if sampling.temperature > 0 and not self._is_merging_samples:
             digest.update(repr(request.row_seed).encode())
         return digest.digest()
 
 
-def _size(completion: Completion) -> int:
-    columns = completion.values.values()
-    return ANSWER_BYTES + completion.token_ids.nbytes + sum(column.nbytes for column in columns)
+def _size(answer: tuple[bytes, str, TokenValues | None]) -> int:
+    token_ids, _, values = answer
+    columns = sum([column.nbytes for column in values.values()]) if values else 0
+    return ANSWER_BYTES + len(token_ids) + columns
+
+
+@lru_cache(maxsize=1024)
+def _written(values: Hashable) -> bytes:
+    """What most requests of a job have in common, written once."""
+    return repr(values).encode()
