@@ -60,34 +60,6 @@ class RowSettingsReader:
         )
 
 
-def _tokens(value: Any) -> int:
-    number = _whole(value)
-    if number < 1:
-        raise ValueError("must be at least 1")
-    return number
-
-
-def _seed(value: Any) -> int:
-    number = _whole(value)
-    if not -(1 << 63) <= number < 1 << 63:
-        raise ValueError("must be a signed 64-bit number")
-    return number
-
-
-def _temperature(value: Any) -> float:
-    number = _finite(value)
-    if number < 0:
-        raise ValueError("must be at least 0")
-    return number
-
-
-def _top_p(value: Any) -> float:
-    number = _finite(value)
-    if not 0 < number <= 1:
-        raise ValueError("must be above 0 and at most 1")
-    return number
-
-
 def _stop(value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value)
     if not all(isinstance(text, str) for text in texts):
@@ -110,11 +82,23 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
+def _bounded(read: Callable[[Any], Any], fits: Callable[[Any], bool], must: str) -> Callable[[Any], Any]:
+    """Reads a number, which must fit."""
+
+    def number(value: Any) -> Any:
+        found = read(value)
+        if not fits(found):
+            raise ValueError(must)
+        return found
+
+    return number
+
+
 _READ: dict[str, Callable[[Any], Any]] = {
-    "max_new_tokens": _tokens,
-    "temperature": _temperature,
-    "top_p": _top_p,
-    "seed": _seed,
+    "max_new_tokens": _bounded(_whole, lambda n: n >= 1, "must be at least 1"),
+    "temperature": _bounded(_finite, lambda n: n >= 0, "must be at least 0"),
+    "top_p": _bounded(_finite, lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
+    "seed": _bounded(_whole, lambda n: -(1 << 63) <= n < 1 << 63, "must be a signed 64-bit number"),
     "stop": _stop,
 }
 

@@ -201,10 +201,9 @@ class Generation:
 
     def _requests_of(self, row: int, prompt: Prompt, seed: int) -> list[Request]:
         """One for each of the row's samples, going on where an earlier attempt left it."""
-        requests = []
+        requests, sampling = [], self._codec.engine.sampling
         for sample in range(self._samples):
             number = row * self._samples + sample
-            sampling = self._codec.engine.sampling
             request = request_of(number, prompt, seed, self._max_new_tokens, sampling, sample)
             begun = self._begun_before(number, len(prompt.token_ids), request.max_new_tokens)
             request.generated, request.values = begun.tokens, begun.values
