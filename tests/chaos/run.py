@@ -160,7 +160,8 @@ class Run:
                 self.command.interrupt()
                 # Sooner, it is taken for one.
                 time.sleep(0.6 + strike.choice)
-                with suppress(ProcessLookupError):
+                # It may have ended since, and its terminal with it.
+                with suppress(OSError):
                     self.command.interrupt()
 
     def cost(self, strike: Strike) -> int:

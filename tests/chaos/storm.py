@@ -27,7 +27,7 @@ from .schedule import Event, events
 ROWS, PART_ROWS, WORKERS = 800, 20, 2
 DELAY = 0.06  # seconds that an engine takes over a row
 STORM = 300.0  # seconds at most; it ends earlier when the job comes through, or after
-LEAST, ENOUGH = 75.0, 120  # so many seconds, if there were so many faults by then
+LEAST, ENOUGH = 40.0, 100  # so many seconds, if there were so many faults by then
 STARTING = 0.25  # how fast the clock of events goes while no engine works: also what only starts is hit
 CALM = 240.0  # seconds in which a run without faults must have ended
 PAUSE = TTL + 4.0

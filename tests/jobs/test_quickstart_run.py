@@ -22,18 +22,18 @@ sys.path.insert(0, str(QUICKSTART))
 
 import orders  # noqa: E402
 
-ROWS = 200
+ROWS = 100
 
 
 @pytest.fixture(scope="module")
 def unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("orders") / "unseen.parquet"
-    pq.write_table(orders.to_table(orders.rows(orders.TEST_SEED, ROWS)), path, row_group_size=64)
+    pq.write_table(orders.to_table(orders.rows(orders.TEST_SEED, ROWS)), path, row_group_size=32)
     return path
 
 
 def job(path: Path, output: Path, *overrides: str) -> Job:
-    own = [f"input.path={path}", f"output.path={output}", "output.rows_per_part=100", "output.flush_rows=16"]
+    own = [f"input.path={path}", f"output.path={output}", "output.rows_per_part=50", "output.flush_rows=16"]
     return Job.load(QUICKSTART / "job.yaml", [*own, *overrides])
 
 
@@ -68,7 +68,7 @@ def test_the_paged_engine_gives_the_padded_engines_answers(
     unseen: Path, tmp_path: Path, cluster: Client
 ) -> None:
     for kind in ("padded", "paged"):
-        own = [f"engine.kind={kind}", "input.limit=48", "answer={}"]
+        own = [f"engine.kind={kind}", "input.limit=24", "answer={}"]
         batchrun.run(job(unseen, tmp_path / kind, *own), client=cluster)
     padded, paged = answers(tmp_path / "padded"), answers(tmp_path / "paged")
     assert padded.equals(paged)
