@@ -221,6 +221,12 @@ def bench(
         str, typer.Option(help="a known shape (qwen3-0.6b, llama-8b, tiny) or a folder")
     ] = "tiny",
     workload: Annotated[str, typer.Option(help="summarise, extract, write, chat or long")] = "extract",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="tokens in and out of every row, instead of a workload: 1000/200", show_default="none"
+        ),
+    ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="rows to run", show_default="1000 on a GPU, 100 on a CPU")
     ] = None,
@@ -242,7 +248,7 @@ def bench(
         from batchrun.commands import bench as benchmark
 
         if job_file is None:
-            results = benchmark.bench(model, workload, rows, engines, quantization=quantization)
+            results = benchmark.bench(model, shape or workload, rows, engines, quantization=quantization)
         else:
             results = benchmark.bench_job(_load(job_file, overrides, reply), rows, engines)
         values = [asdict(result) for result in results]

@@ -107,7 +107,7 @@ def bench(
 
     Args:
         model: a name of SHAPES, or a local folder with a config.json (its weights are not read).
-        workload: a name of WORKLOADS (then `rows` and `seed` count), or rows of a job.
+        workload: a name of WORKLOADS or a shape (then `rows` and `seed` count), or rows of a job.
         engines: kinds, as in the job file; by default all on a GPU, and on a CPU the padded one, since the paged
             one is several times slower there.
         device: a GPU where there is one, by default.

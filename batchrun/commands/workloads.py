@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -42,10 +43,22 @@ class Workload:
 
     @classmethod
     def named(cls, name: str, rows: int, vocabulary: int, seed: int = 0) -> Self:
-        """One of WORKLOADS: skewed lengths (log-normal), the same ones for the same seed on every machine."""
-        if name not in _LENGTHS:
-            raise JobError(f"no workload {name!r}", "bench", f"use {', '.join(WORKLOADS)}")
-        prompt, new, common = _LENGTHS[name]
+        """One of WORKLOADS, in skewed lengths (log-normal), or a shape such as "1000/200": so many tokens in and out
+        of every row. The same rows for the same seed on every machine.
+
+        Raises:
+            JobError: neither.
+        """
+        if name in _LENGTHS:
+            prompt, new, common = _LENGTHS[name]
+        elif shape := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", name):
+            (prompt, new), common = [(_all_of(int(length)),) for length in shape.groups()], 0
+        else:
+            raise JobError(
+                f"no workload {name!r}",
+                "bench",
+                f"use {', '.join(WORKLOADS)}, or a shape such as 1000/200: tokens of each prompt and answer",
+            )
         rng = np.random.default_rng(seed)
         prompt_lengths, new_lengths = _skewed(rng, rows, *prompt), _skewed(rng, rows, *new)
         lowest, highest = min(1000, vocabulary // 4), vocabulary - min(2000, vocabulary // 4)
@@ -76,6 +89,10 @@ class Workload:
             (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
             min(len(first), len(last)),
         )
+
+
+def _all_of(length: int) -> _Lengths:
+    return length, 0.0, length, length
 
 
 def _skewed(rng: np.random.Generator, count: int, *kinds: Any) -> list[int]:

@@ -44,7 +44,19 @@ def test_a_named_workload_is_the_same_for_the_same_seed(name: str) -> None:
     assert max(len(p) + n for p, n in zip(first.prompts, first.new_tokens, strict=True)) == first.longest
 
 
+def test_a_shape_has_the_same_lengths_in_every_row_and_shares_nothing() -> None:
+    workload = Workload.named("100/20", 30, 32000, seed=1)
+    assert (workload.name, workload.new_tokens) == ("100/20", [20] * 30)
+    assert {len(prompt) for prompt in workload.prompts} == {100}
+    assert len({prompt[0] for prompt in workload.prompts}) > 25
+    (result,) = bench("tiny", "6/3", rows=5, device="cpu")
+    assert (result.workload, result.prompt_tokens, result.output_tokens) == ("6/3", 30, 15)
+
+
 def test_what_cannot_be_measured_is_named() -> None:
+    for wrong in ("0/5", "5/0", "1000", "1000/", "a/b", "1.5/2", "-3/4"):
+        with pytest.raises(JobError, match="or a shape such as 1000/200"):
+            bench("tiny", wrong, device="cpu")
     with pytest.raises(JobError, match="sumarise"):
         bench("tiny", "sumarise", device="cpu")
     with pytest.raises(JobError, match="vapour"):
