@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -77,15 +77,23 @@ def plan(
         str | None, typer.Option(metavar="TIME", help="try the engine on sampled rows for so long, e.g. 60s")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs")] = None,
+    compare: Annotated[
+        Literal["fp8"] | None,
+        typer.Option(help="with --trial: try converted weights too, and tell how far the answers agree"),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Tell how much there is, whether it will work, how long it takes and what it costs, from a sample."""
     with replying(as_json, debug) as reply:
+        if compare is not None and trial is None:
+            raise JobError(
+                "nothing to compare without a trial", "--compare", f"add --trial 60s to --compare {compare}"
+            )
         job = _load(job_file, overrides, reply)
         from batchrun.commands import plan as preview
 
-        found = preview.preview(job, None if trial is None else _seconds(trial), gpus)
+        found = preview.preview(job, None if trial is None else _seconds(trial), gpus, compare)
         reply.print(found, preview.lines(found))
 
 

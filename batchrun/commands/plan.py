@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from rich.table import Table
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.rows import carried_schema
 from batchrun.driver.prepare import Prepared, prepare
+from batchrun.errors import JobError
 from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.memory import model_memory
 from batchrun.estimate.records import device_name, model_key, recall, remember
@@ -23,6 +24,7 @@ from batchrun.job.job import Job
 from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
+from batchrun.telemetry import agreement
 from batchrun.telemetry.gpu import gpu_now, visible_gpus
 from batchrun.telemetry.progress import duration
 
@@ -34,15 +36,27 @@ SUPPOSED_MEMORY = 80 << 30  # bytes of a GPU, where this machine has none
 PROMPT_SHOWN = 400  # characters of a rendered prompt
 
 
-def preview(job: Job, trial: float | None = None, workers: int | None = None) -> dict[str, Any]:
+def preview(
+    job: Job,
+    trial: float | None = None,
+    workers: int | None = None,
+    compare: Literal["fp8"] | None = None,
+) -> dict[str, Any]:
     """Plans the job, makes prompts of a sample and tells what the rest of it takes; writes nothing into the output.
 
     Args:
         trial: seconds for a trial on the real engine, whose throughput is remembered on this machine.
         workers: GPUs to estimate for; by default those of the job's cluster or of this machine.
+        compare: what weights may be converted to: a second trial is made the other way (with it, or without where the
+            job has it), and how far the answers agree is remembered on this machine.
 
     Returns plain values; `estimate` is None where no throughput is known.
+
+    Raises:
+        JobError: nothing to compare. Refused: what a run of the job would be refused for.
     """
+    if compare is not None and job.answer.is_scored:
+        raise JobError("the job generates nothing that could differ", "plan --compare", "leave out --compare")
     started = time.monotonic()
     prepared = prepare(job)
     opening = time.monotonic() - started
@@ -58,6 +72,9 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         remember(model_key(prepared), job.engine.kind, prepared.identity.job_hash, known)
     left = _left(prepared)
     plan = prepared.plan
+    comparison = None
+    if compare is not None and trial is not None:
+        comparison = _comparison(prepared, sampled, compare, trial, left, workers)
     return {
         "output": prepared.folder.name,
         "files": len(plan.files),
@@ -80,6 +97,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
         "memory": _memory(prepared, sampled),
         "estimate": None if known is None else _estimate(known, sampled, left, job, workers).to_json(),
+        "comparison": comparison,
     }
 
 
@@ -96,7 +114,7 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
-    return shown + _memory_lines(found) + _estimate_lines(found)
+    return shown + _memory_lines(found) + _estimate_lines(found) + _comparison_lines(found)
 
 
 def _columns(prepared: Prepared) -> dict[str, str]:
@@ -146,6 +164,46 @@ def _memory_lines(found: dict[str, Any]) -> list[RenderableType]:
         f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
         + ("" if fp8 else "; products take about half as long, answers differ a little"),
     ]
+
+
+def _comparison(
+    prepared: Prepared,
+    sampled: Sample,
+    quantization: Literal["fp8"],
+    trial: float,
+    left: list[Partition],
+    workers: int | None,
+) -> dict[str, Any]:
+    """The other way's estimate, from a trial of its own, and how far its answers agree with the job's."""
+    # They import torch.
+    from batchrun.estimate.comparison import compare
+    from batchrun.estimate.trial import trial as run_trial
+
+    found = compare(prepared, sampled, quantization, trial)
+    agreement.remember(prepared.model.fingerprint, found)
+    other = quantization if prepared.job.model.quantization is None else None
+    started = time.monotonic()
+    model = prepared.job.model.model_copy(update={"quantization": other})
+    job = prepared.job.model_copy(update={"model": model})
+    again = prepare(job)
+    known, _ = run_trial(again, sampled, trial, time.monotonic() - started)
+    known = replace(known, device=device_name())
+    remember(model_key(again), job.engine.kind, again.identity.job_hash, known)
+    return {
+        "quantization": other,
+        "estimate": _estimate(known, sampled, left, job, workers).to_json(),
+        "agreement": asdict(found),
+    }
+
+
+def _comparison_lines(found: dict[str, Any]) -> list[RenderableType]:
+    comparison = found["comparison"]
+    if comparison is None:
+        return []
+    other = comparison["quantization"]
+    how = "without model.quantization" if other is None else f"with model.quantization: {other}"
+    shown: list[RenderableType] = [str(agreement.Agreement(**comparison["agreement"]))]
+    return [f"{how}, {_how_long(comparison['estimate'])}", *shown] if found["rows_left"] else shown
 
 
 def _left(prepared: Prepared) -> list[Partition]:
@@ -276,13 +334,7 @@ def _estimate_lines(found: dict[str, Any]) -> list[RenderableType]:
             "`batchrun bench` with the job file"
         ]
 
-    def spoken(figures: dict[str, float], form: Any) -> str:
-        return f"{form(figures['likely'])} ({form(figures['low'])} to {form(figures['high'])})"
-
-    workers = about["workers"]
     out = about["output_tokens"]
-    money = "" if about["cost"] is None else f", cost {spoken(about['cost'], '{:,.2f}'.format)}"
-    hours = spoken(about["worker_hours"], "{:,.2f}".format)
     tokens = (
         "nothing is generated"
         if not found["max_new_tokens"]
@@ -292,7 +344,21 @@ def _estimate_lines(found: dict[str, Any]) -> list[RenderableType]:
     )
     part = "" if left == found["rows"] else f" for the {left:,} rows that are left"
     return [
-        f"how long{part}: {spoken(about['seconds'], duration)} on {workers} worker{'s' if workers > 1 else ''}, "
-        f"{hours} GPU-hours{money}",
+        f"how long{part}: {_how_long(about)}",
         f"{tokens}; from {about['source']}; the intervals are meant to hold nine times in ten",
     ]
+
+
+def _how_long(about: dict[str, Any]) -> str:
+    """Time, GPU-hours and money of an estimate, each with its interval."""
+
+    def spoken(figures: dict[str, float], form: Any) -> str:
+        return f"{form(figures['likely'])} ({form(figures['low'])} to {form(figures['high'])})"
+
+    workers = about["workers"]
+    money = "" if about["cost"] is None else f", cost {spoken(about['cost'], '{:,.2f}'.format)}"
+    hours = spoken(about["worker_hours"], "{:,.2f}".format)
+    return (
+        f"{spoken(about['seconds'], duration)} on {workers} worker{'s' if workers > 1 else ''}, "
+        f"{hours} GPU-hours{money}"
+    )

@@ -17,7 +17,7 @@ from batchrun.counters import SUMS
 from batchrun.driver.prepare import Prepared
 from batchrun.errors import BatchrunError, ExitCode, InternalError, LeaseHeld, StorageError, one_line
 from batchrun.storage.folder import PROBE_PATIENCE
-from batchrun.telemetry import engine_log, record
+from batchrun.telemetry import agreement, engine_log, record
 from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, ProgressCallback
 from batchrun.telemetry.record import RunRecord, Timeline
@@ -87,6 +87,9 @@ class Recorder:
             job=job.as_written(),
             versions=record.versions(),
             machine=record.machine(),
+            agreement=None
+            if job.model.quantization is None
+            else agreement.recall(prepared.model.fingerprint, job.model.quantization),
         )
         self._began = time.monotonic()
         self._timeline = Timeline()

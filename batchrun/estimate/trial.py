@@ -39,7 +39,7 @@ def trial(
         EngineError: nothing was finished in twice the time. ModelError, EngineDied: what the engine ended with.
     """
     samples = prepared.job.generation.samples
-    requests = _requests(sampled, prepared.codec.engine.sampling, samples)
+    requests = requests_of(sampled, prepared.codec.engine.sampling, samples)
     if not requests:
         raise EngineError("no sampled row has a prompt", "plan --trial", "fix the prompt first")
     endings: Counter[str] = Counter()
@@ -63,7 +63,7 @@ def trial(
     return Throughput(source, stats.engine, stats.device, observations, True, start_seconds), endings
 
 
-def _requests(sampled: Sample, sampling: Sampling, samples: int) -> list[Request]:
+def requests_of(sampled: Sample, sampling: Sampling, samples: int) -> list[Request]:
     """A row's samples one after another; of a row that is scored, its first request: the others have its prompt in
     common with that."""
     found: list[Request] = []

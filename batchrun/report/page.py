@@ -122,6 +122,8 @@ def _ran_on(job: Job, runs: list[RunRecord]) -> Iterator[tuple[str, str]]:
         yield "engine", f"{run.engine}{f' ({how})' if how else ''}"
         count = "1 worker" if run.workers == 1 else f"{run.workers:,} workers"
         cores = f"{run.machine['cores']} CPU cores" if run.machine.get("cores") else "a CPU"
+        if run.agreement is not None:
+            yield "accuracy", str(run.agreement)
         yield "machine", f"{count} on {cores if run.device in ('', 'cpu') else run.device}"
     prices = [run.price_per_gpu_hour for run in runs if run.price_per_gpu_hour is not None]
     if prices:

@@ -19,6 +19,7 @@ from batchrun.output import document, lease
 from batchrun.output.document import Damaged
 from batchrun.output.layout import JOB_FOLDER
 from batchrun.storage import Folder, NotFound
+from batchrun.telemetry.agreement import Agreement
 from batchrun.telemetry.redact import Redactor
 from batchrun.version import __version__
 
@@ -50,8 +51,9 @@ class RunRecord:
     `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model; `real_tokens`
     of the `computed_tokens` were no padding, and `shared_tokens` of prompts were not computed, since another row's
     prompt begins alike. `engine_logs` are the keys of what engines printed that ended by themselves. `milestones` says
-    how many seconds after the command it reached what (see `Milestones`). `samples` is the run over time, a list per
-    quantity (see `Timeline`), all equally long.
+    how many seconds after the command it reached what (see `Milestones`). `agreement` is there where the
+    model's weights were converted and a plan on the driver's machine had compared them. `samples` is the run over time,
+    a list per quantity (see `Timeline`), all equally long.
     """
 
     run: str
@@ -86,6 +88,7 @@ class RunRecord:
     machine: dict[str, Any] = field(default_factory=dict)
     slowest: list[SlowPartition] = field(default_factory=list)
     milestones: dict[str, float] = field(default_factory=dict)
+    agreement: Agreement | None = None
     samples: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
@@ -178,6 +181,8 @@ def _read(folder: Folder, key: str) -> RunRecord | None:
         known = {f.name: values[f.name] for f in fields(RunRecord) if f.name in values}
         known["counts"] = _counters(values["counts"])
         known["slowest"] = [SlowPartition(**entry) for entry in known.get("slowest", [])]
+        if agreement := known.get("agreement"):
+            known["agreement"] = Agreement(**agreement)
         return RunRecord(**known)
     except NotFound:
         return None
