@@ -17,6 +17,7 @@ from batchrun.dataset.rows import carried_schema
 from batchrun.driver.prepare import Prepared, prepare
 from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.memory import model_memory
+from batchrun.estimate.order import orders
 from batchrun.estimate.records import device_name, model_key, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
@@ -76,6 +77,7 @@ def preview(job: Job, trial: float | None = None, workers: int | None = None) ->
         "invalid_if_cut": job.answer.is_constrained and not job.answer.is_scored,
         "cut": _cut(endings),
         "prompt_tokens": _prompt_tokens(sampled, plan.rows),
+        "orders": None if (looked := orders(prepared)) is None else looked.to_json(),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
         "memory": _memory(prepared, sampled),
@@ -236,6 +238,7 @@ def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
             f"about {tokens['estimated_total']:,} prompt tokens in all; {tokens['shared_prefix']:.0%} of them repeat "
             f"how another prompt begins; {tokens['duplicates']:,} sampled prompts are the same as another",
         ]
+    shown += found["orders"]["lines"] if found["orders"] else []
     long = problems["too_long"]
     if long["rows"]:
         shown.append(

@@ -58,6 +58,10 @@ class Sketches:
         columns = ([getattr(part, name) for part in parts] for name in cls.__dataclass_fields__)
         return cls(*(np.concatenate(column) for column in columns))
 
+    def first(self, rows: int) -> Sketches:
+        """The first so many rows."""
+        return Sketches(*(getattr(self, name)[:rows] for name in self.__dataclass_fields__))
+
     def sorted(self) -> NDArray[np.int64]:
         """(rows,) the rows by their keys; those with equal ones as they are in the input."""
         return np.lexsort(self.keys.T[::-1]) if self.keys.shape[1] else np.arange(len(self.keys))

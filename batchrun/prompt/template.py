@@ -74,6 +74,30 @@ def leading_columns(settings: PromptSettings) -> list[str]:
     return list(dict.fromkeys([*system, *tools, *rest]))
 
 
+def plain_fields(settings: PromptSettings) -> list[str]:
+    """The columns of a prompt whose fields may change places and still make sense, in their order: all of them stand in
+    one template, each of them once, as {{ column }} and in nothing else. Empty in any other prompt.
+
+    Raises as `prompt_columns` does.
+    """
+    found = [template for template in row_templates(settings) if template.columns]
+    if len(found) != 1 or isinstance(settings.tools, ToolsColumn):
+        return []
+    outputs = ENVIRONMENT.parse(found[0].source).body
+    parts = [part for output in outputs for part in getattr(output, "nodes", [])]
+    names = [part.name for part in parts if isinstance(part, nodes.Name)]
+    plain = all(isinstance(output, nodes.Output) for output in outputs)
+    plain &= all(isinstance(part, nodes.Name | nodes.TemplateData) for part in parts)
+    return names if plain and len(set(names)) == len(names) else []
+
+
+def literal_text(settings: PromptSettings) -> str:
+    """What the templates write of their own behind the first of their fields. Raises as `prompt_columns` does."""
+    text = "".join(template.source for template in row_templates(settings))
+    field = re.search(r"\{[{%]", text)
+    return _BLOCKS.sub("", text[field.start() :]) if field else ""
+
+
 def message_columns(settings: PromptSettings) -> list[str]:
     """Those of the prompt's columns that its texts and messages are made of. Raises as `prompt_columns` does."""
     if settings.column is not None:

@@ -182,7 +182,9 @@ class Case:
         if self.ordered:
             stretch = len({*rows} & {*self.wanted}) == len(rows)
         if not stretch or len(rows) > self.rows_per_part:
-            raise Violation(f"{path.name} holds rows {rows[:3]}... ({len(rows)}), not a partition of the input")
+            raise Violation(
+                f"{path.name} holds rows {rows[:3]}... ({len(rows)}), not a partition of the input"
+            )
         return rows
 
     def check_rows(self, table: pa.Table, what: str) -> list[int]:

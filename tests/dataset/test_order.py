@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def test_every_row_is_in_one_partition_and_stays_itself(
                 columns = {
                     "key": range(key, key + count),
                     "n": [chance.choice([None, 0, 1, 2, 3]) for _ in range(count)],
-                    "s": [chance.choice([None, "", "a" * 70, "a" * 70 + "b", "c\u00fc"]) for _ in range(count)],
+                    "s": [
+                        chance.choice([None, "", "a" * 70, "a" * 70 + "b", "c\u00fc"]) for _ in range(count)
+                    ],
                     "d": [chance.choice([None, "x", "y"]) for _ in range(count)],
                     "chat": [
                         chance.choice([None, [], [{"role": "user", "content": chance.choice("ab")}]])
@@ -99,7 +102,10 @@ def test_every_row_is_in_one_partition_and_stays_itself(
                 key += count
     how = ordered_settings(folder, limit=limit, filters=filters)
     plain = how.model_copy(update={"order": None})
-    plan, as_it_stands = plan_of(how, rows=rows, size=size, leading=leading), plan_of(plain, rows=rows, size=size)
+    plan, as_it_stands = (
+        plan_of(how, rows=rows, size=size, leading=leading),
+        plan_of(plain, rows=rows, size=size),
+    )
     assert sorted(everything(plan, how)) == sorted(everything(as_it_stands, plain))
     assert plan.rows == as_it_stands.rows
     for partition in plan.partitions:
@@ -112,7 +118,9 @@ def test_every_row_is_in_one_partition_and_stays_itself(
     twice = joined([plan, plan])
     assert everything(twice, how) == 2 * everything(plan, how)
     assert [p.index for p in twice.partitions] == list(range(len(twice.partitions)))
-    alone = Job.parse("{prompt: {template: '{{ s }}'}, model: {name: m}, output: {path: out}, input: {path: x}}")
+    alone = Job.parse(
+        "{prompt: {template: '{{ s }}'}, model: {name: m}, output: {path: out}, input: {path: x}}"
+    )
     job = alone.model_copy(update={"input": how})
     for partition in plan.partitions:
         files = plan.files_of(partition)
@@ -134,7 +142,7 @@ def test_rows_that_begin_alike_are_in_one_partition_where_they_fit(tmp_path: Pat
     for partition in plan.partitions:
         docs = [n for batch in batches_of(plan, how, partition) for n in batch.records["n"].to_pylist()]
         homes.update(set(docs))
-        runs = 1 + sum(a != b for a, b in zip(docs, docs[1:], strict=False))
+        runs = 1 + sum(a != b for a, b in pairwise(docs))
         assert runs == len(set(docs)), "rows of one document stand together"
     assert set(homes.values()) == {1}
     assert len(plan.partitions) == 7  # of 3 documents
@@ -179,7 +187,12 @@ def test_folders_of_the_output_are_not_mixed(tmp_path: Path) -> None:
 
 def test_rows_of_a_damaged_page_are_lost_alone(tmp_path: Path) -> None:
     columns = {"key": range(3000), "doc": [f"{i % 3} text" * 9 for i in range(3000)]}
-    how = {"write_page_checksum": True, "compression": "none", "use_dictionary": False, "data_page_size": 4096}
+    how = {
+        "write_page_checksum": True,
+        "compression": "none",
+        "use_dictionary": False,
+        "data_page_size": 4096,
+    }
     path = write(tmp_path / "a.parquet", columns, groups=1000, **how)
     chunk = pq.read_metadata(path).row_group(1).column(1)
     data = bytearray(path.read_bytes())
