@@ -58,9 +58,9 @@ class Sketches:
         columns = ([getattr(part, name) for part in parts] for name in cls.__dataclass_fields__)
         return cls(*(np.concatenate(column) for column in columns))
 
-    def first(self, rows: int) -> Sketches:
-        """The first so many rows."""
-        return Sketches(*(getattr(self, name)[:rows] for name in self.__dataclass_fields__))
+    def take(self, rows: NDArray[np.int64] | slice) -> Sketches:
+        """Those of these rows."""
+        return Sketches(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
     def sorted(self) -> NDArray[np.int64]:
         """(rows,) the rows by their keys; those with equal ones as they are in the input."""

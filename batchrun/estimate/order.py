@@ -6,10 +6,12 @@ much of a prompt repeats another one is a matter of all the rows around it, and 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from batchrun.dataset.order import BLOCK_PARTITIONS, ENDS, KEYS, Sketches, sketch
 from batchrun.dataset.plan import Plan, Slice
 from batchrun.driver.prepare import Prepared
+from batchrun.job.job import Job
 from batchrun.prompt.template import leading_columns, literal_text, plain_fields
 
 SECONDS = 2.0
@@ -25,6 +28,8 @@ SECONDS = 2.0
 FIELD_PARTITIONS = 4
 # Shares of the prompt tokens below which nothing is said.
 WORTH = 0.05
+# Readings of the input that an order that saves nothing is warned about for.
+MANY_READINGS = 2.0
 # Bytes of row groups that a worker reads for one partition, more of which are warned about.
 MUCH_READING = 2 << 30
 
@@ -55,12 +60,12 @@ class Orders:
     def lines(self) -> list[str]:
         """What is worth being told to a person."""
         shown = []
-        reading = f"{self.readings:,.0f} times"
+        reading = "once" if self.readings < 1.05 else f"{self.readings:,.3g} times"
         worth = self.prefix_saved >= WORTH
         if self.is_ordered and worth:
             shown.append(f"input.order: prefix saves about {self.prefix_saved:.0%} of the prompt tokens that rows as "
                          f"they stand would cost, and reads the input {reading}")  # fmt: skip
-        elif self.is_ordered:
+        elif self.is_ordered and self.readings >= MANY_READINGS:
             shown.append(f"warning: input.order: prefix saves hardly any prompt tokens here (about "
                          f"{self.prefix_saved:.0%}) and reads the input {reading}: leave it out")  # fmt: skip
         elif worth:
@@ -95,10 +100,12 @@ class Orders:
 def orders(prepared: Prepared, seconds: float = SECONDS) -> Orders | None:
     """Looks at as many rows as can be read in these seconds, at least those of one slice.
 
-    None where it is all the same: for an engine other than the paged one, and without rows.
+    None where it is all the same: without rows, and where no engine that shares beginnings runs the model.
     """
     job, plan = prepared.job, prepared.plan
-    if job.engine.kind not in ("auto", "paged") or not plan.rows:
+    config = json.loads((Path(prepared.model.path) / "config.json").read_bytes())
+    shares = job.engine.kind in ("auto", "paged") and not config.get("is_encoder_decoder")
+    if not shares or not plan.rows:
         return None
     columns, rows_per_part = leading_columns(job.prompt), job.output.rows_per_part
     started, found, partition = time.monotonic(), [], []
@@ -108,6 +115,10 @@ def orders(prepared: Prepared, seconds: float = SECONDS) -> Orders | None:
         if time.monotonic() - started > seconds:
             break
     sketches, numbers = Sketches.joined(found), np.concatenate(partition)
+    rows = len(numbers)
+    if _are_copied(job):
+        different = _first_of_their_kind(sketches)
+        sketches, numbers = sketches.take(different), numbers[different]
     literal = len(literal_text(job.prompt))
     fields = list(range(len(columns)))
     now = _computed(sketches, fields, literal, numbers)
@@ -116,13 +127,13 @@ def orders(prepared: Prepared, seconds: float = SECONDS) -> Orders | None:
     ordered = job.input.order is not None
     readings = plan.bytes_read / size if ordered else float(min(BLOCK_PARTITIONS, len(plan.partitions)))
     return Orders(
-        rows=len(numbers),
+        rows=rows,
         is_ordered=ordered,
         prefix_saved=1 - together / max(1, now),
         readings=readings,
         partition_bytes=readings * size / len(plan.partitions),
         move=_best_move(
-            sketches.first(FIELD_PARTITIONS * rows_per_part),
+            sketches.take(slice(FIELD_PARTITIONS * rows_per_part)),
             [columns.index(name) for name in plain_fields(job.prompt)],
             columns,
             literal,
@@ -162,6 +173,20 @@ def _cut(part: Slice, rows: int) -> Iterator[Slice]:
     for first in range(0, part.rows, rows):
         count = min(rows, part.rows - first)
         yield part._replace(first_row=part.first_row + first, num_rows=count, rows=count)
+
+
+def _are_copied(job: Job) -> bool:
+    """Whether a worker copies the answers of rows with the same prompt, whatever their partition."""
+    generation = job.generation
+    copied = generation.deduplicate or (generation.deduplicate is None and generation.temperature == 0)
+    return bool(copied) and generation.samples == 1
+
+
+def _first_of_their_kind(sketches: Sketches) -> NDArray[np.int64]:
+    """The rows that no earlier one equals."""
+    order = sketches.sorted()
+    keys = sketches.keys[order]
+    return np.sort(order[np.r_[True, (keys[1:] != keys[:-1]).any(1)]])
 
 
 def _computed(sketches: Sketches, fields: Sequence[int], literal: int, groups: NDArray[np.int64]) -> float:

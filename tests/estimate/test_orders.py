@@ -7,6 +7,7 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_models import make_model
 
 from batchrun.commands.plan import lines, preview
 from batchrun.driver.prepare import prepare
@@ -79,8 +80,19 @@ def test_a_field_that_repeats_belongs_in_front(job):
     )
 
 
-def test_the_padded_engine_shares_nothing_and_so_nothing_is_said(job):
+def test_the_padded_engine_shares_nothing_and_so_nothing_is_said(job, tmp_path):
     assert orders(prepare(load(job, "engine.kind=padded"))) is None
+    encoder = make_model("t5", tmp_path / "t5")
+    assert orders(prepare(load(job, "engine.kind=auto", f"model.name={encoder}"))) is None
+
+
+def test_rows_that_are_copied_anyway_are_not_counted_as_saved(job, tmp_path):
+    table = pq.read_table(tmp_path / "in.parquet").slice(0, 500)
+    pq.write_table(pa.concat_tables([table] * 8), tmp_path / "in.parquet", row_group_size=500)
+    alone = orders(prepare(load(job, "input.limit=500")))
+    assert orders(prepare(load(job))).prefix_saved == pytest.approx(alone.prefix_saved)
+    sampled = orders(prepare(load(job, "generation.temperature=1.0")))
+    assert sampled.prefix_saved > alone.prefix_saved + 0.05
 
 
 def test_much_reading_is_warned_about():
