@@ -24,7 +24,9 @@ from batchrun.dataset.patience import read_with_retries
 from batchrun.dataset.plan import Partition, Slice
 from batchrun.dataset.reader import RowBatch, read_partition
 from batchrun.dataset.source import DataFile, concurrently
+from batchrun.errors import Interrupted
 from batchrun.job.settings import InputSettings
+from batchrun.storage.deadline import told_to_stop
 
 # Partitions' worth of rows, and of bytes, that are put in order together.
 BLOCK_PARTITIONS = 32
@@ -90,9 +92,8 @@ def ordered(
     for block in _blocks(
         pieces, folders, BLOCK_PARTITIONS * rows_per_part, BLOCK_PARTITIONS * bytes_per_part
     ):
-        slices = [Slice(*piece[:5]) for piece in block]
+        slices, share = _whole(block)
         found = sketch(slices, files, schema, leading, settings)
-        share = np.array([piece.bytes / piece.rows for piece in block])
         size = np.maximum(share[found.slices], found.lengths.sum(1))
         order = found.sorted()
         for start, stop in pairwise(_cuts(found.keys[order], size[order], rows_per_part, bytes_per_part)):
@@ -112,6 +113,7 @@ def sketch(
 
     Raises:
         ChangedError, StorageError, InputError: as `read_partition`.
+        Interrupted: the process was told to stop.
     """
 
     def read(unit: list[int]) -> list[Sketches]:
@@ -132,6 +134,8 @@ def sketch(
 
         found = []
         for batch in read_with_retries(batches, files[own[0].file].path):
+            if told_to_stop():
+                raise Interrupted("stopped", files[own[0].file].path, "the same command begins again")
             numbers = np.arange(batch.first, batch.first + batch.records.num_rows)
             number = np.array(unit)[np.searchsorted(ends, numbers, side="right")]
             keys, lengths = _keys(batch.records.select(columns))
@@ -161,6 +165,18 @@ def _blocks(
         rows, size, places = rows + piece.rows, size + piece.bytes, places + length
     if block:
         yield block
+
+
+def _whole(block: Sequence[Piece]) -> tuple[list[Slice], NDArray[np.float64]]:
+    """The pieces of each row group as one slice, since a group is read from its start, and (slices,) bytes of a row."""
+    slices, share = [], []
+    for (file, row_group), own in groupby(block, key=lambda piece: piece[:2]):
+        pieces = list(own)
+        first, rows = pieces[0].first_row, sum(piece.rows for piece in pieces)
+        end = pieces[-1].first_row + pieces[-1].num_rows
+        slices.append(Slice(file, row_group, first, end - first, rows))
+        share.append(sum(piece.bytes for piece in pieces) / rows)
+    return slices, np.array(share)
 
 
 def _units(slices: Sequence[Slice]) -> Iterator[list[int]]:

@@ -17,12 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import batches_of, plan_of, rows_of, write
 
+from batchrun import signals
+from batchrun.dataset import reader
 from batchrun.dataset.names import RowNames, names_of
 from batchrun.dataset.order import BLOCK_PARTITIONS
 from batchrun.dataset.plan import Plan, folders_of, joined
 from batchrun.dataset.planner import make_plan
 from batchrun.dataset.rows import places_in
-from batchrun.errors import FaultCode
+from batchrun.errors import FaultCode, Interrupted
 from batchrun.job.job import Job
 from batchrun.job.settings import InputSettings
 
@@ -259,3 +261,24 @@ def test_values_of_every_kind_have_a_sketch(tmp_path: Path) -> None:
     plan = plan_of(how, leading=("b", "f", "m", "t", "e"))
     assert sorted(rows_of(plan, how)["key"].to_pylist()) == [0, 1, 2]
     assert np.unique(plan.partitions[0].places).tolist() == [0, 1, 2]
+
+
+def test_a_row_group_of_many_partitions_is_sketched_in_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_docs(tmp_path, rows=1000, docs=10, groups=1000)
+    passes: list[int] = []
+    read_group = reader.read_group
+    monkeypatch.setattr(reader, "read_group", lambda *a, **k: passes.append(1) or read_group(*a, **k))
+    plan = plan_of(ordered_settings(tmp_path), rows=50, leading=("doc",))
+    assert (len(plan.partitions), len(passes)) == (20, 1)
+
+
+def test_planning_stops_when_the_process_is_told_to(tmp_path: Path) -> None:
+    write_docs(tmp_path, rows=100, docs=10, groups=50)
+    signals.stop.set()
+    try:
+        with pytest.raises(Interrupted):
+            plan_of(ordered_settings(tmp_path), leading=("doc",))
+    finally:
+        signals.stop.clear()
