@@ -1,7 +1,7 @@
 """`input.order: prefix`: rows whose prompts begin alike go into the same partitions.
 
 What is compared is not the prompts but sketches of the columns that they begin with: checksums of a value's first 64,
-256, 1,024 and 4,096 bytes and of all of it. Sorted by these, rows that have more in common stand closer together.
+128, 256 and so on to 4,096 bytes, and of all of it. Sorted by these, rows with more in common stand closer together.
 
 Rows are brought together within blocks of 32 partitions' worth, so that no row group is read more than some 36 times,
 however large the dataset is. Parquet can only be read from a row group's start, and a partition may have a row in each.
@@ -33,7 +33,7 @@ BLOCK_PARTITIONS = 32
 # A partition may be this much smaller than it has to be, to end where rows begin to differ.
 SLACK = 1 / 8
 # Ends of the beginnings that are compared, in bytes. The last key of a column is of all its bytes.
-ENDS = (64, 256, 1024, 4096)
+ENDS = (64, 128, 256, 512, 1024, 2048, 4096)
 KEYS = len(ENDS) + 1
 # Rows that one thread reads at a time.
 UNIT_ROWS = 1 << 15

@@ -202,7 +202,11 @@ def _computed(sketches: Sketches, fields: Sequence[int], literal: int, groups: N
     field, level = first // KEYS, first % KEYS
     rows = np.arange(len(first))
     before = np.concatenate([np.zeros((len(lengths), 1), np.int64), lengths.cumsum(1)], 1)[1:][rows, field]
-    inside = np.minimum(np.array([0, *ENDS])[level], lengths[1:][rows, np.minimum(field, len(fields) - 1)])
+    # Values part somewhere between the end that they share and the next one.
+    limits = np.array([0, *ENDS, ENDS[-1]])
+    ends = (limits[level] + limits[level + 1]) // 2 * (level > 0)
+    shorter = np.minimum(lengths[1:], lengths[:-1])[rows, np.minimum(field, len(fields) - 1)]
+    inside = np.minimum(ends, shorter)
     alike = field == len(fields)
     shared = np.where(alike, whole[1:], before + inside)
     return float(whole.sum() - shared[groups[1:] == groups[:-1]].sum())
