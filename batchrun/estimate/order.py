@@ -66,8 +66,9 @@ class Orders:
             shown.append(f"input.order: prefix saves about {self.prefix_saved:.0%} of the prompt tokens that rows as "
                          f"they stand would cost, and reads the input {reading}")  # fmt: skip
         elif self.is_ordered and self.readings >= MANY_READINGS:
+            fix = ": leave it out" if self.move is None else " with the fields in their order"
             shown.append(f"warning: input.order: prefix saves hardly any prompt tokens here (about "
-                         f"{self.prefix_saved:.0%}) and reads the input {reading}: leave it out")  # fmt: skip
+                         f"{self.prefix_saved:.0%}) and reads the input {reading}{fix}")  # fmt: skip
         elif worth:
             shown.append(f"input.order: prefix would save about {self.prefix_saved:.0%} of the prompt tokens that are "
                          f"computed now, and read the input up to {reading}")  # fmt: skip
