@@ -18,6 +18,7 @@ from batchrun.driver.prepare import Prepared, prepare
 from batchrun.errors import JobError
 from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.memory import model_memory
+from batchrun.estimate.order import orders
 from batchrun.estimate.records import device_name, model_key, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
@@ -93,6 +94,7 @@ def preview(
         "invalid_if_cut": job.answer.is_constrained and not job.answer.is_scored,
         "cut": _cut(endings),
         "prompt_tokens": _prompt_tokens(sampled, plan.rows),
+        "orders": None if (looked := orders(prepared)) is None else looked.to_json(),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
         "memory": _memory(prepared, sampled),
@@ -294,6 +296,7 @@ def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
             f"about {tokens['estimated_total']:,} prompt tokens in all; {tokens['shared_prefix']:.0%} of them repeat "
             f"how another prompt begins; {tokens['duplicates']:,} sampled prompts are the same as another",
         ]
+    shown += found["orders"]["lines"] if found["orders"] else []
     long = problems["too_long"]
     if long["rows"]:
         shown.append(

@@ -7,18 +7,23 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate, chain
 
+import numpy as np
 import pyarrow as pa
 
 from batchrun.dataset.plan import Partition
-from batchrun.dataset.reader import RowBatch
+from batchrun.dataset.reader import RowBatch, located
 from batchrun.dataset.source import DataFile
 from batchrun.job.settings import InputSettings
 
 
 def names_of(batch: RowBatch, files: Mapping[int, DataFile], settings: InputSettings) -> pa.Array:
     """(rows,) The names of a batch's rows, such as "2026/orders.parquet:123"."""
-    file = next(file for file in files.values() if file.path == batch.file)
-    return pa.array(_names(file, batch.row_group, batch.places.tolist(), settings), pa.string())
+    shown = {number: _below(files[number].path, settings) for number in np.unique(batch.files).tolist()}
+    before = {number: [0, *accumulate(files[number].group_rows)] for number in shown}
+    where = zip(batch.files.tolist(), batch.row_groups.tolist(), batch.places.tolist(), strict=True)
+    return pa.array(
+        [f"{shown[file]}:{before[file][group] + place}" for file, group, place in where], pa.string()
+    )
 
 
 class RowNames:
@@ -38,13 +43,18 @@ class RowNames:
 
     def __call__(self, row: int) -> str:
         """The name of the row of this number, from 0 on."""
+        slices = self._partition.slices
+        if self._partition.order:
+            file, group, place = (
+                int(one[0]) for one in located(slices, self._partition.places[row : row + 1])
+            )
+            return _name(self._files[file], group, place, self._settings)
         if self._settings.filters:
             return self._filtered[row]
-        slices = self._partition.slices
         ends = list(accumulate(part.rows for part in slices))
         part = slices[i := bisect_right(ends, row)]
         place = part.first_row + row - (ends[i] - part.rows)
-        return _names(self._files[part.file], part.row_group, [place], self._settings)[0]
+        return _name(self._files[part.file], part.row_group, place, self._settings)
 
     @cached_property
     def _filtered(self) -> list[str]:
@@ -52,10 +62,8 @@ class RowNames:
         return list(chain.from_iterable(named))
 
 
-def _names(file: DataFile, row_group: int, places: list[int], settings: InputSettings) -> list[str]:
-    before = sum(file.group_rows[:row_group])
-    shown = _below(file.path, settings)
-    return [f"{shown}:{before + place}" for place in places]
+def _name(file: DataFile, row_group: int, place: int, settings: InputSettings) -> str:
+    return f"{_below(file.path, settings)}:{sum(file.group_rows[:row_group]) + place}"
 
 
 def _below(path: str, settings: InputSettings) -> str:

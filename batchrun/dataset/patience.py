@@ -61,12 +61,4 @@ def read_with_retries(read: Callable[[bool], Iterator[RowBatch]], where: str) ->
 
 def _from(batch: RowBatch, first: int) -> RowBatch:
     """The batch without the rows before `first`."""
-    skip = max(0, first - batch.first)
-    if not skip:
-        return batch
-    return batch._replace(
-        first=first,
-        records=batch.records.slice(skip),
-        row_ids=batch.row_ids[skip:],
-        places=batch.places[skip:],
-    )
+    return batch.from_row(first - batch.first) if first > batch.first else batch

@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from batchrun.dataset.hive import folder_of
 from batchrun.dataset.source import DataFile, Skipped
@@ -20,6 +21,9 @@ from batchrun.errors import OutputError, first_line
 from batchrun.hashing import stable_hash
 from batchrun.job.output import OutputSettings
 from batchrun.job.settings import InputSettings
+
+# How a plan with orders is written: of rows in order, places differ little from one to the next.
+ORDERED = {"use_dictionary": False, "column_encoding": {"orders.list.element": "DELTA_BINARY_PACKED"}}
 
 
 class Slice(NamedTuple):
@@ -35,11 +39,22 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """What one task works off: a few slices, and how many rows they give together."""
+    """What one task works off: a few slices, and how many rows they give together.
+
+    Its rows are those of the slices that pass the filters, as they stand there; or with `order` the rows in the places
+    that it lists, in its order. A place is counted through the physical rows of all its slices, from 0; `order` has one
+    little-endian int32 for each row.
+    """
 
     index: int
     slices: tuple[Slice, ...]
     rows: int
+    order: bytes = b""
+
+    @property
+    def places(self) -> NDArray[np.int32]:
+        """(rows,) the places in `order`; empty where there is none."""
+        return np.frombuffer(self.order, "<i4")
 
 
 class Plan:
@@ -79,7 +94,35 @@ class Plan:
             ]
             for f in self.files
         ]
-        return stable_hash([files, [[p.rows, p.slices] for p in self.partitions]])
+        cut = [[p.rows, p.slices, *([_sha256(p.order)] if p.order else [])] for p in self.partitions]
+        return stable_hash([files, cut])
+
+    @property
+    def bytes_read(self) -> int:
+        """Uncompressed bytes that are decoded to read every partition once: of a row group all up to the last row that
+        is wanted."""
+        return sum(
+            file.group_bytes[part.row_group]
+            * (part.first_row + part.num_rows)
+            // max(1, file.group_rows[part.row_group])
+            for partition in self.partitions
+            for part in partition.slices
+            for file in (self.files[part.file],)
+        )
+
+    def in_input_order(self) -> list[Slice]:
+        """The slices that the partitions' rows are from, in the input's order, each row in one of them."""
+        slices = [part for partition in self.partitions for part in partition.slices]
+        if not any(partition.order for partition in self.partitions):
+            return slices
+        whole: dict[tuple[int, int], Slice] = {}
+        for part in slices:
+            known = whole.get(part[:2], part)
+            first = min(known.first_row, part.first_row)
+            end = max(known.first_row + known.num_rows, part.first_row + part.num_rows)
+            rows = part.rows if known is part else known.rows + part.rows
+            whole[part[:2]] = Slice(part.file, part.row_group, first, end - first, rows)
+        return sorted(whole.values())
 
     def without_footers(self) -> Plan:
         """The same plan as versions made it that did not pin footers."""
@@ -95,6 +138,8 @@ class Plan:
         """The plan as one Parquet file, a row per data file with its slices nested in it."""
         parts = [(p.index, *s) for p in self.partitions for s in p.slices]
         numbers = np.array(parts, dtype=np.int64).reshape(-1, 6)
+        # Partitions that are ordered read from the same files in turn.
+        numbers = numbers[np.argsort(numbers[:, 1], kind="stable")]
         ends = np.searchsorted(numbers[:, 1], np.arange(len(self.files) + 1))
         names = ("partition", "row_group", "first_row", "num_rows", "rows")
         slices = pa.StructArray.from_arrays([pa.array(numbers[:, i]) for i in (0, 2, 3, 4, 5)], names=names)
@@ -108,6 +153,7 @@ class Plan:
                 "footer": pa.array([f.footer for f in self.files], pa.string()),
                 "keys": pa.array([json.dumps(f.keys) for f in self.files], pa.string()),
                 "slices": pa.ListArray.from_arrays(pa.array(ends, pa.int32()), slices),
+                **self._orders(),
             }
         )
         skipped = pa.table(
@@ -125,8 +171,17 @@ class Plan:
         # Checksums of pages cover no footer, and that is where these stand.
         table = table.replace_schema_metadata({**about, b"digest": _digest(about)})
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        how = ORDERED if "orders" in table.column_names else {}
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **how)
         return cast(bytes, sink.getvalue().to_pybytes())
+
+    def _orders(self) -> dict[str, pa.Array]:
+        """The partitions' orders, one behind the other, as a column: all of them in the first row."""
+        orders = np.concatenate([np.zeros(0, np.int32), *(p.places for p in self.partitions)])
+        if not len(orders):
+            return {}
+        ends = np.minimum(np.arange(len(self.files) + 1), 1) * len(orders)
+        return {"orders": pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(orders, pa.int32()))}
 
     @classmethod
     def from_parquet(cls, data: bytes) -> Plan:
@@ -169,7 +224,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
     for plan in plans:
         for partition in plan.partitions:
             slices = tuple(part._replace(file=part.file + len(files)) for part in partition.slices)
-            partitions.append(Partition(len(partitions), slices, partition.rows))
+            partitions.append(replace(partition, index=len(partitions), slices=slices))
         files += plan.files
     skipped = dict.fromkeys(one for plan in plans for one in plan.skipped)
     return Plan(files, plans[0].schema, partitions, list(skipped))
@@ -251,6 +306,10 @@ def _change(old: DataFile, new: DataFile) -> str:
     return ""
 
 
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _digest(about: dict[bytes, bytes]) -> bytes:
     whole = hashlib.sha256()
     for key in sorted(about):
@@ -283,16 +342,24 @@ def _footers(table: pa.Table) -> list[str]:
 
 def _partitions(table: pa.Table, total: int) -> list[Partition]:
     nested = table["slices"].combine_chunks()
-    files = np.repeat(np.arange(len(nested)), np.diff(nested.offsets.to_numpy())).tolist()
+    files = np.repeat(np.arange(len(nested)), np.diff(nested.offsets.to_numpy()))
     flat = nested.flatten()
     owner = flat.field("partition").to_numpy()
-    numbers = (flat.field(name).to_pylist() for name in ("row_group", "first_row", "num_rows", "rows"))
-    slices = [Slice(*values) for values in zip(files, *numbers, strict=True)]
-    ends = np.searchsorted(owner, np.arange(total + 1)).tolist()
-    return list(_regroup(slices, ends))
+    by_owner = np.argsort(owner, kind="stable")
+    columns = (flat.field(name).to_numpy() for name in ("row_group", "first_row", "num_rows", "rows"))
+    numbers = (column[by_owner].tolist() for column in (files, *columns))
+    slices = [Slice(*values) for values in zip(*numbers, strict=True)]
+    ends = np.searchsorted(owner[by_owner], np.arange(total + 1)).tolist()
+    orders = b""
+    if "orders" in table.column_names:
+        orders = table["orders"].combine_chunks().flatten().to_numpy().astype("<i4").tobytes()
+    return list(_regroup(slices, ends, orders))
 
 
-def _regroup(slices: Sequence[Slice], ends: Sequence[int]) -> Iterator[Partition]:
+def _regroup(slices: Sequence[Slice], ends: Sequence[int], orders: bytes) -> Iterator[Partition]:
+    first = 0
     for index, (start, stop) in enumerate(pairwise(ends)):
         own = tuple(slices[start:stop])
-        yield Partition(index, own, sum(part.rows for part in own))
+        rows = sum(part.rows for part in own)
+        yield Partition(index, own, rows, orders[4 * first : 4 * (first + rows)])
+        first += rows

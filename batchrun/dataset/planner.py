@@ -9,6 +9,7 @@ import pyarrow as pa
 from batchrun.dataset.count import Counter, Piece, all_pieces, limited, shortened
 from batchrun.dataset.filters import filter_columns, parse_filters
 from batchrun.dataset.hive import folder_of
+from batchrun.dataset.order import ordered
 from batchrun.dataset.plan import Partition, Plan, Slice
 from batchrun.dataset.source import DataFile, Source, read_source, untaken
 from batchrun.errors import InputError, nearest
@@ -21,6 +22,8 @@ def make_plan(
     rows_per_part: int,
     bytes_per_part: int,
     partition_by: Sequence[str] = (),
+    leading: Sequence[str] = (),
+    known: Plan | None = None,
 ) -> Plan:
     """Reads the footers (and with filters the columns they test) and cuts the dataset into partitions.
 
@@ -29,12 +32,17 @@ def make_plan(
     which are keys of the input's folders. The plan of a dataset without rows has one empty partition, so that one part
     carries the schema.
 
+    Where `input.order` asks for it, partitions are of rows that are alike in the columns `leading`, which are read;
+    a plan of the same files, `known` to be put in order by the same settings, is taken as it is.
+
     Raises:
         InputError: see `read_source` and `parse_filters`.
     """
     needed = list(dict.fromkeys([*needed, *filter_columns(settings.filters)]))
     source = read_source(settings, [*needed, *partition_by])
-    return _cut(source, settings, rows_per_part, bytes_per_part, partition_by)
+    if known is not None and settings.order is not None and known.files == source.files:
+        return Plan(source.files, source.schema, known.partitions, source.skipped)
+    return _cut(source, settings, rows_per_part, bytes_per_part, partition_by, leading)
 
 
 def extend(
@@ -44,6 +52,7 @@ def extend(
     rows_per_part: int,
     bytes_per_part: int,
     partition_by: Sequence[str] = (),
+    leading: Sequence[str] = (),
 ) -> Plan | None:
     """The plan of the files that none of the `earlier` ones took; None where there are none.
 
@@ -63,7 +72,9 @@ def extend(
     if not source.files:
         return None
     _refuse_other_types(schema, source.schema)
-    return _cut(source._replace(schema=schema), settings, rows_per_part, bytes_per_part, partition_by)
+    return _cut(
+        source._replace(schema=schema), settings, rows_per_part, bytes_per_part, partition_by, leading
+    )
 
 
 def _refuse_other_types(schema: pa.Schema, new: pa.Schema) -> None:
@@ -89,6 +100,7 @@ def _cut(
     rows_per_part: int,
     bytes_per_part: int,
     partition_by: Sequence[str],
+    leading: Sequence[str],
 ) -> Plan:
     folders = [_folder(file, partition_by) for file in source.files]
     filters = parse_filters(settings.filters, source.schema)
@@ -97,7 +109,13 @@ def _cut(
     if filters is not None:
         counter = Counter(source.files, source.schema, filters, settings)
         pieces, cut = counter.count(list(pieces)), counter.cut
-    partitions = _pack(limited(pieces, settings.limit, cut), folders, rows_per_part, bytes_per_part)
+    pieces = limited(pieces, settings.limit, cut)
+    if settings.order is None:
+        partitions = _pack(pieces, folders, rows_per_part, bytes_per_part)
+    else:
+        partitions = ordered(
+            pieces, source.files, folders, source.schema, leading, settings, rows_per_part, bytes_per_part
+        )
     return Plan(source.files, source.schema, partitions, source.skipped)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from batchrun.dataset.names import names_of
 from batchrun.dataset.patience import read_with_retries
 from batchrun.dataset.plan import Partition, Plan
-from batchrun.dataset.reader import RowBatch, read_partition
+from batchrun.dataset.reader import RowBatch, located, read_partition
 from batchrun.dataset.source import DataFile
 from batchrun.job.job import Job
 
@@ -47,6 +49,7 @@ def read_rows(
             settings.storage_options,
             batch_rows=SALVAGE_ROWS if salvage else BATCH_ROWS,
             salvage=salvage,
+            order=partition.places if partition.order else None,
         )
 
     return read_with_retries(read, job.input.paths[0])
@@ -80,14 +83,23 @@ def places_of(
     job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile]
 ) -> Iterator[pa.RecordBatch]:
     """Where in the input a partition's rows stand, in order (schema `PLACE`)."""
-    for batch in read_rows(job, schema, partition, files, ()):
-        rows = len(batch.places)
-        columns = [
-            pa.repeat(pa.scalar(batch.file), rows),
-            pa.repeat(pa.scalar(batch.row_group, pa.int32()), rows),
-            pa.array(batch.places),
-        ]
+    numbers = list(files)
+    paths = pa.array([files[number].path for number in numbers], pa.string())
+    for found in _places(job, schema, partition, files):
+        index = pa.array([numbers.index(number) for number in found[0].tolist()], pa.int32())
+        columns = [paths.take(index), pa.array(found[1], pa.int32()), pa.array(found[2])]
         yield pa.RecordBatch.from_arrays(columns, schema=PLACE)
+
+
+def _places(
+    job: Job, schema: pa.Schema, partition: Partition, files: Mapping[int, DataFile]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """File, row group and row of a partition's rows; only those that filters choose have to be read."""
+    if partition.order:
+        yield located(partition.slices, partition.places)
+        return
+    for batch in read_rows(job, schema, partition, files, ()):
+        yield batch.files, batch.row_groups, batch.places
 
 
 def places_in(job: Job, plan: Plan) -> Places:
@@ -101,7 +113,8 @@ def places_in(job: Job, plan: Plan) -> Places:
 
 
 def all_rows(job: Job, plan: Plan, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of every partition that can be read, in the plan's order; take as many as are wanted."""
-    for partition in plan.partitions:
+    """The plan's rows that can be read, in the input's order; take as many as are wanted."""
+    for part in plan.in_input_order():
+        partition = Partition(0, (part,), part.rows)
         batches = read_rows(job, plan.schema, partition, plan.files_of(partition), columns)
         yield from (batch.records for batch in batches if batch.fault is None)

@@ -22,7 +22,7 @@ from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.output.output import Output, layout_of, open_folder
 from batchrun.prompt.codec import PromptCodec, open_codec
-from batchrun.prompt.template import prompt_columns
+from batchrun.prompt.template import leading_columns, prompt_columns
 from batchrun.prompt.tokens import check_sample
 from batchrun.storage import Folder
 from batchrun.storage.folder import first_contact
@@ -118,7 +118,8 @@ def look(job: Job) -> Prepared:
         _ = answers.automaton
     with first_contact():
         stored = plans.read(open_folder(job)) if job.input.since else []
-    planned = _plan(job, stored)
+        known = _ordered_before(job) if job.input.order and not job.input.since else None
+    planned = _plan(job, stored, known)
     with first_contact():
         pinned = identity.read(open_folder(job))
     made = _as_pinned(job, planned, pinned)
@@ -168,15 +169,25 @@ def prepare_again(job: Job) -> Prepared:
     return _prepare(job, stored, len(stored), pinned)
 
 
-def _plan(job: Job, stored: Sequence[Plan]) -> list[Plan]:
+def _ordered_before(job: Job) -> Plan | None:
+    """The plan that a run of the very settings put in order."""
+    pinned = identity.read(open_folder(job))
+    settings = job.deciding()
+    written = job.as_written(settings)
+    if pinned is None or identity.settings_changes(pinned, written, identity.digests(settings, written)):
+        return None
+    return next(iter(plans.read(open_folder(job))), None)
+
+
+def _plan(job: Job, stored: Sequence[Plan], known: Plan | None) -> list[Plan]:
+    """A plan of the input's files, or of those that none of the `stored` ones took."""
     needed = [*prompt_columns(job.prompt), *job.answer.read_columns, *job.generation.columns.values()]
     output = job.output
-    if not stored:
-        return [
-            make_plan(job.input, needed, output.rows_per_part, output.bytes_per_part, output.partition_by)
-        ]
-    new = extend(stored, job.input, needed, output.rows_per_part, output.bytes_per_part, output.partition_by)
-    return [] if new is None else [new]
+    how = (output.rows_per_part, output.bytes_per_part, output.partition_by, leading_columns(job.prompt))
+    if stored:
+        new = extend(stored, job.input, needed, *how)
+        return [] if new is None else [new]
+    return [make_plan(job.input, needed, *how, known)]
 
 
 def _as_pinned(job: Job, made: list[Plan], pinned: Identity | None) -> list[Plan]:

@@ -147,7 +147,7 @@ def _is_too_long(prompt: Prompt | RowFault) -> bool:
 
 def _places(plan: Plan, rows: int) -> list[tuple[Slice, list[tuple[int, int, int]]]]:
     """Slices to read, in an order that covers the plan early, each with (run, first row, last row) inside it."""
-    slices = [part for partition in plan.partitions for part in partition.slices if part.rows]
+    slices = [part for part in plan.in_input_order() if part.rows]
     slices.sort(key=lambda part: (_bytes_per_row(plan, part), part))
     ends = np.cumsum([part.rows for part in slices]) if slices else np.zeros(0, np.int64)
     length = max(1, min(rows, plan.rows) // RUNS)

@@ -230,6 +230,9 @@ class Job(Settings):
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
+        read = {"columns", "filters", "limit", "cast"}
+        if self.input.order is not None:
+            read.add("order")
         generation = self.generation.model_dump(mode="json", exclude={"deduplicate"})
         if self.generation.deduplicate and self.generation.temperature != 0:
             # Where nothing is sampled, it decides nothing.
@@ -242,7 +245,7 @@ class Job(Settings):
         answer = self.answer.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         return {
             **({"answer": answer} if answer else {}),
-            "input": self.input.model_dump(mode="json", include={"columns", "filters", "limit", "cast"}),
+            "input": self.input.model_dump(mode="json", include=read),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include=model),
             "generation": generation,

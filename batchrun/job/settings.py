@@ -35,6 +35,11 @@ class InputSettings(Settings):
         None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]"
     )
     limit: int | None = Field(None, ge=1, description="the first so many rows only")
+    order: Literal["prefix"] | None = Field(
+        None,
+        description="prefix: rows whose prompts begin alike go into the same partitions, which then are read from "
+        "many places; by default rows stay in the input's order",
+    )
     since: Literal["last"] | None = Field(
         None, description="last: only files that no earlier run into this output took"
     )

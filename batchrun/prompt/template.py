@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import TemplateSyntaxError, meta
+from jinja2 import TemplateSyntaxError, meta, nodes
 
 from batchrun.errors import InputError, JobError, RowFault, nearest
 from batchrun.job.prompt import PromptSettings, ToolsColumn
@@ -35,10 +35,14 @@ class RowTemplate:
     def __init__(self, source: str, where: str) -> None:
         self.source, self.where = source, where
         try:
-            self.columns = sorted(meta.find_undeclared_variables(ENVIRONMENT.parse(source)))
+            parsed = ENVIRONMENT.parse(source)
+            self.columns = sorted(meta.find_undeclared_variables(parsed))
         except TemplateSyntaxError as error:
             what = f"line {error.lineno}: {error.message or ''}".rstrip(".")
             raise JobError(what, where, "fix the template") from None
+        names = (name.name for name in parsed.find_all(nodes.Name))
+        # The same, as the text first comes to each: where it is written, or decides what is.
+        self.in_order = list(dict.fromkeys(name for name in names if name in self.columns))
 
 
 def prompt_columns(settings: PromptSettings) -> list[str]:
@@ -49,6 +53,49 @@ def prompt_columns(settings: PromptSettings) -> list[str]:
     """
     tools = [settings.tools.column] if isinstance(settings.tools, ToolsColumn) else []
     return list(dict.fromkeys([*message_columns(settings), *tools]))
+
+
+def leading_columns(settings: PromptSettings) -> list[str]:
+    """The prompt's columns in the order in which a prompt comes to them.
+
+    A chat template is taken to write system messages first, then tools, then the other messages. With one that does
+    not, rows in the order of these columns begin less alike; no answer changes. Raises as `prompt_columns` does.
+    """
+    if settings.column is not None:
+        return prompt_columns(settings)
+    roles = ["user"] if settings.template is not None else []
+    for message in settings.messages or []:
+        roles += [message.role] * len(message.texts)
+    tools = [settings.tools.column] if isinstance(settings.tools, ToolsColumn) else []
+    system: list[str] = []
+    rest: list[str] = []
+    for role, template in zip(roles, row_templates(settings), strict=True):
+        (system if role in ("system", "developer") else rest).extend(template.in_order)
+    return list(dict.fromkeys([*system, *tools, *rest]))
+
+
+def plain_fields(settings: PromptSettings) -> list[str]:
+    """The columns of a prompt whose fields may change places and still make sense, in their order: all of them stand in
+    one template, each of them once, as {{ column }} and in nothing else. Empty in any other prompt.
+
+    Raises as `prompt_columns` does.
+    """
+    found = [template for template in row_templates(settings) if template.columns]
+    if len(found) != 1 or isinstance(settings.tools, ToolsColumn):
+        return []
+    outputs = ENVIRONMENT.parse(found[0].source).body
+    parts = [part for output in outputs for part in getattr(output, "nodes", [])]
+    names = [part.name for part in parts if isinstance(part, nodes.Name)]
+    plain = all(isinstance(output, nodes.Output) for output in outputs)
+    plain &= all(isinstance(part, nodes.Name | nodes.TemplateData) for part in parts)
+    return names if plain and len(set(names)) == len(names) else []
+
+
+def literal_text(settings: PromptSettings) -> str:
+    """What the templates write of their own behind the first of their fields. Raises as `prompt_columns` does."""
+    text = "".join(template.source for template in row_templates(settings))
+    field = re.search(r"\{[{%]", text)
+    return _BLOCKS.sub("", text[field.start() :]) if field else ""
 
 
 def message_columns(settings: PromptSettings) -> list[str]:

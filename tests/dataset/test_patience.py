@@ -43,7 +43,8 @@ class Source:
                 fault = FAULT
             places = np.arange(first, first + count)
             records = pa.RecordBatch.from_pydict({"n": [None] * count if fault else places.tolist()})
-            yield RowBatch(first, records, places.astype(np.uint64), "there", 0, places, fault)
+            where = np.zeros_like(places)
+            yield RowBatch(first, records, places.astype(np.uint64), where, where, places, fault)
 
 
 def rows_of(source: Source) -> list[int | None]:

@@ -139,12 +139,14 @@ async def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_damaged_page_costs_its_rows_and_a_second_reading(tmp_path, tiny_llama, cluster):
+@pytest.mark.parametrize("order", [None, "prefix"])
+def test_a_damaged_page_costs_its_rows_and_a_second_reading(tmp_path, tiny_llama, cluster, order):
     rows = 3000
     table = pa.table({"id": range(rows), "text": [f"row {i} " * 9 for i in range(rows)]}).cast(
         pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string())])
     )
-    job = write_job(tmp_path, tiny_llama, output={"rows_per_part": 1000}, limits={"max_error_rate": 1.0})
+    source, output = {"path": "in.parquet", "order": order}, {"rows_per_part": 1000, "row_column": "source"}
+    job = write_job(tmp_path, tiny_llama, input=source, output=output, limits={"max_error_rate": 1.0})
     file = tmp_path / "in.parquet"
     pq.write_table(
         table, file, row_group_size=1000, write_page_checksum=True, compression="none", use_dictionary=False,
@@ -156,6 +158,8 @@ def test_a_damaged_page_costs_its_rows_and_a_second_reading(tmp_path, tiny_llama
     file.write_bytes(data)
     result = library.run(load(job), client=cluster)
     found = answers(tmp_path / "out")
+    names = [int(name.removeprefix("in.parquet:")) for name in found["source"].to_pylist()]
+    found = found.take(np.argsort(names))
     errors = found["error"].to_pylist()
     lost = [i for i, error in enumerate(errors) if error]
     assert result.errors == {"INPUT_CORRUPT": len(lost)}

@@ -83,6 +83,7 @@ class Watcher:
             None,
             settings.cast,
             {},
+            order=partition.places if partition.order else None,
         )
         return [seed for batch in batches for seed in batch.row_ids.view("int64").tolist()]
 
@@ -93,21 +94,22 @@ def family(process: subprocess.Popen[str]) -> dict[str, list[psutil.Process]]:
 
 
 @pytest.mark.timeout(600)
-def test_twenty_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothing_staged(
-    tmp_path, tiny_llama
+@pytest.mark.parametrize(("order", "count"), [(None, KILLS), ("prefix", KILLS // 2)])
+def test_many_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothing_staged(
+    tmp_path, tiny_llama, order, count
 ):
     seed = int(os.environ.get("BATCHRUN_TEST_SEED", SEED))
     print(f"BATCHRUN_TEST_SEED={seed}")
     rng = random.Random(seed)
-    job = write_job(
-        tmp_path, tiny_llama, rows=ROWS, row_group=30, output={"rows_per_part": 30, "flush_rows": 4}
-    )
+    source = {"path": "in.parquet", "order": order}
+    output = {"rows_per_part": 30, "flush_rows": 4}
+    job = write_job(tmp_path, tiny_llama, rows=ROWS, row_group=30, input=source, output=output)
     watcher = Watcher(tmp_path)
     environment = {"BATCHRUN_TEST_LOG": str(watcher.log), "BATCHRUN_TEST_DELAY": "0.1"}
     kills = {"driver": 0, "worker": 0, "engine": 0}
     pids: set[int] = set()
     process = start("run", str(job), **environment)
-    while sum(kills.values()) < KILLS:
+    while sum(kills.values()) < count:
         moment = time.monotonic() + rng.uniform(0.2, 1.5)
         while time.monotonic() < moment:
             watcher.look()
@@ -142,7 +144,7 @@ def test_twenty_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothin
         assert process.returncode == 1, f"seed {seed}: {err}"
         code, _, err = batchrun("run", str(job), **environment)
         assert code == 0, f"seed {seed}: {err}"
-    check_complete(tmp_path / "out", ROWS)
+    check_complete(tmp_path / "out", ROWS, as_it_stands=order is None)
     assert verify(load(job)).found.passed
     again = [(when, row) for when, row in watcher.requests() if when > watcher.durable.get(row, float("inf"))]
     assert not again, f"seed {seed}: {len(again)} rows generated again that were staged"

@@ -49,12 +49,18 @@ def write(path: Path, columns: dict[str, Any] | pa.Table, groups: int | None = N
 
 
 def plan_of(
-    settings: InputSettings, needed: tuple[str, ...] = (), rows: int = 8192, size: int = 1 << 28
+    settings: InputSettings,
+    needed: tuple[str, ...] = (),
+    rows: int = 8192,
+    size: int = 1 << 28,
+    leading: tuple[str, ...] = (),
 ) -> Plan:
-    return make_plan(settings, needed, rows, size)
+    return make_plan(settings, needed, rows, size, leading=leading)
 
 
 def batches_of(plan: Plan, settings: InputSettings, partition: Partition, **how: Any) -> list[RowBatch]:
+    if partition.order:
+        how["order"] = partition.places
     return list(
         read_partition(
             partition.slices,
