@@ -35,13 +35,19 @@ def end(code: int | str | None) -> NoReturn:
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
+    _flush()
+    signals.leave(code or 0)
     if not signals.stop.is_set():
         # What hangs in one of them must not keep a process that was told to stop.
         atexit._run_exitfuncs()
+    _flush()
+    os._exit(code or 0)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code or 0)
 
 
 if __name__ == "__main__":

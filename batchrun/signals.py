@@ -37,6 +37,7 @@ safe = ""
 
 _lock = threading.Lock()
 _exit_code = 4
+_leaving: int | None = None
 _attended = 0
 _stopped_at = float("inf")
 _end_by = float("inf")
@@ -74,6 +75,12 @@ def exit_code() -> int:
     return _exit_code
 
 
+def leave(exit_code: int) -> None:
+    """All is done and said: a signal that comes now ends the process with this code, and interrupts nothing."""
+    global _leaving
+    _leaving = exit_code
+
+
 def _handle(number: int, frame: object) -> None:
     """The first one lets tasks stage what they hold, or interrupts whatever else goes on; the second one ends the
     process now.
@@ -82,6 +89,8 @@ def _handle(number: int, frame: object) -> None:
     whose process is gone is taken over.
     """
     global _end_by, _stopped_at
+    if _leaving is not None:
+        os._exit(_leaving)
     now = time.monotonic()
     if stop.is_set():
         if now - _stopped_at < SAME_STOP:

@@ -17,7 +17,7 @@ from batchrun.engine.standby import VARIABLE
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings
 from batchrun.model import light
-from batchrun.telemetry.gpu import environment_of_gpu, visible_gpus
+from batchrun.telemetry.gpu import environment_of_gpu, local_workers, visible_gpus
 
 # Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
 # Dask takes one away whose worker was gone for 15 seconds.
@@ -81,7 +81,7 @@ def _workers(
     settings: ClusterSettings, private: Security, standby: Sequence[str]
 ) -> dict[int, dict[str, Any]]:
     gpus = visible_gpus()
-    count = settings.workers or max(1, len(gpus))
+    count = local_workers(settings.workers, gpus)
     if gpus and count > len(gpus):
         raise ClusterError(
             f"{count} workers asked for, {len(gpus)} GPUs visible",

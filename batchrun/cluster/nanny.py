@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
-from multiprocessing import spawn
+from multiprocessing import resource_tracker, spawn
 from typing import Any
 
 from distributed import Nanny, Status
@@ -56,7 +56,17 @@ def apart() -> Iterator[None]:
         return prepared
 
     spawn.get_preparation_data = prepare_worker
+    # To stay, since Dask's queues are unregistered when the cluster has ended.
+    resource_tracker.unregister = _introduce_and_unregister
     try:
         yield
     finally:
         spawn.get_preparation_data = prepare
+
+
+def _introduce_and_unregister(name: Sized, rtype: str) -> None:
+    """Python's tracker of semaphores comes again where it is killed, and then knows no name from before: for each one
+    that is unregistered it would print a traceback, after all that the command has to say."""
+    tracker = resource_tracker._resource_tracker
+    tracker.register(name, rtype)
+    tracker.unregister(name, rtype)

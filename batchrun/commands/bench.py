@@ -169,6 +169,8 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
         notes.insert(
             0, f"{len(sampled.faults):,} of {sampled.rows:,} sampled rows have no prompt and are left out"
         )
+    if (samples := job.generation.samples) > 1:
+        notes.append(f"each row is answered once here, and {samples} times in a run (generation.samples)")
     workload = Workload("job", prompts, sampled.new_tokens, tuple(notes))
     if engines is None and job.engine.kind in BUILT_IN:
         engines = [job.engine.kind]

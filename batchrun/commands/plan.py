@@ -26,7 +26,7 @@ from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
 from batchrun.telemetry import agreement
-from batchrun.telemetry.gpu import gpu_now, visible_gpus
+from batchrun.telemetry.gpu import gpu_now, local_workers, visible_gpus
 from batchrun.telemetry.progress import duration
 
 SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read
@@ -228,7 +228,7 @@ def _estimate(
         np.array(sampled.runs, np.int64),
         rows * len(sampled.prompts) / max(1, sampled.rows),
         0 if job.answer.is_scored else job.generation.samples * float(np.mean(sampled.new_tokens or [0])),
-        workers or job.cluster.workers or max(1, len(visible_gpus())),
+        local_workers(workers or job.cluster.workers, visible_gpus()),
         len(left),
         job.cluster.price_per_gpu_hour,
     )

@@ -22,6 +22,7 @@ from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.receipts import ReceiptReader
+from batchrun.driver.staged import Unheard, unheard
 from batchrun.driver.stalls import Stalls
 from batchrun.driver.totals import RunTotals
 from batchrun.driver.workers import register_plugin, tell
@@ -108,6 +109,7 @@ class Dispatch:
         self.receipts: dict[int, Receipt] = {}
         # Rows, by partitions whose tasks were told to stop.
         self.staged: dict[int, int] = {}
+        self.unheard = Unheard()
         self.totals = RunTotals()
         self.dashboard: str | None = None
 
@@ -356,7 +358,11 @@ class Dispatch:
 
     def _wind_up(self, client: Client) -> None:
         """The end of a run that is not complete: what it has come to by then is shown once more, and so recorded."""
+        began = time.monotonic()
         self._drain(client)
+        if self.order.retry is None:
+            untold = self.work.keys() - self.receipts.keys() - self.staged.keys()
+            self.unheard = unheard(self.order, self.plan, self.folder, untold, began)
         self._show(self.workers)
 
     def _drain(self, client: Client) -> None:
@@ -407,11 +413,7 @@ class Dispatch:
     def _safe(self) -> str:
         if self.order.retry is not None:
             return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
-        staged = sum(self.staged.values())
-        return (
-            f"{self.rows_committed + staged:,} of {self.plan.rows:,} rows are safe: {self.rows_committed:,} in "
-            f"{self._parts():,} of {self.layout.partitions:,} parts, {staged:,} staged"
-        )
+        return self.unheard.told(self.plan, self.work, self.rows_committed, self._parts(), self.staged)
 
     def _parts(self) -> int:
         """How many the output has, those of earlier runs included."""

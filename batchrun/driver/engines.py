@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from batchrun.engine.standby import Standby
 from batchrun.job.job import Job
-from batchrun.telemetry.gpu import environment_of_gpu, visible_gpus
+from batchrun.telemetry.gpu import environment_of_gpu, local_workers, visible_gpus
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def standing_by(job: Job) -> Iterator[Sequence[Standby]]:
     with ExitStack() as processes:
         wanted = sys.platform == "linux" and job.cluster.is_local and ":" not in job.engine.kind
         gpus = visible_gpus() if wanted else []
-        count = (job.cluster.workers or max(1, len(gpus))) if wanted else 0
+        count = local_workers(job.cluster.workers, gpus) if wanted else 0
         # More workers than GPUs are refused when they are to start.
         count = min(count, len(gpus)) if gpus else count
         yield [

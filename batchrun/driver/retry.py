@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchrun.driver.dispatch import Dispatch
-from batchrun.driver.engines import standing_by
-from batchrun.driver.notify import notifying
 from batchrun.driver.prepare import prepare_again
 from batchrun.driver.run import finish, result, try_store
+from batchrun.driver.supervise import supervised
 from batchrun.driver.workers import Workers
 from batchrun.engine.standby import Standby
 from batchrun.errors import FaultCode, JobError, OutputError, nearest
@@ -20,9 +18,7 @@ from batchrun.job.job import Job
 from batchrun.output import manifest
 from batchrun.output import retry as retries
 from batchrun.output.lease import Lease
-from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult
-from batchrun.storage import deadline
 from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import ProgressCallback, silent
 
@@ -74,14 +70,11 @@ def retry(
             raise JobError(f"no error code {code!r}{nearest(code, known)}", "--error")
     job = job if isinstance(job, Job) else Job.load(job)
     stop = stop or threading.Event()
-    with ExitStack() as stack:
-        if standby is None:
-            standby = () if client else stack.enter_context(standing_by(job))
-        shown = stack.enter_context(bar(progress, job.title, on_progress))
-        stack.enter_context(deadline.until(stop.is_set))
-        return notifying(
-            job, lambda: _retry(job, errors, allow, client, force, stop, shown, milestones, standby)
-        )
+
+    def work(standby: Sequence[Standby], shown: ProgressCallback) -> RunResult:
+        return _retry(job, errors, allow, client, force, stop, shown, milestones, standby)
+
+    return supervised(job, work, client, stop, on_progress, progress, standby)
 
 
 def _retry(

@@ -17,11 +17,10 @@ from batchrun.counters import Counters
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
-from batchrun.driver.engines import standing_by
 from batchrun.driver.limits import Limits
-from batchrun.driver.notify import notifying
 from batchrun.driver.prepare import Prepared, look, try_prompt
 from batchrun.driver.recorder import observed
+from batchrun.driver.supervise import supervised
 from batchrun.driver.workers import Workers
 from batchrun.engine.standby import Standby
 from batchrun.errors import ExitCode
@@ -31,9 +30,8 @@ from batchrun.output.identity import Identity
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.output.output import Output
-from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult
-from batchrun.storage import Folder, deadline
+from batchrun.storage import Folder
 from batchrun.storage.folder import first_contact
 from batchrun.telemetry import record
 from batchrun.telemetry.milestones import Milestones
@@ -76,12 +74,11 @@ def run(
     milestones.reach("imported")
     job = job if isinstance(job, Job) else Job.load(job)
     stop = stop or threading.Event()
-    with ExitStack() as stack:
-        if standby is None:
-            standby = () if client else stack.enter_context(standing_by(job))
-        shown = stack.enter_context(bar(progress, job.title, on_progress))
-        stack.enter_context(deadline.until(stop.is_set))
-        return notifying(job, lambda: _run(job, client, force, stop, shown, milestones, standby))
+
+    def work(standby: Sequence[Standby], shown: ProgressCallback) -> RunResult:
+        return _run(job, client, force, stop, shown, milestones, standby)
+
+    return supervised(job, work, client, stop, on_progress, progress, standby)
 
 
 def _run(

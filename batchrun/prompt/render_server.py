@@ -19,16 +19,13 @@ from typing import Any
 from jinja2 import Template, TemplateError
 
 from batchrun.errors import FaultCode, RowFault
-from batchrun.prompt.sandbox import ENVIRONMENT, NULL, NullPrinted
+from batchrun.prompt.sandbox import ENVIRONMENT, MEMORY, NULL, NULL_PRINTED, TEXT, TOO_LARGE, NullPrinted
 
 SECONDS = 1.0  # of CPU time for one row; the process ends after twice as many
-MEMORY = 1 << 30  # bytes of the whole process
-TEXT = 64 << 20  # characters of one text
+# Rows that take less together share a setting of the timers, which costs as much as a short row.
+SHARED_SECONDS = 0.01
 
 TOO_LONG = f"rendering takes more than {SECONDS:g} s of CPU time"
-TOO_LARGE = (
-    f"rendering takes more than {MEMORY >> 30} GiB of memory, or gives more than {TEXT >> 20} Mi characters"
-)
 
 LOST_ANSWER = "it leaves out, or changes, the assistant's message that is to be continued"
 
@@ -48,8 +45,11 @@ def rows(sources: Sequence[str], names: Sequence[str], rows: Iterable[tuple[Any,
     Only of the first rows, at least one, where they take long: the parent sees that it goes on, and asks again.
     """
 
+    templates: list[Template] = []
+
     def render(row: tuple[Any, ...]) -> list[str]:
-        templates = [_compiled(source) for source in sources]
+        if not templates:
+            templates.extend([_compiled(source) for source in sources])
         variables = {name: NULL if value is None else value for name, value in zip(names, row, strict=True)}
         return [_bounded(template.render(variables)) for template in templates]
 
@@ -89,22 +89,34 @@ def chats(template: str, variables: dict[str, Any], rows: Iterable[tuple[Any, An
 def _first(render: Callable[[Any], Any], rows: Iterable[Any], where: str = "") -> list[Any]:
     """The rendered rows or their faults, as many as take about SECONDS."""
     done: list[Any] = []
-    until = time.monotonic() + SECONDS
-    for row in rows:
-        done.append(_limited(render, row, where))
-        if time.monotonic() > until:
-            break
+    now = time.monotonic()
+    until, limited = now + SECONDS, -1.0
+    try:
+        for row in rows:
+            if now - limited > SHARED_SECONDS:
+                _limit(SECONDS)
+                limited = now
+            done.append(_result(render, row, where))
+            now = time.monotonic()
+            if now > until:
+                break
+    finally:
+        _limit(0)
     return done
 
 
-def _limited(render: Callable[[Any], Any], row: Any, where: str = "") -> Any:
+def _limit(seconds: float) -> None:
+    """Of CPU time from now on; 0 for none."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
+
+
+def _result(render: Callable[[Any], Any], row: Any, where: str = "") -> Any:
     """The rendered row, or its fault."""
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)
         return render(row)
     except NullPrinted:
-        return RowFault(FaultCode.NULL_PROMPT, "the template prints a null value")
+        return RowFault(FaultCode.NULL_PROMPT, NULL_PRINTED)
     except _TooLong:
         return RowFault(FaultCode.TEMPLATE_ERROR, where + TOO_LONG)
     except MemoryError:
@@ -112,9 +124,6 @@ def _limited(render: Callable[[Any], Any], row: Any, where: str = "") -> Any:
     except Exception as error:  # a template runs expressions: they may raise anything
         kind = "" if where else f"{type(error).__name__}: "
         return RowFault(FaultCode.TEMPLATE_ERROR, f"{where}{kind}{error}")
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _bounded(text: str) -> str:
@@ -135,7 +144,7 @@ def _compile_error(source: str) -> str | None:
         except TemplateError as error:
             raise ValueError(error.message) from None
 
-    fault = _limited(attempt, source)
+    (fault,) = _first(attempt, [source])
     return None if fault is None else str(fault.message).removeprefix("ValueError: ")
 
 

@@ -8,6 +8,14 @@ from jinja2 import StrictUndefined, pass_context
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+MEMORY = 1 << 30  # bytes of the process that renders
+TEXT = 64 << 20  # characters of one text
+
+TOO_LARGE = (
+    f"rendering takes more than {MEMORY >> 30} GiB of memory, or gives more than {TEXT >> 20} Mi characters"
+)
+NULL_PRINTED = "the template prints a null value"
+
 
 class NullPrinted(Exception):
     """A template makes text of a value that is null."""

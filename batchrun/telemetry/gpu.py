@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -59,6 +60,11 @@ def _handle(visible: str | None) -> Any:
         return pynvml.nvmlDeviceGetHandleByUUID(first)
     except pynvml.NVMLError:
         return None
+
+
+def local_workers(wanted: int | None, gpus: Sequence[str]) -> int:
+    """How many workers this machine gets: as many as are asked for, else one for each GPU, or one without any."""
+    return wanted or max(1, len(gpus))
 
 
 def visible_gpus() -> list[str]:

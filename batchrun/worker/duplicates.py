@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import lru_cache
 from hashlib import blake2b
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -56,14 +56,15 @@ class KnownAnswers:
     def tell(self, key: bytes, completion: Completion) -> None:
         """The answer, whose claim ends; a fault is nobody else's."""
         # Copies: what comes from an engine are views of packs.
-        values = {name: column.copy() for name, column in completion.values.items()} or None
+        values = completion.values and {name: column.copy() for name, column in completion.values.items()}
+        answer = completion.token_ids.tobytes(), completion.finish_reason, values or None
         with self._lock:
             self._claims.pop(key, None)
             self.changes += 1
             if completion.fault is not None or key in self._answers:
                 return
-            self._answers[key] = completion.token_ids.tobytes(), completion.finish_reason, values
-            self._bytes += _size(self._answers[key])
+            self._answers[key] = answer
+            self._bytes += _size(answer)
             while self._bytes > self._most_bytes:
                 self._bytes -= _size(self._answers.popitem(last=False)[1])
 
@@ -83,6 +84,9 @@ class Duplicates:
     def __init__(self, known: KnownAnswers, sampling: Sampling, is_merging_samples: bool) -> None:
         self._known = known
         self._sampling, self._is_merging_samples = sampling, is_merging_samples
+        # What most requests of a job have in common is digested once.
+        self._common: tuple[Any, ...] = ()
+        self._begun = blake2b(digest_size=16)
         # By key: rows that get a copy, None where there are none yet. Those without a request wait for a row of their
         # own partition.
         self._waiting: dict[bytes, list[int] | None] = {}
@@ -135,7 +139,8 @@ class Duplicates:
         key = self._keys.pop(completion.id, None)
         if key is not None:
             self._known.tell(key, completion)
-            self._copies += (replace(completion, id=row) for row in self._waiting.pop(key) or ())
+            if rows := self._waiting.pop(key):
+                self._copies += [replace(completion, id=row) for row in rows]
 
     def take(self) -> list[Completion]:
         """The copies since the last call."""
@@ -148,10 +153,12 @@ class Duplicates:
 
     def _key(self, request: Request) -> bytes:
         """A digest of all that decides the answer."""
-        digest = blake2b(request.token_ids.tobytes(), digest_size=16)
-        digest.update(_written(_deciding(request)))
-        sampling = request.sampling or self._sampling
-        if sampling.temperature > 0 and not self._is_merging_samples:
+        deciding = _deciding(request)
+        if deciding != self._common:
+            self._common, self._begun = deciding, blake2b(repr(deciding).encode(), digest_size=16)
+        digest = self._begun.copy()
+        digest.update(request.token_ids.tobytes())
+        if (request.sampling or self._sampling).temperature > 0 and not self._is_merging_samples:
             digest.update(repr(request.row_seed).encode())
         return digest.digest()
 
@@ -160,9 +167,3 @@ def _size(answer: tuple[bytes, str, TokenValues | None]) -> int:
     token_ids, _, values = answer
     columns = sum([column.nbytes for column in values.values()]) if values else 0
     return ANSWER_BYTES + len(token_ids) + columns
-
-
-@lru_cache(maxsize=1024)
-def _written(values: Hashable) -> bytes:
-    """What most requests of a job have in common, written once."""
-    return repr(values).encode()

@@ -188,3 +188,16 @@ def test_a_bench_of_a_job_leaves_out_rows_without_a_prompt_and_says_so(
     assert "3 of 20 sampled rows have no prompt and are left out" in table
     for code in ("NULL_PROMPT: 1", "EMPTY_PROMPT: 1", "PROMPT_TOO_LONG: 1"):
         assert code in table
+
+
+def test_a_bench_of_a_job_with_samples_says_that_it_measures_one_a_row(
+    tmp_path, tiny_llama, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sampled = {"max_new_tokens": 4, "samples": 3, "temperature": 1.0}
+    job = load(write_job(tmp_path, tiny_llama, engine={"kind": "padded"}, generation=sampled))
+    (result,) = bench_job(job, rows=20)
+    assert result.output_tokens == 80
+    assert "each row is answered once here, and 3 times in a run (generation.samples)" in format_results(
+        [result]
+    )

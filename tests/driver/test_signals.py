@@ -209,6 +209,44 @@ def test_a_process_that_hangs_after_its_tasks_have_staged_ends_all_the_same(tmp_
     assert time.monotonic() - began < SOON
 
 
+def test_a_stop_while_the_process_already_leaves_keeps_its_code_its_output_and_says_nothing():
+    code = """if True:
+        import atexit, os, signal, time
+        from batchrun import signals
+        from batchrun.__main__ import end
+        signals.install()
+        atexit.register(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(30)))
+        print("answers")
+        end(3)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "answers\n", "")
+
+
+def test_a_tracker_that_was_killed_and_came_again_prints_no_traceback():
+    """It did at the end of a run, where a terminal that closed with it might show its first line and no more."""
+    code = """if True:
+        import gc, multiprocessing, os, signal
+        from multiprocessing import resource_tracker
+        from batchrun.cluster.nanny import apart
+        with apart():
+            queue = multiprocessing.get_context("spawn").Queue()
+            os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+            os.waitid(os.P_PID, resource_tracker._resource_tracker._pid, os.WEXITED | os.WNOWAIT)
+        del queue
+        gc.collect()
+        resource_tracker._resource_tracker._stop()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert "relaunching" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_store_is_not_waited_for_once_the_run_was_told_to_stop(monkeypatch):
     stop = threading.Event()
     threading.Timer(0.5, stop.set).start()

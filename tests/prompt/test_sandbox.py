@@ -230,7 +230,7 @@ def test_a_renderer_that_is_always_killed_while_a_job_is_prepared_is_no_template
     batch = pa.RecordBatch.from_pydict({"t": ["x"] * 8})
 
     def prepare() -> None:
-        settings = PromptSettings(template="{{ t }}")
+        settings = PromptSettings(template="{{ t|trim }}")
         check_sample(PromptBuilder(settings, byte_tokenizer(), 4096, 8, batch.schema), [batch])
 
     with pytest.raises(BatchrunError, match=r"renders templates was killed 3 times.*memory") as caught:

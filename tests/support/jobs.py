@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -20,6 +22,8 @@ from batchrun.job.job import Job
 ROWS_OF_JOB = 60  # rows that write_job makes by default
 SUPPORT = Path(__file__).parent
 ECHO = "engines:EchoEngine"
+# What names a run in the environment of its processes, engines that outlive it included.
+RUN = "BATCHRUN_TEST_RUN"
 
 
 def dataset(rows: int) -> pa.Table:
@@ -82,6 +86,16 @@ def batchrun(*words: str, **env: str) -> tuple[int, str, str]:
     process = start(*words, **env)
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
+
+
+def engines_of(run: str) -> list[int]:
+    """Processes of engines that were started with this value of RUN."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "batchrun.engine.server" in process.cmdline() and process.environ().get(RUN) == run:
+                found.append(process.pid)
+    return found
 
 
 def wait_until(

@@ -1,0 +1,56 @@
+"""What is said to be safe after a stop: all that the store has, whoever staged it."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from parts import answers
+
+from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.prepare import prepare
+from batchrun.errors import StorageError
+from batchrun.telemetry.milestones import Milestones
+from batchrun.telemetry.progress import silent
+from jobs import load, write_job
+
+
+@pytest.fixture
+def stopped(tmp_path: Any, tiny_llama: Any) -> Dispatch:
+    """One of three partitions of 20 rows has 5 staged by a worker that left with its receipt."""
+    prepared = prepare(load(write_job(tmp_path, tiny_llama)))
+    dispatch = Dispatch(prepared, dict.fromkeys(range(3), 20), threading.Event(), silent, Milestones())
+    attempt = dispatch.order.attempt(prepared.plan.partitions[1])
+    attempt.open()
+    attempt.add(answers(1, range(5)))
+    attempt.flush()
+    dispatch.staged[0] = 3
+    return dispatch
+
+
+def wind_up(dispatch: Dispatch) -> str:
+    client: Any = SimpleNamespace(
+        status="running",
+        run=lambda *words, **how: None,
+        scheduler_info=lambda n_workers: {"workers": {}},
+        cancel=lambda futures: None,
+    )
+    dispatch.in_flight[cast(Any, "future")] = [1]
+    dispatch._wind_up(client)
+    return dispatch._safe()
+
+
+def test_what_a_worker_staged_that_left_with_its_receipt_is_counted(stopped: Dispatch) -> None:
+    assert wind_up(stopped) == "8 of 60 rows are safe: 0 in 0 of 3 parts, 8 staged"
+
+
+def test_where_the_store_does_not_tell_in_time_no_number_is_said_to_be_all(
+    stopped: Dispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError("no answer", "store")
+
+    monkeypatch.setattr(stopped.folder, "list", fail)
+    assert wind_up(stopped) == "at least 3 of 60 rows are safe: 0 in 0 of 3 parts, 3 staged"
