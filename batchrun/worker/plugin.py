@@ -21,6 +21,8 @@ from batchrun.worker.state import worker_state
 
 # Seconds that a worker told to leave waits for its tasks to stage what they hold; 3 as a rule.
 FLUSH_ON_EXIT = 8.0
+# Seconds that an attempt has to say which rows it gives up; it may be at the store, or make prompts.
+HANDOVER_SECONDS = 2.0
 
 
 class BatchrunPlugin(WorkerPlugin):
@@ -75,6 +77,19 @@ async def start_engine(spec: EngineSpec) -> None:
 
     # Not on the event loop, which must never wait for a task that holds the lock.
     threading.Thread(target=start, name="batchrun-start", daemon=True).start()
+
+
+async def hand_over(run: str, partition: int, share: float) -> list[int]:
+    """Run on a worker that is at a partition of this run: the rows that it leaves to another worker from now on, about
+    this share of the work that is left there."""
+    handover = worker_state.handover(run, partition)
+    if handover is None:
+        return []
+    answer = asyncio.wrap_future(handover.ask(share))
+    try:
+        return await asyncio.wait_for(answer, HANDOVER_SECONDS)
+    except TimeoutError:
+        return []
 
 
 async def request_stop(run: str) -> None:
