@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Answer
@@ -12,9 +13,12 @@ from distributed import Client, Future
 
 from batchrun.driver.tail import Handover, Tail
 from batchrun.driver.window import Window
+from batchrun.worker.handover import Given
 from batchrun.worker.order import Task
 from batchrun.worker.plugin import HANDOVER_SECONDS, hand_over
 from batchrun.worker.task import run_partitions
+
+log = logging.getLogger(__name__)
 
 
 class Handovers:
@@ -23,7 +27,7 @@ class Handovers:
     def __init__(self, run: str, tail: Tail, window: Window, task_of: Callable[[int], Task]) -> None:
         self.taken: dict[Future, Handover] = {}
         self._run, self._tail, self._window, self._task_of = run, tail, window, task_of
-        self._asked: dict[Answer[list[int]], Handover] = {}
+        self._asked: dict[Answer[Given], Handover] = {}
 
     def begin(self, client: Client) -> None:
         """Sends rows that their owners have given up to whom they are for."""
@@ -51,18 +55,19 @@ class Handovers:
         for answer, handover in list(self._asked.items()):
             if answer.done():
                 del self._asked[answer]
-                rows = answer.result()
-                self._tail.answered(time.monotonic(), handover, len(rows))
+                rows, work = answer.result()
+                self._tail.answered(time.monotonic(), handover, len(rows), work)
+                log.info("%d rows handed over: %s", len(rows), handover)
                 if rows:
                     yield handover, rows
 
-    async def _rows(self, client: Client, handover: Handover) -> list[int]:
-        words = self._run, handover.partition, handover.share
+    async def _rows(self, client: Client, handover: Handover) -> Given:
+        words = self._run, handover.partition, handover.share, handover.is_longest_first
         call = client.run(hand_over, *words, workers=[handover.owner], on_error="ignore", asynchronous=True)
         try:
             found = await asyncio.wait_for(call, 2 * HANDOVER_SECONDS)
         except (OSError, TimeoutError):
             # It is gone, or as good as that: its attempt is judged as any lost one.
-            return []
-        rows: list[int] = found.get(handover.owner, [])
-        return rows
+            return [], 0.0
+        given: Given = found.get(handover.owner, ([], 0.0))
+        return given

@@ -17,6 +17,8 @@ from batchrun.worker.order import TaskReceipt
 TAKING_OVER, CALLS, NEWEST = 0.5, 0.1, 0.3
 # What a handover has to save, in seconds and as a share of what its owner has left: estimates are no better than that.
 WORTH_SECONDS, WORTH_SHARE = 0.2, 0.1
+# A worker of less than this share of another one's speed is slower.
+SLOWER = 0.9
 # Rows go to a worker that has to load its engine first only if the rest takes so many times as long as loading.
 LOADINGS, LOAD_SECONDS = 2.0, 60.0
 # Seconds in which an attempt that had nothing to give up is not asked again.
@@ -27,17 +29,22 @@ KNOWN = 1.0
 
 @dataclass(frozen=True)
 class Handover:
-    """`owner` is to leave this share of what it has left of the partition to `taker`."""
+    """`owner` is to leave this share of what it has left of the partition to `taker`.
+
+    That are its longest rows, which would be the last ones otherwise, or its shortest, if the taker is the slower one.
+    """
 
     partition: int
     owner: str
     taker: str
     share: float
+    is_longest_first: bool
 
 
 @dataclass
 class _Attempt:
-    """`left` rows. Heartbeats show late what was handed over; of one that has just begun, nothing at all."""
+    """`left` in work, see `worker.handover`. Heartbeats show late what was handed over: `left` is without what they do
+    not show. Of an attempt that has just taken rows over, they show nothing at all."""
 
     left: float
     handed_over: int = 0
@@ -47,9 +54,9 @@ class _Attempt:
 class Tail:
     """What each worker has left and how fast it is, from heartbeats and receipts.
 
-    A worker's time left is its rows by its speed. All of them would end together at the sum of rows by the sum of
-    speeds: those with more give to those with less that have a free slot, as long as it is worth it. `rows` is how many
-    each partition has. Partitions that lost an attempt stay whole: what is wrong with them is found by keeping still.
+    All of them would end together after the sum of what is left by the sum of speeds. Those that take longer give rows
+    to those that take less and have a free slot, as long as it is worth it. `rows` is how many each partition has.
+    Partitions that lost an attempt stay whole: what is wrong with them is found by keeping still.
     """
 
     def __init__(self, rows: Callable[[int], int]) -> None:
@@ -61,14 +68,19 @@ class Tail:
         self._refused: dict[tuple[str, int], float] = {}
         self._asked: list[Handover] = []
         self._looked: float | None = None
-        # Of each worker: seconds at work, tokens of rows done in finished attempts and in all.
+        # Of each worker: seconds at work, work done in finished attempts and in all; the rows of all work.
         self._busy: dict[str, float] = defaultdict(float)
-        self._finished: dict[str, int] = defaultdict(int)
-        self._done: dict[str, int] = {}
+        self._finished: dict[str, float] = defaultdict(float)
+        self._done: dict[str, float] = {}
         self._rows_done = 0
         self._taking_over = TAKING_OVER
         self._loaded: set[str] = set()
-        self._load_seconds = 0.0
+        self._load_seconds = LOAD_SECONDS
+
+    @property
+    def partitions(self) -> set[int]:
+        """Those that some worker is known to be at."""
+        return {partition for _, partition in self._attempts}
 
     def see(self, now: float, beats: Heartbeats) -> None:
         """Takes in what the workers say of attempts in flight."""
@@ -76,7 +88,7 @@ class Tail:
         for view in beats.worker_views:
             if view.doing == "generating":
                 self._busy[view.address] += seconds
-            self._done[view.address] = self._finished[view.address] + view.counts.tokens
+        self._done = dict(self._finished)
         self._rows_done = beats.total.rows
         loaded = [(worker, stats) for worker, stats in beats.engines if stats.pid]
         self._loaded = {worker for worker, _ in loaded}
@@ -85,52 +97,37 @@ class Tail:
         self._attempts = {place: one for place, one in before.items() if not one.is_seen}
         for worker, counters, _ in beats.activity:
             place = worker, counters.partition
-            if place in self._over:
-                continue
             known = before.get(place)
-            if known is not None and not known.is_seen and not counters.taken_over:
+            if place in self._over or (known and not known.is_seen and not counters.taken_over):
                 continue
-            given = max(counters.handed_over, known.handed_over if known else 0)
-            size = counters.taken_over or self._rows(counters.partition)
-            left = max(0, size - counters.reused - counters.rows - given)
-            self._attempts[place] = _Attempt(left, given)
-
-    def ended(self, receipt: TaskReceipt) -> None:
-        """An attempt has come to its end; its worker may have a slot free."""
-        place = receipt.worker, receipt.counters.partition
-        self._attempts.pop(place, None)
-        self._over.add(place)
-        self._finished[receipt.worker] += receipt.counters.tokens
-        if opening := receipt.counters.opening:
-            self._taking_over += NEWEST * (CALLS + opening - self._taking_over)
+            self._done[worker] = self._done.get(worker, 0.0) + counters.work_done
+            left = counters.work_left
+            if not counters.pulled:
+                left = self._mean_work * (counters.taken_over or self._rows(counters.partition))
+            if known and known.handed_over > counters.handed_over:
+                left = min(left, known.left)
+            handed_over = max(counters.handed_over, known.handed_over if known else 0)
+            self._attempts[place] = _Attempt(left, handed_over)
 
     def begins(self, partition: int) -> None:
         """A new attempt at the whole partition begins somewhere."""
         self._over = {place for place in self._over if place[1] != partition}
 
+    def ended(self, receipt: TaskReceipt) -> None:
+        """An attempt has come to its end; its worker may have a slot free."""
+        counters = receipt.counters
+        place = receipt.worker, counters.partition
+        self._attempts.pop(place, None)
+        self._over.add(place)
+        self._finished[receipt.worker] += counters.work_done
+        if counters.opening:
+            self._taking_over += NEWEST * (CALLS + counters.opening - self._taking_over)
+
     def keep_whole(self, partition: int, taker: str | None = None) -> None:
-        """An attempt at the partition was lost, with `taker` the one there."""
+        """An attempt at the partition was lost: `taker`'s, if it had taken rows over."""
         self._whole.add(partition)
         if taker is not None:
             self._attempts.pop((taker, partition), None)
-
-    def answered(self, now: float, asked: Handover, rows: int) -> None:
-        """The owner gives up so many rows; if there are any, the taker begins with them now."""
-        self._asked.remove(asked)
-        place = asked.owner, asked.partition
-        if not rows:
-            self._refused[place] = now
-            return
-        if place in self._attempts:
-            self._attempts[place].left = max(0, self._attempts[place].left - rows)
-            self._attempts[place].handed_over += rows
-        self._over.discard((asked.taker, asked.partition))
-        self._attempts[asked.taker, asked.partition] = _Attempt(rows, is_seen=False)
-
-    @property
-    def partitions(self) -> set[int]:
-        """Those that some worker is known to be at."""
-        return {partition for _, partition in self._attempts}
 
     def handovers(
         self, now: float, slots: Mapping[str, int], splittable: Collection[int]
@@ -141,50 +138,68 @@ class Tail:
             self._asked.append(one)
             yield one
 
+    def answered(self, now: float, asked: Handover, rows: int, work: float) -> None:
+        """The owner gives up so many rows; if there are any, the taker begins with them now."""
+        self._asked.remove(asked)
+        place = asked.owner, asked.partition
+        if not rows:
+            self._refused[place] = now
+            return
+        if place in self._attempts:
+            self._attempts[place].left = max(0.0, self._attempts[place].left - work)
+            self._attempts[place].handed_over += rows
+        self._over.discard((asked.taker, asked.partition))
+        self._attempts[asked.taker, asked.partition] = _Attempt(work, is_seen=False)
+
     def _next(self, now: float, slots: Mapping[str, int], splittable: Collection[int]) -> Handover | None:
         speeds = self._speeds(slots)
-        left = dict.fromkeys(speeds, 0.0)
-        running = dict.fromkeys(speeds, 0)
-        for (worker, _), attempt in self._attempts.items():
-            if worker in speeds:
-                left[worker] += attempt.left
-                running[worker] += 1
+        left = self._left(now, speeds)
+        running = [worker for worker, _ in self._attempts]
+        asked = {worker for one in self._asked for worker in (one.owner, one.taker)}
         takers = [
-            worker for worker in speeds if running[worker] < slots[worker] and not self._is_asked(worker)
+            worker for worker in speeds if running.count(worker) < slots[worker] and worker not in asked
         ]
-        owners = [worker for worker in speeds if left[worker] > 1 and not self._is_asked(worker)]
-        at_work = [worker for worker in speeds if left[worker] or worker in self._loaded]
+        owners = [worker for worker in speeds if left[worker] > 0 and worker not in asked]
         if not takers or not owners:
             return None
+        at_work = [worker for worker in speeds if left[worker] or worker in self._loaded]
         end = sum(left[worker] for worker in at_work) / sum(speeds[worker] for worker in at_work)
         for taker in sorted(takers, key=lambda worker: left[worker] / speeds[worker]):
             late = self._taking_over if taker in self._loaded else LOADINGS * self._load_seconds
             room = (end - late) * speeds[taker] - left[taker]
             for owner in sorted(owners, key=lambda worker: -left[worker] / speeds[worker]):
-                rows = min(room, left[owner] - end * speeds[owner])
+                work = min(room, left[owner] - end * speeds[owner])
                 worth = max(WORTH_SECONDS, WORTH_SHARE * left[owner] / speeds[owner])
-                if owner == taker or rows < 1 or rows / speeds[owner] < worth:
+                if owner == taker or work / speeds[owner] < worth:
                     continue
                 if (partition := self._largest(now, owner, taker, splittable)) is not None:
-                    share = min(1.0, rows / self._attempts[owner, partition].left)
-                    return Handover(partition, owner, taker, share)
+                    share = min(1.0, work / self._attempts[owner, partition].left)
+                    is_slower = speeds[taker] < SLOWER * speeds[owner]
+                    return Handover(partition, owner, taker, share, not is_slower)
         return None
 
+    @property
+    def _mean_work(self) -> float:
+        return sum(self._done.values()) / max(1, self._rows_done)
+
     def _speeds(self, workers: Collection[str]) -> dict[str, float]:
-        """Rows a second of each worker, as far as tokens tell; none if nothing is known of any."""
-        tokens = sum(self._done.values()) / max(1, self._rows_done)
+        """Work a second of each worker, where nothing is known of it as of the others; empty if of none."""
         known = {
-            worker: self._done[worker] / self._busy[worker] / tokens
+            worker: self._done[worker] / self._busy[worker]
             for worker in workers
             if self._busy[worker] >= KNOWN and self._done.get(worker)
         }
-        if not known:
-            return {}
-        mean = sum(known.values()) / len(known)
-        return {worker: known.get(worker, mean) for worker in workers}
+        mean = sum(known.values()) / len(known) if known else 0.0
+        return {worker: known.get(worker, mean) for worker in workers} if known else {}
 
-    def _is_asked(self, worker: str) -> bool:
-        return any(worker in (one.owner, one.taker) for one in self._asked)
+    def _left(self, now: float, speeds: Mapping[str, float]) -> dict[str, float]:
+        """Of each worker, as it should be by now."""
+        left = dict.fromkeys(speeds, 0.0)
+        for (worker, _), attempt in self._attempts.items():
+            if worker in left:
+                left[worker] += attempt.left
+        age = now - (self._looked or now)
+        return {worker: max(0.0, work - age * speeds[worker]) for worker, work in left.items()}
 
     def _largest(self, now: float, owner: str, taker: str, splittable: Collection[int]) -> int | None:
         """The owner's partition with most left, of those that it may be asked for."""
@@ -193,7 +208,7 @@ class Tail:
             for (worker, partition), attempt in self._attempts.items()
             if worker == owner
             and attempt.is_seen
-            and attempt.left >= 2
+            and attempt.left > 0
             and partition in splittable
             and partition not in self._whole
             and (taker, partition) not in self._attempts

@@ -45,9 +45,10 @@ Read = Callable[[Sequence[str]], Iterator[RowBatch]]
 class AttemptCounters(Counters):
     """An attempt's own; the worker's heartbeat reads them while the task adds to them.
 
-    `doing` is "reading", "generating" or "sealing"; `activity` grows with whatever the attempt does. `taken_over`
-    rows are all that it is at, of a partition that another attempt has begun; 0 where it is at all that are missing. `opening` are the seconds until its
-    first row went to the engine, `began` a moment of this machine's clock.
+    `doing` is "reading", "generating" or "sealing"; `activity` grows with whatever the attempt does. `taken_over` rows
+    are all that it is at, of a partition that another attempt has begun; 0 where it is at all missing ones. `work_done`
+    and `work_left` are its rows', as `Handover` reckons. `opening` are the seconds until its first row went to the
+    engine, `began` a moment of this machine's clock.
     """
 
     run: str
@@ -55,6 +56,8 @@ class AttemptCounters(Counters):
     doing: str = "reading"
     activity: int = 0
     taken_over: int = 0
+    work_done: float = 0.0
+    work_left: float = 0.0
     opening: float = 0.0
     began: float = field(default_factory=time.monotonic)
 

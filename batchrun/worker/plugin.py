@@ -17,6 +17,7 @@ from batchrun.engine.protocol import EngineSpec
 from batchrun.model.light import import_tokenizers
 from batchrun.prompt.renderer import RENDERER
 from batchrun.telemetry.gpu import gpu_now
+from batchrun.worker.handover import Given
 from batchrun.worker.state import worker_state
 
 # Seconds that a worker told to leave waits for its tasks to stage what they hold; 3 as a rule.
@@ -79,17 +80,17 @@ async def start_engine(spec: EngineSpec) -> None:
     threading.Thread(target=start, name="batchrun-start", daemon=True).start()
 
 
-async def hand_over(run: str, partition: int, share: float) -> list[int]:
+async def hand_over(run: str, partition: int, share: float, is_longest_first: bool) -> Given:
     """Run on a worker that is at a partition of this run: the rows that it leaves to another worker from now on, about
-    this share of the work that is left there."""
+    this share of the work that is left there, the longest ones or the shortest."""
     handover = worker_state.handover(run, partition)
     if handover is None:
-        return []
-    answer = asyncio.wrap_future(handover.ask(share))
+        return [], 0.0
+    answer = asyncio.wrap_future(handover.ask(share, is_longest_first))
     try:
         return await asyncio.wait_for(answer, HANDOVER_SECONDS)
     except TimeoutError:
-        return []
+        return [], 0.0
 
 
 async def request_stop(run: str) -> None:
