@@ -24,7 +24,7 @@ from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, re
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.receipts import ReceiptReader
 from batchrun.driver.stalls import Stalls
-from batchrun.driver.tail import Handover, Tail
+from batchrun.driver.tail import Tail
 from batchrun.driver.totals import RunTotals
 from batchrun.driver.trials import Trials
 from batchrun.driver.window import Window
@@ -106,7 +106,7 @@ class Dispatch:
         self.stalls = Stalls(self.job.limits.stall_seconds)
         self.trials = Trials(self.policy, self.window)
         self.tail = Tail(lambda index: self.plan.partitions[index].rows)
-        self.handovers = Handovers(self.order.run, self.tail, self.window, self._task)
+        self.handovers = Handovers(self.tail, self.window, self._task)
         self.workers: dict[str, Any] = {}
         # Of parts that this run saw committed.
         self.receipts: dict[int, Receipt] = {}
@@ -166,7 +166,6 @@ class Dispatch:
             members = self._next(window)
             for index in members:
                 self.staged.pop(index, None)
-                self.tail.begins(index)
             tasks = [self._task(index) for index in members]
             some = None if len(able) == len(workers) else able
             future = self.window.submit(client, members, run_partitions, tasks, TASK_SECONDS, workers=some)
@@ -182,8 +181,8 @@ class Dispatch:
         self.handovers.begin(client)
         if not self.todo and self.order.retry is None:
             slots = {name: workers[name]["nthreads"] for name in self.policy.able(workers)}
-            trials = self.trials.running
-            tasks = [members for future, members in self.in_flight.items() if future not in trials]
+            tasks = {future.key for future, members in self.in_flight.items() if len(members) == 1}
+            tasks.difference_update(future.key for future in self.trials.running)
             self.handovers.ask(client, slots, tasks)
 
     def _take_isolated(self, future: Future, isolated: IsolatedAttempt) -> None:
@@ -224,7 +223,7 @@ class Dispatch:
         if future not in self.in_flight:
             return
         members = self.in_flight.pop(future)
-        taken = self.handovers.taken.pop(future, None)
+        is_shared = self.handovers.end(future)
         if isolated := self.trials.running.pop(future, None):
             if future.status != "cancelled":
                 self._take_isolated(future, isolated)
@@ -237,7 +236,7 @@ class Dispatch:
                 raise
             except Exception as lost:
                 # Its worker left with the receipts, and Dask may have begun the task anew. The parts may well be there.
-                self._lose(members, lost, taken)
+                self._lose(members, lost, is_shared)
                 return
             for index, receipt in zip(members, receipts, strict=False):
                 self._book(index, receipt)
@@ -249,7 +248,7 @@ class Dispatch:
         if isinstance(error, FATAL_ERRORS):
             self.totals.add_lost(error)
             raise error
-        self._lose(members, error, taken)
+        self._lose(members, error, is_shared)
 
     def _requeue(self, members: Iterable[int]) -> None:
         """Attempts at these partitions ended without a part. Where another one goes on, that one's end decides."""
@@ -258,7 +257,7 @@ class Dispatch:
 
     def _book(self, index: int, receipt: TaskReceipt) -> None:
         self.totals.add(receipt)
-        self.tail.ended(receipt)
+        self.tail.book(receipt)
         if receipt.part is None:
             counters = receipt.counters
             self.staged[index] = self.staged.get(index, 0) + counters.reused + counters.rows
@@ -276,17 +275,17 @@ class Dispatch:
         known = math.isfinite(self.pace)
         self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
 
-    def _lose(self, members: list[int], error: BaseException | None, taken: Handover | None = None) -> None:
+    def _lose(self, members: list[int], error: BaseException | None, is_shared: bool) -> None:
         """A lost task that several partitions shared tells nothing of any one of them. Nor does one that had taken over
         some rows: who left them goes on, and the rows come again with the partition, which stays whole then."""
         for index in members:
-            self.tail.keep_whole(index, taken.taker if taken else None)
+            self.tail.keep_whole(index)
         # Dask's own words are five lines, and say no more.
         error = None if isinstance(error, KilledWorker) else error
         if self.stop.is_set():
             # Nobody is to blame: its worker may well have been told to leave, as this process was.
             self._requeue(members)
-        elif taken is not None:
+        elif is_shared:
             self.policy.note_engine(error)
             log.warning("partition %d lost rows taken over, to %s; they go on", members[0], reason_of(error))
             self._requeue(members)
@@ -322,7 +321,7 @@ class Dispatch:
         totals = self.totals
         beats = heartbeats.read(workers, self.order.run, totals.counts, self._rows(in_flight))
         totals.see(beats)
-        self.tail.see(time.monotonic(), beats)
+        self.tail.see(time.monotonic(), beats, {future.key for future in self.in_flight})
         # Of partitions that other attempts are still at.
         staged = sum(self.staged.get(index, 0) for index in in_flight)
         now = Progress(
@@ -347,7 +346,7 @@ class Dispatch:
         self, client: Client, worker: str, attempt: AttemptCounters, activity: Hashable
     ) -> None:
         """Ends a worker that hangs alive; its attempts are then judged like any lost ones."""
-        if self.stalls.stalled(attempt.partition, activity, time.monotonic(), worker):
+        if self.stalls.stalled(attempt.partition, activity, time.monotonic(), attempt.task):
             limit = self.job.limits.stall_seconds
             log.warning(
                 "partition %d: no sign of progress for %g s; its worker is restarted",

@@ -12,9 +12,9 @@ class Stalls:
         self._seconds = seconds
         self._seen: dict[tuple[int, str], tuple[Hashable, float]] = {}
 
-    def stalled(self, partition: int, activity: Hashable, now: float, worker: str = "") -> bool:
+    def stalled(self, partition: int, activity: Hashable, now: float, task: str = "") -> bool:
         """Whether the attempt's signs have been these for too long. The clock starts anew when it says so."""
-        attempt = partition, worker
+        attempt = partition, task
         before = self._seen.get(attempt)
         if before is None or before[0] != activity:
             self._seen[attempt] = (activity, now)

@@ -29,11 +29,12 @@ KNOWN = 1.0
 
 @dataclass(frozen=True)
 class Handover:
-    """`owner` is to leave this share of what it has left of the partition to `taker`.
+    """`owner` is to leave this share of what its task has left of the partition to `taker`.
 
     That are its longest rows, which would be the last ones otherwise, or its shortest, if the taker is the slower one.
     """
 
+    task: str
     partition: int
     owner: str
     taker: str
@@ -46,6 +47,8 @@ class _Attempt:
     """`left` in work, see `worker.handover`. Heartbeats show late what was handed over: `left` is without what they do
     not show. Of an attempt that has just taken rows over, they show nothing at all."""
 
+    worker: str
+    partition: int
     left: float
     handed_over: int = 0
     is_seen: bool = True
@@ -61,11 +64,10 @@ class Tail:
 
     def __init__(self, rows: Callable[[int], int]) -> None:
         self._rows = rows
-        self._attempts: dict[tuple[str, int], _Attempt] = {}
-        # That ended, though older heartbeats still show them.
-        self._over: set[tuple[str, int]] = set()
+        # By the keys of their tasks.
+        self._attempts: dict[str, _Attempt] = {}
         self._whole: set[int] = set()
-        self._refused: dict[tuple[str, int], float] = {}
+        self._refused: dict[str, float] = {}
         self._asked: list[Handover] = []
         self._looked: float | None = None
         # Of each worker: seconds at work, work done in finished attempts and in all; the rows of all work.
@@ -78,12 +80,12 @@ class Tail:
         self._load_seconds = LOAD_SECONDS
 
     @property
-    def partitions(self) -> set[int]:
-        """Those that some worker is known to be at."""
-        return {partition for _, partition in self._attempts}
+    def tasks(self) -> set[str]:
+        """The keys of those that some worker is known to be at."""
+        return {*self._attempts}
 
-    def see(self, now: float, beats: Heartbeats) -> None:
-        """Takes in what the workers say of attempts in flight."""
+    def see(self, now: float, beats: Heartbeats, tasks: Collection[str]) -> None:
+        """Takes in what the workers say of the tasks in flight."""
         seconds, self._looked = now - (self._looked or now), now
         for view in beats.worker_views:
             if view.doing == "generating":
@@ -94,11 +96,10 @@ class Tail:
         self._loaded = {worker for worker, _ in loaded}
         self._load_seconds = max((stats.load_seconds for _, stats in loaded), default=0.0) or LOAD_SECONDS
         before = self._attempts
-        self._attempts = {place: one for place, one in before.items() if not one.is_seen}
+        self._attempts = {key: one for key, one in before.items() if not one.is_seen and key in tasks}
         for worker, counters, _ in beats.activity:
-            place = worker, counters.partition
-            known = before.get(place)
-            if place in self._over or (known and not known.is_seen and not counters.taken_over):
+            known = before.get(counters.task)
+            if counters.task not in tasks or (known and not known.is_seen and not counters.taken_over):
                 continue
             self._done[worker] = self._done.get(worker, 0.0) + counters.work_done
             left = counters.work_left
@@ -107,54 +108,46 @@ class Tail:
             if known and known.handed_over > counters.handed_over:
                 left = min(left, known.left)
             handed_over = max(counters.handed_over, known.handed_over if known else 0)
-            self._attempts[place] = _Attempt(left, handed_over)
+            self._attempts[counters.task] = _Attempt(worker, counters.partition, left, handed_over)
 
-    def begins(self, partition: int) -> None:
-        """A new attempt at the whole partition begins somewhere."""
-        self._over = {place for place in self._over if place[1] != partition}
+    def ended(self, task: str) -> None:
+        """The task has come to its end; its worker may have a slot free."""
+        self._attempts.pop(task, None)
 
-    def ended(self, receipt: TaskReceipt) -> None:
-        """An attempt has come to its end; its worker may have a slot free."""
-        counters = receipt.counters
-        place = receipt.worker, counters.partition
-        self._attempts.pop(place, None)
-        self._over.add(place)
-        self._finished[receipt.worker] += counters.work_done
-        if counters.opening:
-            self._taking_over += NEWEST * (CALLS + counters.opening - self._taking_over)
+    def book(self, receipt: TaskReceipt) -> None:
+        """What an attempt that has ended had done."""
+        self._finished[receipt.worker] += receipt.counters.work_done
+        if opening := receipt.counters.opening:
+            self._taking_over += NEWEST * (CALLS + opening - self._taking_over)
 
-    def keep_whole(self, partition: int, taker: str | None = None) -> None:
-        """An attempt at the partition was lost: `taker`'s, if it had taken rows over."""
+    def keep_whole(self, partition: int) -> None:
+        """An attempt at the partition was lost."""
         self._whole.add(partition)
-        if taker is not None:
-            self._attempts.pop((taker, partition), None)
 
-    def handovers(
-        self, now: float, slots: Mapping[str, int], splittable: Collection[int]
-    ) -> Iterator[Handover]:
+    def handovers(self, now: float, slots: Mapping[str, int], tasks: Collection[str]) -> Iterator[Handover]:
         """What is worth being asked for now; each counts as asked until `answered`. `slots` of the workers that get
-        work, and the partitions that may be split."""
-        while one := self._next(now, slots, splittable):
+        work, and the tasks that may be asked."""
+        while one := self._next(now, slots, tasks):
             self._asked.append(one)
             yield one
 
     def answered(self, now: float, asked: Handover, rows: int, work: float) -> None:
-        """The owner gives up so many rows; if there are any, the taker begins with them now."""
+        """The owner gives up so many rows, of so much work."""
         self._asked.remove(asked)
-        place = asked.owner, asked.partition
         if not rows:
-            self._refused[place] = now
-            return
-        if place in self._attempts:
-            self._attempts[place].left = max(0.0, self._attempts[place].left - work)
-            self._attempts[place].handed_over += rows
-        self._over.discard((asked.taker, asked.partition))
-        self._attempts[asked.taker, asked.partition] = _Attempt(work, is_seen=False)
+            self._refused[asked.task] = now
+        elif owner := self._attempts.get(asked.task):
+            owner.left = max(0.0, owner.left - work)
+            owner.handed_over += rows
 
-    def _next(self, now: float, slots: Mapping[str, int], splittable: Collection[int]) -> Handover | None:
+    def begun(self, task: str, handover: Handover, work: float) -> None:
+        """The taker begins with so much work, in a task of its own."""
+        self._attempts[task] = _Attempt(handover.taker, handover.partition, work, is_seen=False)
+
+    def _next(self, now: float, slots: Mapping[str, int], tasks: Collection[str]) -> Handover | None:
         speeds = self._speeds(slots)
         left = self._left(now, speeds)
-        running = [worker for worker, _ in self._attempts]
+        running = [attempt.worker for attempt in self._attempts.values()]
         asked = {worker for one in self._asked for worker in (one.owner, one.taker)}
         takers = [
             worker for worker in speeds if running.count(worker) < slots[worker] and worker not in asked
@@ -172,10 +165,11 @@ class Tail:
                 worth = max(WORTH_SECONDS, WORTH_SHARE * left[owner] / speeds[owner])
                 if owner == taker or work / speeds[owner] < worth:
                     continue
-                if (partition := self._largest(now, owner, taker, splittable)) is not None:
-                    share = min(1.0, work / self._attempts[owner, partition].left)
+                if task := self._largest(now, owner, tasks):
+                    attempt = self._attempts[task]
+                    share = min(1.0, work / attempt.left)
                     is_slower = speeds[taker] < SLOWER * speeds[owner]
-                    return Handover(partition, owner, taker, share, not is_slower)
+                    return Handover(task, attempt.partition, owner, taker, share, not is_slower)
         return None
 
     @property
@@ -195,23 +189,22 @@ class Tail:
     def _left(self, now: float, speeds: Mapping[str, float]) -> dict[str, float]:
         """Of each worker, as it should be by now."""
         left = dict.fromkeys(speeds, 0.0)
-        for (worker, _), attempt in self._attempts.items():
-            if worker in left:
-                left[worker] += attempt.left
+        for attempt in self._attempts.values():
+            if attempt.worker in left:
+                left[attempt.worker] += attempt.left
         age = now - (self._looked or now)
         return {worker: max(0.0, work - age * speeds[worker]) for worker, work in left.items()}
 
-    def _largest(self, now: float, owner: str, taker: str, splittable: Collection[int]) -> int | None:
-        """The owner's partition with most left, of those that it may be asked for."""
+    def _largest(self, now: float, owner: str, tasks: Collection[str]) -> str | None:
+        """The owner's task with most left, of those that it may be asked for."""
         free = {
-            partition: attempt.left
-            for (worker, partition), attempt in self._attempts.items()
-            if worker == owner
+            task: attempt.left
+            for task, attempt in self._attempts.items()
+            if attempt.worker == owner
             and attempt.is_seen
             and attempt.left > 0
-            and partition in splittable
-            and partition not in self._whole
-            and (taker, partition) not in self._attempts
-            and now - self._refused.get((owner, partition), -REFUSED) >= REFUSED
+            and attempt.partition not in self._whole
+            and task in tasks
+            and now - self._refused.get(task, -REFUSED) >= REFUSED
         }
-        return max(free, key=lambda partition: free[partition], default=None)
+        return max(free, key=lambda task: free[task], default=None)

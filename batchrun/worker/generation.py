@@ -45,14 +45,15 @@ Read = Callable[[Sequence[str]], Iterator[RowBatch]]
 class AttemptCounters(Counters):
     """An attempt's own; the worker's heartbeat reads them while the task adds to them.
 
-    `doing` is "reading", "generating" or "sealing"; `activity` grows with whatever the attempt does. `taken_over` rows
-    are all that it is at, of a partition that another attempt has begun; 0 where it is at all missing ones. `work_done`
-    and `work_left` are its rows', as `Handover` reckons. `opening` are the seconds until its first row went to the
-    engine, `began` a moment of this machine's clock.
+    `task` is the key of its task. `doing` is "reading", "generating" or "sealing"; `activity` grows with whatever the
+    attempt does. `taken_over` rows are all that it is at, of a partition that another attempt has begun; 0 where it is
+    at all missing ones. `work_done` and `work_left` are its rows', as `Handover` reckons. `opening` are the seconds
+    until its first row went to the engine, `began` a moment of this machine's clock.
     """
 
     run: str
     partition: int
+    task: str = ""
     doing: str = "reading"
     activity: int = 0
     taken_over: int = 0

@@ -80,10 +80,10 @@ async def start_engine(spec: EngineSpec) -> None:
     threading.Thread(target=start, name="batchrun-start", daemon=True).start()
 
 
-async def hand_over(run: str, partition: int, share: float, is_longest_first: bool) -> Given:
-    """Run on a worker that is at a partition of this run: the rows that it leaves to another worker from now on, about
-    this share of the work that is left there, the longest ones or the shortest."""
-    handover = worker_state.handover(run, partition)
+async def hand_over(task: str, share: float, is_longest_first: bool) -> Given:
+    """Run on the task's worker: the rows that its attempt leaves to another worker from now on, about this share of the
+    work that it has left, the longest ones or the shortest."""
+    handover = worker_state.handover(task)
     if handover is None:
         return [], 0.0
     answer = asyncio.wrap_future(handover.ask(share, is_longest_first))

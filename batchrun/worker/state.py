@@ -32,8 +32,8 @@ class WorkerState:
         self._health: dict[str, EngineHealth] = {}
         self._answers: dict[str, KnownAnswers] = {}
         self._attempts: dict[int, AttemptCounters] = {}
-        # By run and partition: where the driver may ask for rows.
-        self._handovers: dict[tuple[str, int], Handover] = {}
+        # By task: where the driver may ask for rows.
+        self._handovers: dict[str, Handover] = {}
         self._stopped_runs: set[str] = set()
         self._opening = threading.Event()
         self._leaving = threading.Event()
@@ -67,17 +67,17 @@ class WorkerState:
             del self._attempts[id(counters)]
 
     @contextmanager
-    def sharing(self, run: str, partition: int, handover: Handover) -> Iterator[None]:
-        """Inside, the attempt at the partition may be asked for rows."""
-        self._handovers[run, partition] = handover
+    def sharing(self, task: str, handover: Handover) -> Iterator[None]:
+        """Inside, the task's attempt may be asked for rows."""
+        self._handovers[task] = handover
         try:
             yield
         finally:
-            del self._handovers[run, partition]
+            del self._handovers[task]
 
-    def handover(self, run: str, partition: int) -> Handover | None:
-        """That of the attempt at the partition, if it may be asked now."""
-        return self._handovers.get((run, partition))
+    def handover(self, task: str) -> Handover | None:
+        """That of the task's attempt, if it may be asked now."""
+        return self._handovers.get(task)
 
     def is_stopped(self, run: str) -> bool:
         """Whether attempts of the run are to stage what they hold and return."""

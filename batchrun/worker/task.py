@@ -138,6 +138,7 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
 def _counted(order: WorkOrder, task: Task) -> Iterator[AttemptCounters]:
     """The task's counters, which the heartbeat carries for as long as this is open, and an error that ends it."""
     with worker_state.attempt(order.run, task.partition.index) as counters:
+        counters.task = str(get_worker().get_current_task())
         try:
             yield counters
         except BatchrunError as error:
@@ -176,7 +177,7 @@ def _generate(
             _duplicates(order, codec.engine.sampling),
         )
         try:
-            sharing = worker_state.sharing(order.run, attempt.partition, generation.handover)
+            sharing = worker_state.sharing(counters.task, generation.handover)
             with _staging(attempt), sharing:
                 generation.run(engine, wanted)
             health.rows_to_blame = generation.rows_to_blame

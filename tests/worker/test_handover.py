@@ -188,4 +188,4 @@ def test_an_attempt_that_has_ended_and_one_that_is_unknown_give_up_nothing():
     engine.generate = lambda *words: (seen.append(words[2]), generate(*words))[1]  # type: ignore[method-assign]
     run([3, 4], engine)
     assert seen[0].ask(1.0, True).result(timeout=0) == ([], 0.0)
-    assert worker_state.handover("run", 0) is None
+    assert worker_state.handover("task") is None
