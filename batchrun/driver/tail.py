@@ -66,6 +66,8 @@ class Tail:
         self._rows = rows
         # By the keys of their tasks.
         self._attempts: dict[str, _Attempt] = {}
+        # Of each worker: what those that have ended had left at the last look.
+        self._ended: dict[str, float] = defaultdict(float)
         self._whole: set[int] = set()
         self._refused: dict[str, float] = {}
         self._asked: list[Handover] = []
@@ -95,6 +97,7 @@ class Tail:
         loaded = [(worker, stats) for worker, stats in beats.engines if stats.pid]
         self._loaded = {worker for worker, _ in loaded}
         self._load_seconds = max((stats.load_seconds for _, stats in loaded), default=0.0) or LOAD_SECONDS
+        self._ended.clear()
         before = self._attempts
         self._attempts = {key: one for key, one in before.items() if not one.is_seen and key in tasks}
         for worker, counters, _ in beats.activity:
@@ -112,7 +115,8 @@ class Tail:
 
     def ended(self, task: str) -> None:
         """The task has come to its end; its worker may have a slot free."""
-        self._attempts.pop(task, None)
+        if attempt := self._attempts.pop(task, None):
+            self._ended[attempt.worker] += attempt.left
 
     def book(self, receipt: TaskReceipt) -> None:
         """What an attempt that has ended had done."""
@@ -156,18 +160,23 @@ class Tail:
         if not takers or not owners:
             return None
         at_work = [worker for worker in speeds if left[worker] or worker in self._loaded]
-        end = sum(left[worker] for worker in at_work) / sum(speeds[worker] for worker in at_work)
+        work, speed = sum(left[worker] for worker in at_work), sum(speeds[worker] for worker in at_work)
         for taker in sorted(takers, key=lambda worker: left[worker] / speeds[worker]):
             late = self._taking_over if taker in self._loaded else LOADINGS * self._load_seconds
-            room = (end - late) * speeds[taker] - left[taker]
+            # Until then it has work of its own.
+            begins = max(late, left[taker] / speeds[taker])
+            end = work / speed
+            if taker not in at_work:
+                end = (work + begins * speeds[taker]) / (speed + speeds[taker])
+            room = (end - begins) * speeds[taker]
             for owner in sorted(owners, key=lambda worker: -left[worker] / speeds[worker]):
-                work = min(room, left[owner] - end * speeds[owner])
+                some = min(room, left[owner] - end * speeds[owner])
                 worth = max(WORTH_SECONDS, WORTH_SHARE * left[owner] / speeds[owner])
-                if owner == taker or work / speeds[owner] < worth:
+                if owner == taker or some / speeds[owner] < worth:
                     continue
                 if task := self._largest(now, owner, tasks):
                     attempt = self._attempts[task]
-                    share = min(1.0, work / attempt.left)
+                    share = min(1.0, some / attempt.left)
                     is_slower = speeds[taker] < SLOWER * speeds[owner]
                     return Handover(task, attempt.partition, owner, taker, share, not is_slower)
         return None
@@ -187,8 +196,8 @@ class Tail:
         return {worker: known.get(worker, mean) for worker in workers} if known else {}
 
     def _left(self, now: float, speeds: Mapping[str, float]) -> dict[str, float]:
-        """Of each worker, as it should be by now."""
-        left = dict.fromkeys(speeds, 0.0)
+        """Of each worker, as it should be by now: it has gone on since the last look."""
+        left = {worker: self._ended[worker] for worker in speeds}
         for attempt in self._attempts.values():
             if attempt.worker in left:
                 left[attempt.worker] += attempt.left
