@@ -58,7 +58,7 @@ class Case:
         self.deadly = rng.random() < 0.08
         if self.tail:
             self.workers, self.slots, self.threshold, self.deadly = 2, rng.choice([1, 2]), None, False
-            self.rows_per_part, self.delay = self.rows // 8, rng.choice([0.01, 0.02])
+            self.rows_per_part, self.delay = self.rows // 8 + 1, rng.choice([0.01, 0.02])
         self.input = self._poison(rng, dataset(self.rows))
         self._write_input(rng)
         compression = rng.choice(["zstd", "snappy", "gzip", "lz4", "none"])
@@ -100,8 +100,8 @@ class Case:
 
     @property
     def is_in_tail(self) -> bool:
-        """Whether no partition is left that no worker is at."""
-        return self.rows_seen >= len(self.wanted) - self.workers * self.slots * self.rows_per_part
+        """Whether one partition at most is left that no worker is at."""
+        return self.rows_seen >= len(self.wanted) - (self.workers * self.slots + 1) * self.rows_per_part
 
     def __str__(self) -> str:
         flush = f"staged every {self.flush_rows} rows or {self.flush_seconds} s"

@@ -19,7 +19,7 @@ PHASES = {
     "loading": 1.6,  # the first engine's process
     "generation": 1.5,  # a request reached an engine
     "sealing": 1.0,  # a part came
-    "tail": 2.0,  # every partition that is left is in a worker's hands (only a case with a tail has this)
+    "tail": 1.5,  # the last partitions are in workers' hands (only a case with a tail has this)
     "manifest": 0.05,  # the last part is there
     "end": 0.7,  # the manifest is there: record, report, what is printed
 }
