@@ -71,7 +71,7 @@ class Handovers:
 
     async def _rows(self, client: Client, handover: Handover) -> Given:
         words = handover.task, handover.share, handover.is_longest_first
-        call = client.run(hand_over, *words, workers=[handover.owner], on_error="ignore", asynchronous=True)
+        call = client.run(hand_over, *words, workers=[handover.owner], asynchronous=True)
         try:
             found = await asyncio.wait_for(call, 2 * HANDOVER_SECONDS)
         except (OSError, TimeoutError):
