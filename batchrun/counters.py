@@ -22,8 +22,9 @@ class Counters:
     with several samples each sample has its finish reason, and may be `empty`. `reused` rows had been staged by earlier
     attempts. Of the `pulled` rows, which were read and made prompts of, `requests` went to engines, with `more_samples`
     besides the first ones, and `sent_tokens` tokens of prompts in all. Where rows have limits of new tokens of their
-    own, `sent_limits` are those of rows sent, `limits` those of rows generated. `commits` parts were built and put in
-    `commit_seconds`. `examples` names a few failed rows.
+    own, `sent_limits` are those of rows sent, `limits` those of rows generated. `handed_over` rows were left to
+    another worker's attempt. `commits` parts were built and put in `commit_seconds`. `examples` names a few failed
+    rows.
     """
 
     rows: int = 0
@@ -40,6 +41,7 @@ class Counters:
     output_tokens: int = 0
     copied: int = 0
     copied_tokens: int = 0
+    handed_over: int = 0
     commits: int = 0
     commit_seconds: float = 0.0
     finish_reasons: dict[str, int] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,17 @@ from distributed import Client, Future, KilledWorker
 from batchrun import signals
 from batchrun.cluster import dashboard
 from batchrun.driver import heartbeats
+from batchrun.driver.handovers import Handovers
 from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.receipts import ReceiptReader
 from batchrun.driver.staged import Unheard, unheard
 from batchrun.driver.stalls import Stalls
+from batchrun.driver.tail import Tail
 from batchrun.driver.totals import RunTotals
+from batchrun.driver.trials import Trials
+from batchrun.driver.window import Window
 from batchrun.driver.workers import register_plugin, tell
 from batchrun.errors import (
     CorruptInput,
@@ -40,7 +44,7 @@ from batchrun.telemetry.progress import Progress, ProgressCallback, silent
 from batchrun.worker.generation import AttemptCounters
 from batchrun.worker.order import Task, TaskReceipt, WorkOrder
 from batchrun.worker.plugin import end_at_once, request_stop
-from batchrun.worker.task import examine, run_partition, run_partitions
+from batchrun.worker.task import run_partitions
 
 log = logging.getLogger(__name__)
 
@@ -93,21 +97,21 @@ class Dispatch:
         self.guard: ProgressCallback = silent
         self.todo = deque(work)
         self.rows_committed = self.plan.rows - sum(work.values())
-        self.in_flight: dict[Future, list[int]] = {}
+        self.window = Window(self.order)
+        self.in_flight, self.finished = self.window.tasks, self.window.finished
         # Partitions that share no task any more: one that they shared was lost.
         self.single: set[int] = set()
         # Seconds that a partition takes, as of late.
         self.pace = math.inf
-        self.finished: queue.Queue[Future] = queue.Queue()
         self.policy = LostAttemptPolicy(self.plan, self.folder, self.layout, proven=self.rows_committed > 0)
         self.stalls = Stalls(self.job.limits.stall_seconds)
-        # Those of `in_flight` that try a suspect; those that only some workers may do, and which.
-        self.isolated_attempts: dict[Future, IsolatedAttempt] = {}
-        self.kept: dict[Future, list[str]] = {}
+        self.trials = Trials(self.policy, self.window)
+        self.tail = Tail(lambda index: self.plan.partitions[index].rows)
+        self.handovers = Handovers(self.tail, self.window, self._task)
         self.workers: dict[str, Any] = {}
         # Of parts that this run saw committed.
         self.receipts: dict[int, Receipt] = {}
-        # Rows, by partitions whose tasks were told to stop.
+        # Rows, by partitions whose tasks ended before they were covered.
         self.staged: dict[int, int] = {}
         self.unheard = Unheard()
         self.totals = RunTotals()
@@ -146,63 +150,42 @@ class Dispatch:
                 self.policy.check_engines(self.workers)
                 next_poll = time.monotonic() + POLL
             self._fill(client, self.workers)
-            self._try_suspected(client)
+            if not self.todo:
+                self.trials.begin(client, self.workers)
+            self._share(client, self.workers)
             self._settle(POLL / 4)
         self._poll(client)
 
     def _fill(self, client: Client, workers: dict[str, Any]) -> None:
         able = self.policy.able(workers)
-        self._free_kept(workers)
+        for members in self.window.free_kept(workers):
+            self._requeue(members)
         slots = sum(workers[name]["nthreads"] for name in able)
-        window = max(1, math.ceil(IN_FLIGHT_PER_SLOT * slots)) if able or not workers else 0
+        # What waits at Dask is bound to a worker: the last ones wait here for whichever is free first.
+        ahead = IN_FLIGHT_PER_SLOT if len(self.todo) > slots else 1.0
+        window = max(1, math.ceil(ahead * slots)) if able or not workers else 0
         while self.todo and len(self.in_flight) < window:
             members = self._next(window)
+            for index in members:
+                self.staged.pop(index, None)
             tasks = [self._task(index) for index in members]
-            where = {} if len(able) == len(workers) else {"workers": able}
-            future = self._submit(client, members, run_partitions, tasks, TASK_SECONDS, **where)
-            if where:
-                self.kept[future] = able
+            some = None if len(able) == len(workers) else able
+            future = self.window.submit(client, members, run_partitions, tasks, TASK_SECONDS, workers=some)
+            if some is not None:
+                self.window.kept[future] = some
 
     def _task(self, index: int) -> Task:
         partition = self.plan.partitions[index]
         return Task(partition, self.plan.files_of(partition), proven=self.policy.proven)
 
-    def _free_kept(self, workers: dict[str, Any]) -> None:
-        """What is kept for workers that are gone would wait for ever."""
-        self.kept = {future: able for future, able in self.kept.items() if future in self.in_flight}
-        for future, able in list(self.kept.items()):
-            if not workers.keys() & set(able):
-                del self.kept[future]
-                self.todo.extend(self.in_flight.pop(future))
-                future.cancel()
-
-    def _submit(
-        self, client: Client, members: list[int], work: Callable[..., Any], *arguments: Any, **where: Any
-    ) -> Future:
-        key = f"batchrun-{self.layout.plan_hash[:8]}-{members[0]:05d}-{uuid.uuid4().hex[:8]}"
-        future = client.submit(work, self.order, *arguments, key=key, pure=False, retries=0, **where)
-        self.in_flight[future] = members
-        future.add_done_callback(self.finished.put)
-        return future
-
-    def _try_suspected(self, client: Client) -> None:
-        """Begins trials once nothing else is in flight."""
-        if self.todo or len(self.in_flight) > len(self.isolated_attempts):
-            return
-        for future, isolated in list(self.isolated_attempts.items()):
-            if isolated.worker not in self.workers and not future.done():
-                # It left in peace, and nothing can be said of the rows.
-                self.in_flight.pop(future)
-                del self.isolated_attempts[future]
-                future.cancel()
-        for isolated in list(self.policy.isolated_attempts(self.isolated_attempts.values(), self.workers)):
-            self._try(client, isolated)
-
-    def _try(self, client: Client, isolated: IsolatedAttempt) -> None:
-        work = examine if isolated.rows is None else run_partition
-        task = self.policy.task(isolated)
-        future = self._submit(client, [isolated.partition], work, task, workers=[isolated.worker])
-        self.isolated_attempts[future] = isolated
+    def _share(self, client: Client, workers: dict[str, Any]) -> None:
+        """Once nothing is left to begin with, workers with free slots take over rows of others' partitions."""
+        self.handovers.begin(client)
+        if not self.todo and self.order.retry is None:
+            slots = {name: workers[name]["nthreads"] for name in self.policy.able(workers)}
+            tasks = {future.key for future, members in self.in_flight.items() if len(members) == 1}
+            tasks.difference_update(future.key for future in self.trials.running)
+            self.handovers.ask(client, slots, tasks)
 
     def _take_isolated(self, future: Future, isolated: IsolatedAttempt) -> None:
         try:
@@ -218,7 +201,7 @@ class Dispatch:
         if isinstance(outcome, TaskReceipt):
             self._book(isolated.partition, outcome)
         else:
-            self._try(future.client, self.policy.examined(isolated, outcome))
+            self.trials.go_on(future.client, self.policy.examined(isolated, outcome))
 
     def _next(self, window: int) -> list[int]:
         """The partitions of one task: one as a rule, more of tiny ones, fewer of these again towards the end."""
@@ -242,7 +225,8 @@ class Dispatch:
         if future not in self.in_flight:
             return
         members = self.in_flight.pop(future)
-        if isolated := self.isolated_attempts.pop(future, None):
+        is_shared = self.handovers.end(future)
+        if isolated := self.trials.running.pop(future, None):
             if future.status != "cancelled":
                 self._take_isolated(future, isolated)
             return
@@ -254,42 +238,59 @@ class Dispatch:
                 raise
             except Exception as lost:
                 # Its worker left with the receipts, and Dask may have begun the task anew. The parts may well be there.
-                self._lose(members, lost)
+                self._lose(members, lost, is_shared)
                 return
             for index, receipt in zip(members, receipts, strict=False):
                 self._book(index, receipt)
                 if receipt.part is None:
-                    self.todo.append(index)
+                    self._requeue([index])
             self._again_alone(members[len(receipts) :])
             return
         error = future.exception() if future.status == "error" else None
         if isinstance(error, FATAL_ERRORS):
             self.totals.add_lost(error)
             raise error
-        self._lose(members, error)
+        self._lose(members, error, is_shared)
+
+    def _requeue(self, members: Iterable[int]) -> None:
+        """Attempts at these partitions ended without a part. Where another one goes on, that one's end decides."""
+        decided = self.window.partitions.union(self.receipts, self.policy.suspected)
+        self.todo.extend(index for index in members if index not in decided)
 
     def _book(self, index: int, receipt: TaskReceipt) -> None:
         self.totals.add(receipt)
+        self.tail.book(receipt)
         if receipt.part is None:
-            self.staged[index] = receipt.counters.reused + receipt.counters.rows
+            counters = receipt.counters
+            self.staged[index] = self.staged.get(index, 0) + counters.reused + counters.rows
             if receipt.counters.rows:
                 self.policy.progress(index)
             return
         self.staged.pop(index, None)
         self.policy.committed(index)
+        if index in self.receipts:
+            # Of several attempts that shared it, more than one has seen it covered.
+            return
         self.milestones.commit()
         self.receipts[index] = receipt.part
         self.rows_committed += self.work[index]
         known = math.isfinite(self.pace)
         self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
 
-    def _lose(self, members: list[int], error: BaseException | None) -> None:
-        """A lost task that several partitions shared tells nothing of any one of them."""
+    def _lose(self, members: list[int], error: BaseException | None, is_shared: bool) -> None:
+        """A lost task that several partitions shared tells nothing of any one of them. Nor does one that had taken over
+        some rows: who left them goes on, and the rows come again with the partition, which stays whole then."""
+        for index in members:
+            self.tail.keep_whole(index)
         # Dask's own words are five lines, and say no more.
         error = None if isinstance(error, KilledWorker) else error
         if self.stop.is_set():
             # Nobody is to blame: its worker may well have been told to leave, as this process was.
-            self.todo.extend(members)
+            self._requeue(members)
+        elif is_shared:
+            self.policy.note_engine(error)
+            log.warning("partition %d lost rows taken over, to %s; they go on", members[0], reason_of(error))
+            self._requeue(members)
         elif len(members) > 1:
             log.warning(
                 "%d partitions lost their task to %s; each goes on by itself", len(members), reason_of(error)
@@ -300,11 +301,11 @@ class Dispatch:
 
     def _again_alone(self, members: list[int]) -> None:
         self.single.update(members)
-        self.todo.extend(members)
+        self._requeue(members)
 
     def _strike(self, index: int, error: BaseException | None) -> None:
-        if self.policy.lost(index, error, len(self.in_flight) + 1):
-            self.todo.append(index)
+        if index not in self.receipts and self.policy.lost(index, error, len(self.in_flight) + 1):
+            self._requeue([index])
 
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, and ends who hangs."""
@@ -313,22 +314,25 @@ class Dispatch:
         self.guard(now)
         for address, attempt, activity in beats.activity:
             self._end_if_stalled(client, address, attempt, activity)
-        self.stalls.forget(self._members())
+        self.stalls.forget(self.window.partitions)
         return workers
 
     def _show(self, workers: dict[str, Any]) -> tuple[Progress, Heartbeats]:
         """Gives the callback the run's counters, those of tasks in flight included."""
-        in_flight = self._members()
+        in_flight = self.window.partitions
         totals = self.totals
         beats = heartbeats.read(workers, self.order.run, totals.counts, self._rows(in_flight))
         totals.see(beats)
+        self.tail.see(time.monotonic(), beats, {future.key for future in self.in_flight})
+        # Of partitions that other attempts are still at.
+        staged = sum(self.staged.get(index, 0) for index in in_flight)
         now = Progress(
             seconds=totals.seconds,
             partitions=self.layout.partitions,
             partitions_done=self._parts(),
             partitions_in_flight=len(in_flight),
             rows=self.plan.rows,
-            rows_done=min(self.rows_committed + beats.covered, self.plan.rows),
+            rows_done=min(self.rows_committed + beats.covered + staged, self.plan.rows),
             counts=beats.total,
             workers=len(workers),
             worker_time=dict(totals.worker_time),
@@ -340,14 +344,11 @@ class Dispatch:
         self.on_progress(now)
         return now, beats
 
-    def _members(self) -> set[int]:
-        return {index for members in self.in_flight.values() for index in members}
-
     def _end_if_stalled(
         self, client: Client, worker: str, attempt: AttemptCounters, activity: Hashable
     ) -> None:
         """Ends a worker that hangs alive; its attempts are then judged like any lost ones."""
-        if self.stalls.stalled(attempt.partition, (worker, activity), time.monotonic()):
+        if self.stalls.stalled(attempt.partition, activity, time.monotonic(), attempt.task):
             limit = self.job.limits.stall_seconds
             log.warning(
                 "partition %d: no sign of progress for %g s; its worker is restarted",
@@ -388,7 +389,7 @@ class Dispatch:
     def _holding(self, client: Client) -> bool:
         """Whether any task in flight may hold answers: others wait for a worker, or for one that opens a tokenizer."""
         self.workers = client.scheduler_info(n_workers=-1)["workers"]
-        rows = self._rows(self._members())
+        rows = self._rows(self.window.partitions)
         beats = heartbeats.read(self.workers, self.order.run, self.totals.counts, rows)
         return any(attempt.may_hold_answers for _, attempt, _ in beats.activity)
 
@@ -399,7 +400,7 @@ class Dispatch:
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
         members = self.in_flight.pop(future, [])
-        self.isolated_attempts.pop(future, None)
+        self.trials.running.pop(future, None)
         try:
             outcome = self.reader.read(future)
         except Exception as error:

@@ -60,7 +60,7 @@ def read(
                 doing=_doing(mine, engines),
                 engine=next((stats for stats in engines if stats.pid), None),
                 gpu=Gpu(**snapshot["gpu"]) if snapshot["gpu"] else None,
-                rows=sum(in_flight[one.partition] for one in mine),
+                rows=sum((one.taken_over or in_flight[one.partition]) - one.handed_over for one in mine),
                 counts=sum(mine, Counters()),
             )
         )

@@ -56,7 +56,7 @@ class LostAttemptPolicy:
         """
         staged = len(self._folder.list(self._layout.stage(partition)))
         reason = reason_of(error)
-        engine = self._note_engine(error)
+        engine = self.note_engine(error)
         self.proven = self.proven or (engine is not None and engine.proved)
         if staged > self._staged.get(partition, 0) and not (engine and engine.proved):
             self.progress(partition)
@@ -94,7 +94,7 @@ class LostAttemptPolicy:
             fix="look at that error and that output; the same command tries again",
         )
 
-    def _note_engine(self, error: BaseException | None) -> EngineError | None:
+    def note_engine(self, error: BaseException | None) -> EngineError | None:
         """The error, if it is an engine's; one that ends too often without a finished row is given up."""
         if not isinstance(error, EngineError):
             return None
@@ -143,7 +143,7 @@ class LostAttemptPolicy:
 
     def lost_alone(self, isolated: IsolatedAttempt, error: BaseException, workers: Collection[str]) -> None:
         """The trial was lost. Raises as `PoisonRowSearch` does."""
-        engine = self._note_engine(error)
+        engine = self.note_engine(error)
         if not _was_tried(engine):
             return
         if isolated.rows is None:

@@ -10,19 +10,20 @@ class Stalls:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._seen: dict[int, tuple[Hashable, float]] = {}
+        self._seen: dict[tuple[int, str], tuple[Hashable, float]] = {}
 
-    def stalled(self, partition: int, activity: Hashable, now: float) -> bool:
+    def stalled(self, partition: int, activity: Hashable, now: float, task: str = "") -> bool:
         """Whether the attempt's signs have been these for too long. The clock starts anew when it says so."""
-        before = self._seen.get(partition)
+        attempt = partition, task
+        before = self._seen.get(attempt)
         if before is None or before[0] != activity:
-            self._seen[partition] = (activity, now)
+            self._seen[attempt] = (activity, now)
             return False
         if now - before[1] <= self._seconds:
             return False
-        del self._seen[partition]
+        del self._seen[attempt]
         return True
 
     def forget(self, running: Collection[int]) -> None:
-        """Only these attempts are still running."""
-        self._seen = {partition: seen for partition, seen in self._seen.items() if partition in running}
+        """Only attempts at these partitions are still running."""
+        self._seen = {attempt: seen for attempt, seen in self._seen.items() if attempt[0] in running}

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any, cast
 
@@ -22,7 +22,7 @@ from batchrun.engine.last_words import error_line, last_line, lines_of
 from batchrun.engine.launch import start
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.engine.standby import Adopted, adopt
-from batchrun.engine.wire import Cancel, CompletionPack, Failed, RequestPack
+from batchrun.engine.wire import Cancel, CompletionPack, Failed, Recall, Recalled, RequestPack
 from batchrun.errors import BatchrunError, EngineDied, EngineError, EngineNotLoaded
 
 PACK_ROWS = 512
@@ -31,6 +31,7 @@ PATIENCE_SECONDS = 0.5
 ABORT_SECONDS = 2.0
 STOP_SECONDS = 5.0
 OUTPUT_BYTES = 1 << 16
+NO_PLACES: NDArray[np.intp] = np.empty(0, np.intp)
 
 
 class Stream:
@@ -41,9 +42,13 @@ class Stream:
         self.number = number
         self.sent = 0
         self.pending: dict[int, int] = {}
-        # Guarded by the child's lock: rows reserved or sent and not yet back, and packs to be taken.
+        # Whether the answer to a recall is still to come.
+        self.recalling = False
+        # Guarded by the child's lock: rows reserved or sent and not yet back, packs to be taken, and whether the caller
+        # is not to wait for any now.
         self.outstanding = 0
-        self.arrived: deque[tuple[CompletionPack, NDArray[np.intp]]] = deque()
+        self.woken = False
+        self.arrived: deque[tuple[CompletionPack | Recalled, NDArray[np.intp]]] = deque()
 
     def reserve(self) -> int:
         """How many rows may be sent now; 0 rather than a handful, since every pack costs the same."""
@@ -70,16 +75,33 @@ class Stream:
     def take(self, timeout: float) -> Iterator[Completion | None]:
         """What has arrived; if nothing has, waits so long for it, for room, or for the end of the process."""
         with self.child.changed:
-            if timeout and not self.arrived and not self.child.failure:
+            if timeout and not self.arrived and not self.woken and not self.child.failure:
                 self.child.changed.wait(timeout)
+            self.woken = False
             packs = list(self.arrived)
             self.arrived.clear()
         for pack, indices in packs:
+            if isinstance(pack, Recalled):
+                self.recalling = False
+                continue
             yield from pack.unpack(indices, self.pending)
         if not packs:
             self.child.check()
             if timeout:
                 yield None
+
+    def recall(self, rows: Sequence[Sequence[int]], work: Sequence[float], most: float) -> None:
+        """Asks for rows back that the engine has not begun with, see `Recall`: by the ids of each row's requests. Once
+        it is not `recalling` any more, they have come as "cancelled"."""
+        # One that still loads has nothing to say.
+        if not self.child.stats.pid:
+            return
+        places = {number: place for place, number in self.pending.items()}
+        # Those of which nothing has come back yet.
+        whole = [i for i, numbers in enumerate(rows) if all(number in places for number in numbers)]
+        wanted = [[places[number] for number in rows[i]] for i in whole]
+        self.recalling = True
+        self.child.send(Recall(self.number, wanted, [work[i] for i in whole], most))
 
     def abort(self) -> Iterator[Completion | None]:
         """What comes of a cancelled stream's rows in the time that there is."""
@@ -144,7 +166,7 @@ class Child:
             stream = self.streams[self._opened] = Stream(self, self._opened)
             return stream
 
-    def send(self, message: RequestPack | Cancel) -> None:
+    def send(self, message: RequestPack | Cancel | Recall) -> None:
         """Sends to the process, one caller at a time.
 
         Raises:
@@ -214,6 +236,8 @@ class Child:
                     message = self._connection.recv()
                     if isinstance(message, Failed):
                         last_words = message.error
+                    elif isinstance(message, Recalled):
+                        self._deliver_recalled(message)
                     else:
                         self._deliver(message)
         except (EOFError, OSError):
@@ -235,6 +259,12 @@ class Child:
                     stream.outstanding -= len(indices)
                     stream.arrived.append((pack, indices))
             self.changed.notify_all()
+
+    def _deliver_recalled(self, message: Recalled) -> None:
+        with self.changed:
+            if stream := self.streams.get(message.stream):
+                stream.arrived.append((message, NO_PLACES))
+                self.changed.notify_all()
 
     def _keep_output(self, output: IO[bytes]) -> bytes:
         """Keeps the last lines of what the process prints; empty at its end."""

@@ -98,10 +98,14 @@ class PaddedEngine:
             if not self._left:
                 for request in window:  # a decoder of its own starts over
                     request.generated, request.values = NO_TOKENS, {}
+            for request in window:
+                request.waiting = True
             waiting = deque(self.order(window))
             self.stats.requests += len(waiting)
             while waiting:
                 batch = take_batch(waiting, self.budget, self._equal_lengths)
+                for request in batch.requests:
+                    request.waiting = False
                 if dropped := {request.id for request in batch.requests if request.cancelled}:
                     yield from (request.so_far() for request in batch.requests if request.id in dropped)
                     waiting.extendleft(r for r in reversed(batch.requests) if r.id not in dropped)

@@ -6,15 +6,24 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from batchrun.engine.child import PATIENCE_SECONDS, Child, Stream
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 
 PACK_TOKENS = 1 << 18
 STARVED_SECONDS = 0.02
+
+
+class Recalls(Protocol):
+    """Who asks a running `generate` for requests back."""
+
+    def serve(self, recall: Callable[[Sequence[Sequence[int]], Sequence[float], float], None]) -> None:
+        """Called again and again while no recall is out: the last one has been answered then. May `recall`, once: by
+        the ids of each row's requests the rows that are wanted, the work of each, and how much of it is wanted."""
+        ...
 
 
 class EngineProcess:
@@ -36,14 +45,17 @@ class EngineProcess:
         self._users = 0
 
     def generate(
-        self, requests: Iterator[Request | None], wanted: Callable[[], bool] = lambda: True
+        self,
+        requests: Iterator[Request | None],
+        wanted: Callable[[], bool] = lambda: True,
+        recalls: Recalls | None = None,
     ) -> Generator[Completion | None, None, None]:
         """A completion for each request exactly once, in any order; may run in several threads at once.
 
         Pulls `requests` only while there is room, of which every running call gets an equal share. Yields
         None when nothing has finished for half a second. Once `wanted()` is false, pulls no more, and gives back
         what is in flight as it is ("cancelled"), as far as that comes in two seconds. Closing the generator drops
-        the requests not yet answered.
+        the requests not yet answered. `recalls` asks for requests back: `wake` has it looked at.
 
         Raises:
             EngineDied: the engine's process ended by itself; the next call starts a new one.
@@ -58,8 +70,11 @@ class EngineProcess:
         try:
             more = True
             while (more or stream.pending) and wanted():
+                if recalls is not None and not stream.recalling:
+                    recalls.serve(stream.recall)
                 patience = PATIENCE_SECONDS
-                room = stream.reserve() if more else 0
+                # What is asked for next might have to do with what is about to come back.
+                room = stream.reserve() if more and not stream.recalling else 0
                 if room:
                     batch, more = _collect(requests, room)
                     stream.send(batch, room)
@@ -69,6 +84,14 @@ class EngineProcess:
                 yield from stream.abort()
         finally:
             stream.close()
+
+    def wake(self) -> None:
+        """Has the running calls of `generate` look at their `recalls` now."""
+        if child := self._child:
+            with child.changed:
+                for stream in child.streams.values():
+                    stream.woken = True
+                child.changed.notify_all()
 
     def start(self) -> None:
         """Starts the process, if there is none, and waits for nothing; the first use raises what came of it."""

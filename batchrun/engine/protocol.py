@@ -60,6 +60,8 @@ class Request:
     `sampling` is the row's own, None where it is the job's. It may differ in what `Sampling.by_row` names.
     Of rows that wait, those of the lowest `stream` go first: it ends while later ones keep the engine busy.
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
+    An engine may set `waiting` while it has not begun with a row that it has pulled: as long as it does, the row can be
+    recalled for another engine.
     With `scored` nothing is generated, and `max_new_tokens` is 1: the completion has the scored tokens, their log
     probabilities as the values "logprobs", and ends with "stop".
     """
@@ -70,6 +72,7 @@ class Request:
     row_seed: int = 0
     generated: TokenIds = field(default_factory=lambda: NO_TOKENS)
     cancelled: bool = False
+    waiting: bool = False
     stream: int = 0
     values: TokenValues = field(default_factory=dict)
     sampling: RowSampling | None = None

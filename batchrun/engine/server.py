@@ -18,8 +18,18 @@ from multiprocessing.connection import Connection
 from batchrun.engine import ahead, stage
 from batchrun.engine.choose import load_engine, preload
 from batchrun.engine.last_words import error_line, lines_of
-from batchrun.engine.protocol import Completion, Engine, EngineSpec, EngineStats, Request
-from batchrun.engine.wire import PLACE_BITS, Cancel, CompletionPack, Failed, Prepare, RequestPack
+from batchrun.engine.protocol import NO_TOKENS, Completion, Engine, EngineSpec, EngineStats, Request
+from batchrun.engine.wire import (
+    PLACE_BITS,
+    PLACE_MASK,
+    Cancel,
+    CompletionPack,
+    Failed,
+    Prepare,
+    Recall,
+    Recalled,
+    RequestPack,
+)
 from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded
 
 STATS_SECONDS = 0.2
@@ -40,10 +50,16 @@ class Server:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.inbox: queue.SimpleQueue[RequestPack] = queue.SimpleQueue()
-        self.outbox: queue.SimpleQueue[Completion | Failed] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[Completion | Recalled | Failed] = queue.SimpleQueue()
         self.cancelled: set[int] = set()
         self.dropped: set[int] = set()  # those of them that want nothing back
         self.in_hand: dict[int, Request] = {}
+        # By stream, the last place that the engine has come to.
+        self.reached: dict[int, int] = {}
+        # Given back, while the engine has yet to let go of them, or to come to them.
+        self.recalled: set[int] = set()
+        # Around what says where a request is, so that each is answered once.
+        self.whereabouts = threading.Lock()
         self.engine: Engine | None = None
 
     def serve(self, kind: str = "") -> None:
@@ -95,8 +111,12 @@ class Server:
         # Before any request is read, so before the sender has anything to say: the parent learns that it is loaded.
         self.connection.send(CompletionPack.pack([], self._stats()))
         for completion in self.engine.generate(self._requests()):
-            del self.in_hand[completion.id]
-            self.outbox.put(completion)
+            with self.whereabouts:
+                del self.in_hand[completion.id]
+                if completion.id in self.recalled:
+                    self.recalled.remove(completion.id)
+                    continue
+                self.outbox.put(completion)
             times["last row"] = time.time()
             times.setdefault("first row", times["last row"])
         raise EngineError("the engine stopped while requests were still coming", spec.kind)
@@ -109,10 +129,15 @@ class Server:
                 yield None
                 continue
             for request in pack.unpack():
-                if pack.stream in self.cancelled:
-                    self.outbox.put(request.so_far())
-                    continue
-                self.in_hand[request.id] = request
+                with self.whereabouts:
+                    self.reached[pack.stream] = request.id & PLACE_MASK
+                    if request.id in self.recalled:
+                        self.recalled.remove(request.id)
+                        continue
+                    if pack.stream in self.cancelled:
+                        self.outbox.put(request.so_far())
+                        continue
+                    self.in_hand[request.id] = request
                 yield request
 
     def _read(self) -> None:
@@ -121,6 +146,8 @@ class Server:
                 message = self.connection.recv()
                 if isinstance(message, Cancel):
                     self._cancel(message)
+                elif isinstance(message, Recall):
+                    self._recall(message)
                 else:
                     self.inbox.put(message)
         except (EOFError, OSError):
@@ -133,6 +160,32 @@ class Server:
             self.dropped.add(message.stream)
         for request in list(self.in_hand.values()):
             request.cancelled = request.cancelled or request.id >> PLACE_BITS == message.stream
+
+    def _recall(self, message: Recall) -> None:
+        """The engine is not asked, which may be deep in the model: it lets go later of what is given back now."""
+        left = message.most
+        with self.whereabouts:
+            for places, work in zip(message.places, message.work, strict=True):
+                if left <= 0:
+                    break
+                if all(self._waits(message.stream, place) for place in places):
+                    left -= work
+                    for place in places:
+                        self._give_back((message.stream << PLACE_BITS) + place)
+        self.outbox.put(Recalled(message.stream))
+
+    def _waits(self, stream: int, place: int) -> bool:
+        """Whether nothing has been begun of the request."""
+        request = self.in_hand.get((stream << PLACE_BITS) + place)
+        if request is None:
+            return place > self.reached.get(stream, -1)
+        return request.waiting and not request.cancelled
+
+    def _give_back(self, number: int) -> None:
+        self.recalled.add(number)
+        if request := self.in_hand.get(number):
+            request.cancelled = True
+        self.outbox.put(Completion(number, NO_TOKENS, "cancelled"))
 
     def _send(self) -> None:
         try:
@@ -161,6 +214,8 @@ class Server:
             stats = None if behind else self._stats()
             if completions or (stats is not None and stats != last_stats):
                 self.connection.send(CompletionPack.pack(completions, stats))
+            for recalled in (item for item in items if isinstance(item, Recalled)):
+                self.connection.send(recalled)
             last_stats = stats or last_stats
             stats_due = stats_due if behind else now + STATS_SECONDS
             if failed:

@@ -142,6 +142,27 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Another engine could take over rows of this stream: those that none has begun with come back as "cancelled", of
+    the first ones so many as make up `most`.
+
+    A row's requests go together: `places` in the stream of each row's, `work` of each, in a unit of its own.
+    """
+
+    stream: int
+    places: list[list[int]]
+    work: list[float]
+    most: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """Whatever came back for a stream's recall has been sent."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The engine's last word before its process ends."""
 

@@ -59,6 +59,9 @@ class PartialAnswer:
 class Attempt:
     """`open`, then `add` what `missing` names and `maybe_flush`, then `seal` once `covered`.
 
+    An attempt that shares its partition with another one adds what is its own, flushes, and only then opens again: of
+    those that do so, the last one to flush finds all rows.
+
     Any number of attempts at one partition may run at the same time, none of them knowing of the others: each
     flushes under keys of its own, and each would put a whole and right part. One thread uses one attempt.
     Storage errors leave an attempt as it was; the same call may be tried again.
@@ -92,6 +95,8 @@ class Attempt:
         self._origin = Origin(layout.hash_of(partition), job_hash, partition)
         self._key = layout.part(partition)
         self._chunks_known = False
+        # Taken up, or damaged.
+        self._read_chunks: set[str] = set()
         self._chunks_written = 0
         self._answers: list[pa.Table] = []
         self._held = 0
@@ -114,7 +119,8 @@ class Attempt:
         return self._held - self._replaced == self.rows
 
     def open(self) -> Receipt | None:
-        """Takes up what earlier attempts staged; a receipt if the part is there already.
+        """Takes up what other attempts have staged, if called again what they have since; a receipt if the part is
+        there already.
 
         The listing comes before the look at the part: chunks are only deleted after the part was seen, so as
         long as there is no part, the listing was complete.
@@ -124,15 +130,19 @@ class Attempt:
             self.folder.delete(chunks)
             return receipt
         for key, size in sorted(chunks.items()):
+            if key in self._read_chunks:
+                continue
             try:
                 self._take_up(key, self._read(key, size))
+                self._read_chunks.add(key)
             except NotFound:
                 # Swept since it was listed: another attempt has just committed.
                 if receipt := self._committed():
                     return receipt
             except BadChunk as error:
+                self._read_chunks.add(key)
                 log.warning("%s is skipped: %s", key, error)
-        self._chunks_known = bool(chunks)
+        self._chunks_known = self._chunks_known or bool(chunks)
         return None
 
     def add(self, answers: pa.Table | pa.RecordBatch) -> None:
@@ -185,6 +195,7 @@ class Attempt:
         self._chunks_written += 1
         key = self.layout.chunk(self.partition, first_row, self.attempt_id, self._chunks_written)
         self.folder.put(key, chunk.encode(table, self._origin, self.attempt_id))
+        self._read_chunks.add(key)
         self._pending = []
         return True
 

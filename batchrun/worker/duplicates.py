@@ -19,7 +19,7 @@ from batchrun.engine.protocol import Completion, Request, Sampling, TokenValues
 REMEMBERED_BYTES, ANSWER_BYTES = 64 << 20, 300
 
 # Fields of a request that do not decide its answer. All others do, whatever they are; `row_seed` where it is sampled.
-_NOT_DECIDING = {"id", "token_ids", "row_seed", "generated", "values", "cancelled", "stream"}
+_NOT_DECIDING = {"id", "token_ids", "row_seed", "generated", "values", "cancelled", "waiting", "stream"}
 _deciding = attrgetter(*(field.name for field in fields(Request) if field.name not in _NOT_DECIDING))
 
 
@@ -67,6 +67,13 @@ class KnownAnswers:
             self._bytes += _size(answer)
             while self._bytes > self._most_bytes:
                 self._bytes -= _size(self._answers.popitem(last=False)[1])
+
+    def let_go(self, key: bytes, owner: object) -> None:
+        """Ends the owner's claim: others may generate the answer."""
+        with self._lock:
+            if self._claims.get(key) is owner:
+                del self._claims[key]
+                self.changes += 1
 
     def release(self, owner: object) -> None:
         """Ends the owner's claims: others may generate those answers."""
@@ -141,6 +148,16 @@ class Duplicates:
             self._known.tell(key, completion)
             if rows := self._waiting.pop(key):
                 self._copies += [replace(completion, id=row) for row in rows]
+
+    def is_waited_for(self, row: int) -> bool:
+        """Whether other rows of the partition get the answer of this one, which is generated."""
+        return row in self._keys and self._waiting[self._keys[row]] is not None
+
+    def let_go(self, row: int) -> None:
+        """A row that was to be generated, and that none of the partition waits for, is not."""
+        if key := self._keys.pop(row, None):
+            del self._waiting[key]
+            self._known.let_go(key, self)
 
     def take(self) -> list[Completion]:
         """The copies since the last call."""

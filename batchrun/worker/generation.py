@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -24,6 +24,7 @@ from batchrun.prompt.codec import PromptCodec, request_of
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
 from batchrun.worker.duplicates import Duplicates
+from batchrun.worker.handover import Handover
 from batchrun.worker.scored_rows import ScoredRows
 
 # Completions decoded together: large enough to amortize, small enough to be staged soon.
@@ -44,13 +45,22 @@ Read = Callable[[Sequence[str]], Iterator[RowBatch]]
 class AttemptCounters(Counters):
     """An attempt's own; the worker's heartbeat reads them while the task adds to them.
 
-    `doing` is "reading", "generating" or "sealing"; `activity` grows with whatever the attempt does.
+    `task` is the key of its task. `doing` is "reading", "generating" or "sealing"; `activity` grows with whatever the
+    attempt does. `taken_over` rows are all that it is at, of a partition that another attempt has begun; 0 where it is
+    at all missing ones. `work_done` and `work_left` are its rows', as `Handover` reckons. `opening` are the seconds
+    until its first row went to the engine, `began` a moment of this machine's clock.
     """
 
     run: str
     partition: int
+    task: str = ""
     doing: str = "reading"
     activity: int = 0
+    taken_over: int = 0
+    work_done: float = 0.0
+    work_left: float = 0.0
+    opening: float = 0.0
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def may_hold_answers(self) -> bool:
@@ -96,6 +106,7 @@ class Generation:
         self._scored = ScoredRows(len(rows))
         # Rows that the engine finished and the attempt has taken.
         self.answered = 0
+        self.handover = Handover(rows, counters, duplicates)
         self._doubtful: dict[int, list[Completion]] = {}
         # By row: samples that are out, while others of their row are not.
         self._waiting: dict[int, list[Completion]] = {}
@@ -107,14 +118,17 @@ class Generation:
     def run(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         """Raises what reading, the engine and storage raise; what was finished before is in the attempt."""
         self._counters.doing = "generating"
+        self.handover.wake = lambda: engine.wake()
         try:
             self._all(engine, still_wanted)
         finally:
+            self.handover.close()
             if self._duplicates is not None:
                 self._duplicates.release()
 
     def _all(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         self._once(engine, still_wanted)
+        self.handover.close()
         self._keep_waiting()
         if not self._doubtful or not still_wanted():
             return
@@ -138,7 +152,9 @@ class Generation:
 
     def _once(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         try:
-            with contextlib.closing(engine.generate(self._requests(), still_wanted)) as completions:
+            with contextlib.closing(
+                engine.generate(self._requests(), still_wanted, self.handover)
+            ) as completions:
                 for completion in completions:
                     if completion is not None and self._codec.builder.is_scored:
                         completion = self._scored.whole(completion)
@@ -167,6 +183,7 @@ class Generation:
                 continue
             rows = (batch.first + wanted).tolist()
             if batch.fault is not None:
+                self.handover.reach(rows[-1])
                 self._faults.update(dict.fromkeys(rows, batch.fault))
                 continue
             whole = len(wanted) == batch.records.num_rows
@@ -178,6 +195,8 @@ class Generation:
                     yield None
                     continue
                 row, seed = next(places)
+                if not self.handover.reach(row):
+                    continue
                 self._counters.pulled += 1
                 if isinstance(prompt, RowFault):
                     self._faults[row] = prompt
@@ -186,17 +205,16 @@ class Generation:
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
                 if prompt.behind:
                     requests = self._scored.requests(row, prompt, seed)
-                    self._sent(None, requests[:1])
-                    yield from requests
+                    yield from self._sent(row, None, requests)
                     continue
                 if prompt.settings is not None:
                     self._settings[row] = prompt.settings
                 requests = self._requests_of(row, prompt, seed)
                 if self._second or self._duplicates is None or self._duplicates.admit(requests[0]):
-                    yield from self._sent(prompt.settings, requests)
+                    yield from self._sent(row, prompt.settings, requests)
         while self._duplicates is not None and self._duplicates.are_elsewhere:
             for request in self._duplicates.left_to_us():
-                yield from self._sent(self._settings.get(request.id), [request])
+                yield from self._sent(request.id, self._settings.get(request.id), [request])
             yield None
 
     def _requests_of(self, row: int, prompt: Prompt, seed: int) -> list[Request]:
@@ -210,13 +228,15 @@ class Generation:
             requests.append(request)
         return requests
 
-    def _sent(self, settings: RowSettings | None, requests: list[Request]) -> list[Request]:
+    def _sent(self, row: int, settings: RowSettings | None, requests: list[Request]) -> list[Request]:
         """The requests of a row, which are counted."""
+        limit = settings.max_new_tokens if settings is not None else 0
+        self._counters.opening = self._counters.opening or time.monotonic() - self._counters.began
         self._counters.requests += 1
         self._counters.sent_tokens += len(requests[0].token_ids)
-        self._counters.more_samples += len(requests) - 1
-        if settings is not None:
-            self._counters.sent_limits += settings.max_new_tokens
+        self._counters.sent_limits += limit
+        self._counters.more_samples += self._samples - 1
+        self.handover.sent(row, requests, limit)
         return requests
 
     def _prompts(self, records: pa.RecordBatch) -> Iterator[Prompt | RowFault | None]:
@@ -245,14 +265,16 @@ class Generation:
 
     def _sort(self, completion: Completion, engine: EngineProcess) -> None:
         """To the finished rows, the begun ones, or those that are tried again; a row goes with all its samples."""
-        if completion.finish_reason == "cancelled":
-            self._keep(completion, len(completion.token_ids))
-            return
         row = completion.id // self._samples
+        if completion.finish_reason == "cancelled":
+            if len(completion.token_ids) or not self.handover.came_back(row):
+                self._keep(completion, len(completion.token_ids))
+            return
         samples = [*self._waiting.pop(row, []), _judged(completion)]
         if len(samples) < self._samples:
             self._waiting[row] = samples
             return
+        self.handover.ended(row)
         samples.sort(key=lambda one: one.id)
         doubtful = any(one.fault is not None and one.fault.code in SECOND_TRY for one in samples)
         if self._second or not doubtful:

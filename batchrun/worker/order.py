@@ -64,7 +64,9 @@ class WorkOrder:
 class Task:
     """One partition and the files that it reads, by the numbers its slices use.
 
-    With `rows`, only these are generated. `poison_rows` rows go to no engine; each has the reason that is its error.
+    With `rows`, only these are generated. If it `is_shared`, an attempt on another worker has left them to this one,
+    and whichever is done last seals the partition. `poison_rows` rows go to no engine; each has the reason that is its
+    error.
     `proven` says that engines have finished rows of this output before: what kills one may then be the row that it has.
     """
 
@@ -73,11 +75,13 @@ class Task:
     rows: Sequence[int] | None = None
     poison_rows: Mapping[int, str] = field(default_factory=dict)
     proven: bool = False
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
 class TaskReceipt:
-    """What a task tells the driver. `part` is None when it was told to stop before its partition was covered."""
+    """What a task tells the driver. `part` is None when it was told to stop before its partition was covered, or when
+    another attempt, which it shared the partition with, was not done."""
 
     worker: str
     part: Receipt | None

@@ -17,10 +17,13 @@ from batchrun.engine.protocol import EngineSpec
 from batchrun.model.light import import_tokenizers
 from batchrun.prompt.renderer import RENDERER
 from batchrun.telemetry.gpu import gpu_now
+from batchrun.worker.handover import Given
 from batchrun.worker.state import worker_state
 
 # Seconds that a worker told to leave waits for its tasks to stage what they hold; 3 as a rule.
 FLUSH_ON_EXIT = 8.0
+# Seconds that an attempt has to say which rows it gives up; it may be at the store, or make prompts.
+HANDOVER_SECONDS = 2.0
 
 
 class BatchrunPlugin(WorkerPlugin):
@@ -75,6 +78,19 @@ async def start_engine(spec: EngineSpec) -> None:
 
     # Not on the event loop, which must never wait for a task that holds the lock.
     threading.Thread(target=start, name="batchrun-start", daemon=True).start()
+
+
+async def hand_over(task: str, share: float, is_longest_first: bool) -> Given:
+    """Run on the task's worker: the rows that its attempt leaves to another worker from now on, about this share of the
+    work that it has left, the longest ones or the shortest."""
+    handover = worker_state.handover(task)
+    if handover is None:
+        return [], 0.0
+    answer = asyncio.wrap_future(handover.ask(share, is_longest_first))
+    try:
+        return await asyncio.wait_for(answer, HANDOVER_SECONDS)
+    except TimeoutError:
+        return [], 0.0
 
 
 async def request_stop(run: str) -> None:

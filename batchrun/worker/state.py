@@ -17,6 +17,7 @@ from batchrun.storage import Folder, deadline
 from batchrun.worker.duplicates import KnownAnswers
 from batchrun.worker.engine_health import EngineHealth
 from batchrun.worker.generation import AttemptCounters
+from batchrun.worker.handover import Handover
 from batchrun.worker.order import WorkOrder
 
 
@@ -31,6 +32,8 @@ class WorkerState:
         self._health: dict[str, EngineHealth] = {}
         self._answers: dict[str, KnownAnswers] = {}
         self._attempts: dict[int, AttemptCounters] = {}
+        # By task: where the driver may ask for rows.
+        self._handovers: dict[str, Handover] = {}
         self._stopped_runs: set[str] = set()
         self._opening = threading.Event()
         self._leaving = threading.Event()
@@ -62,6 +65,19 @@ class WorkerState:
                 yield counters
         finally:
             del self._attempts[id(counters)]
+
+    @contextmanager
+    def sharing(self, task: str, handover: Handover) -> Iterator[None]:
+        """Inside, the task's attempt may be asked for rows."""
+        self._handovers[task] = handover
+        try:
+            yield
+        finally:
+            del self._handovers[task]
+
+    def handover(self, task: str) -> Handover | None:
+        """That of the task's attempt, if it may be asked now."""
+        return self._handovers.get(task)
 
     def is_stopped(self, run: str) -> bool:
         """Whether attempts of the run are to stage what they hold and return."""

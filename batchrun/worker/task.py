@@ -84,8 +84,11 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         attempt.name_of = order.names(task)
         if part := attempt.open():
             return receipt(part)
-        counters.reused = attempt.restored
         missing = _missing(attempt, task)
+        if task.is_shared:
+            counters.taken_over = int(np.count_nonzero(missing))
+        else:
+            counters.reused = attempt.restored
         poison_rows = {row: RowFault(FaultCode.WORKER_CRASH, why) for row, why in task.poison_rows.items()}
         if left := {row: fault for row, fault in poison_rows.items() if missing[row]}:
             missing[[*left]] = False
@@ -97,6 +100,10 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
         if not attempt.covered:
             attempt.flush()
             attempt.keep(begun)
+            is_shared = task.is_shared or counters.handed_over > 0
+            if is_shared and not worker_state.is_stopped(order.run) and (part := attempt.open()):
+                return receipt(part)
+        if not attempt.covered:
             return receipt(None)
         sealing = time.monotonic()
         counters.doing = "sealing"
@@ -131,6 +138,7 @@ def examine(order: WorkOrder, task: Task) -> list[int]:
 def _counted(order: WorkOrder, task: Task) -> Iterator[AttemptCounters]:
     """The task's counters, which the heartbeat carries for as long as this is open, and an error that ends it."""
     with worker_state.attempt(order.run, task.partition.index) as counters:
+        counters.task = str(get_worker().get_current_task())
         try:
             yield counters
         except BatchrunError as error:
@@ -169,7 +177,8 @@ def _generate(
             _duplicates(order, codec.engine.sampling),
         )
         try:
-            with _staging(attempt):
+            sharing = worker_state.sharing(counters.task, generation.handover)
+            with _staging(attempt), sharing:
                 generation.run(engine, wanted)
             health.rows_to_blame = generation.rows_to_blame
         except EngineError as error:

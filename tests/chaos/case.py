@@ -26,12 +26,14 @@ COLUMNS = ["id", "text", "tags", "place", "kind", "at"]
 
 @dataclass
 class Case:
-    """`codes` are the errors of the rows that must fail, by row number (`place.x`)."""
+    """`codes` are the errors of the rows that must fail, by row number (`place.x`). One with a `tail` takes seconds
+    over its last partitions, which two workers share out between them."""
 
     seed: str
     folder: Path
     model: Path
     rows: int
+    tail: bool = False
     codes: dict[int, str] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
     days: list[str] = field(default_factory=list)
@@ -54,6 +56,9 @@ class Case:
         self.failed = rng.choice([None, "failed"])
         self.threshold = rng.choice([None, None, None, self.rows // 8])
         self.deadly = rng.random() < 0.08
+        if self.tail:
+            self.workers, self.slots, self.threshold, self.deadly = 2, rng.choice([1, 2]), None, False
+            self.rows_per_part, self.delay = self.rows // 8 + 1, rng.choice([0.01, 0.02])
         self.input = self._poison(rng, dataset(self.rows))
         self._write_input(rng)
         compression = rng.choice(["zstd", "snappy", "gzip", "lz4", "none"])
@@ -95,6 +100,11 @@ class Case:
         self.out = self.folder / "out"
         self.seen: dict[Path, tuple[int, int]] = {}
         self.rows_seen = 0
+
+    @property
+    def is_in_tail(self) -> bool:
+        """Whether one partition at most is left that no worker is at."""
+        return self.rows_seen >= len(self.wanted) - (self.workers * self.slots + 1) * self.rows_per_part
 
     def __str__(self) -> str:
         flush = f"staged every {self.flush_rows} rows or {self.flush_seconds} s"

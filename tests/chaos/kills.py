@@ -1,4 +1,4 @@
-"""python -m tests.chaos.kills [--seed N] [--kills K] [--signals S] [--only NUMBER] [--keep FOLDER]
+"""python -m tests.chaos.kills [--seed N] [--kills K] [--signals S] [--tail] [--only NUMBER] [--keep FOLDER]
 
 Outputs, each a job of its own that is killed and stopped until it is complete, until there were so many kills and
 signals. Exit code 0: every promise held. What is checked comes from the documentation alone, not from the code.
@@ -42,10 +42,11 @@ def kill(args: argparse.Namespace, folder: Path, model: Path) -> int:
     enough = False
     while not enough:
         seed = f"{args.seed}-{number}"
-        case = Case(seed, folder / f"output-{number}", model, args.rows)
+        case = Case(seed, folder / f"output-{number}", model, args.rows, args.tail)
         print(f"output {number}: {case}", flush=True)
         try:
-            Ordeal(case, strikes(seed, args.strikes), totals, args.stop_seconds).execute()
+            struck = strikes(seed, args.strikes, only="tail" if args.tail else None)
+            Ordeal(case, struck, totals, args.stop_seconds).execute()
             shutil.rmtree(case.folder)
         except Violation as violation:
             violations += 1
@@ -79,6 +80,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=int, help="this output alone, as it was in a longer run")
     parser.add_argument(
         "--keep", type=Path, help="a folder for inputs, outputs and logs; what held is deleted"
+    )
+    parser.add_argument(
+        "--tail", action="store_true", help="all strikes while the last partitions are shared out"
     )
     parser.add_argument("--go-on", action="store_true", help="with the next output after a violation")
     return parser.parse_args()

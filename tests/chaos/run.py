@@ -92,6 +92,13 @@ class Run:
     def notice(self) -> None:
         if len(self._parts()) > len(self.case.seen):
             self.case.look()
+        if (
+            self.case.tail
+            and "tail" not in self.began
+            and "generation" in self.began
+            and self.case.is_in_tail
+        ):
+            self.begin("tail")
         if "sealing" not in self.began and len(self.case.seen) > self.parts_before:
             self.begin("sealing")
         if "end" not in self.began and not self.was_complete and self._manifest():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 KILLS = {"driver": 3, "worker": 6, "engine": 8, "renderer": 6, "tracker": 2, "tree": 3}
 """What SIGKILL hits, by weight. The tree is every process of the run at once, as a machine that vanishes."""
+KILLS_IN_TAIL = {"driver": 2, "worker": 8, "engine": 8, "tree": 2}
 SIGNALS = {"SIGINT": 3, "SIGTERM": 3, "SIGHUP": 2, "SIGINT twice": 3, "SIGTERM to all": 2}
 """To all is what systemd and a cluster's scheduler do."""
 
@@ -18,6 +19,7 @@ PHASES = {
     "loading": 1.6,  # the first engine's process
     "generation": 1.5,  # a request reached an engine
     "sealing": 1.0,  # a part came
+    "tail": 1.5,  # the last partitions are in workers' hands (only a case with a tail has this)
     "manifest": 0.05,  # the last part is there
     "end": 0.7,  # the manifest is there: record, report, what is printed
 }
@@ -40,13 +42,15 @@ class Strike:
         return self.what in SIGNALS
 
 
-def strikes(seed: str, most: int = MOST, signals: float = 0.15) -> Iterator[Strike]:
-    """The strikes at one output, one after the other; the last one comes late in its run."""
+def strikes(seed: str, most: int = MOST, signals: float = 0.15, only: str | None = None) -> Iterator[Strike]:
+    """The strikes at one output, one after the other; the last one comes late in its run. `only` is the one phase of
+    all."""
     rng = random.Random(f"strikes {seed}")
     count = rng.randint(most // 2, most)
     for number in range(count):
         last = number == count - 1
-        phase = rng.choice(LATE if last else EARLY)
-        weights = SIGNALS if rng.random() < (0.5 if last else signals) else KILLS
+        phase = only or rng.choice(LATE if last else EARLY)
+        kills = KILLS_IN_TAIL if only == "tail" else KILLS
+        weights = SIGNALS if rng.random() < (0.5 if last else signals) else kills
         what = rng.choices(list(weights), list(weights.values()))[0]
         yield Strike(what, phase, rng.random() * PHASES[phase], rng.random())

@@ -183,7 +183,7 @@ def test_a_task_whose_receipts_left_with_its_worker_is_done_again(tmp_path, tiny
     """Dask calls it finished, and then begins it anew, or cannot: the worker was told to leave meanwhile."""
 
     class Finished:
-        status = "finished"
+        key, status = "task", "finished"
 
         def result(self, timeout: float) -> None:
             raise gone
@@ -203,7 +203,7 @@ def test_a_receipt_that_left_with_its_worker_is_not_waited_for_beyond_a_stop(tmp
     stop, done = threading.Event(), threading.Event()
 
     class BegunAnew:
-        status = "finished"
+        key, status = "task", "finished"
 
         def result(self, timeout: float) -> None:
             stop.set()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 from interleaving import Actor, Interleaving, OneThread
@@ -32,7 +32,7 @@ VERDICTS = st.sampled_from(
 
 # What it does, at which partition, and how many rows it stages and generates at once.
 ACTORS = st.tuples(
-    st.sampled_from(["attempt", "attempt", "leaver", "leaver", "run", "run", "clean"]),
+    st.sampled_from(["attempt", "leaver", "leaver", "sharer", "sharer", "sharer", "run", "run", "clean"]),
     st.integers(0, 2),
     st.integers(1, 4),
     st.integers(1, 3),
@@ -72,8 +72,16 @@ class ExactlyOnce(Interleaving):
     # What an actor does
 
     def one_attempt(
-        self, actor: Actor, partition: int, who: str, flush_rows: int, step: int, leaves: bool = False
+        self,
+        actor: Actor,
+        partition: int,
+        who: str,
+        flush_rows: int,
+        step: int,
+        leaves: bool = False,
+        is_mine: Callable[[int], bool] | None = None,
     ) -> None:
+        """With `is_mine`, it shares the partition: other rows are others' to generate."""
         rows = self.rows[partition]
         one = attempt(
             self.folder, self.plan, partition, rows, who, samples=self.samples, flush_rows=flush_rows
@@ -87,6 +95,8 @@ class ExactlyOnce(Interleaving):
         if again:
             self.failures.append(f"{who} generates {again} of {partition} again")
         self.check_begun(one, actor.begun[partition])
+        if is_mine is not None:
+            missing = np.array([row for row in missing if is_mine(row)], np.int64)
         for start in range(0, len(missing), step):
             one.add(answers(partition, missing[start : start + step], who))
             one.maybe_flush()
@@ -100,6 +110,10 @@ class ExactlyOnce(Interleaving):
                         for row in missing[start + step :].tolist()
                     }
                 )
+                return
+        if not one.covered:
+            one.flush()
+            if one.open() is not None or not one.covered:
                 return
         one.seal(carried(partition, rows), SCHEMA)
 
@@ -133,10 +147,18 @@ class ExactlyOnce(Interleaving):
         work: dict[str, Callable[[Actor], object]] = {
             "attempt": lambda actor: self.one_attempt(actor, some, who, flush_rows, step),
             "leaver": lambda actor: self.one_attempt(actor, some, who, flush_rows, step, leaves=True),
+            "sharer": lambda actor: self.one_attempt(
+                actor, some, who, flush_rows, step, is_mine=self.share()
+            ),
             "run": lambda actor: self.one_run(actor, who, flush_rows, step),
             "clean": lambda actor: clean.delete(self.folder, clean.leftovers(output(self.folder, self.plan))),
         }
         self.spawn(work[kind])
+
+    def share(self) -> Callable[[int], bool]:
+        """Of those that share a partition each has other rows; some rows are two's."""
+        first = self.started % 2
+        return lambda row: row % 2 == first or row % 3 == 0
 
     @rule(which=st.integers(0, 3), requests=st.integers(1, 6), verdict=VERDICTS)
     def go_on(self, which: int, requests: int, verdict: str | None) -> None:
@@ -296,3 +318,38 @@ class ExactlyOnceOfSamples(ExactlyOnce):
 
 ExactlyOnceOfSamples.TestCase.settings = settings(ExactlyOnce.TestCase.settings, max_examples=40)
 TestExactlyOnceOfSamples = ExactlyOnceOfSamples.TestCase
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    of=st.integers(2, 3),
+    flush_rows=st.integers(1, 4),
+    is_overlapping=st.booleans(),
+    schedule=st.lists(st.integers(0, 2), max_size=60),
+)
+def test_of_attempts_that_share_a_partition_the_last_one_seals_it(
+    rows: int, of: int, flush_rows: int, is_overlapping: bool, schedule: list[int]
+) -> None:
+    machine = ExactlyOnce()
+    machine.start(rows=[rows], actors=[], conditional=True)
+
+    def sharer(number: int) -> Callable[[Actor], object]:
+        def is_mine(row: int) -> bool:
+            return row % of == number or (is_overlapping and row % 2 == 0)
+
+        return lambda actor: machine.one_attempt(actor, 0, f"a{number}", flush_rows, 1, is_mine=is_mine)
+
+    for number in range(of):
+        machine.spawn(sharer(number))
+    for which in schedule:
+        machine.let_go_on(which, 1, None)
+    for actor in machine.actors:
+        actor.finish()
+    machine.nobody_misbehaved()
+    machine.parts_are_whole_and_of_the_plan()
+    assert all(actor.error is None for actor in machine.actors)
+    assert len(machine.checked) == 1, "sealed"
+    left = [key for key in machine.store.objects if STAGE in key]
+    # A row that two have generated may be staged once more while the part is being put.
+    assert not left or is_overlapping, left

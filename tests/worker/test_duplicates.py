@@ -85,9 +85,7 @@ class Engine:
     def __init__(self, reason: str = "", fault: RowFault | None = None, dies: int | None = None) -> None:
         self.reason, self.fault, self.dies, self.asked = reason, fault, dies, 0
 
-    def generate(
-        self, requests: Iterator[Request | None], still_wanted: object
-    ) -> Iterator[Completion | None]:
+    def generate(self, requests: Iterator[Request | None], *_: object) -> Iterator[Completion | None]:
         for one in requests:
             if one is None:
                 yield None
@@ -138,8 +136,8 @@ def test_a_row_whose_prompt_another_partition_is_at_waits_and_is_generated_if_no
     class Waiting(Engine):
         """While its own partition waits, the other one comes to its end."""
 
-        def generate(self, requests: Iterator[Request | None], wanted: object) -> Iterator[Completion | None]:
-            for done in super().generate(requests, wanted):
+        def generate(self, requests: Iterator[Request | None], *_: object) -> Iterator[Completion | None]:
+            for done in super().generate(requests):
                 if done is None and end == "answers":
                     owner.ended(answer(theirs))
                 elif done is None and end == "fault":
@@ -171,8 +169,8 @@ def test_a_row_that_is_tried_again_has_its_copies_wait_but_not_other_partitions(
     other = Duplicates(known, GREEDY, is_merging_samples=False)
 
     class Renewed(Engine):
-        def generate(self, requests: Iterator[Request | None], wanted: object) -> Iterator[Completion | None]:
-            for done in super().generate(requests, wanted):
+        def generate(self, requests: Iterator[Request | None], *_: object) -> Iterator[Completion | None]:
+            for done in super().generate(requests):
                 if not claimed:
                     assert not other.admit(request(50, 3, 5))
                 yield done

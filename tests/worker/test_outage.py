@@ -30,7 +30,7 @@ class Engine:
     def __init__(self, dies: int | None = None) -> None:
         self.dies, self.answered = dies, 0
 
-    def generate(self, requests: Iterator[Request], still_wanted: object) -> Iterator[Completion]:
+    def generate(self, requests: Iterator[Request], *_: object) -> Iterator[Completion]:
         for request in requests:
             if self.answered == self.dies:
                 raise EngineDied("killed")

@@ -76,6 +76,7 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         """Puts a new sequence into its place in the order."""
+        sequence.request.waiting = True
         self._arrivals += 1
         self._count += 1
         self.new_tokens += sequence.new_tokens

@@ -329,8 +329,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence, match: PrefixMatch, start: int, tokens: int) -> PrefillChunk:
         first = sequence.admission < 0
         self._admissions += 1
-        sequence.slot, sequence.admission = self._free_slots.pop(), self._admissions
-        slot = sequence.slot
+        slot = sequence.slot = self._free_slots.pop()
+        sequence.admission, sequence.request.waiting = self._admissions, False
         self._sequences[slot], self._occupied[slot] = sequence, True
         self._prompt_lens[slot], self._final_lens[slot] = len(sequence.request.token_ids), sequence.final_len
         self._seq_lens[slot], self._admitted[slot], self._num_pages[slot] = 0, sequence.admission, 0
