@@ -149,19 +149,22 @@ def _driver(holder: lease.Holder | None) -> str | None:
 
 def _rows_staged(output: Output, partitions: list[int]) -> int:
     """Rows that whole chunks hold, each once: what the next attempts will not generate again."""
-    folder, layout = output.folder, output.layout
+    folder, layout, settings = output.folder, output.layout, output.settings
+    schema, each = chunk.answers_schema(settings.columns, settings.samples_of_row), settings.rows_of_row
 
     def count(partition: int) -> int:
         origin = Origin(layout.hash_of(partition), output.identity.job_hash, partition)
-        staged = np.zeros(output.rows[partition], dtype=bool)
+        staged = np.zeros(output.rows[partition] * each, dtype=bool)
         chunks = [key for key in folder.list(layout.stage(partition)) if not key.endswith(PARTIAL)]
         for key in chunks:
             try:
-                staged[chunk.decode(folder.read(key), origin, len(staged))["row"].to_numpy()] = True
+                table = chunk.decode(folder.read(key), origin, len(staged), schema)
+                staged[table["row"].to_numpy()] = True
             except (BadChunk, NotFound):
                 # Cut short, or swept since it was listed: an attempt would say the same.
                 continue
-        return int(staged.sum())
+        # All samples of a row are staged together.
+        return int(staged.sum()) // each
 
     with ThreadPoolExecutor(READERS) as pool:
         return sum(pool.map(count, partitions))

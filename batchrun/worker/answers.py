@@ -24,10 +24,12 @@ def answered(
     reasoning: NDArray[np.bool_],
     stops: Sequence[Sequence[str] | None] | None = None,
     samples: int = 1,
+    rows_of_row: int = 1,
 ) -> pa.Table:
     """Completions as answers; `lengths` are the prompts' tokens, and `reasoning` tells whose model is thinking already
-    where its prompt ends, both by row. Each row has `samples` completions, one after another; `stops` are their own
-    stop texts, where they have some. An answer that is not as the job wants it is a fault."""
+    where its prompt ends, both by row. Each row has `samples` completions, one after another, which become one row of
+    the output or, where `rows_of_row` is as many, a row each; `stops` are their own stop texts, where they have some.
+    An answer that is not as the job wants it is a fault."""
     rows = np.fromiter((c.id for c in done), np.int64, len(done)) // samples
     decoded: list[str | None]
     if codec.builder.is_scored:
@@ -46,7 +48,7 @@ def answered(
         ]
     texts = [None if fault else text for text, fault in zip(decoded, faults, strict=True)]
     table = _table(
-        rows=rows,
+        rows=rows if rows_of_row == 1 else np.fromiter((c.id for c in done), np.int64, len(done)),
         answer=texts,
         finish_reason=[c.finish_reason for c in done],
         prompt_tokens=lengths[rows],
@@ -55,7 +57,7 @@ def answered(
     )
     for name, column in asked.items():
         table = table.append_column(ASKED.field(name), pa.array(column, ASKED.field(name).type))
-    return merged(table, samples)
+    return merged(table, samples // rows_of_row)
 
 
 def _decoded(
