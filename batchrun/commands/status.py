@@ -36,7 +36,8 @@ class Status:
     `errors` are failed rows by code, `failed` in all, some of them as `examples`: of the whole output once it is
     complete, until then as the runs counted them. `plans` is 1, or more where the input grew. `retries` were begun;
     an unfinished one is `retrying`. `driver` holds the lease; `runs` are all runs into the output, oldest first, each
-    as its record was last written.
+    as its record was last written. Rows are the input's. With several `samples` of each in rows of their own, `errors`
+    and `failed` of a complete output count samples.
     """
 
     output: str
@@ -56,6 +57,7 @@ class Status:
     failed: int
     examples: dict[str, list[str]]
     runs: list[RunRecord]
+    samples: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a program; of each run what `SHOWN_OF_RUN` names, and its counters."""
@@ -74,7 +76,8 @@ class Status:
             f"{self.partitions:,} parts{grown}: {self.output}/data"
         ]
         if self.failed:
-            lines += [f"{self.failed:,} rows failed", *error_lines(self.errors, self.examples)]
+            what = "samples" if self.samples > 1 and self.complete else "rows"
+            lines += [f"{self.failed:,} {what} failed", *error_lines(self.errors, self.examples)]
         if self.begun:
             lines.append(
                 f"{self.begun:,} more partitions begun, {self.rows_staged:,} rows "
@@ -137,6 +140,7 @@ def status(job: Job) -> Status:
         failed=sum(errors.values()),
         examples=written.examples if written else {},
         runs=runs,
+        samples=output.settings.rows_of_row,
     )
 
 

@@ -60,6 +60,7 @@ class Request:
     `sampling` is the row's own, None where it is the job's. It may differ in what `Sampling.by_row` names.
     Of rows that wait, those of the lowest `stream` go first: it ends while later ones keep the engine busy.
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
+    `answer_state` is where its answer begins in the tables that answers are kept to, None at their `start`.
     With `scored` nothing is generated, and `max_new_tokens` is 1: the completion has the scored tokens, their log
     probabilities as the values "logprobs", and ends with "stop".
     """
@@ -74,6 +75,7 @@ class Request:
     values: TokenValues = field(default_factory=dict)
     sampling: RowSampling | None = None
     scored: Scored | None = None
+    answer_state: int | None = None
 
     @property
     def start(self) -> TokenIds:
@@ -139,7 +141,8 @@ class TokenTables:
 
     Tokens that lead to the same states from everywhere share a class: `token_class` (tokens,) int32. `next_state`
     (states, classes), int16 or int32, is where a state's tokens lead; 0 is "not allowed". State 1 is that of an answer
-    that has ended, `start` that of one without a token. `digest` names the tables, since arrays are not compared.
+    that has ended, `start` that of one without a token; answers may also begin at `thinking` or `answering`, see
+    `Request.answer_state`. `digest` names the tables, since arrays are not compared.
     `only` (states,) int32 is the next token where just one text can follow, the end included, and -1 elsewhere: a row
     that comes there is complete without the model.
     """
@@ -149,6 +152,8 @@ class TokenTables:
     start: int
     digest: str
     only: NDArray[np.int32] | None = None
+    thinking: int | None = None
+    answering: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,8 @@ class Job(Settings):
     def _samples_of_row(self) -> Self:
         """Whoever has the output's settings knows how many answers a row has, in lists or in rows."""
         if self.generation.samples > 1 and self.answer.is_scored:
-            name = "probabilities" if self.answer.probabilities else "score"
-            raise ValueError(f"generation.samples are of generated answers, and answer.{name} generates none")
+            what = f"answer.{self.answer.scored_by} generates none"
+            raise ValueError(f"generation.samples are of generated answers, and {what}")
         if self.output.samples == "rows" and self.generation.samples == 1:
             raise ValueError(
                 "output.samples: rows is for several samples: set generation.samples, or leave it out"
@@ -125,9 +125,9 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _likeliest(self) -> Self:
-        if self.generation.temperature and self.answer.probabilities:
+        if self.generation.temperature and self.answer.is_scored and self.answer.choices is not None:
             raise ValueError(
-                "answer.probabilities takes the likeliest choice: leave generation.temperature at 0"
+                f"answer.{self.answer.scored_by} takes the likeliest choice: leave generation.temperature at 0"
             )
         return self
 

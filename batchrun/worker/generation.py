@@ -21,6 +21,7 @@ from batchrun.errors import FaultCode, RowFault, StorageError
 from batchrun.job.generation import RowSettings
 from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec, request_of
+from batchrun.prompt.scoring import ChoiceScoring
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
 from batchrun.worker.duplicates import Duplicates
@@ -97,6 +98,7 @@ class Generation:
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
         self._scored = ScoredRows(len(rows))
+        self._choices: dict[int, ChoiceScoring] = {}
         # Rows that the engine finished and the attempt has taken.
         self.answered = 0
         self._doubtful: dict[int, list[Completion]] = {}
@@ -187,7 +189,9 @@ class Generation:
                     continue
                 length = len(prompt.token_ids)
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
-                if prompt.behind:
+                if prompt.behind is not None:
+                    if prompt.behind.choices is not None:
+                        self._choices[row] = prompt.behind.choices
                     requests = self._scored.requests(row, prompt, seed)
                     self._sent(None, requests[:1])
                     yield from requests
@@ -204,10 +208,10 @@ class Generation:
 
     def _requests_of(self, row: int, prompt: Prompt, seed: int) -> list[Request]:
         """One for each of the row's wanted samples, going on where an earlier attempt left it."""
-        requests, sampling = [], self._codec.engine.sampling
+        requests, spec = [], self._codec.engine
         for sample in np.flatnonzero(self._wanted[row]).tolist():
             number = row * self._samples + sample
-            request = request_of(number, prompt, seed, self._max_new_tokens, sampling, sample)
+            request = request_of(number, prompt, seed, self._max_new_tokens, spec, sample)
             begun = self._begun_before(number, len(prompt.token_ids), request.max_new_tokens)
             request.generated, request.values = begun.tokens, begun.values
             requests.append(request)
@@ -310,8 +314,16 @@ class Generation:
     def _answers(self, done: list[Completion]) -> pa.Table:
         own = [self._settings.get(one.id // self._samples) for one in done] if self._settings else []
         stops = [one.stop if one else None for one in own] or None
+        choices = [self._choices.pop(one.id, None) for one in done] if self._choices else []
         return answered(
-            done, self._lengths, self._codec, self._reasoning, stops, self._samples, self._rows_of_row
+            done,
+            self._lengths,
+            self._codec,
+            self._reasoning,
+            stops,
+            self._samples,
+            self._rows_of_row,
+            choices,
         )
 
     def _add(self, answers: pa.Table, are_copies: bool = False) -> None:

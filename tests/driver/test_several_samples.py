@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 
 import batchrun as library
 from batchrun.commands.plan import preview
+from batchrun.commands.status import status
 from batchrun.commands.verify import verify
 from batchrun.errors import ChangedError, ExitCode, JobError, OutputError
 from batchrun.job.output import OUTPUT_COLUMNS
@@ -144,7 +146,7 @@ def test_samples_in_rows_are_those_of_lists_each_beside_its_input(tmp_path, tiny
     assert len(set(places)) == failed
 
 
-def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(tmp_path, tiny_llama, capsys):
+def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(tmp_path, tiny_llama):
     form = {"choices": ["yes", "no", "maybe"]}
     rows = {"failed": "failed", "samples": "rows", "columns": {"sample": "try"}}
     job = job_of(tmp_path, tiny_llama, engine={"kind": "padded"}, answer=form, output=rows,
@@ -154,6 +156,12 @@ def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(tmp_pat
     failed = [i for i, row in enumerate(before) if row["status"] == "failed"]
     assert code == ExitCode.FAILED_ROWS
     assert f"{len(before) - len(failed)} of {ROWS * SAMPLES} rows answered ({SAMPLES} samples of each" in said
+    shown = status(load(job))
+    assert (shown.rows, shown.rows_committed, shown.failed) == (ROWS, ROWS, len(failed))
+    assert f"{len(failed)} samples failed" in shown.lines()
+    assert "failed rows, 3 for each of the input" in html.unescape(
+        (tmp_path / "out/_job/report.html").read_text()
+    )
     mixed = {i // SAMPLES for i in failed} & {
         i // SAMPLES for i, r in enumerate(before) if r["status"] == "ok"
     }
@@ -217,7 +225,6 @@ def test_plan_and_a_data_frame_have_a_row_for_each_sample(tmp_path, tiny_llama, 
          "output.samples: rows is for several samples: set generation.samples"),
         ({"output": {"columns": {"sample": "k"}}}, "output.columns: sample is written with output.samples: rows"),
         ({"generation": {"samples": 0}}, "generation.samples: must be at least 1"),
-        ({"answer": {"choices": {"column": "labels"}}}, "answer.choices: choices are the same for all rows"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_with_the_fix(tmp_path, tiny_llama, sections, message):

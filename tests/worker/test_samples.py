@@ -76,7 +76,7 @@ def run(one: Attempt, engine: Engine, own: RowSettings | None = None) -> Generat
         detokenizer=SimpleNamespace(decode=lambda found, stops: [" ".join(map(str, ids)) for ids in found]),
         reasoning=None,
         answers=None,
-        engine=SimpleNamespace(sampling=SAMPLING),
+        engine=SimpleNamespace(sampling=SAMPLING, answers=None),
     )
 
     def read(columns: Sequence[str]) -> Iterator[RowBatch]:
