@@ -150,7 +150,7 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.lm_head.weight[opening] *= 3
-        model.lm_head.weight[closing] *= 6
+        model.lm_head.weight[closing] *= 2
     model.save_pretrained(folder)
     return folder
 
@@ -211,4 +211,4 @@ def test_markers_that_are_no_tokens_are_refused_beside_a_form(tmp_path: Path, th
     code, _, said = batchrun("run", str(job))
     assert code == ExitCode.REFUSED
     assert "its tokenizer has no tokens for '<plan>'" in said
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out/data").exists()
