@@ -17,6 +17,7 @@ from batchrun.commands.usage import Commands
 from batchrun.errors import BatchrunError, JobError, OutputError, Refused, one_line
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
+from batchrun.job.output import SAMPLE
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
 
@@ -396,7 +397,8 @@ def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
     beside = [
         job.output.column(name) for name in ("probabilities", "perplexity") if name in job.output.columns
     ]
-    answer = [job.output.column("answer"), *beside] + (
+    sample = [job.output.column(SAMPLE)] if SAMPLE in job.output.columns else []
+    answer = [*sample, job.output.column("answer"), *beside] + (
         [error] if table[error].null_count < table.num_rows else []
     )
     return [*(asked or carried)[:2], *answer]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,12 +20,12 @@ class Counters:
     `rows` were generated or copied, `failed` of them without an answer, `empty` with an answer of no text; finish
     reasons and error codes are theirs. `copied` of them have the answer of another row with the same prompt; the
     `copied_tokens` of their prompts and answers are not among the other tokens, which engines have worked for. Of rows
-    with several samples each sample has its finish reason, and may be `empty`. `reused` rows had been staged by earlier
-    attempts. Of the `pulled` rows, which were read and made prompts of, `requests` went to engines, with `more_samples`
-    besides the first ones, and `sent_tokens` tokens of prompts in all. Where rows have limits of new tokens of their
-    own, `sent_limits` are those of rows sent, `limits` those of rows generated. `handed_over` rows were left to
-    another worker's attempt. `commits` parts were built and put in `commit_seconds`. `examples` names a few failed
-    rows.
+    with several samples each sample has its finish reason, and may be `empty`; rows are always the input's, and one
+    fails with the first of its samples that fails. `reused` rows had been staged by earlier attempts. Of the `pulled`
+    rows, which were read and made prompts of, `requests` went to engines, with `more_samples` besides the first ones,
+    and `sent_tokens` tokens of prompts in all. Where rows have limits of new tokens of their own, `sent_limits` are
+    those of rows sent, `limits` those of rows generated. `handed_over` rows were left to another worker's attempt.
+    `commits` parts were built and put in `commit_seconds`. `examples` names a few failed rows.
     """
 
     rows: int = 0
@@ -62,19 +63,27 @@ class Counters:
             examples=(*self.examples, *other.examples)[:EXAMPLES],
         )
 
-    def count(self, answers: pa.Table, name_of: Callable[[int], str], are_copies: bool = False) -> None:
-        """Takes in new rows of a partition, schema ANSWERS; `name_of` gives them names for people.
+    def count(
+        self,
+        answers: pa.Table,
+        name_of: Callable[[int], str],
+        are_copies: bool = False,
+        rows_of_row: int = 1,
+    ) -> None:
+        """Takes in new rows of a partition, schema ANSWERS, so many of the output for each of the input (those of one
+        behind each other, all that are to come); `name_of` gives them names for people.
 
         Dicts are replaced, never changed: a heartbeat reads the old ones meanwhile.
         """
-        failed = answers.filter(answers["error"].is_valid())
-        self.rows += answers.num_rows
+        rows = first_of_rows(answers, rows_of_row)
+        failed = first_of_rows(answers.filter(answers["error"].is_valid()), rows_of_row)
+        self.rows += rows.num_rows
         self.failed += failed.num_rows
         self.empty += empty_answers(answers)
-        prompt = pc.sum(answers["prompt_tokens"], min_count=0).as_py()
+        prompt = pc.sum(rows["prompt_tokens"], min_count=0).as_py()
         output = pc.sum(one_by_one(answers["output_tokens"]), min_count=0).as_py()
         if are_copies:
-            self.copied += answers.num_rows
+            self.copied += rows.num_rows
             self.copied_tokens += prompt + output
         else:
             self.prompt_tokens += prompt
@@ -88,6 +97,14 @@ class Counters:
             f"{name_of(row)}: {error}"
             for row, error in zip(some["row"].to_pylist(), some["error"].to_pylist(), strict=True)
         )
+
+
+def first_of_rows(answers: pa.Table, rows_of_row: int) -> pa.Table:
+    """Of the rows of the output that a row of the input has, so many at most, the first one that is there."""
+    if rows_of_row == 1:
+        return answers
+    _, first = np.unique(answers["row"].to_numpy() // rows_of_row, return_index=True)
+    return answers.take(first)
 
 
 SUMS = tuple(f.name for f in fields(Counters) if f.type in ("int", "float"))

@@ -124,10 +124,8 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     job, schema = prepared.job, prepared.plan.schema
     names = carried_columns(job.input, schema, job.output.partition_by)
     carried = carried_schema(pa.schema([schema.field(name) for name in names]), job)
-    return {
-        field.name: str(field.type)
-        for field in part_schema(carried, job.output.columns, job.answer.format, job.output.samples_of_row)
-    }
+    found = part_schema(carried, job.output, job.answer.format)
+    return {field.name: str(field.type) for field in found}
 
 
 def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:

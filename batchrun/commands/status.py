@@ -36,7 +36,8 @@ class Status:
     `errors` are failed rows by code, `failed` in all, some of them as `examples`: of the whole output once it is
     complete, until then as the runs counted them. `plans` is 1, or more where the input grew. `retries` were begun;
     an unfinished one is `retrying`. `driver` holds the lease; `runs` are all runs into the output, oldest first, each
-    as its record was last written.
+    as its record was last written. Rows are the input's. With several `samples` of each in rows of their own, `errors`
+    and `failed` of a complete output count samples.
     """
 
     output: str
@@ -56,6 +57,7 @@ class Status:
     failed: int
     examples: dict[str, list[str]]
     runs: list[RunRecord]
+    samples: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a program; of each run what `SHOWN_OF_RUN` names, and its counters."""
@@ -74,7 +76,8 @@ class Status:
             f"{self.partitions:,} parts{grown}: {self.output}/data"
         ]
         if self.failed:
-            lines += [f"{self.failed:,} rows failed", *error_lines(self.errors, self.examples)]
+            what = "samples" if self.samples > 1 and self.complete else "rows"
+            lines += [f"{self.failed:,} {what} failed", *error_lines(self.errors, self.examples)]
         if self.begun:
             lines.append(
                 f"{self.begun:,} more partitions begun, {self.rows_staged:,} rows "
@@ -137,6 +140,7 @@ def status(job: Job) -> Status:
         failed=sum(errors.values()),
         examples=written.examples if written else {},
         runs=runs,
+        samples=output.settings.rows_of_row,
     )
 
 
@@ -149,19 +153,22 @@ def _driver(holder: lease.Holder | None) -> str | None:
 
 def _rows_staged(output: Output, partitions: list[int]) -> int:
     """Rows that whole chunks hold, each once: what the next attempts will not generate again."""
-    folder, layout = output.folder, output.layout
+    folder, layout, settings = output.folder, output.layout, output.settings
+    schema, each = chunk.answers_schema(settings.columns, settings.samples_of_row), settings.rows_of_row
 
     def count(partition: int) -> int:
         origin = Origin(layout.hash_of(partition), output.identity.job_hash, partition)
-        staged = np.zeros(output.rows[partition], dtype=bool)
+        staged = np.zeros(output.rows[partition] * each, dtype=bool)
         chunks = [key for key in folder.list(layout.stage(partition)) if not key.endswith(PARTIAL)]
         for key in chunks:
             try:
-                staged[chunk.decode(folder.read(key), origin, len(staged))["row"].to_numpy()] = True
+                table = chunk.decode(folder.read(key), origin, len(staged), schema)
+                staged[table["row"].to_numpy()] = True
             except (BadChunk, NotFound):
                 # Cut short, or swept since it was listed: an attempt would say the same.
                 continue
-        return int(staged.sum())
+        # All samples of a row are staged together.
+        return int(staged.sum()) // each
 
     with ThreadPoolExecutor(READERS) as pool:
         return sum(pool.map(count, partitions))

@@ -37,6 +37,7 @@ class Checked:
             "exit_code": int(self.exit_code),
             "parts": found.parts,
             "rows": found.rows,
+            "input_rows": found.rows if found.input_rows is None else found.input_rows,
             "ok": found.ok,
             "failed": found.failed,
             "problems": found.problems,
@@ -48,7 +49,9 @@ class Checked:
         found = self.found
         counts = f"{found.rows:,} rows = {found.ok:,} ok + {found.failed:,} failed, in {found.parts:,} parts"
         if found.passed:
-            lines = [f"verified: {counts}; every row of the plan is there once, beside its own input"]
+            samples = found.rows // max(1, found.input_rows or found.rows)
+            there = "once" if found.input_rows is None else f"with its {samples} samples"
+            lines = [f"verified: {counts}; every row of the plan is there {there}, beside its own input"]
             if found.without_digest:
                 lines.append(
                     f"note: {found.without_digest:,} parts were written by an earlier version, without a digest: "

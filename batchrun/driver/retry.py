@@ -101,7 +101,9 @@ def _retry(
         found, _ = manifest.summaries(output)
         recorded = [past.number for past in written.retries if past.finished]
         one = retries.begin(folder, prepared.identity, errors, allow, found, recorded)
-        work = {} if one is None else one.work(found)
+        # Of samples in rows of their own as few rows of the input as they may be of.
+        each = prepared.job.output.rows_of_row
+        work = {} if one is None else {part: -(-rows // each) for part, rows in one.work(found).items()}
         dispatch = Dispatch(prepared, work, stop, on_progress, milestones, one)
         if work:
             workers.begin()

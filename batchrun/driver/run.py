@@ -243,4 +243,5 @@ def result(
         engines=list(dispatch.totals.engines.values()) if dispatch else [],
         part_keys=[part.key for part in done.parts],
         storage_options=prepared.job.output.storage_options,
+        input_rows=done.rows if done.input_rows is None else done.input_rows,
     )

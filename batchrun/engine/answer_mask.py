@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchrun.engine.protocol import EngineSpec, TokenIds, TokenTables
+from batchrun.engine.protocol import EngineSpec, Request, TokenIds, TokenTables
 
 # Bytes of unpacked masks at a time while packing, and of a mask's expansion on a CPU.
 _CHUNK_BYTES = 64 << 20
@@ -20,9 +20,9 @@ _CACHED = 1 << 20
 class AnswerMask:
     """Keeps rows to the answers of an automaton over tokens.
 
-    A row's whole memory is its state, an int32 that starts at `start`. `apply` before a token is chosen, `advance`
-    after. Both are of fixed shapes, index tables on the device and read nothing back, so that they can stand inside of
-    a captured decode step.
+    A row's whole memory is its state, an int32 that starts where its request says, or at `start`. `apply` before a
+    token is chosen, `advance` after. Both are of fixed shapes, index tables on the device and read nothing back, so
+    that they can stand inside of a captured decode step.
 
     Args:
         tables: the automaton; state 0 is dead and 1 ended.
@@ -50,7 +50,9 @@ class AnswerMask:
         # (states,) bool, on the device: whether just one ending is left.
         self.settled = torch.from_numpy(self._only >= 0).to(device)
         following = self._next[self.start]
-        self.settles_at_once = bool((self._only[following[following > 0]] >= 0).any())
+        # Where the model may think first, most do.
+        settles = bool((self._only[following[following > 0]] >= 0).any())
+        self.settles_at_once = settles and tables.thinking is None
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
         self._rows = max(1, _CACHED // vocab) if torch.device(device).type == "cpu" else None
 
@@ -64,19 +66,19 @@ class AnswerMask:
         vocab = model.config.get_text_config(decoder=True).vocab_size
         return cls(spec.answers, vocab, model.device, completes)
 
-    def begin(self, generated: Sequence[TokenIds]) -> NDArray[np.int32]:
+    def begin(self, requests: Sequence[Request], generated: Sequence[TokenIds]) -> NDArray[np.int32]:
         """(rows,) states of rows that have these tokens of their answers already, on the host."""
         states = []
-        for tokens in generated:
-            state = self.start
+        for request, tokens in zip(requests, generated, strict=True):
+            state = self.start if request.answer_state is None else request.answer_state
             for kind in self._class[tokens].tolist():
                 state = int(self._next[state, kind])
             states.append(state)
         return np.array(states, np.int32)
 
-    def rest(self, answer: Sequence[int] | TokenIds) -> list[int]:
+    def rest(self, request: Request, answer: Sequence[int] | TokenIds) -> list[int]:
         """The tokens that complete an answer whose state is `settled`; none where it has ended."""
-        state = int(self.begin([np.asarray(answer, np.int32)])[0])
+        state = int(self.begin([request], [np.asarray(answer, np.int32)])[0])
         rest: list[int] = []
         while (token := int(self._only[state])) >= 0:
             rest.append(token)

@@ -240,7 +240,7 @@ class PaddedEngine:
         answer = np.concatenate([request.generated, tokens[:length]])
         values = join([request.values, first(values, length)])
         if settled and self._answer_mask is not None:
-            rest = self._answer_mask.rest(answer)[: request.max_new_tokens - len(answer)]
+            rest = self._answer_mask.rest(request, answer)[: request.max_new_tokens - len(answer)]
             stopped = bool(rest) and rest[-1] in self.spec.stop_token_ids
             answer = np.concatenate([answer, np.array(rest, np.int32)])
             self.stats.output_tokens += len(rest)

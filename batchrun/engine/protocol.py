@@ -62,6 +62,7 @@ class Request:
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
     An engine may set `waiting` while it has not begun with a row that it has pulled: as long as it does, the row can be
     recalled for another engine.
+    `answer_state` is where its answer begins in the tables that answers are kept to, None at their `start`.
     With `scored` nothing is generated, and `max_new_tokens` is 1: the completion has the scored tokens, their log
     probabilities as the values "logprobs", and ends with "stop".
     """
@@ -77,6 +78,7 @@ class Request:
     values: TokenValues = field(default_factory=dict)
     sampling: RowSampling | None = None
     scored: Scored | None = None
+    answer_state: int | None = None
 
     @property
     def start(self) -> TokenIds:
@@ -142,7 +144,8 @@ class TokenTables:
 
     Tokens that lead to the same states from everywhere share a class: `token_class` (tokens,) int32. `next_state`
     (states, classes), int16 or int32, is where a state's tokens lead; 0 is "not allowed". State 1 is that of an answer
-    that has ended, `start` that of one without a token. `digest` names the tables, since arrays are not compared.
+    that has ended, `start` that of one without a token; answers may also begin at `thinking` or `answering`, see
+    `Request.answer_state`. `digest` names the tables, since arrays are not compared.
     `only` (states,) int32 is the next token where just one text can follow, the end included, and -1 elsewhere: a row
     that comes there is complete without the model.
     """
@@ -152,6 +155,8 @@ class TokenTables:
     start: int
     digest: str
     only: NDArray[np.int32] | None = None
+    thinking: int | None = None
+    answering: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class BatchState(StoppingCriteria):
         self.mask, self.settled = mask, self.done.clone()
         self.states: Tensor | None = None
         if mask is not None:
-            self.states = torch.from_numpy(mask.begin([r.generated for r in requests])).to(device)
+            self.states = torch.from_numpy(mask.begin(requests, [r.generated for r in requests])).to(device)
         self.stop_ids = stop_ids
         self.stop_strings = stop_strings
         # `generate` hands over prompt and answer in one tensor; the answer starts here.

@@ -30,8 +30,8 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 @dataclass(frozen=True, slots=True)
 class RequestPack:
     """Requests of one stream, the first at `first_place`; token ids end to end, those of a prompt that is the one
-    before (another sample) left out, with length 0; `generated`, `sampling` and `scored` by index, being rare: what is
-    the same for many requests crosses once."""
+    before (another sample) left out, with length 0; `generated`, `sampling`, `scored` and `answer_states` by index,
+    being rare: what is the same for many requests crosses once."""
 
     stream: int
     first_place: int
@@ -42,6 +42,7 @@ class RequestPack:
     generated: dict[int, tuple[TokenIds, TokenValues]]
     sampling: dict[int, RowSampling] = field(default_factory=dict)
     scored: dict[int, Scored] = field(default_factory=dict)
+    answer_states: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
@@ -60,6 +61,7 @@ class RequestPack:
             {i: (one.generated, one.values) for i, one in enumerate(requests) if len(one.generated)},
             {i: one.sampling for i, one in enumerate(requests) if one.sampling},
             {i: one.scored for i, one in enumerate(requests) if one.scored is not None},
+            {i: one.answer_state for i, one in enumerate(requests) if one.answer_state is not None},
         )
 
     def unpack(self) -> Iterator[Request]:
@@ -74,7 +76,7 @@ class RequestPack:
                 ids = self.token_ids[start : start + length]
             yield Request(
                 number + i, ids, limit, seed, generated, stream=self.stream, values=values,
-                sampling=self.sampling.get(i), scored=self.scored.get(i),
+                sampling=self.sampling.get(i), scored=self.scored.get(i), answer_state=self.answer_states.get(i),
             )  # fmt: skip
             start += length
 

@@ -35,7 +35,7 @@ def compare(prepared: Prepared, sampled: Sample, quantization: Literal["fp8"], s
     spec = prepared.codec.engine
     greedy = replace(spec.sampling, temperature=0.0, logprobs=0)
     spec = replace(spec, sampling=greedy, quantization=None)
-    requests = [_greedy(request) for request in requests_of(sampled, greedy, samples=1)]
+    requests = [_greedy(request) for request in requests_of(sampled, spec, samples=1)]
     if not requests:
         raise EngineError("no sampled row has a prompt", "plan --compare", "fix the prompt first")
     chosen = [requests[i] for i in spread(len(requests))[:ROWS]]

@@ -19,9 +19,7 @@ from batchrun.dataset.source import concurrently
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import TokenIds
 from batchrun.errors import FaultCode, RowFault
-from batchrun.job.generation import RowSettings
 from batchrun.prompt.codec import open_codec
-from batchrun.prompt.scoring import Behind
 from batchrun.prompt.tokens import Prompt, PromptBuilder
 
 ROWS = 2000  # sampled by default: shares are known to about two points, and a plan takes seconds
@@ -34,16 +32,13 @@ Z = 1.96  # of a 95% interval
 class Sample:
     """Sampled rows, every one of which stands for as many rows of the plan as any other.
 
-    `prompts`, `settings` (a row's own, None in a job whose rows have none), `new_tokens` (at most), `behind` (what is
-    scored there) and `runs` (which of the places it is from, the unit that a bootstrap draws) are of the rows that have
-    a prompt, `faults` of those that have none. `too_long` counts rows that fail or are cut for their length, `texts`
-    are a few rendered prompts. `complete` tells whether these are all rows of the plan.
+    `built`, `new_tokens` (at most) and `runs` (which of the places it is from, the unit that a bootstrap draws) are of
+    the rows that have a prompt, `faults` of those that have none. `too_long` counts rows that fail or are cut for their
+    length, `texts` are a few rendered prompts. `complete` tells whether these are all rows of the plan.
     """
 
-    prompts: list[TokenIds] = field(default_factory=list)
-    settings: list[RowSettings | None] = field(default_factory=list)
+    built: list[Prompt] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
-    behind: list[Behind] = field(default_factory=list)
     runs: list[int] = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)
     too_long: int = 0
@@ -51,9 +46,14 @@ class Sample:
     complete: bool = False
 
     @property
+    def prompts(self) -> list[TokenIds]:
+        """The prompts' tokens."""
+        return [prompt.token_ids for prompt in self.built]
+
+    @property
     def rows(self) -> int:
         """Sampled rows, those without a prompt included."""
-        return len(self.prompts) + len(self.faults)
+        return len(self.built) + len(self.faults)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -107,10 +107,8 @@ def sample(prepared: Prepared, rows: int = ROWS, seconds: float = math.inf) -> S
                 if isinstance(prompt, RowFault):
                     found.faults.append(prompt)
                 else:
-                    found.prompts.append(prompt.token_ids)
-                    found.settings.append(prompt.settings)
+                    found.built.append(prompt)
                     found.new_tokens.append(prompt.settings.max_new_tokens if prompt.settings else limit)
-                    found.behind.append(prompt.behind)
                     found.runs.append(run)
         if time.monotonic() - started > seconds:
             found.complete = False

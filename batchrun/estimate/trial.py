@@ -12,13 +12,12 @@ import numpy as np
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.batching import by_length, take_batch
 from batchrun.engine.process import EngineProcess
-from batchrun.engine.protocol import Request, Sampling
+from batchrun.engine.protocol import EngineSpec, Request
 from batchrun.errors import EngineError
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.sample import Sample, spread
 from batchrun.prompt.codec import request_of
 from batchrun.prompt.scoring import requests as scored_requests
-from batchrun.prompt.tokens import Prompt
 
 FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
 WARM_ROWS = 8  # that go through the engine untimed, for what it does only once
@@ -39,7 +38,7 @@ def trial(
         EngineError: nothing was finished in twice the time. ModelError, EngineDied: what the engine ended with.
     """
     samples = prepared.job.generation.samples
-    requests = requests_of(sampled, prepared.codec.engine.sampling, samples)
+    requests = requests_of(sampled, prepared.codec.engine, samples)
     if not requests:
         raise EngineError("no sampled row has a prompt", "plan --trial", "fix the prompt first")
     endings: Counter[str] = Counter()
@@ -63,18 +62,17 @@ def trial(
     return Throughput(source, stats.engine, stats.device, observations, True, start_seconds), endings
 
 
-def requests_of(sampled: Sample, sampling: Sampling, samples: int) -> list[Request]:
+def requests_of(sampled: Sample, spec: EngineSpec, samples: int) -> list[Request]:
     """A row's samples one after another; of a row that is scored, its first request: the others have its prompt in
     common with that."""
     found: list[Request] = []
-    rows = zip(sampled.prompts, sampled.settings, sampled.new_tokens, sampled.behind, strict=True)
-    for i, (ids, settings, limit, behind) in enumerate(rows):
-        if behind:
-            found += scored_requests(ids, behind[:1], i, [i])
+    for i, (prompt, limit) in enumerate(zip(sampled.built, sampled.new_tokens, strict=True)):
+        if prompt.behind is not None:
+            first = replace(prompt.behind, requests=prompt.behind.requests[:1])
+            found += scored_requests(prompt.token_ids, first, i, [i])
             continue
-        prompt = Prompt(ids, False, settings)
         found += [
-            request_of(i * samples + sample, prompt, i, limit, sampling, sample) for sample in range(samples)
+            request_of(i * samples + sample, prompt, i, limit, spec, sample) for sample in range(samples)
         ]
     return found
 

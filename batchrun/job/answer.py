@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, Tag, model_validator
 
 from batchrun.errors import JobError
+from batchrun.job.generation import COLUMN, VALUE, VALUE_OR_COLUMN
 from batchrun.job.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,6 +28,25 @@ ASKED_COLUMNS = (
 """Columns that an output has if its job asks for them: see `AnswerSettings.columns`."""
 
 
+def _distinct(choices: list[str]) -> list[str]:
+    if "" in choices or len(set(choices)) < len(choices):
+        raise ValueError("give texts that are not empty, each once")
+    return choices
+
+
+Choices = Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class ChoicesFromColumn(Settings):
+    """`choices` of each row: nothing is generated, the likeliest of them is the answer."""
+
+    column: str = Field(
+        min_length=1,
+        description="a column with each row's own, a list of texts; another value that does not fit, null too, is the "
+        "row's error INVALID_SETTING",
+    )
+
+
 class AnswerSettings(Settings):
     """What an answer has to be (free text by default), what is taken out of it, and what is written beside it."""
 
@@ -41,11 +61,14 @@ class AnswerSettings(Settings):
     regex: str | None = Field(
         None, min_length=1, description="regular expression that a whole answer matches; no look-around"
     )
-    choices: list[str] | None = Field(None, min_length=1, description="texts of which an answer is one")
+    choices: (
+        Annotated[Annotated[Choices, Tag(VALUE)] | Annotated[ChoicesFromColumn, Tag(COLUMN)], VALUE_OR_COLUMN]
+        | None
+    ) = Field(None, description="texts of which an answer is one, the likeliest where they are a column's")
     probabilities: bool = Field(
         False,
-        description="the probability of each of the choices as a column, a struct with a field for each; nothing is "
-        "generated, the answer is the likeliest choice",
+        description="the probability of each of the choices as a column, a struct with a field for each, or a list in "
+        "the order of a row's own; nothing is generated, the answer is the likeliest choice",
     )
     raw: str | None = Field(
         None,
@@ -77,49 +100,26 @@ class AnswerSettings(Settings):
         "chat template have them",
     )
 
-    @field_validator("choices", mode="before")
-    @classmethod
-    def _same_for_all_rows(cls, choices: Any) -> Any:
-        if isinstance(choices, dict):
-            raise ValueError(
-                "choices are the same for all rows: list all labels, and name a row's own in its prompt"
-            )
-        return choices
-
-    @field_validator("choices")
-    @classmethod
-    def _distinct(cls, choices: list[str] | None) -> list[str] | None:
-        if choices is not None and ("" in choices or len(set(choices)) < len(choices)):
-            raise ValueError("give texts that are not empty, each once")
-        return choices
-
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if sum(form is not None for form in (self.schema_, self.regex, self.choices)) > 1:
             raise ValueError("give only one of schema, regex, choices")
-        if self.is_constrained and self.reasoning is not None:
-            raise ValueError(
-                "reasoning cannot come before an answer of schema, regex or choices: leave one out"
-            )
         return self
 
     @model_validator(mode="after")
     def _scored(self) -> Self:
         if self.probabilities and self.choices is None:
             raise ValueError("probabilities are of choices: give answer.choices")
-        if self.raw is not None and (self.probabilities or not self.is_constrained):
+        if self.raw is not None and (self.is_scored or not self.is_constrained):
             raise ValueError(
                 "raw is the text that a schema, regex or choices are read from: leave it out here"
             )
         if self.score is not None and self.is_constrained:
             raise ValueError("score takes texts from a column: leave out schema, regex and choices")
-        generates_nothing = (
-            "score" if self.score is not None else "probabilities" if self.probabilities else ""
-        )
         for name in ("logprobs", "reasoning"):
-            if generates_nothing and getattr(self, name) is not None:
-                raise ValueError(f"{name} are of generated tokens, and {generates_nothing} generates none")
-        if self.choices is not None and self.probabilities:
+            if self.is_scored and getattr(self, name) is not None:
+                raise ValueError(f"{name} are of generated tokens, and {self.scored_by} generates none")
+        if isinstance(self.choices, list) and self.probabilities:
             folded = [choice.casefold() for choice in self.choices]
             if len(set(folded)) < len(folded):
                 raise ValueError("probabilities are columns by choice: choices may not differ in case alone")
@@ -128,11 +128,22 @@ class AnswerSettings(Settings):
     @property
     def is_scored(self) -> bool:
         """Whether nothing is generated, and given texts are scored instead."""
-        return self.probabilities or self.score is not None
+        return bool(self.scored_by)
+
+    @property
+    def scored_by(self) -> str:
+        """What asks for that; empty where nothing does."""
+        if self.score is not None:
+            return "score"
+        if self.probabilities:
+            return "probabilities"
+        return "choices of a column" if isinstance(self.choices, ChoicesFromColumn) else ""
 
     @property
     def read_columns(self) -> list[str]:
         """Columns of the input that are read for it."""
+        if isinstance(self.choices, ChoicesFromColumn):
+            return [self.choices.column]
         return [] if self.score is None else [self.score]
 
     @property
@@ -154,10 +165,13 @@ class AnswerSettings(Settings):
         from batchrun.structured.answer_format import (  # pyarrow: not for every job
             answer_format,
             number_format,
+            text_format,
         )
 
         if self.score is not None:
             return number_format()
+        if isinstance(self.choices, ChoicesFromColumn):
+            return text_format(self.probabilities)
         return answer_format(self.schema_, self.regex, self.choices, self.probabilities)
 
     @property

@@ -24,7 +24,7 @@ Stop = Annotated[list[str], AfterValidator(_no_empty_stop)]
 
 # The same for all rows, or a mapping that names a column. The tags stand in pydantic's errors.
 VALUE, COLUMN = "(value)", "(column)"
-_EITHER = Discriminator(lambda given: COLUMN if isinstance(given, dict | Settings) else VALUE)
+VALUE_OR_COLUMN = Discriminator(lambda given: COLUMN if isinstance(given, dict | Settings) else VALUE)
 
 
 class FromColumn(Settings):
@@ -82,24 +82,24 @@ class GenerationSettings(Settings):
     """How an answer is generated, in transformers' own words. Some settings may be a column's: {column: NAME}."""
 
     max_new_tokens: Annotated[
-        Annotated[NewTokens, Tag(VALUE)] | Annotated[NewTokensFromColumn, Tag(COLUMN)], _EITHER
+        Annotated[NewTokens, Tag(VALUE)] | Annotated[NewTokensFromColumn, Tag(COLUMN)], VALUE_OR_COLUMN
     ] = Field(256, description="an answer is cut there; also what a row's room is for")
     temperature: Annotated[
-        Annotated[Temperature, Tag(VALUE)] | Annotated[TemperatureFromColumn, Tag(COLUMN)], _EITHER
+        Annotated[Temperature, Tag(VALUE)] | Annotated[TemperatureFromColumn, Tag(COLUMN)], VALUE_OR_COLUMN
     ] = Field(0.0, description="0 is greedy")
-    top_p: Annotated[Annotated[TopP, Tag(VALUE)] | Annotated[TopPFromColumn, Tag(COLUMN)], _EITHER] = Field(
-        1.0, description="sample from the likeliest tokens of this share"
-    )
+    top_p: Annotated[
+        Annotated[TopP, Tag(VALUE)] | Annotated[TopPFromColumn, Tag(COLUMN)], VALUE_OR_COLUMN
+    ] = Field(1.0, description="sample from the likeliest tokens of this share")
     top_k: int = Field(0, ge=0, description="sample from so many likeliest tokens; 0 is all")
     min_p: float = Field(0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest")
     repetition_penalty: float = Field(
         1.0, gt=0, description="above 1, tokens that were there are less likely"
     )
-    stop: Annotated[Annotated[Stop, Tag(VALUE)] | Annotated[StopFromColumn, Tag(COLUMN)], _EITHER] = Field(
-        default_factory=list, description="texts that end an answer; not part of it"
+    stop: Annotated[Annotated[Stop, Tag(VALUE)] | Annotated[StopFromColumn, Tag(COLUMN)], VALUE_OR_COLUMN] = (
+        Field(default_factory=list, description="texts that end an answer; not part of it")
     )
-    seed: Annotated[Annotated[Seed, Tag(VALUE)] | Annotated[SeedFromColumn, Tag(COLUMN)], _EITHER] = Field(
-        0, description="with a row's place and the position it decides the sampling"
+    seed: Annotated[Annotated[Seed, Tag(VALUE)] | Annotated[SeedFromColumn, Tag(COLUMN)], VALUE_OR_COLUMN] = (
+        Field(0, description="with a row's place and the position it decides the sampling")
     )
 
     samples: int = Field(

@@ -16,7 +16,7 @@ from batchrun.job.answer import ASKED_COLUMNS, AnswerSettings
 from batchrun.job.answer_schema import load_schema
 from batchrun.job.explain import explain, keys_of
 from batchrun.job.generation import GenerationSettings
-from batchrun.job.output import OutputSettings
+from batchrun.job.output import SAMPLE, OutputSettings
 from batchrun.job.prompt import PromptSettings
 from batchrun.job.settings import (
     ClusterSettings,
@@ -85,6 +85,10 @@ class Job(Settings):
         for name in ASKED_COLUMNS:
             if name in output.columns and name not in asked:
                 raise ValueError(f"output.columns: {name} is written where the answer section asks for it")
+        if output.samples == "rows":
+            asked[SAMPLE] = SAMPLE
+        elif SAMPLE in output.columns:
+            raise ValueError(f"output.columns: {SAMPLE} is written with output.samples: rows")
         answer = output.column("answer")
         named = {name: own or f"{answer}_{name}" for name, own in asked.items()} | output.columns
         if named != output.columns:
@@ -93,11 +97,15 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _samples_of_row(self) -> Self:
-        """Whoever has the output's settings knows whether its columns are lists."""
+        """Whoever has the output's settings knows how many answers a row has, in lists or in rows."""
         if self.generation.samples > 1 and self.answer.is_scored:
-            name = "probabilities" if self.answer.probabilities else "score"
-            raise ValueError(f"generation.samples are of generated answers, and answer.{name} generates none")
-        if self.generation.samples != self.output.samples_of_row:
+            what = f"answer.{self.answer.scored_by} generates none"
+            raise ValueError(f"generation.samples are of generated answers, and {what}")
+        if self.output.samples == "rows" and self.generation.samples == 1:
+            raise ValueError(
+                "output.samples: rows is for several samples: set generation.samples, or leave it out"
+            )
+        if self.generation.samples != self.output.samples_of_row * self.output.rows_of_row:
             self.__dict__["output"] = self.output.of_samples(self.generation.samples)
         return self
 
@@ -117,9 +125,9 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _likeliest(self) -> Self:
-        if self.generation.temperature and self.answer.probabilities:
+        if self.generation.temperature and self.answer.is_scored and self.answer.choices is not None:
             raise ValueError(
-                "answer.probabilities takes the likeliest choice: leave generation.temperature at 0"
+                f"answer.{self.answer.scored_by} takes the likeliest choice: leave generation.temperature at 0"
             )
         return self
 

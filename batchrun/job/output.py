@@ -14,6 +14,11 @@ from batchrun.job.settings import Settings
 OUTPUT_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "output_tokens", "status", "error")
 """Columns that every output has."""
 
+SAMPLE = "sample"
+"""The column with a sample's number, where each is a row of its own."""
+
+_NAMED = (*OUTPUT_COLUMNS, SAMPLE, *ASKED_COLUMNS)
+
 
 class OutputSettings(Settings):
     """Where the answers go, how they are named, and when they are staged."""
@@ -21,13 +26,11 @@ class OutputSettings(Settings):
     path: str = Field(
         min_length=1, description="a folder on any fsspec URL; batchrun owns data/ and _job/ in it"
     )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description=f"other names for {', '.join((*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
-    )
-    samples: Literal["list"] = Field(
+    columns: dict[str, str] = Field(default_factory=dict, description=f"other names for {', '.join(_NAMED)}")
+    samples: Literal["list", "rows"] = Field(
         "list",
         description="what becomes of several generation.samples: columns of lists, a row of them for each of the "
-        "input's",
+        "input's; or rows of their own, each beside its input and with its number in the column sample",
     )
     failed: str | None = Field(
         None, description="a folder beside data/: the failed rows alone, each with its place in the input"
@@ -56,38 +59,31 @@ class OutputSettings(Settings):
         description="fsspec's options for the output; never written anywhere",
     )
 
-    # How many answers a row has, as the job's section `generation` says: see `Job`.
-    _samples_of_row: int = PrivateAttr(1)
+    # How many answers a row of the input has, as the job's section `generation` says: see `Job`.
+    _samples_of_input: int = PrivateAttr(1)
 
     @property
     def samples_of_row(self) -> int:
-        """How many answers each row has; with more than one, their columns are lists."""
-        return self._samples_of_row
+        """How many answers each row of the output has; with more than one, their columns are lists."""
+        return self._samples_of_input if self.samples == "list" else 1
+
+    @property
+    def rows_of_row(self) -> int:
+        """How many rows of the output each row of the input has."""
+        return self._samples_of_input if self.samples == "rows" else 1
 
     def of_samples(self, samples: int) -> OutputSettings:
-        """The same for rows of so many answers."""
+        """The same for rows of the input of so many answers."""
         copy = self.model_copy()
-        copy._samples_of_row = samples
+        copy._samples_of_input = samples
         return copy
-
-    @field_validator("samples", mode="before")
-    @classmethod
-    def _no_rows(cls, samples: Any) -> Any:
-        if samples == "rows":
-            raise ValueError(
-                "a part has a row for each of the input's: use list, and unnest (DuckDB, Spark) or explode (Polars, "
-                "pandas) it where you read it"
-            )
-        return samples
 
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         for name in columns:
-            if name not in (*OUTPUT_COLUMNS, *ASKED_COLUMNS):
-                raise ValueError(
-                    f"{name!r} is no output column{nearest(name, (*OUTPUT_COLUMNS, *ASKED_COLUMNS))}"
-                )
+            if name not in _NAMED:
+                raise ValueError(f"{name!r} is no output column{nearest(name, _NAMED)}")
             if not columns[name]:
                 raise ValueError(f"give {name} a name, or leave it out")
         return columns
@@ -101,8 +97,8 @@ class OutputSettings(Settings):
 
     @property
     def answer_columns(self) -> list[str]:
-        """OUTPUT_COLUMNS and those of ASKED_COLUMNS that the job asks for: a job names these in `columns`."""
-        return [*OUTPUT_COLUMNS, *(name for name in ASKED_COLUMNS if name in self.columns)]
+        """OUTPUT_COLUMNS, SAMPLE and those of ASKED_COLUMNS that the job asks for: a job names these in `columns`."""
+        return [*OUTPUT_COLUMNS, *(name for name in (SAMPLE, *ASKED_COLUMNS) if name in self.columns)]
 
     def column(self, name: str) -> str:
         """The name that the output column `name` (one of `answer_columns`) has in this job."""

@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from batchrun.counters import first_of_rows
 from batchrun.errors import StorageError
 from batchrun.job.output import OutputSettings
 from batchrun.output import chunk, part
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
 from batchrun.output.part import Summary
-from batchrun.output.samples import repeated
+from batchrun.output.samples import in_rows, repeated, repeated_batches
 from batchrun.storage import Folder, NotFound
 from batchrun.structured.answer_format import AnswerFormat
 
@@ -59,6 +60,9 @@ class PartialAnswer:
 class Attempt:
     """`open`, then `add` what `missing` names and `maybe_flush`, then `seal` once `covered`.
 
+    `rows` are the input's. Where the output has several for each of them, one for each sample, all of a row's are
+    missing or none, but in a retry; `add` then takes answers by row * samples + sample.
+
     An attempt that shares its partition with another one adds what is its own, flushes, and only then opens again: of
     those that do so, the last one to flush finds all rows.
 
@@ -83,7 +87,7 @@ class Attempt:
         self.rows = rows
         self.attempt_id = attempt_id
         self.settings = settings
-        self._samples = settings.samples_of_row
+        self._samples, self._rows_of_row = settings.samples_of_row, settings.rows_of_row
         self._schema = chunk.answers_schema(settings.columns, self._samples)
         # For people.
         self.name_of: Callable[[int], str] = lambda row: f"row {row}"
@@ -101,8 +105,8 @@ class Attempt:
         self._answers: list[pa.Table] = []
         self._held = 0
         self._replaced = 0
-        # Where each row's answer stands among all held ones; -1 where there is none yet.
-        self._place: NDArray[np.int64] = np.full(rows, -1, dtype=np.int64)
+        # Where each answer stands among all held ones; -1 where there is none yet.
+        self._place: NDArray[np.int64] = np.full(rows * self._rows_of_row, -1, dtype=np.int64)
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
         self._pending_bytes = 0
@@ -111,12 +115,23 @@ class Attempt:
     @property
     def missing(self) -> NDArray[np.int64]:
         """Offsets of the rows still to be generated, ascending."""
-        return np.flatnonzero(self._place < 0)
+        return np.flatnonzero((self._place < 0).reshape(self.rows, self._rows_of_row).any(axis=1))
+
+    @property
+    def missing_samples(self) -> NDArray[np.bool_]:
+        """(rows, samples) Which ones are still to be generated."""
+        missing = (self._place < 0).reshape(self.rows, self._rows_of_row)
+        return missing.repeat(self._samples, axis=1)
 
     @property
     def covered(self) -> bool:
         """Whether no row is missing any more."""
-        return self._held - self._replaced == self.rows
+        return self._held - self._replaced == len(self._place)
+
+    def name_of_answer(self, number: int) -> str:
+        """For people, the row that an answer is of, and where that has rows of its own, the sample."""
+        row, sample = divmod(number, self._rows_of_row)
+        return self.name_of(row) if self._rows_of_row == 1 else f"{self.name_of(row)}, sample {sample}"
 
     def open(self) -> Receipt | None:
         """Takes up what other attempts have staged, if called again what they have since; a receipt if the part is
@@ -146,17 +161,17 @@ class Attempt:
         return None
 
     def add(self, answers: pa.Table | pa.RecordBatch) -> None:
-        """Takes finished rows, schema `chunk.answers_schema`, in any order, each of them missing until now.
+        """Takes finished answers, schema `chunk.answers_schema`, in any order, each of them missing until now.
 
         Raises:
-            ValueError: a row outside the partition, or one that is there already.
+            ValueError: one outside the partition, or one that is there already.
         """
         table = pa.Table.from_batches([answers]) if isinstance(answers, pa.RecordBatch) else answers
-        table = chunk.conform(repeated(table, self._samples), self._schema, self._samples)
+        table = chunk.conform(table, self._schema, self._samples)
         if table.num_rows == 0:
             return
         try:
-            chunk.check_rows(table, self.rows)
+            chunk.check_rows(table, len(self._place))
         except BadChunk as error:
             raise ValueError(str(error)) from error
         if (self._place[table["row"].to_numpy()] >= 0).any():
@@ -168,9 +183,15 @@ class Attempt:
         self._pending_rows += table.num_rows
         self._pending_bytes += table.nbytes
 
-    def overwrite(self, answers: pa.Table) -> None:
-        """Takes these rows, schema ANSWERS, in place of the answers that are there already."""
-        self._hold(chunk.conform(repeated(answers, self._samples), self._schema, self._samples))
+    def add_failed(self, rows: pa.Table) -> None:
+        """Takes rows of the input, schema ANSWERS, that have nothing of any sample, in the place of what they miss."""
+        answers = self._of_input(rows)
+        self.add(answers.filter(pa.array(self._place[answers["row"].to_numpy()] < 0)))
+
+    def overwrite(self, rows: pa.Table) -> None:
+        """Takes such rows in the place of the answers that are there already."""
+        answers = self._of_input(rows)
+        self._hold(chunk.conform(answers, self._schema, self._samples))
         self._replaced += answers.num_rows
 
     def maybe_flush(self) -> bool:
@@ -236,17 +257,8 @@ class Attempt:
         with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch:
             path = Path(scratch) / "part.parquet"
             try:
-                mine = part.build(
-                    path,
-                    carried,
-                    schema,
-                    answers,
-                    self.settings.columns,
-                    self.settings.compression,
-                    mine,
-                    self.answers,
-                    self._samples,
-                )
+                beside = repeated_batches(carried, self._rows_of_row)
+                mine = part.build(path, beside, schema, answers, self.settings, mine, self.answers)
             except OSError as error:
                 raise StorageError(
                     f"the part could not be built ({error})", scratch, "free space there"
@@ -276,7 +288,7 @@ class Attempt:
 
     def _inspect(self, size: int) -> Summary:
         summary = part.inspect(self.folder, self._key, size)
-        expected = (self._origin.plan_hash, self.partition, self.rows)
+        expected = (self._origin.plan_hash, self.partition, len(self._place))
         if (summary.plan_hash, summary.partition, summary.rows) != expected or self._is_foreign(summary):
             raise part.damaged(self.folder, self._key, "a part of another job, plan or partition")
         return summary
@@ -288,7 +300,13 @@ class Attempt:
     def _summarize(self, answers: pa.Table) -> Summary:
         origin = self._origin
         return part.summarize(
-            answers, self.attempt_id, origin.plan_hash, origin.job_hash, self.partition, name_of=self.name_of
+            answers,
+            self.attempt_id,
+            origin.plan_hash,
+            origin.job_hash,
+            self.partition,
+            name_of=self.name_of_answer,
+            rows_of_row=self._rows_of_row,
         )
 
     def _publish(self, path: Path) -> bool:
@@ -300,9 +318,9 @@ class Attempt:
 
     def _take_up(self, key: str, data: bytes) -> None:
         if not key.endswith(PARTIAL):
-            self._restore(chunk.decode(data, self._origin, self.rows, self._schema))
+            self._restore(chunk.decode(data, self._origin, len(self._place), self._schema))
             return
-        table = chunk.decode_partial(data, self._origin, self.rows * self._samples)
+        table = chunk.decode_partial(data, self._origin, len(self._place) * self._samples)
         tokens = table["tokens"].combine_chunks()
         columns = (table[name].to_pylist() for name in ("row", "prompt_tokens", "values"))
         for i, (row, prompt, values) in enumerate(zip(*columns, strict=True)):
@@ -314,7 +332,11 @@ class Attempt:
         new = self._place[table["row"].to_numpy()] < 0
         table = table.filter(pa.array(new))
         self._hold(table)
-        self.restored += table.num_rows
+        self.restored += first_of_rows(table, self._rows_of_row).num_rows
+
+    def _of_input(self, rows: pa.Table) -> pa.Table:
+        """Rows of the input that have nothing of any sample, as answers."""
+        return repeated(in_rows(rows, self._rows_of_row), self._samples)
 
     def _hold(self, table: pa.Table) -> None:
         self._place[table["row"].to_numpy()] = np.arange(self._held, self._held + table.num_rows)
@@ -327,7 +349,7 @@ class Attempt:
             .combine_chunks()
             .take(self._place)
         )
-        if not np.array_equal(table["row"].to_numpy(), np.arange(self.rows)):
+        if not np.array_equal(table["row"].to_numpy(), np.arange(len(self._place))):
             raise AssertionError("rows out of order")
         return table
 

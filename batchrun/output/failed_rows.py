@@ -1,4 +1,5 @@
-"""The failed rows of an output as a small dataset of its own: carried columns, error, and the place in the input.
+"""The failed rows of an output as a small dataset of its own: carried columns, error, and the place in the input; of
+samples in rows of their own, also the sample.
 
 Every part with failed rows has a file of its own name in the folder `output.failed`. It is told from the part's bytes
 alone and names the attempt that made those, so that it can be written by anybody, at any time, and again.
@@ -16,10 +17,11 @@ import pyarrow.parquet as pq
 
 from batchrun.dataset.rows import PLACE, Places
 from batchrun.errors import BatchrunError, OutputError
-from batchrun.job.output import OutputSettings
+from batchrun.job.output import SAMPLE, OutputSettings
 from batchrun.output import part
 from batchrun.output.layout import Layout
 from batchrun.output.part import Summary
+from batchrun.output.samples import repeated_batches
 from batchrun.storage import Folder, NotFound
 
 # Whole parts are held while they are read, so few at a time.
@@ -28,8 +30,8 @@ READERS = 4
 
 def refuse_taken(carried: Sequence[str], settings: OutputSettings) -> None:
     """Raises OutputError where a column that is carried along has one of the place's names."""
-    own = settings.column("error")
-    if settings.failed is not None and (taken := [name for name in PLACE.names if name in (*carried, own)]):
+    own = [settings.column("error"), *([settings.column(SAMPLE)] if settings.rows_of_row > 1 else [])]
+    if settings.failed is not None and (taken := [name for name in PLACE.names if name in (*carried, *own)]):
         raise OutputError(
             f"the name {taken[0]!r} of a column in {settings.failed}/ is taken",
             "output.failed",
@@ -105,12 +107,15 @@ class FailedRows:
         folder, settings, key = self._folder, self._settings, self._layout.part(partition)
         file = pq.ParquetFile(pa.BufferReader(folder.read(key)), page_checksum_verification=True)
         rows = file.read()
-        own = {settings.column(name) for name in settings.answer_columns}
+        own = {settings.column(name) for name in settings.answer_columns if name != SAMPLE}
         names = [name for name in rows.column_names if name not in own] + [settings.column("error")]
         failed = pc.equal(rows[settings.column("status")], "failed")
         empty = pa.table({field.name: pa.nulls(rows.num_rows, field.type) for field in PLACE})
         some = places is not None and pc.any(failed, min_count=0).as_py()
-        place = pa.Table.from_batches(places(partition), PLACE) if some and places else empty
+        place = empty
+        if some and places is not None:
+            repeated = repeated_batches(places(partition), settings.rows_of_row)
+            place = pa.Table.from_batches(repeated, PLACE)
         if place.num_rows != rows.num_rows:
             raise part.damaged(folder, key, f"{rows.num_rows} rows where the input gives {place.num_rows}")
         table = pa.table(

@@ -32,7 +32,8 @@ EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part as the manifest lists it: its key, its counts, its size in bytes, and the attempt that wrote it.
+    """One part as the manifest lists it: its key, the counts of its own rows, its size in bytes, and the attempt that
+    wrote it.
 
     `digest` is of the part's bytes; empty where a version wrote the part, or the manifest, that had none.
     """
@@ -48,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One of the output's plans: its hash, and what it came to."""
+    """One of the output's plans: its hash, and what it came to, rows of the output."""
 
     hash: str
     parts: int
@@ -57,7 +58,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """A part that a retry replaced: when, the attempts before and after, rows run again, and answered by that."""
+    """A part that a retry replaced: when, the attempts before and after, its rows run again, and answered by that."""
 
     key: str
     at: str
@@ -84,8 +85,9 @@ class Retried:
 class Manifest:
     """Totals of the whole output and its parts in the plans' order.
 
-    `errors` counts failed rows by code, `examples` shows a few of each; `failed_folder` holds them as a dataset.
-    `finish_reasons` and `empty` are as in a part's `Summary`.
+    Rows are the output's. `input_rows` are the input's where each of these has several, one for each sample; None where
+    they are as many. `errors` counts failed rows by code, `examples` shows a few of each; `failed_folder` holds them as
+    a dataset. `finish_reasons` and `empty` are as in a part's `Summary`.
     """
 
     plan_hash: str
@@ -103,6 +105,7 @@ class Manifest:
     parts: list[Part]
     finish_reasons: dict[str, int] = field(default_factory=dict)
     empty: int = 0
+    input_rows: int | None = None
 
     def describes(self, found: state.State) -> bool:
         """Whether the parts that are there now are, by key and size, the ones it was written for, and no retry
@@ -199,7 +202,7 @@ def job_hashes(output: Output, retries: Sequence[Retry]) -> set[str]:
 
 def disagreement(summary: Summary, output: Output, job_hashes: Container[str], partition: int) -> str | None:
     """What keeps a part from being the plan's, if anything does."""
-    rows = output.rows[partition]
+    rows = output.rows[partition] * output.settings.rows_of_row
     mine = summary.plan_hash == output.layout.hash_of(partition) and summary.partition == partition
     if not mine or summary.job_hash not in job_hashes:
         return "a part of another job, plan or partition"
@@ -240,6 +243,7 @@ def _total(output: Output, summaries: list[Summary], sizes: list[int], retries: 
         ],
         finish_reasons=dict(finish_reasons),
         empty=sum(s.empty for s in summaries),
+        input_rows=output.plan.rows if output.settings.rows_of_row > 1 else None,
     )
 
 

@@ -76,7 +76,7 @@ class Output:
 
     @cached_property
     def rows(self) -> list[int]:
-        """How many rows each partition has, by the plan."""
+        """How many rows of the input each partition has, by the plan."""
         return [partition.rows for partition in self.plan.partitions]
 
     @property

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchrun.counters import empty_answers, one_by_one, value_counts
+from batchrun.counters import empty_answers, first_of_rows, one_by_one, value_counts
 from batchrun.errors import ChangedError, OutputError, StorageError
+from batchrun.job.output import SAMPLE, OutputSettings
 from batchrun.output import digest
 from batchrun.output.chunk import answers_schema
-from batchrun.output.samples import grouped
+from batchrun.output.samples import of_each
 from batchrun.storage import Folder, NotFound
 from batchrun.structured.answer_format import AnswerFormat
 
+_SAMPLE = pa.field(SAMPLE, pa.int32(), nullable=False)
 
-def answer_fields(columns: Collection[str], samples: int = 1) -> list[pa.Field]:
-    """The answer's fields of a part; `columns` names those that the job asks for."""
-    return [field for field in answers_schema(columns, samples) if field.name != "row"]
+
+def answer_fields(settings: OutputSettings) -> list[pa.Field]:
+    """The answer's fields of a part, by their own names."""
+    staged = answers_schema(settings.columns, settings.samples_of_row)
+    number = [_SAMPLE] if settings.rows_of_row > 1 else []
+    return [*number, *(field for field in staged if field.name != "row")]
 
 
 # Large enough to compress and scan well, small enough that a reader with little memory takes one at a time.
@@ -54,10 +60,11 @@ class Replacement:
 class Summary:
     """What a part says about itself in its footer (key-value metadata "batchrun", JSON).
 
-    `errors` counts failed rows by code, `examples` gives the first of each; `finish_reasons` counts all rows, `empty`
-    those with an answer of no text (each sample by itself; both unknown to parts of before version 0.3); `retries`
-    tells how the part came to be other than the run made it. `digest` is of all the part's bytes, see
-    `batchrun.output.digest`; empty in parts of versions that had none.
+    Its rows are the part's own, of which a row of the input may have several, one for each sample; a prompt's tokens
+    count once for all of them. `errors` counts failed rows by code, `examples` gives the first of each;
+    `finish_reasons` counts all rows, `empty` those with an answer of no text (each sample by itself; both unknown to
+    parts of before version 0.3); `retries` tells how the part came to be other than the run made it. `digest` is of all
+    the part's bytes, see `batchrun.output.digest`; empty in parts of versions that had none.
     """
 
     attempt: str
@@ -83,14 +90,14 @@ class Summary:
 
 
 def part_schema(
-    carried: pa.Schema, columns: Mapping[str, str], wanted: AnswerFormat | None = None, samples: int = 1
+    carried: pa.Schema, settings: OutputSettings, wanted: AnswerFormat | None = None
 ) -> pa.Schema:
-    """Carried fields and the schema's metadata as they are, then the answer's fields, lists where rows have several
-    `samples`; `columns` gives other names to some of the latter, and `wanted` the answer its type."""
-    fields = answer_fields(columns, samples)
+    """Carried fields and the schema's metadata as they are, then the answer's fields, as lists or in rows of their own
+    where there are several samples; `wanted` gives the answer its type."""
+    fields = answer_fields(settings)
     if wanted is not None:
         fields = [wanted.typed(field) for field in fields]
-    answers = [field.with_name(columns.get(field.name, field.name)) for field in fields]
+    answers = [field.with_name(settings.column(field.name)) for field in fields]
     return pa.schema([*carried, *answers], metadata=carried.metadata)
 
 
@@ -108,8 +115,10 @@ def summarize(
     partition: int,
     retries: Sequence[Replacement] = (),
     name_of: Callable[[int], str] = lambda row: f"row {row}",
+    rows_of_row: int = 1,
 ) -> Summary:
-    """Counts over a partition's answers in order (any string type, ANSWERS otherwise)."""
+    """Counts over a partition's answers in order (any string type, ANSWERS otherwise), of which a row of the input has
+    so many."""
     ok = pc.sum(pc.equal(answers["status"], "ok"), min_count=0).as_py()
     failed = answers.filter(pc.equal(answers["status"], "failed"))
     codes = error_codes(failed["error"])
@@ -122,7 +131,7 @@ def summarize(
         rows=answers.num_rows,
         ok=ok,
         failed=answers.num_rows - ok,
-        prompt_tokens=pc.sum(answers["prompt_tokens"], min_count=0).as_py(),
+        prompt_tokens=pc.sum(first_of_rows(answers, rows_of_row)["prompt_tokens"], min_count=0).as_py(),
         output_tokens=pc.sum(one_by_one(answers["output_tokens"]), min_count=0).as_py(),
         errors=counts,
         examples={code: _example(failed, pc.index(codes, code).as_py(), name_of) for code in counts},
@@ -137,11 +146,9 @@ def build(
     carried: Iterable[pa.RecordBatch],
     schema: pa.Schema,
     answers: pa.Table,
-    columns: Mapping[str, str],
-    compression: str,
+    settings: OutputSettings,
     summary: Summary,
     wanted: AnswerFormat | None = None,
-    samples: int = 1,
 ) -> Summary:
     """Writes the part to a local file: `carried` batches of `schema` beside `answers` in the same order, these as
     `wanted` has them.
@@ -151,10 +158,9 @@ def build(
     Raises:
         ChangedError: `carried` does not hold exactly as many rows as there are answers.
     """
-    with pq.ParquetWriter(
-        path, part_schema(schema, columns, wanted, samples), compression=compression, write_page_checksum=True
-    ) as writer:
-        beside = _beside(carried, schema, answers, columns, writer.schema, wanted, samples)
+    target = part_schema(schema, settings, wanted)
+    with pq.ParquetWriter(path, target, compression=settings.compression, write_page_checksum=True) as writer:
+        beside = _beside(carried, schema, answers, settings, writer.schema, wanted)
         for group in _row_groups(beside, writer.schema):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
         values = asdict(replace(summary, digest=digest.BLANK))
@@ -232,10 +238,9 @@ def _beside(
     carried: Iterable[pa.RecordBatch],
     schema: pa.Schema,
     answers: pa.Table,
-    columns: Mapping[str, str],
+    settings: OutputSettings,
     target: pa.Schema,
     wanted: AnswerFormat | None,
-    samples: int,
 ) -> Iterator[pa.Table]:
     first = 0
     for batch in carried:
@@ -243,17 +248,24 @@ def _beside(
         if these.num_rows != batch.num_rows:
             raise _other_rows(answers.num_rows, "more")
         arrays = [batch.column(name) for name in schema.names]
-        for own in answer_fields(columns, samples):
-            column = these[own.name]
-            if wanted is not None and own.name == "answer":
-                column = grouped(wanted.column(own.name, one_by_one(column)), samples)
-            elif wanted is not None:
-                column = wanted.column(own.name, column)
-            arrays.append(column.cast(target.field(columns.get(own.name, own.name)).type))
+        for own in answer_fields(settings):
+            column = _in_part(own.name, these, settings, wanted)
+            arrays.append(column.cast(target.field(settings.column(own.name)).type))
         yield pa.Table.from_arrays(arrays, schema=target)
         first += batch.num_rows
     if first != answers.num_rows:
         raise _other_rows(answers.num_rows, str(first))
+
+
+def _in_part(
+    name: str, answers: pa.Table, settings: OutputSettings, wanted: AnswerFormat | None
+) -> pa.Array | pa.ChunkedArray:
+    if name == SAMPLE:
+        return pa.array(answers["row"].to_numpy() % settings.rows_of_row)
+    if wanted is None:
+        return answers[name]
+    samples = settings.samples_of_row if name == "answer" else 1
+    return of_each(answers[name], samples, partial(wanted.column, name))
 
 
 def _other_rows(planned: int, found: str) -> ChangedError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +12,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from batchrun.counters import one_by_one
 from batchrun.errors import OutputError
-from batchrun.job.output import OutputSettings
+from batchrun.job.output import SAMPLE, OutputSettings
 from batchrun.output import part
 from batchrun.output.attempt import Attempt, Receipt
 from batchrun.output.chunk import answers_schema
 from batchrun.output.layout import Layout
 from batchrun.output.part import Replacement, Summary
 from batchrun.output.retry import Retry
-from batchrun.output.samples import grouped
+from batchrun.output.samples import of_each
 from batchrun.storage import Folder
 from batchrun.structured.answer_format import AnswerFormat
 
@@ -59,7 +58,7 @@ class ReplacingAttempt(Attempt):
         try:
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
             table = file.read()
-            known = read_answers(table, self.settings.columns, self.answers, self._samples)
+            known = read_answers(table, self.settings, self.answers)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise part.damaged(self.folder, self._key, f"damaged ({error})") from error
         # Of these very bytes: another retry may have replaced the part since it was looked at.
@@ -68,9 +67,12 @@ class ReplacingAttempt(Attempt):
         part.check_digest(data, self._old, self.folder, self._key)
         if self._old.generation >= self.retry.number:
             return Receipt(self._key, len(data), self._old, won=False)
-        own = [self.settings.column(field.name) for field in part.answer_fields(self.settings.columns)]
+        own = [self.settings.column(field.name) for field in part.answer_fields(self.settings)]
         metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"batchrun"}
-        self.carried = table.drop_columns(own).replace_schema_metadata(metadata)
+        carried = table.drop_columns(own).replace_schema_metadata(metadata)
+        if (count := self.settings.rows_of_row) > 1:
+            carried = carried.filter(pa.array(np.arange(table.num_rows) % count == 0))
+        self.carried = carried
         self._retried = selected(known, self.retry)
         kept = ~self._retried & (self._place < 0)
         self._hold(known.filter(pa.array(kept)))
@@ -106,7 +108,8 @@ class ReplacingAttempt(Attempt):
             origin.job_hash,
             self.partition,
             [*self._old.retries, mine],
-            name_of=self.name_of,
+            name_of=self.name_of_answer,
+            rows_of_row=self.settings.rows_of_row,
         )
 
     def _publish(self, path: Path) -> bool:
@@ -116,29 +119,22 @@ class ReplacingAttempt(Attempt):
         return True
 
 
-def read_answers(
-    table: pa.Table, columns: Mapping[str, str], wanted: AnswerFormat | None = None, samples: int = 1
-) -> pa.Table:
-    """A part's answers as `answers_schema` has them; `columns` gives other names to some of its columns, and what
-    `wanted` made of the answers is text again."""
-    named = {field.name: columns.get(field.name, field.name) for field in part.answer_fields(columns)}
-    rows = pa.array(np.arange(table.num_rows))
-    if wanted is not None:
-        for name, own in named.items():
-            place = table.column_names.index(own)
-            column = table[place]
-            if name == "answer":
-                column = grouped(wanted.staged(name, one_by_one(column)), samples)
-            else:
-                column = wanted.staged(name, column)
-            table = table.set_column(place, own, column)
-    return pa.table([rows, *(table[name] for name in named.values())], names=["row", *named]).cast(
-        answers_schema(columns, samples)
-    )
+def read_answers(table: pa.Table, settings: OutputSettings, wanted: AnswerFormat | None = None) -> pa.Table:
+    """A part's answers, named as `settings` says, as `answers_schema` has them: what `wanted` made of them is text."""
+    samples = settings.samples_of_row
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {"row": pa.array(np.arange(table.num_rows))}
+    for field in part.answer_fields(settings):
+        name, column = field.name, table[settings.column(field.name)]
+        if name == SAMPLE:
+            continue
+        if wanted is not None:
+            column = of_each(column, samples if name == "answer" else 1, partial(wanted.staged, name))
+        columns[name] = column
+    return pa.table(columns).cast(answers_schema(settings.columns, samples))
 
 
 def selected(answers: pa.Table, retry: Retry) -> NDArray[np.bool_]:
-    """(rows,) Whether the retry generates the row again."""
+    """(answers,) Whether the retry generates it again."""
     chosen = pc.equal(answers["status"], "failed")
     if retry.errors:
         codes = part.error_codes(answers["error"])

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchrun.dataset.rows import Places
 from batchrun.errors import BatchrunError
-from batchrun.job.output import OutputSettings
+from batchrun.job.output import SAMPLE, OutputSettings
 from batchrun.output import digest, manifest, part, retry
 from batchrun.output.output import Output
+from batchrun.output.samples import repeated_batches
 from batchrun.output.state import State
 from batchrun.structured.answer_format import AnswerFormat
 
@@ -26,9 +28,10 @@ Carried = Callable[[int], Iterable[pa.RecordBatch]]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was read back; the output is exactly the plan's when `problems` is empty.
+    """What was read back, in rows of the output; it is exactly the plan's when `problems` is empty.
 
-    `without_digest` counts parts of versions that recorded none: damage of their footers may go unseen.
+    `input_rows` are the input's where each of these has several, None where they are as many. `without_digest` counts
+    parts of versions that recorded none: damage of their footers may go unseen.
     """
 
     parts: int
@@ -37,6 +40,7 @@ class Verification:
     failed: int
     problems: list[str] = field(default_factory=list)
     without_digest: int = 0
+    input_rows: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -73,6 +77,7 @@ def verify(
         failed=sum(one.failed for one in counted),
         problems=problems,
         without_digest=sum(one.there and not one.digest for one in counted),
+        input_rows=output.plan.rows if output.settings.rows_of_row > 1 else None,
     )
     total.problems.extend(_check_manifest(output, found, total, counted))
     if output.settings.failed is not None:
@@ -115,9 +120,15 @@ def _check_part(
         if not _holds_answers(file.schema_arrow, settings, wanted):
             counted.problems.append(f"{key}: its last columns are not the answer's")
             return counted
-        expected = None if carried is None else _Rows(carried(partition))
+        count = settings.rows_of_row
+        expected = None if carried is None else _Rows(repeated_batches(carried(partition), count))
         for batch in file.iter_batches():
             _count(counted, batch, settings)
+            first = counted.rows - batch.num_rows
+            if count > 1 and not _numbers_samples(batch.column(settings.column(SAMPLE)), first, count):
+                counted.problems.append(
+                    f"{key}: rows {first} to {counted.rows - 1} are not {count} samples of each row of the input"
+                )
             if expected is not None:
                 counted.problems += [
                     f"{key}: {problem}" for problem in _differences(batch, expected, counted.rows)
@@ -137,7 +148,7 @@ def _check_part(
 
 def _holds_answers(schema: pa.Schema, settings: OutputSettings, wanted: AnswerFormat | None) -> bool:
     """Names and types stand in the footer, which no checksum covers."""
-    answers = part.part_schema(pa.schema([]), settings.columns, wanted, settings.samples_of_row)
+    answers = part.part_schema(pa.schema([]), settings, wanted)
     return bool(pa.schema(list(schema)[-len(answers) :]).equals(answers))
 
 
@@ -146,6 +157,12 @@ def _count(counted: _Counted, batch: pa.RecordBatch, settings: OutputSettings) -
     counted.rows += batch.num_rows
     counted.ok += pc.sum(pc.equal(status, "ok"), min_count=0).as_py()
     counted.failed += pc.sum(pc.equal(status, "failed"), min_count=0).as_py()
+
+
+def _numbers_samples(numbers: pa.Array, first: int, count: int) -> bool:
+    """Whether a part's rows from `first` on have the numbers of their samples."""
+    wanted = np.arange(first, first + len(numbers)) % count
+    return bool(np.array_equal(numbers.to_numpy(zero_copy_only=False), wanted))
 
 
 def _differences(batch: pa.RecordBatch, expected: _Rows, end: int) -> Iterator[str]:

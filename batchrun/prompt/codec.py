@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.reasoning import Reasoning, find_reasoning
 from batchrun.prompt.row_settings import RowSettingsReader
-from batchrun.prompt.scoring import ChoiceScoring, ColumnScoring
+from batchrun.prompt.scoring import ChoiceScoring, ColumnChoices, ColumnScoring, Scoring
 from batchrun.prompt.tokens import Prompt, PromptBuilder, unguarded
 from batchrun.structured.answer_format import AnswerFormat
+from batchrun.structured.thinking import begins_with_space, behind_thoughts, white_tokens
 from batchrun.structured.tokens import token_automaton
 from batchrun.structured.vocabulary import read_vocabulary
 
@@ -37,20 +39,25 @@ class PromptCodec:
     engine: EngineSpec
     reasoning: Reasoning | None = None
     answers: AnswerFormat | None = None
-    choices: ChoiceScoring | None = None
 
 
 def request_of(
-    number: int, prompt: Prompt, row_seed: int, max_new_tokens: int, sampling: Sampling, sample: int = 0
+    number: int, prompt: Prompt, row_seed: int, max_new_tokens: int, spec: EngineSpec, sample: int = 0
 ) -> Request:
     """What an engine gets of a row's `sample`, with the row's settings or with the job's."""
-    own = prompt.settings
+    own, sampling = prompt.settings, spec.sampling
     row_seed = seeds.of_sample(row_seed, sample)
-    if own is None:
-        return Request(number, prompt.token_ids, max_new_tokens, row_seed)
-    row_seed = seeds.of_seed(row_seed, own.seed, sampling.seed)
-    mine = RowSampling(own.temperature, own.top_p, own.stop) if sampling.by_row else None
-    return Request(number, prompt.token_ids, own.max_new_tokens, row_seed, sampling=mine)
+    request = Request(number, prompt.token_ids, max_new_tokens, row_seed)
+    if own is not None:
+        request.max_new_tokens = own.max_new_tokens
+        request.row_seed = seeds.of_seed(row_seed, own.seed, sampling.seed)
+        if sampling.by_row:
+            request.sampling = RowSampling(own.temperature, own.top_p, own.stop)
+    if spec.answers is not None and prompt.is_reasoning:
+        request.answer_state = spec.answers.thinking
+    elif spec.answers is not None and prompt.is_answering:
+        request.answer_state = spec.answers.answering
+    return request
 
 
 def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
@@ -65,20 +72,20 @@ def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
     stop_ids = stop_token_ids(model, tokenizer)
     generation = job.generation.defaults
     detokenizer = Detokenizer(tokenizer, generation.stop, stop_ids)
-    reasoning = None
+    answers, reasoning = job.answer.format, None
     if job.answer.reasoning is not None:
         reasoning = find_reasoning(job.answer.reasoning_markers, tokenizer, detokenizer)
+        if answers is not None:
+            reasoning = _before_answers(reasoning, answers, model.tokenizer_path)
     own = RowSettingsReader(job.generation, schema, context) if job.generation.columns else None
     scoring = _scoring(job, model, tokenizer, detokenizer, config, schema, stop_ids)
     new_tokens = generation.max_new_tokens if scoring is None else 1
     builder = PromptBuilder(job.prompt, tokenizer, context, new_tokens, schema, reasoning, own, scoring)
-    answers = job.answer.format
     spec = _engine_spec(job, model, context, stop_ids)
     if answers is not None and scoring is None:
-        tables = _token_tables(answers, tokenizer, config, stop_ids, model.tokenizer_path)
+        tables = _token_tables(answers, reasoning, tokenizer, config, stop_ids, model.tokenizer_path)
         spec = replace(spec, answers=tables)
-    choices = scoring if isinstance(scoring, ChoiceScoring) else None
-    return PromptCodec(builder, detokenizer, spec, reasoning, answers, choices)
+    return PromptCodec(builder, detokenizer, spec, reasoning, answers)
 
 
 def _scoring(
@@ -89,39 +96,69 @@ def _scoring(
     config: Any,
     schema: pa.Schema,
     stop_ids: tuple[int, ...],
-) -> ChoiceScoring | ColumnScoring | None:
+) -> Scoring | None:
     """What the job scores in place of generating."""
     answer = job.answer
     if not answer.is_scored:
         return None
     if getattr(config, "is_encoder_decoder", False):
-        name = "score" if answer.score is not None else "probabilities"
-        what = f"answer.{name} needs a model without an encoder"
+        what = f"answer.{answer.scored_by} needs a model without an encoder"
         raise ModelError(what, model.path, "use a causal language model")
     encoder = Encoder(tokenizer)
+    guard = encoder.special.guard if job.prompt.special_tokens == "text" else unguarded
     if answer.score is not None:
-        guard = encoder.special.guard if job.prompt.special_tokens == "text" else unguarded
         return ColumnScoring(answer.score, encoder, schema, guard)
     # A model may have fewer logits than its tokenizer has tokens.
     size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     ends = [i for i in stop_ids if size is None or i < size]
-    return ChoiceScoring(answer.choices or [], encoder, detokenizer, ends, model.tokenizer_path)
+    where = model.tokenizer_path
+    if isinstance(answer.choices, list):
+        return ChoiceScoring(answer.choices, encoder, detokenizer, ends, where)
+
+    def of_a_row(texts: Sequence[str]) -> ChoiceScoring:
+        return ChoiceScoring(texts, encoder, detokenizer, ends, where, guard)
+
+    assert answer.choices is not None
+    return ColumnChoices(answer.choices.column, schema, of_a_row)
+
+
+def _before_answers(reasoning: Reasoning, answers: AnswerFormat, where: str) -> Reasoning:
+    """The same where answers are kept to a form."""
+    for marker in (reasoning.opening, reasoning.closing):
+        if not marker.exact:
+            raise ModelError(
+                f"its tokenizer has no tokens for {marker.text!r}, which reasoning before a schema, regex or choices "
+                "needs",
+                where,
+                "set answer.reasoning_markers, or leave answer.reasoning out",
+            )
+    return replace(reasoning, of_tokens=True, keeps_space=begins_with_space(answers.automaton))
 
 
 def _token_tables(
-    answers: AnswerFormat, tokenizer: Any, config: Any, stop_ids: tuple[int, ...], where: str
+    answers: AnswerFormat,
+    reasoning: Reasoning | None,
+    tokenizer: Any,
+    config: Any,
+    stop_ids: tuple[int, ...],
+    where: str,
 ) -> TokenTables:
     vocabulary = read_vocabulary(tokenizer, where)
     # A model may have fewer logits than its tokenizer has tokens.
     size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    automaton = token_automaton(
-        answers.automaton,
-        vocabulary if size is None else vocabulary.cut(size),
-        [i for i in stop_ids if size is None or i < size],
-        where,
+    vocabulary = vocabulary if size is None else vocabulary.cut(size)
+    ends = [i for i in stop_ids if size is None or i < size]
+    made = token_automaton(answers.automaton, vocabulary, ends, where)
+    if reasoning is not None:
+        white = white_tokens(vocabulary)
+        white &= not reasoning.keeps_space
+        made = behind_thoughts(
+            made, reasoning.opening.token_ids, reasoning.closing.token_ids, ends, white, where
+        )
+    digest = hashlib.sha256(made.token_class.tobytes() + made.next_state.tobytes()).hexdigest()
+    return TokenTables(
+        made.token_class, made.next_state, made.start, digest, made.only, made.thinking, made.answering
     )
-    digest = hashlib.sha256(automaton.token_class.tobytes() + automaton.next_state.tobytes()).hexdigest()
-    return TokenTables(automaton.token_class, automaton.next_state, automaton.start, digest, automaton.only)
 
 
 def _config(model: ModelFolder, job: Job) -> Any:

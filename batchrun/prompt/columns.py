@@ -60,6 +60,14 @@ def holds_text(kind: pa.DataType) -> bool:
     return bool(is_text or types.is_null(kind))
 
 
+def holds_texts(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists of texts."""
+    if types.is_null(kind):
+        return True
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(is_list and holds_text(kind.value_type))
+
+
 def holds_messages(kind: pa.DataType) -> bool:
     """Whether a column of this type holds lists of structs with the texts role and content."""
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)

@@ -60,12 +60,15 @@ class Reasoning:
     """Between `opening` and `closing` a model thinks; what comes after that is its answer.
 
     A constraint on the answer (a schema) begins to hold behind the tokens of `closing`, or at once where the model
-    begins to answer without having thought.
+    begins to answer without having thought. `of_tokens`: the markers are these very tokens, the opening one the first
+    of all, and the same text in other tokens is none. `keeps_space`: white space before an answer is part of it.
     """
 
     opening: Marker
     closing: Marker
     detokenizer: Detokenizer
+    of_tokens: bool = False
+    keeps_space: bool = False
 
     def is_begun(self, text: str, begun: str | None) -> bool:
         """Whether the model, going on with a prompt's `text`, is thinking already.
@@ -76,6 +79,13 @@ class Reasoning:
         if begun is None:
             return text.rstrip().endswith(self.opening.text)
         return begun.rfind(self.opening.text) > begun.rfind(self.closing.text)
+
+    def is_over(self, text: str, begun: str | None) -> bool:
+        """Whether the model, going on with a prompt's `text`, is beyond thinking: it has done so there, or a message
+        that is to be continued has text already."""
+        if begun is not None and begun.strip():
+            return not self.is_begun(text, begun)
+        return text.rstrip().endswith(self.closing.text)
 
     def take_apart(self, token_ids: TokenIds, is_begun: bool, stop: Sequence[str] | None = None) -> Parts:
         """The parts of an answer's (length,) token ids, without white space around the reasoning and before the answer.
@@ -92,10 +102,13 @@ class Reasoning:
         if not closing:
             return Parts(self.detokenizer.before_stop(reasoning, stop).strip(), None, len(token_ids))
         # A token may hold the end of a marker made of ordinary text and what comes after it.
-        answer = (tail + self.detokenizer.decode([token_ids[end:]], stops)[0]).lstrip()
-        return Parts(reasoning, answer, end)
+        answer = tail + self.detokenizer.decode([token_ids[end:]], stops)[0]
+        return Parts(reasoning, answer if self.keeps_space else answer.lstrip(), end)
 
     def _opens(self, token_ids: TokenIds) -> bool:
+        if self.of_tokens:
+            wanted = self.opening.token_ids
+            return tuple(token_ids[: len(wanted)].tolist()) == wanted
         # White space may come first, and a token is a character at least.
         head = self.detokenizer.decode_whole(token_ids[: 2 * len(self.opening.text)])
         return head.lstrip().startswith(self.opening.text)

@@ -12,7 +12,7 @@ import pyarrow.types as types
 
 from batchrun.errors import FaultCode, InputError, RowFault, nearest
 from batchrun.job.generation import GenerationSettings, RowSettings
-from batchrun.prompt.columns import holds_text, values
+from batchrun.prompt.columns import holds_text, holds_texts, values
 
 
 class RowSettingsReader:
@@ -108,7 +108,8 @@ def _check(setting: str, column: str, schema: pa.Schema) -> None:
     if column not in schema.names:
         raise InputError(f"the input has no column {column!r}{nearest(column, schema.names)}", where)
     kind = schema.field(column).type
-    if not (_holds_stops(kind) if setting == "stop" else _holds_numbers(kind)):
+    fits = holds_text(kind) or holds_texts(kind) if setting == "stop" else _holds_numbers(kind)
+    if not fits:
         wanted = "texts or lists of texts" if setting == "stop" else "numbers"
         raise InputError(f"column {column!r} is {kind}, and not {wanted}", where, "use input.cast")
 
@@ -117,8 +118,3 @@ def _holds_numbers(kind: pa.DataType) -> bool:
     if types.is_dictionary(kind):
         kind = kind.value_type
     return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind))
-
-
-def _holds_stops(kind: pa.DataType) -> bool:
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return holds_text(kind) or bool(is_list and holds_text(kind.value_type))

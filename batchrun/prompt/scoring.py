@@ -1,10 +1,12 @@
-"""What is scored in place of generating an answer: the text of a column, or the choices of a job."""
+"""What is scored in place of generating an answer: the text of a column, or choices, a job's or each row's own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +14,28 @@ from numpy.typing import NDArray
 
 from batchrun.engine.protocol import NO_TOKENS, Request, Scored, TokenIds
 from batchrun.errors import FaultCode, InputError, ModelError, RowFault, nearest
-from batchrun.prompt.columns import holds_text, null_prompt, values
+from batchrun.prompt.columns import holds_text, holds_texts, null_prompt, values
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.special import MARK, Guarded
 from batchrun.prompt.template import Guard
 
-Behind = tuple[tuple[TokenIds, Scored], ...]
-"""What comes behind a prompt: for each of its requests more tokens, and what is scored."""
+# Lists of choices that are remembered, with what is scored for them: most columns repeat a few.
+_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Behind:
+    """What comes behind a prompt: for each of its requests more tokens, and what is scored; and the choices that these
+    are, if they are any."""
+
+    requests: tuple[tuple[TokenIds, Scored], ...]
+    choices: ChoiceScoring | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens of the context that a prompt has to leave."""
+        return max(len(more) + 1 for more, _ in self.requests)
 
 
 class Scoring(Protocol):
@@ -35,7 +51,7 @@ class Scoring(Protocol):
 def requests(token_ids: TokenIds, behind: Behind, row_seed: int, ids: Sequence[int]) -> list[Request]:
     """Those of a row with this prompt; `ids` are one for each."""
     found = []
-    for number, (more, scored) in zip(ids, behind, strict=True):
+    for number, (more, scored) in zip(ids, behind.requests, strict=True):
         whole = np.concatenate([token_ids, more]) if len(more) else token_ids
         found.append(Request(number, whole, 1, row_seed, scored=scored))
     return found
@@ -71,7 +87,8 @@ class ColumnScoring:
     def _scored(self, tokens: TokenIds) -> Behind | RowFault:
         if not len(tokens):
             return RowFault(FaultCode.EMPTY_PROMPT, f"column {self._column!r} has no tokens to score")
-        return ((tokens[:-1], Scored(tokens, np.arange(len(tokens) - 1, -1, -1, dtype=np.int32))),)
+        scored = Scored(tokens, np.arange(len(tokens) - 1, -1, -1, dtype=np.int32))
+        return Behind(((tokens[:-1], scored),))
 
 
 _END = -1
@@ -88,6 +105,7 @@ class ChoiceScoring:
 
     Args:
         texts: the choices; `ends` are the tokens that end an answer.
+        guard: what keeps a text from becoming special tokens.
 
     Raises:
         ModelError: the tokenizer does not write a choice as it reads, or two alike; or nothing ends an answer.
@@ -100,8 +118,11 @@ class ChoiceScoring:
         detokenizer: Detokenizer,
         ends: Sequence[int],
         where: str,
+        guard: Guard | None = None,
     ) -> None:
-        encoded = encoder.encode(texts, special_tokens=False)
+        spelled = texts if guard is None else [guard(text) for text in texts]
+        guarded = [Guarded.of(text) if MARK in text else text for text in spelled]
+        encoded = encoder.encode(guarded, special_tokens=False)
         for text, written in zip(texts, detokenizer.decode(encoded), strict=True):
             if text != written:
                 fix = "leave out answer.probabilities, or change the choice"
@@ -116,7 +137,7 @@ class ChoiceScoring:
         self.texts = list(texts)
         self._ways = [(*way, _END) for way in ways]
         forks = self._forks()
-        self.requests: Behind = self._requests(forks, list(ends))
+        self.requests = Behind(self._requests(forks, list(ends)), self)
 
     def behind(self, batch: pa.RecordBatch) -> list[Behind | RowFault]:
         """See `Scoring`: the same for every row."""
@@ -145,7 +166,9 @@ class ChoiceScoring:
         distinct = {start: list(dict.fromkeys(tokens)) for start, tokens in following.items()}
         return {start: tokens for start, tokens in distinct.items() if len(tokens) > 1 or not start}
 
-    def _requests(self, forks: dict[tuple[int, ...], list[int]], ends: list[int]) -> Behind:
+    def _requests(
+        self, forks: dict[tuple[int, ...], list[int]], ends: list[int]
+    ) -> tuple[tuple[TokenIds, Scored], ...]:
         """As few as there are ways on which the last fork differs. `_columns` keeps where among all that is scored each
         fork's tokens are."""
         self._columns: dict[tuple[int, ...], dict[int, list[int]]] = {}
@@ -167,3 +190,52 @@ class ChoiceScoring:
                 more = np.array(longest, np.int32) if longest else NO_TOKENS
                 made.append((more, Scored(np.array(tokens, np.int32), np.array(back, np.int32))))
         return tuple(made)
+
+
+class ColumnChoices:
+    """The choices of a column, a list of texts in each row; `makes` gives what is scored for a list.
+
+    Raises:
+        InputError: there is no such column, or it holds no lists of texts.
+    """
+
+    def __init__(
+        self, column: str, schema: pa.Schema, makes: Callable[[Sequence[str]], ChoiceScoring]
+    ) -> None:
+        self.columns, self._column, self._makes = [column], column, makes
+        self._known: OrderedDict[tuple[Any, ...], Behind | RowFault] = OrderedDict()
+        if column not in schema.names:
+            what = f"the input has no column {column!r}{nearest(column, schema.names)}"
+            raise InputError(what, "answer.choices", "name a column of the input")
+        if not holds_texts(kind := schema.field(column).type):
+            what = f"column {column!r} is {kind}, not lists of texts"
+            raise InputError(what, "answer.choices", "use input.cast")
+
+    def behind(self, batch: pa.RecordBatch) -> list[Behind | RowFault]:
+        """See `Scoring`."""
+        return [self._of(texts) for texts in values(batch.column(self._column))]
+
+    def _of(self, texts: list[str | None] | RowFault | None) -> Behind | RowFault:
+        if isinstance(texts, RowFault):
+            return texts
+        key = (None,) if texts is None else tuple(texts)
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        self._known[key] = made = self._made(texts)
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return made
+
+    def _made(self, texts: list[str | None] | None) -> Behind | RowFault:
+        if not texts:
+            return self._fault("is null" if texts is None else "is an empty list")
+        if not all(texts) or len({*texts}) < len(texts):
+            return self._fault("has a text that is null, empty or there twice")
+        try:
+            return self._makes([text for text in texts if text]).requests
+        except ModelError as error:
+            return self._fault(f"is not scored: {error.what}")
+
+    def _fault(self, why: str) -> RowFault:
+        return RowFault(FaultCode.INVALID_SETTING, f"choices: column {self._column!r} {why}")

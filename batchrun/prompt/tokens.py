@@ -30,12 +30,13 @@ SAMPLE_ROWS, SAMPLE_SECONDS = 4, 4.0
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A row's int32 token ids, whether the model is thinking already where they end, the row's own settings, None in a
-    job whose rows have none, and what is scored behind the tokens."""
+    job whose rows have none, what is scored behind the tokens, and whether the model is beyond thinking."""
 
     token_ids: TokenIds
     is_reasoning: bool
     settings: RowSettings | None = None
-    behind: Behind = ()
+    behind: Behind | None = None
+    is_answering: bool = False
 
 
 class PromptBuilder:
@@ -106,7 +107,7 @@ class PromptBuilder:
             if isinstance(one, RowFault) and not isinstance(rows[i], RowFault):
                 rows[i] = one
         built: list[Any] = self._texts(rows)
-        behind: list[Any] = [()] * len(rows) if self._scoring is None else self._scoring.behind(batch)
+        behind: list[Any] = [None] * len(rows) if self._scoring is None else self._scoring.behind(batch)
         for i, text in enumerate(built):
             # A short text in ASCII, as most are, is known to be good without a copy of it.
             if isinstance(text, str) and (len(text) > self._settings.max_bytes or not text.isascii()):
@@ -123,17 +124,22 @@ class PromptBuilder:
             if isinstance(fitted, RowFault):
                 built[i] = fitted
             else:
-                built[i] = Prompt(fitted, self._is_reasoning(rows[i], built[i]), settings, behind[i])
+                thinks, answers = self._reasoned(rows[i], built[i])
+                built[i] = Prompt(fitted, thinks, settings, behind[i], answers)
         return built
 
-    def _room_of(self, settings: RowSettings | None, behind: Behind) -> int:
+    def _room_of(self, settings: RowSettings | None, behind: Behind | None) -> int:
         """Tokens that a row's prompt may have."""
-        if behind:
-            return self._context - max(len(more) + 1 for more, _ in behind)
+        if behind is not None:
+            return self._context - behind.room
         return self._room if settings is None else self._context - settings.max_new_tokens
 
-    def _is_reasoning(self, row: Any, text: str) -> bool:
-        return self._reasoning is not None and self._reasoning.is_begun(text, self._source.begun(row))
+    def _reasoned(self, row: Any, text: str) -> tuple[bool, bool]:
+        """Whether the model is thinking where the prompt ends, and whether it has done so."""
+        if self._reasoning is None:
+            return False, False
+        begun = self._source.begun(row)
+        return self._reasoning.is_begun(text, begun), self._reasoning.is_over(text, begun)
 
     def _texts(self, rows: list[Any]) -> list[str | RowFault]:
         texts: list[Any] = [row if isinstance(row, RowFault) else self._empty(row) for row in rows]

@@ -159,7 +159,10 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str, str]]:
     rows = facts.rows_committed
     share = rows / facts.plan.rows if facts.plan.rows else 1.0
     yield "rows committed", f"{rows:,}", f"{share:.0%} of {facts.plan.rows:,}"
-    yield "failed rows", f"{failed:,}", f"{failed / max(1, rows):.2%}" if failed else "none"
+    # The manifest's are the output's, of samples in rows of their own; those of runs are the input's.
+    samples = facts.job.output.rows_of_row if facts.written is not None else 1
+    what = "failed rows" if samples == 1 else f"failed rows, {samples} for each of the input's"
+    yield what, f"{failed:,}", f"{failed / max(1, rows * samples):.2%}" if failed else "none"
     yield "prompt tokens", f"{prompt:,}", f"{prompt / max(1, rows):,.0f} per row"
     yield "output tokens", f"{output:,}", f"{output / max(1, rows):,.0f} per row"
     if not facts.runs:

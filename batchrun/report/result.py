@@ -19,10 +19,11 @@ from batchrun.storage import Folder
 class RunResult:
     """A complete output: what all its rows came to, whichever run generated them, and what this run did for it.
 
-    `errors` counts failed rows by code, and `examples` shows a few of each; `finish_reasons` counts all rows ("length"
-    was cut at `max_new_tokens`), `empty` those with an answer of no text. This run's own are `counts`, `seconds` of
-    wall time, `milestones` that tell when it came how far (see `Milestones`), and `engines`, one set of counters per
-    engine process that it used.
+    `rows`, `ok` and `failed` are the output's, of which each of the `input_rows` may have several, one for each sample;
+    `counts` are of the input's. `errors` counts failed rows by code, and `examples` shows a few of each;
+    `finish_reasons` counts all rows ("length" was cut at `max_new_tokens`), `empty` those with an answer of no text.
+    This run's own are `counts`, `seconds` of wall time, `milestones` that tell when it came how far (see `Milestones`),
+    and `engines`, one set of counters per engine process that it used.
     """
 
     output: str
@@ -42,6 +43,7 @@ class RunResult:
     engines: list[EngineStats] = field(default_factory=list)
     part_keys: list[str] = field(default_factory=list)
     storage_options: dict[str, Any] = field(default_factory=dict)
+    input_rows: int = 0
 
     def __repr__(self) -> str:
         """One line: a notebook shows it of every cell that ends with a run."""

@@ -69,7 +69,8 @@ def money(value: float) -> str:
 def run_lines(result: RunResult) -> list[str]:
     """The end of a run: complete or with failures, how fast, on what, and where the answers lie."""
     lines = [
-        f"{result.ok:,} of {result.rows:,} rows answered in {result.parts:,} parts: {result.output}/data"
+        f"{result.ok:,} of {result.rows:,} rows answered{_of_input(result)} in {result.parts:,} parts: "
+        f"{result.output}/data"
     ]
     if result.failed:
         lines.append(f"{result.failed:,} rows failed; the error column says why, row by row")
@@ -91,6 +92,13 @@ def run_lines(result: RunResult) -> list[str]:
     lines.append(milestones_line(result.milestones))
     lines.append(f"report: {result.output}/{REPORT}")
     return lines
+
+
+def _of_input(result: RunResult) -> str:
+    if result.rows <= result.input_rows or not result.input_rows:
+        return ""
+    each = result.rows // result.input_rows
+    return f" ({each} samples of each of the input's {result.input_rows:,} rows)"
 
 
 def _copied(counts: Counters) -> str:

@@ -24,7 +24,8 @@ from batchrun.structured.schema import read_schema
 class AnswerFormat:
     """Answers that are documents of a schema (`node`), or plain texts (`node` None).
 
-    `kind` is what their column holds. With `probabilities`, those of its texts are a column beside it.
+    `kind` is what their column holds. With `probabilities`, those of its texts are a column beside it, those of texts
+    that each row has of its own as lists.
     """
 
     node: Node | None
@@ -52,7 +53,7 @@ class AnswerFormat:
 
     def typed(self, field: pa.Field) -> pa.Field:
         """An output column's field as parts have it; of answers in lists, one for each sample, lists."""
-        if field.name == "probabilities":
+        if field.name == "probabilities" and self.kind.texts:
             return field.with_type(pa.struct([(text, pa.float64()) for text in self.kind.texts]))
         if field.name != "answer":
             return field
@@ -60,13 +61,13 @@ class AnswerFormat:
 
     def column(self, name: str, staged: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         """An output column as parts have it, from how chunks have it."""
-        if name == "probabilities":
+        if name == "probabilities" and self.kind.texts:
             return _to_struct(staged, self.kind.texts)
         return self.values(staged.to_pylist()) if name == "answer" else staged
 
     def staged(self, name: str, column: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         """The other way round."""
-        if name == "probabilities":
+        if name == "probabilities" and self.kind.texts:
             return _to_lists(column)
         return pa.array(self.texts(column), pa.large_string()) if name == "answer" else column
 
@@ -125,6 +126,11 @@ def _to_lists(structs: pa.ChunkedArray) -> pa.Array:
     names = [field.name for field in structs.type]
     rows = [value and [value[name] for name in names] for value in structs.to_pylist()]
     return pa.array(rows, pa.list_(pa.float64()))
+
+
+def text_format(probabilities: bool = False) -> AnswerFormat:
+    """Answers that are texts of which each row has its own choices."""
+    return AnswerFormat(None, Kind("string"), probabilities=probabilities)
 
 
 def number_format() -> AnswerFormat:

@@ -15,6 +15,9 @@ from batchrun.structured.vocabulary import Vocabulary
 ENDED = 1
 """The state behind the token that ends an answer; 0 is dead here, too."""
 
+FIRST = 2
+"""The automaton's own first state. Answers begin in another one, since some tokens are less as the first of all."""
+
 MAX_TABLE_BYTES = 1 << 30
 _END = -1
 # The first two functions that a walk knows.
@@ -31,12 +34,17 @@ class TokenAutomaton:
 
     `only` (states,) int32 is the next token where no choice is left, since just one text can follow, or only the end;
     elsewhere it is -1. Followed to the end, it writes the rest in few tokens.
+
+    Of answers behind what a model thinks: `thinking` is where those begin whose model thinks already, `answering` where
+    those whose model has done so.
     """
 
     token_class: NDArray[np.int32]
     next_state: NDArray[np.int16 | np.int32]
     start: int
     only: NDArray[np.int32]
+    thinking: int | None = None
+    answering: int | None = None
 
 
 def token_automaton(

@@ -15,6 +15,9 @@ from batchrun.output.chunk import ANSWERS, ASKED
 from batchrun.output.samples import merged
 from batchrun.prompt.codec import PromptCodec
 from batchrun.prompt.detokenizer import Detokenizer
+from batchrun.prompt.scoring import ChoiceScoring
+
+THINKING = "the model was cut while it was thinking"
 
 
 def answered(
@@ -24,14 +27,18 @@ def answered(
     reasoning: NDArray[np.bool_],
     stops: Sequence[Sequence[str] | None] | None = None,
     samples: int = 1,
+    rows_of_row: int = 1,
+    choices: Sequence[ChoiceScoring | None] = (),
 ) -> pa.Table:
     """Completions as answers; `lengths` are the prompts' tokens, and `reasoning` tells whose model is thinking already
-    where its prompt ends, both by row. Each row has `samples` completions, one after another; `stops` are their own
-    stop texts, where they have some. An answer that is not as the job wants it is a fault."""
+    where its prompt ends, both by row. Each row has `samples` completions, one after another, which become one row of
+    the output or, where `rows_of_row` is as many, a row each; `stops` are their own stop texts, where they have some,
+    and `choices` what those of scored rows are.
+    An answer that is not as the job wants it is a fault."""
     rows = np.fromiter((c.id for c in done), np.int64, len(done)) // samples
     decoded: list[str | None]
     if codec.builder.is_scored:
-        decoded, asked = _scored(done, codec)
+        decoded, asked = _chosen(done, choices) if choices else _scored(done)
     else:
         decoded, asked = _decoded(done, codec, reasoning[rows], stops)
     faults = [c.fault for c in done]
@@ -41,12 +48,17 @@ def answered(
             [text or "" for text in decoded], [c.finish_reason == "stop" for c in done]
         )
         faults = [
-            fault or (None if what is None else RowFault(FaultCode.INVALID_OUTPUT, what))
-            for fault, what in zip(faults, wrong, strict=True)
+            fault
+            or (
+                None
+                if what is None
+                else RowFault(FaultCode.INVALID_OUTPUT, THINKING if text is None else what)
+            )
+            for fault, what, text in zip(faults, wrong, decoded, strict=True)
         ]
     texts = [None if fault else text for text, fault in zip(decoded, faults, strict=True)]
     table = _table(
-        rows=rows,
+        rows=rows if rows_of_row == 1 else np.fromiter((c.id for c in done), np.int64, len(done)),
         answer=texts,
         finish_reason=[c.finish_reason for c in done],
         prompt_tokens=lengths[rows],
@@ -55,7 +67,7 @@ def answered(
     )
     for name, column in asked.items():
         table = table.append_column(ASKED.field(name), pa.array(column, ASKED.field(name).type))
-    return merged(table, samples)
+    return merged(table, samples // rows_of_row)
 
 
 def _decoded(
@@ -78,26 +90,39 @@ def _decoded(
     return [one.answer for one in parts], asked
 
 
-def _scored(done: Sequence[Completion], codec: PromptCodec) -> tuple[list[str | None], dict[str, list[Any]]]:
-    """The answers that log probabilities make, and the columns beside them."""
-    logprobs = [c.values["logprobs"].astype(np.float64) if c.fault is None else None for c in done]
-    if codec.choices is None:
-        totals = [None if one is None else one.sum() for one in logprobs]
-        means = [None if one is None else one.mean() for one in logprobs]
-        asked: dict[str, list[Any]] = {
-            "mean_logprob": means,
-            "perplexity": [None if mean is None else np.exp(-mean) for mean in means],
-            "scored_tokens": [None if one is None else len(one) for one in logprobs],
-        }
-        answers: list[str | None] = [None if total is None else repr(float(total)) for total in totals]
-        return answers, asked
-    good = [one for one in logprobs if one is not None]
-    found: list[NDArray[np.float64]] = [*codec.choices.probabilities(np.stack(good))] if good else []
-    rows = iter(found)
-    probabilities = [None if one is None else next(rows) for one in logprobs]
-    texts = codec.choices.texts
-    labels = [None if one is None else texts[int(one.argmax())] for one in probabilities]
+def _scored(done: Sequence[Completion]) -> tuple[list[str | None], dict[str, list[Any]]]:
+    """The answers that log probabilities of texts make, and the columns beside them."""
+    logprobs = _logprobs(done)
+    totals = [None if one is None else one.sum() for one in logprobs]
+    means = [None if one is None else one.mean() for one in logprobs]
+    asked: dict[str, list[Any]] = {
+        "mean_logprob": means,
+        "perplexity": [None if mean is None else np.exp(-mean) for mean in means],
+        "scored_tokens": [None if one is None else len(one) for one in logprobs],
+    }
+    return [None if total is None else repr(float(total)) for total in totals], asked
+
+
+def _chosen(
+    done: Sequence[Completion], choices: Sequence[ChoiceScoring | None]
+) -> tuple[list[str | None], dict[str, list[Any]]]:
+    """The likeliest of each row's choices, and the probabilities of all."""
+    alike: dict[ChoiceScoring, list[int]] = {}
+    logprobs = _logprobs(done)
+    for i, own in enumerate(choices):
+        if own is not None and logprobs[i] is not None:
+            alike.setdefault(own, []).append(i)
+    labels: list[str | None] = [None] * len(done)
+    probabilities: list[NDArray[np.float64] | None] = [None] * len(done)
+    for own, rows in alike.items():
+        found = own.probabilities(np.stack([one for i in rows if (one := logprobs[i]) is not None]))
+        for i, each in zip(rows, found, strict=True):
+            labels[i], probabilities[i] = own.texts[int(each.argmax())], each
     return labels, {"probabilities": probabilities}
+
+
+def _logprobs(done: Sequence[Completion]) -> list[NDArray[np.float64] | None]:
+    return [one.values["logprobs"].astype(np.float64) if one.fault is None else None for one in done]
 
 
 def _asked(done: Sequence[Completion], detokenizer: Detokenizer) -> dict[str, list[Any]]:

@@ -21,6 +21,7 @@ from batchrun.errors import FaultCode, RowFault, StorageError
 from batchrun.job.generation import RowSettings
 from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec, request_of
+from batchrun.prompt.scoring import ChoiceScoring
 from batchrun.prompt.tokens import Prompt
 from batchrun.worker.answers import answered, failed
 from batchrun.worker.duplicates import Duplicates
@@ -94,6 +95,9 @@ class Generation:
         self.begun: dict[int, PartialAnswer] = {}
         self._read, self._attempt, self._codec, self._counters = read, attempt, codec, counters
         self._max_new_tokens, self._samples = max_new_tokens, samples
+        # (rows, samples) which are to be generated: of a row that is tried again, perhaps only some.
+        self._wanted = attempt.missing_samples
+        self._rows_of_row = attempt.settings.rows_of_row
         self._duplicates = duplicates
         self._rows = rows
         self._prompts_at_once = 1
@@ -104,6 +108,7 @@ class Generation:
         self._done: list[Completion] = []
         self._faults: dict[int, RowFault] = {}
         self._scored = ScoredRows(len(rows))
+        self._choices: dict[int, ChoiceScoring] = {}
         # Rows that the engine finished and the attempt has taken.
         self.answered = 0
         self.handover = Handover(rows, counters, duplicates)
@@ -203,7 +208,9 @@ class Generation:
                     continue
                 length = len(prompt.token_ids)
                 self._lengths[row], self._reasoning[row] = length, prompt.is_reasoning
-                if prompt.behind:
+                if prompt.behind is not None:
+                    if prompt.behind.choices is not None:
+                        self._choices[row] = prompt.behind.choices
                     requests = self._scored.requests(row, prompt, seed)
                     yield from self._sent(row, None, requests)
                     continue
@@ -218,11 +225,11 @@ class Generation:
             yield None
 
     def _requests_of(self, row: int, prompt: Prompt, seed: int) -> list[Request]:
-        """One for each of the row's samples, going on where an earlier attempt left it."""
-        requests, sampling = [], self._codec.engine.sampling
-        for sample in range(self._samples):
+        """One for each of the row's wanted samples, going on where an earlier attempt left it."""
+        requests, spec = [], self._codec.engine
+        for sample in np.flatnonzero(self._wanted[row]).tolist():
             number = row * self._samples + sample
-            request = request_of(number, prompt, seed, self._max_new_tokens, sampling, sample)
+            request = request_of(number, prompt, seed, self._max_new_tokens, spec, sample)
             begun = self._begun_before(number, len(prompt.token_ids), request.max_new_tokens)
             request.generated, request.values = begun.tokens, begun.values
             requests.append(request)
@@ -271,7 +278,7 @@ class Generation:
                 self._keep(completion, len(completion.token_ids))
             return
         samples = [*self._waiting.pop(row, []), _judged(completion)]
-        if len(samples) < self._samples:
+        if len(samples) < np.count_nonzero(self._wanted[row]):
             self._waiting[row] = samples
             return
         self.handover.ended(row)
@@ -307,17 +314,20 @@ class Generation:
 
     def _settle(self) -> None:
         if self._done:
+            rows = {one.id // self._samples for one in self._done}
             self._add(self._answers(self._done))
             if self._settings:
-                rows = {one.id // self._samples for one in self._done}
                 self._counters.limits += sum(
                     self._settings[row].max_new_tokens for row in rows if row in self._settings
                 )
-            self.answered += len(self._done) // self._samples
+            self.answered += len(rows)
         if self._duplicates is not None and (copies := self._duplicates.take()):
             self._add(self._answers(copies), are_copies=True)
         if self._faults:
-            self._add(failed(self._faults))
+            self._counters.activity += 1
+            faults = failed(self._faults)
+            self._counters.count(faults, self._attempt.name_of)
+            self._attempt.add_failed(faults)
         self._done.clear()
         self._faults.clear()
         self._attempt.maybe_flush()
@@ -326,11 +336,21 @@ class Generation:
     def _answers(self, done: list[Completion]) -> pa.Table:
         own = [self._settings.get(one.id // self._samples) for one in done] if self._settings else []
         stops = [one.stop if one else None for one in own] or None
-        return answered(done, self._lengths, self._codec, self._reasoning, stops, self._samples)
+        choices = [self._choices.pop(one.id, None) for one in done] if self._choices else []
+        return answered(
+            done,
+            self._lengths,
+            self._codec,
+            self._reasoning,
+            stops,
+            self._samples,
+            self._rows_of_row,
+            choices,
+        )
 
     def _add(self, answers: pa.Table, are_copies: bool = False) -> None:
         self._counters.activity += 1
-        self._counters.count(answers, self._attempt.name_of, are_copies)
+        self._counters.count(answers, self._attempt.name_of_answer, are_copies, self._rows_of_row)
         self._attempt.add(answers)
 
 

@@ -19,7 +19,8 @@ class ScoredRows:
 
     def requests(self, row: int, prompt: Prompt, row_seed: int) -> list[Request]:
         """Those of a row, which has not been asked for before."""
-        parts = len(prompt.behind)
+        assert prompt.behind is not None
+        parts = len(prompt.behind.requests)
         self._parts[row] = [None] * parts
         ids = [row + self._rows * part for part in range(parts)]
         return requests(prompt.token_ids, prompt.behind, row_seed, ids)

@@ -94,7 +94,7 @@ def run_partition(order: WorkOrder, task: Task) -> TaskReceipt:
             missing[[*left]] = False
             answers = failed(left)
             counters.count(answers, attempt.name_of)
-            attempt.add(answers)
+            attempt.add_failed(answers)
         if missing.any():
             stats, begun = _generate(order, task, attempt, counters, missing)
         if not attempt.covered:

@@ -59,6 +59,8 @@ class Case:
         if self.tail:
             self.workers, self.slots, self.threshold, self.deadly = 2, rng.choice([1, 2]), None, False
             self.rows_per_part, self.delay = self.rows // 8 + 1, rng.choice([0.01, 0.02])
+        # Rows of the output for each of the input, from a seed of its own: what else is drawn stays as it was.
+        self.each = random.Random(f"samples {self.seed}").choice([1, 1, 3])
         self.input = self._poison(rng, dataset(self.rows))
         self._write_input(rng)
         compression = rng.choice(["zstd", "snappy", "gzip", "lz4", "none"])
@@ -79,6 +81,9 @@ class Case:
             },
             "cluster": {"workers": self.workers, "slots": self.slots},
         }
+        if self.each > 1:
+            job["generation"].update(temperature=1.0, samples=self.each)
+            job["output"]["samples"] = "rows"
         if group == "bytes":
             job["output"]["bytes_per_part"] = 20_000
         if self.carried:
@@ -110,6 +115,7 @@ class Case:
         flush = f"staged every {self.flush_rows} rows or {self.flush_seconds} s"
         parts = f"parts of {self.rows_per_part}{', in folders' if self.partitioned else ''}"
         parts += ", rows that begin alike together" if self.ordered else ""
+        parts += f", {self.each} samples in rows" if self.each > 1 else ""
         return f"{self.workers} x {self.slots} tasks, {flush}, {parts}, {len(self.expected_codes)} rows must fail"
 
     def _poison(self, rng: random.Random, table: pa.Table) -> pa.Table:
@@ -198,8 +204,14 @@ class Case:
         return rows
 
     def check_rows(self, table: pa.Table, what: str) -> list[int]:
-        """That each row has its own columns, its own answer, and an error only where it must fail."""
+        """That each row has its own columns, its own answer, and an error only where it must fail; of several samples
+        in rows, each. The rows of the input."""
         rows = [place["x"] for place in table["place"].to_pylist()]
+        if self.each > 1:
+            samples = [*range(self.each)] * (len(rows) // self.each)
+            whole = [row for row in rows[:: self.each] for _ in range(self.each)]
+            if table["sample"].to_pylist() != samples or rows != whole:
+                raise Violation(f"{what} holds other samples than {self.each} of each row")
         carried = self.carried or COLUMNS
         if not table.select(carried).equals(self.input.select(carried).take(rows)):
             raise Violation(f"{what} holds input columns that are not the input's")
@@ -211,7 +223,7 @@ class Case:
             for row, place in zip(rows, table[self.row_column].to_pylist(), strict=True):
                 if place.rsplit("/", 1)[-1] != self.places[row]:
                     raise Violation(f"{what}: row {row} is said to be {place}, not {self.places[row]}")
-        return rows
+        return rows[:: self.each]
 
     def check_answer(self, row: int, found: dict[str, Any], what: str) -> None:
         code = self.codes.get(row)
@@ -235,7 +247,7 @@ class Case:
         rows = self.check_rows(table, "the output")
         if sorted(rows) != self.wanted:
             raise Violation(f"{len(rows)} rows, {len(set(rows))} different ones, of {len(self.wanted)}")
-        if self.partitioned and [str(day) for day in table["day"].to_pylist()] != [
+        if self.partitioned and [str(day) for day in table["day"].to_pylist()[:: self.each]] != [
             self.days[row] for row in rows
         ]:
             raise Violation("rows are in other folders than their day's")
@@ -243,7 +255,7 @@ class Case:
             folder = self.out / "failed"
             names = list(folder.rglob("*.parquet"))
             found = [p["x"] for path in names for p in pq.ParquetFile(path).read()["place"].to_pylist()]
-            if sorted(found) != sorted(self.expected_codes):
+            if sorted(found) != sorted([*self.expected_codes] * self.each):
                 raise Violation(f"failed/ holds rows {sorted(found)}, not {sorted(self.expected_codes)}")
 
     def durable(self) -> set[int]:

@@ -15,6 +15,7 @@ from distributed import Client
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import batchrun as library
+from batchrun.commands.plan import preview
 from batchrun.commands.verify import verify
 from batchrun.driver.retry import retry
 from batchrun.errors import ExitCode, Interrupted, JobError, Refused
@@ -133,6 +134,72 @@ def test_choices_have_the_probabilities_with_which_they_would_be_drawn(
             assert row["label"] == CHOICES[int(exact.argmax())]
 
 
+# Lists that rows have, every other one from the fourth on with something that is no choice.
+A, B, C = ["yes", "no", "no way"], ["rather good", "rather bad"], ["né"]
+OWN = [A, B, C, None, A, [], B, ["a", None], C, ["a", ""], A, ["a", "a"], B, ["<eos>", "b"], C]
+NOT_CHOICES = {
+    3: "is null",
+    5: "is an empty list",
+    7: "has a text that is null, empty or there twice",
+    9: "has a text that is",
+    11: "has a text that is",
+    13: "is not scored: its tokenizer writes",
+}
+
+
+def test_choices_of_a_column_are_each_rows_own(
+    tmp_path: Path, tiny_llama: Path, cluster: Client, plain: Plain
+) -> None:
+    tables = {}
+    for kind in ("padded", "paged"):
+        answer = {"choices": {"column": "labels"}, "probabilities": True}
+        path = job_of(tmp_path, tiny_llama, kind, answer, limits={"max_error_rate": 1.0})
+        table = pq.read_table(path.parent / "in.parquet")
+        labels = pa.array([OWN[i % len(OWN)] for i in range(ROWS)], pa.list_(pa.string()))
+        pq.write_table(table.append_column("labels", labels), path.parent / "in.parquet", row_group_size=10)
+        columns = preview(load(path))["columns"]
+        assert columns["answer"] == "string"
+        assert "list<" in columns["answer_probabilities"]
+        assert "double" in columns["answer_probabilities"]
+        result = library.run(path, client=cluster)
+        assert result.output_tokens == 0
+        assert verify(load(path)).exit_code == ExitCode.FAILED_ROWS
+        tables[kind] = answers(path.parent / "out")
+    assert tables["paged"].schema.equals(tables["padded"].schema)
+    for i, (one, other) in enumerate(
+        zip(tables["paged"].to_pylist(), tables["padded"].to_pylist(), strict=True)
+    ):
+        own = OWN[i % len(OWN)]
+        if (why := NOT_CHOICES.get(i % len(OWN))) is not None:
+            assert one["error"] == other["error"]
+            assert one["error"].startswith(f"INVALID_SETTING: choices: column 'labels' {why}")
+            assert (one["answer"], one["answer_probabilities"]) == (None, None)
+            continue
+        exact = plain.choices(one["text"], own)
+        for row in (one, other):
+            np.testing.assert_allclose(row["answer_probabilities"], exact, atol=1e-5)
+            assert (row["answer"], row["status"]) == (own[int(exact.argmax())], "ok")
+    fixed = load(path, "answer.choices.column=labels")
+    before = answers(path.parent / "out")
+    retry(fixed, client=cluster)
+    assert answers(path.parent / "out").drop_columns("error").equals(before.drop_columns("error"))
+    assert verify(fixed).found.passed
+
+
+def test_special_tokens_in_a_rows_own_choices_are_text_where_the_job_says_so(
+    tmp_path: Path, tiny_llama: Path, cluster: Client
+) -> None:
+    answer = {"choices": {"column": "tags"}}
+    path = job_of(tmp_path, tiny_llama, "padded", answer, prompt={"special_tokens": "text"})
+    table = pq.read_table(path.parent / "in.parquet")
+    own = pa.array([["<eos>"]] * ROWS, pa.list_(pa.string()))
+    pq.write_table(
+        table.set_column(table.column_names.index("tags"), "tags", own), path.parent / "in.parquet"
+    )
+    assert library.run(path, client=cluster).ok == ROWS
+    assert set(answers(path.parent / "out")["answer"].to_pylist()) == {"<eos>"}
+
+
 def test_scored_rows_survive_a_stop_a_resume_and_a_retry(
     tmp_path: Path, tiny_llama: Path, cluster: Client
 ) -> None:
@@ -199,6 +266,17 @@ def test_the_raw_text_stands_beside_a_typed_answer_and_shows_what_was_cut(
         ({"score": "kind", "choices": ["a"]}, {}, "leave out schema, regex and choices"),
         ({"score": "kind", "reasoning": "thoughts"}, {}, "generates none"),
         ({"raw": "text_of_it"}, {}, "leave it out here"),
+        ({"choices": {"column": "tags"}, "raw": "text_of_it"}, {}, "leave it out here"),
+        ({"choices": {"column": "tags"}, "reasoning": "why"}, {}, "choices of a column generates none"),
+        ({"choices": {"column": "tags"}}, {"temperature": 1}, "leave generation.temperature at 0"),
+        (
+            {"choices": {"column": "tags"}},
+            {"samples": 2, "temperature": 1},
+            "samples are of generated answers",
+        ),
+        ({"choices": {"colum": "tags"}}, {}, "answer.choices"),
+        ({"choices": ["a", "a"]}, {}, "answer.choices: give texts that are not empty, each once"),
+        ({"choices": []}, {}, "answer.choices"),
     ],
 )
 def test_what_cannot_go_together_is_refused_with_what_to_leave_out(
@@ -208,11 +286,22 @@ def test_what_cannot_go_together_is_refused_with_what_to_leave_out(
         load(job_of(tmp_path, tiny_llama, "padded", answer, generation=generation))
 
 
-@pytest.mark.parametrize(("column", "said"), [("kinds", "did you mean 'kind'"), ("id", "not text")])
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"score": "kinds"}, "did you mean 'kind'"),
+        ({"score": "id"}, "not text"),
+        (
+            {"choices": {"column": "tag"}},
+            "answer.choices: the input has no column 'tag', did you mean 'tags'",
+        ),
+        ({"choices": {"column": "text"}}, "column 'text' is string, not lists of texts"),
+    ],
+)
 def test_a_column_that_cannot_be_scored_is_refused_before_anything_runs(
-    tmp_path: Path, tiny_llama: Path, cluster: Client, column: str, said: str
+    tmp_path: Path, tiny_llama: Path, cluster: Client, answer: dict[str, Any], said: str
 ) -> None:
-    path = job_of(tmp_path, tiny_llama, "padded", {"score": column})
+    path = job_of(tmp_path, tiny_llama, "padded", answer)
     with pytest.raises(Refused, match=said):
         library.run(path, client=cluster)
     assert not (path.parent / "out/data").exists()

@@ -9,7 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
+import torch
 import yaml
+from tiny_models import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from batchrun.commands.verify import verify
 from batchrun.errors import ExitCode
@@ -123,3 +126,89 @@ def test_what_an_answer_has_to_be_is_part_of_an_outputs_identity(tmp_path: Path,
     del free["answer"]
     path.write_text(yaml.safe_dump(free))
     assert "answer" not in load(path).deciding()
+
+
+# Opens the thoughts of some rows in their prompts, closes those of others, and leaves it to the model for the rest.
+THINKING = """{% for m in messages %}{{ m['content'] }}{% endfor %}
+{%- if messages[0]['content'].endswith('a') %}<think>
+{%- elif '1' in messages[0]['content'] %}<think></think>{% endif %}"""
+NUMBER = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["n"],
+}
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that opens and closes thoughts often, each by a token."""
+    folder = make_model("llama", tmp_path_factory.mktemp("thinker"))
+    tokenizer = make_tokenizer()
+    opening, closing = tokenizer.vocab_size, tokenizer.vocab_size + 1
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[opening] *= 3
+        model.lm_head.weight[closing] *= 2
+    model.save_pretrained(folder)
+    return folder
+
+
+def thinking_job(folder: Path, model: Path, engine: str, **answer: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    messages = [{"role": "user", "content": "{{ text }}{{ kind }}"}]
+    return write_job(
+        folder, model, rows=ROWS, answer={"reasoning": "why", **answer}, engine={"kind": engine},
+        prompt={"template": None, "messages": messages, "chat_template": THINKING},
+        generation={"max_new_tokens": 16, "temperature": 1.5}, limits={"max_error_rate": 1.0},
+    )  # fmt: skip
+
+
+def test_a_schema_holds_behind_what_a_model_thinks(tmp_path: Path, thinker: Path) -> None:
+    # Both of the same input: a row's place in it decides its noise.
+    job, tables = thinking_job(tmp_path, thinker, "padded", schema=NUMBER, raw="said"), {}
+    for engine in ("paged", "padded"):
+        out = tmp_path / ("out" if engine == "padded" else engine)
+        own = [f"engine.kind={engine}", f"output.path={out}"]
+        words = [word for one in own for word in ("--set", one)]
+        assert batchrun("run", str(job), *words)[0] == ExitCode.FAILED_ROWS
+        assert verify(load(job, *own)).found.passed
+        tables[engine] = ds.dataset(out / "data").to_table().combine_chunks()
+    assert tables["padded"].equals(tables["paged"])
+    assert tables["paged"].schema.field("answer").type == pa.struct({"n": pa.int64()})
+    rows = tables["paged"].to_pylist()
+    good = [row for row in rows if row["status"] == "ok"]
+    for row in good:
+        assert json.loads(row["said"]) == row["answer"]
+        assert 0 <= row["answer"]["n"] <= 99
+        assert (row["why"] is None) == (row["why_tokens"] == 0)
+        assert "</think>" not in row["said"]
+        if row["kind"] == "a":
+            assert row["why"] is not None, "opened by the template"
+        elif "1" in row["text"]:
+            assert row["why"] is None, "closed by the template"
+    free = [row for row in good if row["kind"] == "b" and "1" not in row["text"]]
+    assert {row["why"] is None for row in free} == {True, False}, "the model's own choice"
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert {row["finish_reason"] for row in failed} == {"length"}
+    assert {row["error"] for row in failed} <= {
+        "INVALID_OUTPUT: the answer was cut before its end",
+        "INVALID_OUTPUT: the model was cut while it was thinking",
+    }
+    assert any("thinking" in row["error"] for row in failed)
+    assert batchrun("retry", str(job), "--set", "generation.max_new_tokens=150")[0] in (0, 3)
+    assert verify(load(job)).found.passed
+    after = column(job.parent).to_pylist()
+    assert sum(row["status"] == "ok" for row in after) > len(good)
+    assert [row for row, old in zip(after, rows, strict=True) if old["status"] == "ok"] == good
+
+
+def test_markers_that_are_no_tokens_are_refused_beside_a_form(tmp_path: Path, thinker: Path) -> None:
+    job = thinking_job(
+        tmp_path, thinker, "padded", choices=["a", "b"], reasoning_markers=["<plan>", "</plan>"]
+    )
+    code, _, said = batchrun("run", str(job))
+    assert code == ExitCode.REFUSED
+    assert "its tokenizer has no tokens for '<plan>'" in said
+    assert not (tmp_path / "out/data").exists()

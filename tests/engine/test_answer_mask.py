@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.protocol import TokenTables
+from batchrun.engine.protocol import Request, TokenTables
 
 
 def random_tables(seed: int, states: int, classes: int, tokens: int, dtype: type) -> TokenTables:
@@ -50,7 +52,10 @@ def test_a_row_goes_on_behind_the_tokens_that_it_has() -> None:
         for token in ids.tolist():
             state = mask.advance(state, torch.tensor([token]))
         expected.append(state.item())
-    assert mask.begin(rows).tolist() == expected
+    requests = [Request(0, np.array([1], np.int32), 9)] * len(rows)
+    assert mask.begin(requests, rows).tolist() == expected
+    other = replace(requests[0], answer_state=int(expected[2]))
+    assert mask.begin([other], rows[:1]).tolist() == [expected[2]]
 
 
 def test_rows_in_pieces_are_masked_alike() -> None:

@@ -26,6 +26,7 @@ from batchrun.engine.protocol import Completion, Engine, EngineSpec, Request, Sa
 from batchrun.engine.token_values import first
 from batchrun.errors import FaultCode, JobError
 from batchrun.structured.answer_format import AnswerFormat, answer_format
+from batchrun.structured.thinking import behind_thoughts, white_tokens
 from batchrun.structured.tokens import token_automaton
 from batchrun.structured.vocabulary import Vocabulary, read_vocabulary
 
@@ -271,6 +272,96 @@ def test_an_answer_of_which_one_ending_is_left_is_completed_without_the_model(ki
         for r in rows
     ]
     assert told(run(engine, halves)) == told(found)
+
+
+# Tokens that no text has, as markers are.
+OPEN, CLOSE, TWICE = 300, 301, 302
+THOUGHT = {
+    "closed by a token": ((OPEN,), (CLOSE,)),
+    "closed by several": ((OPEN, TWICE), (CLOSE, CLOSE, TWICE)),
+}
+NEW_WITH_THOUGHT = 110
+
+
+@functools.cache
+def thought_tables(markers: str) -> TokenTables:
+    wanted, wide = answer_format(schema=SCHEMA), Vocabulary([*vocabulary().tokens, *[None] * 61])
+    assert wanted is not None
+    plain = token_automaton(wanted.automaton, wide, [EOS], "model")
+    opening, closing = THOUGHT[markers]
+    made = behind_thoughts(plain, opening, closing, [EOS], white_tokens(wide), "model")
+    return TokenTables(
+        made.token_class, made.next_state, made.start, markers, made.only, made.thinking, made.answering
+    )
+
+
+def thoughtful(kind: str, markers: str, **options: Any) -> Engine:
+    """Its model opens and closes thoughts often."""
+    wanted = replace(spec(SAMPLINGS["drawn"], kind=kind), answers=thought_tables(markers), options=options)
+    model = load_model(wanted)
+    head = model.lm_head.forward
+    likelier = torch.zeros(320)
+    likelier[OPEN], likelier[[CLOSE, TWICE]] = 6.0, 6.5
+    model.lm_head.forward = lambda hidden: head(hidden) + likelier
+    return PaddedEngine(wanted, model) if kind == "padded" else PagedEngine(wanted, model, page_size=16)
+
+
+def thinkers(markers: str) -> list[Request]:
+    """Rows whose model may think, does so already, or does so no more."""
+    tables = thought_tables(markers)
+    begins = [None, tables.thinking, tables.answering]
+    return [replace(r, max_new_tokens=NEW_WITH_THOUGHT, answer_state=begins[r.id % 3]) for r in requests(12)]
+
+
+def check_thoughts(done: dict[int, Completion], markers: str) -> tuple[int, int]:
+    """How many answers ended behind a thought and without one, all of them valid."""
+    opening, closing = ([*map(int, one)] for one in THOUGHT[markers])
+    behind = plain = 0
+    for i, completion in done.items():
+        if completion.finish_reason != "stop":
+            continue
+        tokens = completion.token_ids.tolist()
+        thinks = i % 3 == 1 or (i % 3 == 0 and tokens[: len(opening)] == opening)
+        if thinks:
+            ends = range(len(closing), len(tokens))
+            end = next(n for n in ends if tokens[n - len(closing) : n] == closing)
+            tokens = tokens[end:]
+        behind, plain = behind + thinks, plain + (not thinks)
+        text = make_tokenizer().decode(tokens[:-1])
+        assert thinks or not text[0].isspace()
+        jsonschema.validate(json.loads(text.lstrip()), SCHEMA)
+    return behind, plain
+
+
+@functools.cache
+def thoughts(markers: str) -> dict[int, Completion]:
+    return run(thoughtful("padded", markers), thinkers(markers))
+
+
+@pytest.mark.parametrize("markers", THOUGHT)
+def test_an_answer_behind_a_thought_is_valid_wherever_it_ends(markers: str) -> None:
+    behind, plain = check_thoughts(thoughts(markers), markers)
+    assert behind > 1
+    assert plain > 1
+
+
+@pytest.mark.parametrize(
+    ("markers", "steps"), [("closed by several", 1), ("closed by a token", 3), ("closed by several", 16)]
+)
+def test_both_engines_think_alike_in_any_batch_when_preempted_and_behind_their_own_beginnings(
+    markers: str, steps: int
+) -> None:
+    whole = thoughts(markers)
+    few = thoughtful("padded", markers, batch_tokens=400)
+    tight = thoughtful("paged", markers, decode_steps=steps, cache_tokens=144, max_rows=8)
+    for engine in (few, tight):
+        assert told(run(engine, thinkers(markers)[::-1])) == told(whole)
+        halves = []
+        for row in thinkers(markers):
+            answer = whole[row.id].token_ids
+            halves.append(replace(row, generated=answer[: min(len(answer) - 1, 7 * (row.id % 9))]))
+        assert told(run(engine, halves)) == told(whole)
+    assert tight.stats.gauges["preemptions"] > 0
 
 
 def test_an_answer_ends_at_a_stop_string_as_well() -> None:

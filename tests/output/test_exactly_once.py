@@ -24,6 +24,7 @@ from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.identity import Identity
 from batchrun.output.layout import MANIFEST, STAGE
+from batchrun.output.samples import repeated
 from batchrun.storage import folder
 
 VERDICTS = st.sampled_from(
@@ -45,8 +46,8 @@ def tokens(partition: int, row: int, length: int) -> NDArray[np.int32]:
 
 
 class ExactlyOnce(Interleaving):
-    # Answers of each row.
-    samples = 1
+    # Answers of each row, in lists or in rows of the output.
+    samples, each = 1, 1
 
     @initialize(
         rows=st.lists(st.integers(0, 6), min_size=1, max_size=3),
@@ -84,7 +85,14 @@ class ExactlyOnce(Interleaving):
         """With `is_mine`, it shares the partition: other rows are others' to generate."""
         rows = self.rows[partition]
         one = attempt(
-            self.folder, self.plan, partition, rows, who, samples=self.samples, flush_rows=flush_rows
+            self.folder,
+            self.plan,
+            partition,
+            rows,
+            who,
+            samples=self.samples,
+            each=self.each,
+            flush_rows=flush_rows,
         )
         actor.listed.pop(partition, None)
         actor.begun.pop(partition, None)
@@ -98,16 +106,17 @@ class ExactlyOnce(Interleaving):
         if is_mine is not None:
             missing = np.array([row for row in missing if is_mine(row)], np.int64)
         for start in range(0, len(missing), step):
-            one.add(answers(partition, missing[start : start + step], who))
+            some = missing[start : start + step]
+            numbers = (some[:, None] * self.each + np.arange(self.each)).ravel()
+            one.add(repeated(answers(partition, numbers, who), self.samples))
             one.maybe_flush()
             if leaves and start + step < len(missing):
                 one.flush()
                 one.keep(
                     {
-                        row * self.samples: PartialAnswer(
-                            3, tokens(partition, row * self.samples, step + row % 2)
-                        )
+                        number: PartialAnswer(3, tokens(partition, number, step + row % 2))
                         for row in missing[start + step :].tolist()
+                        for number in [row * self.samples * self.each]
                     }
                 )
                 return
@@ -133,7 +142,7 @@ class ExactlyOnce(Interleaving):
         for partition in range(len(self.rows)):
             if not committed[partition]:
                 self.one_attempt(actor, partition, f"{who}.{partition}", flush_rows, step)
-        manifest.write(output(self.folder, self.plan, self.rows))
+        manifest.write(output(self.folder, self.plan, self.rows, each=self.each))
 
     # The search
 
@@ -192,7 +201,9 @@ class ExactlyOnce(Interleaving):
         rows: set[int] = set()
         decode = partial(chunk.decode, schema=chunk.answers_schema((), self.samples))
         for table in self.chunks(partition, ".chunk", decode, keys):
-            rows.update(table["row"].to_pylist())
+            numbers = table["row"].to_pylist()
+            rows.update(number // self.each for number in numbers)
+            assert len(numbers) == self.each * len({number // self.each for number in numbers})
         return rows
 
     def begun(self, partition: int, keys: Collection[str]) -> dict[int, int]:
@@ -215,7 +226,7 @@ class ExactlyOnce(Interleaving):
                 try:
                     origin = Origin(self.plan.plan_hash, JOB_HASH, partition)
                     # The number of a begun answer is row * samples + sample.
-                    numbers = self.rows[partition] * (self.samples if suffix == ".partial" else 1)
+                    numbers = self.rows[partition] * (self.samples if suffix == ".partial" else 1) * self.each
                     yield decode(data, origin, numbers)
                 except BadChunk:
                     continue
@@ -235,8 +246,14 @@ class ExactlyOnce(Interleaving):
     def check_part(self, partition: int, data: bytes) -> None:
         table = pq.read_table(pa.BufferReader(data))
         rows = self.rows[partition]
-        assert table["id"].to_pylist() == [f"{partition}/{row}" for row in range(rows)]
+        ids = [f"{partition}/{row}" for row in range(rows)]
         found = table["answer"].to_pylist()
+        if self.each > 1:
+            assert table["id"].to_pylist() == [one for one in ids for _ in range(self.each)]
+            assert table["sample"].to_pylist() == [*range(self.each)] * rows
+            assert [own.split(" ")[0] for own in found] == [f"{partition}/{i}" for i in range(len(found))]
+            return
+        assert table["id"].to_pylist() == ids
         if self.samples > 1:
             assert all(len(own) == self.samples == len({*own}) + self.samples - 1 for own in found)
             found = [own[0] for own in found]
@@ -290,7 +307,9 @@ class ExactlyOnce(Interleaving):
         assert self.actors[-1].error is None
         assert {operation for operation, _ in self.store.requests[first:]} <= {"find", "info", "read"}
         assert self.store.objects == objects
-        assert json.loads(objects[f"{self.root}/{MANIFEST}"])["rows"] == sum(self.rows)
+        told = json.loads(objects[f"{self.root}/{MANIFEST}"])
+        assert told["rows"] == sum(self.rows) * self.each
+        assert told["input_rows"] == (sum(self.rows) if self.each > 1 else None)
 
 
 @pytest.fixture(autouse=True)
@@ -316,6 +335,14 @@ class ExactlyOnceOfSamples(ExactlyOnce):
     samples = 3
 
 
+class ExactlyOnceOfSamplesInRows(ExactlyOnce):
+    """The same where each of a row's answers is a row of the output."""
+
+    each = 3
+
+
+ExactlyOnceOfSamplesInRows.TestCase.settings = settings(ExactlyOnce.TestCase.settings, max_examples=40)
+TestExactlyOnceOfSamplesInRows = ExactlyOnceOfSamplesInRows.TestCase
 ExactlyOnceOfSamples.TestCase.settings = settings(ExactlyOnce.TestCase.settings, max_examples=40)
 TestExactlyOnceOfSamples = ExactlyOnceOfSamples.TestCase
 

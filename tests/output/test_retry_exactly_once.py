@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -55,7 +56,7 @@ def fixed(plan: Layout) -> Identity:
 
 
 def some_failed(partition: int, rows: int) -> pa.Table:
-    """Answers of the first run: of every four rows one was too long, and one did not fit the memory."""
+    """Answers of the first run: of every four one was too long, and one did not fit the memory."""
     table = answers(partition, range(rows), "run", failed=[r for r in range(rows) if r % 4 in (1, 2)])
     errors = ["OUT_OF_MEMORY: alone" if r % 4 == 2 else e for r, e in enumerate(table["error"].to_pylist())]
     place = table.schema.get_field_index("error")
@@ -84,26 +85,35 @@ RETRIES = st.tuples(st.sampled_from(CODES), st.integers(1, 3), st.integers(1, 2)
 
 
 class Retries(Interleaving):
+    # Rows of the output for each of the input.
+    each = 1
+
     @initialize(
         rows=st.lists(st.integers(0, 7), min_size=1, max_size=3),
         actors=st.lists(RETRIES, min_size=1, max_size=3),
     )
     def start(self, rows: list[int], actors: list[tuple[list[str], int, int]]) -> None:
         self.rows, self.plan = rows, layout(len(rows))
-        self.settings = output_settings(failed=FAILED, columns=ASKED)
+        # Of parts.
+        self.answers = [self.each * count for count in rows]
+        self.settings = output_settings(failed=FAILED, columns=ASKED, each=self.each)
         self.folder, self.store = faulty_folder()
         self.root = self.folder.url.removeprefix("faulty://")
-        self.output = output(self.folder, self.plan, rows, failed=FAILED, columns=ASKED)
+        self.output = output(self.folder, self.plan, rows, failed=FAILED, columns=ASKED, each=self.each)
         pin(self.folder, pinned(self.plan))
         for partition, count in enumerate(rows):
-            one = attempt(self.folder, self.plan, partition, count, f"run.{partition}", columns=ASKED)
+            who = f"run.{partition}"
+            one = attempt(self.folder, self.plan, partition, count, who, columns=ASKED, each=self.each)
             one.answers = FORMAT
             one.open()
-            one.add(some_failed(partition, count))
+            one.add(some_failed(partition, self.answers[partition]))
             one.seal(carried(partition, count), SCHEMA)
         self.finish()
         self.kept = {
-            f"{i}/{row}" for i, count in enumerate(rows) for row in range(count) if row % 4 not in (1, 2)
+            f"{i}/{row}"
+            for i, count in enumerate(self.answers)
+            for row in range(count)
+            if row % 4 not in (1, 2)
         }
         self.actors: list[Actor] = []
         self.started = 0
@@ -131,12 +141,14 @@ class Retries(Interleaving):
         self, actor: Actor, one: retry.Retry, partition: int, who: str, flush_rows: int, step: int
     ) -> None:
         plan = Layout(self.plan.plan_hash, self.plan.partitions, generation=one.number)
-        rows, limits = self.rows[partition], output_settings(flush_rows=flush_rows, columns=ASKED)
+        rows = self.rows[partition]
+        limits = output_settings(flush_rows=flush_rows, columns=ASKED, each=self.each)
         mine = ReplacingAttempt(self.folder, plan, partition, rows, who, limits, one)
         mine.answers = FORMAT
         if mine.open() is not None:
             return
-        missing = mine.missing
+        missing = np.flatnonzero(mine.missing_samples)
+        assert {*mine.missing.tolist()} == {number // self.each for number in missing.tolist()}
         again = actor.listed.get(one.number, set()) & set(missing.tolist())
         kept = {f"{partition}/{row}" for row in missing} & self.kept
         if again or kept:
@@ -195,7 +207,7 @@ class Retries(Interleaving):
         for key in keys:
             origin = Origin(plan.plan_hash, fixed(plan).job_hash, partition)
             try:
-                table = chunk.decode(self.store.objects[key], origin, self.rows[partition])
+                table = chunk.decode(self.store.objects[key], origin, self.answers[partition])
             except (BadChunk, KeyError):
                 continue
             rows.update(table["row"].to_pylist())
@@ -215,7 +227,10 @@ class Retries(Interleaving):
             if self.checked.get(key) is data:
                 continue
             table = pq.read_table(pa.BufferReader(data))
-            assert table["id"].to_pylist() == [f"{partition}/{row}" for row in range(rows)]
+            ids = [f"{partition}/{row}" for row in range(rows) for _ in range(self.each)]
+            assert table["id"].to_pylist() == ids
+            if self.each > 1:
+                assert table["sample"].to_pylist() == [*range(self.each)] * rows
             for row, (status, answer) in enumerate(
                 zip(table["status"].to_pylist(), table["answer"].to_pylist(), strict=True)
             ):
@@ -256,8 +271,8 @@ class Retries(Interleaving):
         written = manifest.read(self.folder)
         assert written is not None
         assert written.unfinished is None
-        left = sum(1 for rows in self.rows for row in range(rows) if row % 8 == 5)
-        assert (written.rows, written.failed) == (sum(self.rows), left)
+        left = sum(1 for rows in self.answers for row in range(rows) if row % 8 == 5)
+        assert (written.rows, written.failed) == (sum(self.answers), left)
         for partition in range(len(self.rows)):
             # Who put which attempt in place of which is a chain from the run's own to the one that is there.
             past = self.summary(partition).retries
@@ -286,3 +301,13 @@ Retries.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestRetries = Retries.TestCase
+
+
+class RetriesOfSamplesInRows(Retries):
+    """The same where each of a row's answers is a row of the output: a sample that was good stays as it was."""
+
+    each = 2
+
+
+RetriesOfSamplesInRows.TestCase.settings = settings(Retries.TestCase.settings, max_examples=40)
+TestRetriesOfSamplesInRows = RetriesOfSamplesInRows.TestCase

@@ -48,8 +48,13 @@ def layout(partitions: int) -> Layout:
     return Layout(PLAN_HASH, partitions)
 
 
-def settings(**kw: object) -> OutputSettings:
-    return OutputSettings(**{"path": "unused", "compression": "none", **kw})
+def settings(each: int = 1, **kw: object) -> OutputSettings:
+    """`each`: so many rows of the output for each of the input."""
+    made = OutputSettings(**{"path": "unused", "compression": "none", **kw})
+    if each == 1:
+        return made
+    columns = {"sample": "sample", **made.columns}
+    return made.model_copy(update={"samples": "rows", "columns": columns}).of_samples(each)
 
 
 def carried(partition: int, rows: int, batch_rows: int = 2) -> Iterator[pa.RecordBatch]:
@@ -106,7 +111,9 @@ def check_asked(part: pa.Table) -> None:
 def attempt(
     folder: Folder, plan: Layout, partition: int, rows: int, who: str, samples: int = 1, **kw: object
 ) -> Attempt:
-    return Attempt(folder, plan, JOB_HASH, partition, rows, who, settings(**kw).of_samples(samples))
+    wanted = settings(**kw)
+    wanted = wanted if samples == 1 else wanted.of_samples(samples)
+    return Attempt(folder, plan, JOB_HASH, partition, rows, who, wanted)
 
 
 def commit(folder: Folder, plan: Layout, partition: int, rows: int, who: str = "a", **kw: object) -> Receipt:

@@ -76,7 +76,7 @@ def run(one: Attempt, engine: Engine, own: RowSettings | None = None) -> Generat
         detokenizer=SimpleNamespace(decode=lambda found, stops: [" ".join(map(str, ids)) for ids in found]),
         reasoning=None,
         answers=None,
-        engine=SimpleNamespace(sampling=SAMPLING),
+        engine=SimpleNamespace(sampling=SAMPLING, answers=None),
     )
 
     def read(columns: Sequence[str]) -> Iterator[RowBatch]:
@@ -137,6 +137,52 @@ def test_a_stop_keeps_whole_rows_and_the_samples_of_others_and_the_next_attempt_
     assert {number // SAMPLES for number in engine.prompts} == {*left.tolist()}, "a chunk holds whole rows"
     assert len(engine.prompts) == SAMPLES * len(left)
     assert table(two) == whole
+
+
+@pytest.mark.parametrize("kind", ["padded", "paged"])
+def test_samples_in_rows_of_their_own_are_those_of_lists_also_after_a_stop(whole, kind, monkeypatch):
+    import batchrun.engine.paged.engine
+    import batchrun.engine.steps
+
+    monkeypatch.setattr(batchrun.engine.steps, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(batchrun.engine.paged.engine, "CANCEL_SECONDS", 0.0)
+    place, _ = faulty_folder()
+    one = attempt(place, layout(1), 0, ROWS, "a", each=SAMPLES)
+    one.open()
+    stopped = run(one, Engine(kind, stops=7, batch_tokens=60) if kind == "padded" else Engine(kind, stops=7))
+    one.flush()
+    one.keep(stopped.begun)
+    two = attempt(place, layout(1), 0, ROWS, "b", each=SAMPLES)
+    two.open()
+    assert two.missing.tolist() == one.missing.tolist()
+    assert two.restored == ROWS - len(one.missing)
+    assert two.begun.keys() == stopped.begun.keys()
+    counters = run(two, engine := Engine(kind)).counters
+    assert {number // SAMPLES for number in engine.prompts} == {*one.missing.tolist()}
+    assert (counters.rows, counters.requests) == (len(one.missing),) * 2
+    assert counters.more_samples == (SAMPLES - 1) * len(one.missing)
+    found = table(two)
+    assert [row["row"] for row in found] == [*range(ROWS * SAMPLES)]
+    for name in ("answer", "finish_reason", "output_tokens"):
+        assert [row[name] for row in found] == [value for row in whole for value in row[name]]
+    assert [row["prompt_tokens"] for row in found] == [
+        row["prompt_tokens"] for row in whole for _ in range(SAMPLES)
+    ]
+
+
+def test_a_bad_sample_in_rows_of_their_own_fails_alone_and_its_row_is_counted_as_failed(whole):
+    one = attempt(faulty_folder()[0], layout(1), 0, ROWS, "a", each=SAMPLES)
+    one.open()
+    made = run(one, Engine("padded", bad={4: FaultCode.BAD_LOGITS, 9: FaultCode.OUT_OF_MEMORY}))
+    found = table(one)
+    assert [i for i, row in enumerate(found) if row["status"] == "failed"] == [9]
+    assert (found[9]["error"], found[9]["answer"]) == ("OUT_OF_MEMORY: told to", None)
+    assert found[10]["answer"] == whole[3]["answer"][1]
+    assert found[4]["answer"] == whole[1]["answer"][1], "healed"
+    counters = made.counters
+    assert (counters.rows, counters.failed, counters.errors) == (ROWS, 1, {"OUT_OF_MEMORY": 1})
+    assert counters.examples == ("row 3, sample 0: OUT_OF_MEMORY: told to",)
+    assert counters.prompt_tokens == sum(row["prompt_tokens"] for row in whole)
 
 
 def test_samples_reach_the_engine_together_and_the_row_is_counted_once(whole):

@@ -273,7 +273,8 @@ class PagedEngine:
     def _complete_answer(self, sequence: Sequence, last: int, mask: AnswerMask) -> None:
         """Adds the token behind which no choice is left, and the ending, as far as it may have tokens."""
         sequence.output.append(last)
-        rest = mask.rest(sequence.output)[: sequence.request.max_new_tokens - len(sequence.output)]
+        rest = mask.rest(sequence.request, sequence.output)
+        rest = rest[: sequence.request.max_new_tokens - len(sequence.output)]
         sequence.output += rest
         self._never_run += len(rest)
 

@@ -293,7 +293,8 @@ class Runner:
         states = None
         if self._sampler.mask is not None:
             answers = [sequence.prompt[len(sequence.request.token_ids) :] for sequence in sequences]
-            states = self._to_device(self._sampler.mask.begin(answers), np.int32)
+            begun = self._sampler.mask.begin([sequence.request for sequence in sequences], answers)
+            states = self._to_device(begun, np.int32)
         token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, own, states)
         self._seq_len[slots], self._final_len[slots] = seq_len, final_len
         self._prompt_len[slots], self._seed[slots] = prompt_len, seed
