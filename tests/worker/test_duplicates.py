@@ -51,7 +51,7 @@ class Partition:
             ),
             reasoning=None,
             answers=None,
-            engine=SimpleNamespace(sampling=sampling),
+            engine=SimpleNamespace(sampling=sampling, answers=None),
         )
         self.generation = Generation(
             self._read, self.attempt, texts, 4, self.counters, np.ones(len(prompts), bool),

@@ -102,7 +102,7 @@ def run(prompts: list[int], engine: Engine, samples: int = 1, known: KnownAnswer
         detokenizer=SimpleNamespace(decode=lambda found, stops: [str(ids[0]) for ids in found]),
         reasoning=None,
         answers=None,
-        engine=SimpleNamespace(sampling=Sampling()),
+        engine=SimpleNamespace(sampling=Sampling(), answers=None),
     )
 
     def read(columns: Sequence[str]) -> Iterator[RowBatch]:

@@ -51,7 +51,7 @@ def generate(one: Attempt, engine: Any) -> AttemptCounters:
         detokenizer=SimpleNamespace(decode=lambda found, stops: ["abc"] * len(found)),
         reasoning=None,
         answers=None,
-        engine=SimpleNamespace(sampling=Sampling()),
+        engine=SimpleNamespace(sampling=Sampling(), answers=None),
     )
     counters = AttemptCounters(run="run", partition=0)
 

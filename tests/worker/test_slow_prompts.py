@@ -65,7 +65,7 @@ class SlowRun:
         assert one.open() is None
         codec: Any = SimpleNamespace(
             builder=SimpleNamespace(columns=["n"], prompts=self.prompts, is_scored=False),
-            engine=SimpleNamespace(sampling=Sampling()),
+            engine=SimpleNamespace(sampling=Sampling(), answers=None),
         )
         engine: Any = self
 
