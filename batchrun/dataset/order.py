@@ -5,6 +5,9 @@ What is compared is not the prompts but sketches of the columns that they begin 
 
 Rows are brought together within blocks of 32 partitions' worth, so that no row group is read more than some 36 times,
 however large the dataset is. Parquet can only be read from a row group's start, and a partition may have a row in each.
+
+The driver's own threads make the sketches, which takes little more than reading: workers are only about to start then,
+and a plan without a run has none.
 """
 
 from __future__ import annotations
