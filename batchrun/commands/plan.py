@@ -27,6 +27,7 @@ from batchrun.output.part import part_schema
 from batchrun.report.summary import size
 from batchrun.telemetry import agreement
 from batchrun.telemetry.gpu import gpu_now, local_workers, visible_gpus
+from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 
 SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read
@@ -106,8 +107,8 @@ def preview(
 def lines(found: dict[str, Any]) -> list[RenderableType]:
     """The same for a person."""
     shown: list[RenderableType] = [
-        f"{found['rows']:,} rows in {found['files']:,} files, {size(found['bytes'])} uncompressed "
-        f"-> {found['partitions']:,} partitions (plan {found['plan_hash'][:8]})",
+        f"{found['rows']:,} rows in {counted(found['files'], 'file')}, {size(found['bytes'])} uncompressed "
+        f"-> {counted(found['partitions'], 'partition')} (plan {found['plan_hash'][:8]})",
         f"largest partition {found['largest_partition']:,} rows; output {found['output']}",
     ]
     shown.append(f"columns: {', '.join(f'{name} ({kind})' for name, kind in found['columns'].items())}")

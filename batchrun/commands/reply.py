@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, NoReturn, TextIO
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from batchrun import signals
@@ -50,7 +52,7 @@ class Reply:
                 print(json.dumps(self.redact.values(value)))
                 return
             for line in lines:
-                out.print(printable(self.redact(line)) if isinstance(line, str) else line)
+                out.print(_wrapped(printable(self.redact(line))) if isinstance(line, str) else line)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Says what the command ended with, and ends the process with its code."""
@@ -91,6 +93,15 @@ class Reply:
         text = self.redact(one_line(error))
         hint = "" if self._debug else "; add --debug for the traceback"
         return text, f"error: unexpected {text}{hint}", ExitCode.FAILED
+
+
+def _wrapped(line: str) -> str:
+    """On a terminal, a line that is too long is broken between words; paths stay whole, to be copied."""
+    if not out.is_terminal or cell_len(line) <= out.width:
+        return line
+    return textwrap.fill(
+        line, out.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 @contextmanager

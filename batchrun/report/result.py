@@ -13,6 +13,7 @@ from batchrun.dataset.hive import keys_of, scalar_of
 from batchrun.engine.protocol import EngineStats
 from batchrun.errors import ExitCode
 from batchrun.storage import Folder
+from batchrun.telemetry.printable import counted
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +49,7 @@ class RunResult:
     def __repr__(self) -> str:
         """One line: a notebook shows it of every cell that ends with a run."""
         failed = f", {self.failed:,} failed" if self.failed else ""
-        rows = f"{self.ok:,} of {self.rows:,} rows answered{failed} in {self.parts:,} parts"
+        rows = f"{self.ok:,} of {self.rows:,} rows answered{failed} in {counted(self.parts, 'part')}"
         return f"<RunResult: {rows}, {self.seconds:.1f} s: {self.output}/data>"
 
     @property

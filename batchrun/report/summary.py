@@ -12,7 +12,7 @@ from rich.text import Text
 from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
 from batchrun.report.result import RunResult
-from batchrun.telemetry.printable import printable
+from batchrun.telemetry.printable import counted, printable
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import REPORT
 
@@ -69,7 +69,7 @@ def money(value: float) -> str:
 def run_lines(result: RunResult) -> list[str]:
     """The end of a run: complete or with failures, how fast, on what, and where the answers lie."""
     lines = [
-        f"{result.ok:,} of {result.rows:,} rows answered{_of_input(result)} in {result.parts:,} parts: "
+        f"{result.ok:,} of {result.rows:,} rows answered{_of_input(result)} in {counted(result.parts, 'part')}: "
         f"{result.output}/data"
     ]
     if result.failed:

@@ -22,6 +22,11 @@ def printable(text: str, newlines: bool = False) -> str:
     return _UNPRINTABLE.sub(lambda match: _written_out(match[0], newlines), text)
 
 
+def counted(count: int, noun: str) -> str:
+    """So many of something: 1 part, 1,200 parts."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def _written_out(character: str, newlines: bool) -> str:
     if character == "\n":
         return character if newlines else "⏎"

@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
 STRETCHES = 24  # of equal time, that the work so far is cut into
 # What a token of an answer takes as a rule, in tokens of a prompt, and how much of that grows with the prompt's length.
 ANSWER_TOKEN, GROWS_WITH_PROMPT = 8.0, 0.2
-DOUBT = 0.05  # weight of this rule against what the stretches tell
-SHARES = np.array([(i, j, 20 - i - j) for i in range(21) for j in range(21 - i)]) / 20
+# The same on a CPU, which has as much to do for a token of an answer as for one of a prompt, or little more, and how
+# much of both grows with the prompt's length.
+CPU_ANSWER_TOKEN, CPU_GROWS = 2.0, 0.4
+DOUBT = 0.05  # weight of these rules against what the stretches tell
+# Of the time: what tokens of prompts take, those of answers, the latter as they grow, and the former as they do.
+SHARES = np.array([(i, j, 20 - i - j, 0) for i in range(21) for j in range(21 - i)]) / 20
+CPU_SHARES = np.array([(*t, 20 - sum(t)) for t in product(range(21), repeat=3) if sum(t) <= 20]) / 20
 # How much answers grow with prompts as a rule, and the spread of prompts' lengths below which the rule says more.
 USUAL_SLOPE, LITTLE_SPREAD = 0.25, 0.04
 # The longest of the last answers, in mean answers: so many, and more with the logarithm of the rows that are left.
@@ -39,11 +45,12 @@ class RemainingByTokens:
     the mean of all rows pulled for the others, and those of answers, whose lengths are learned from the rows that
     are done. Rows that a paged engine has begun count with what they have come to, since those that end first are
     the short ones; a batch that is half through counts with the time since the last one. The rest is dealt out to
-    the workers as the driver does it, and the last one's time is what remains.
+    the workers as the driver does it, and the last one's time is what remains. On a CPU a token of an answer takes
+    hardly more than one of a prompt, tokens of long prompts take longer than others, and steps of few rows are short.
     """
 
     def __init__(self) -> None:
-        self._points = [_Point(0.0, 0, 0, 0, 0.0, 0.0)]
+        self._points = [_Point(0.0, 0, 0, 0, 0.0, 0.0, 0.0)]
         self._left: float | None = None
         self._now: Progress | None = None
         self._most_active = 0.0  # rows, in one engine
@@ -70,6 +77,7 @@ class RemainingByTokens:
             # An engine tells of the end of its rows a little before they are counted.
             max(last.begun_prompt, counts.prompt_tokens + active.prompt),
             max(last.begun_output, counts.output_tokens + active.output),
+            max(last.begun_rows, counts.rows + active.rows),
         )
         grown = point.begun_prompt > last.begun_prompt or point.begun_output > last.begun_output
         if grown and point.busy > last.busy:
@@ -102,7 +110,7 @@ class RemainingByTokens:
     def _estimate(self, now: Progress, active: _Active, pending: dict[str, float]) -> float:
         stretches = _stretches(self._points)
         pace, answers = (
-            _Pace.of(stretches),
+            _Pace.of(stretches, _is_cpu(now)),
             _Answers.of(stretches, active, now.counts).for_the_rest(now.counts),
         )
         mean = now.counts.sent_tokens / max(1, now.counts.pulled)
@@ -132,15 +140,16 @@ class RemainingByTokens:
         length = prompt / waiting if waiting >= 1 else active.prompt / max(1.0, active.rows)
         seconds = pace.seconds(prompt, answers.tokens(waiting, length), length)
         if active.rows:
-            slots = max(self._most_active, active.rows)
+            # A CPU takes less time for a step of few rows; a GPU hardly does.
+            slots = 0.0 if pace.is_cpu else max(self._most_active, active.rows)
             seconds += pace.last_rows(answers.of_last_rows(active, slots, length), length)
         return seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """What generating workers have come to after `busy` seconds in all: finished rows and their tokens, and the
-    tokens of all rows that are begun."""
+    """What generating workers have come to after `busy` seconds in all: finished rows and their tokens, the tokens of
+    all rows that are begun, and how many these are."""
 
     busy: float
     rows: int
@@ -148,6 +157,7 @@ class _Point:
     output: int
     begun_prompt: float
     begun_output: float
+    begun_rows: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,39 +178,51 @@ class _Active:
 
 @dataclass(frozen=True, slots=True)
 class _Pace:
-    """Seconds per token of prompts, per token of answers, and per token of answers and token of its prompt.
+    """Seconds per token of prompts, per token of answers, per token of answers and token of its prompt, and per token
+    of prompts and token of the same.
 
-    The last one is a padded engine's, whose batches hold fewer rows the longer these are, and attention's.
-    `uneven` is the mean of answer times prompt over the product of their means.
+    The third one is a padded engine's, whose batches hold fewer rows the longer these are, and attention's; the last
+    one attention's on a CPU. `uneven` is the mean of answer times prompt over the product of their means.
     """
 
     prompt: float
     output: float
     product: float
+    square: float
     uneven: float
+    is_cpu: bool
 
     @classmethod
-    def of(cls, stretches: NDArray[np.float64]) -> _Pace:
-        seconds, rows, prompts, _, prompt, output = np.diff(stretches, axis=0).T
+    def of(cls, stretches: NDArray[np.float64], is_cpu: bool) -> _Pace:
+        seconds, rows, prompts, _, prompt, output, begun = np.diff(stretches, axis=0).T
         mean = stretches[-1, 2] / stretches[-1, 1]
         lengths = np.where(rows > 0, prompts / np.maximum(rows, 1), mean)
-        work = np.stack([prompt, output, output * lengths])
+        begun_lengths = np.where(begun > 0, prompt / np.maximum(begun, 1), mean)
+        work = np.stack([prompt, output, output * lengths, prompt * begun_lengths])
         totals = np.maximum(1.0, work.sum(axis=1))
-        usual = np.array([1.0, ANSWER_TOKEN * (1 - GROWS_WITH_PROMPT), ANSWER_TOKEN * GROWS_WITH_PROMPT])
-        usual *= totals[[0, 1, 1]]
+        shares, grows, each = SHARES, GROWS_WITH_PROMPT, ANSWER_TOKEN
+        prompt_grows = 0.0
+        if is_cpu:
+            shares, grows, each, prompt_grows = CPU_SHARES, CPU_GROWS, CPU_ANSWER_TOKEN, CPU_GROWS
+        usual = np.array([1 - prompt_grows, each * (1 - grows), each * grows, prompt_grows])
+        usual *= totals[[0, 1, 1, 0]]
         # The newest count most, for other programs come and go.
         weights = np.linspace(0.2, 1.0, len(seconds))
         weights /= weights.sum()
-        mixed = SHARES @ (work / totals[:, None])
+        mixed = shares @ (work / totals[:, None])
         level = (weights @ seconds) / np.maximum(mixed @ weights, 1e-9)
         errors = ((seconds - level[:, None] * mixed) * len(seconds) / seconds.sum()) ** 2 @ weights
-        far = ((SHARES - usual / usual.sum()) ** 2).sum(axis=1)
+        far = ((shares - usual / usual.sum()) ** 2).sum(axis=1)
         best = int(np.argmin(errors + DOUBT * far))
-        each, by_output, by_both = (level[best] * SHARES[best] / totals).tolist()
-        return cls(each, by_output, by_both, float(totals[2] / totals[1] / max(1.0, mean)))
+        by_prompt, by_output, by_both, by_square = (level[best] * shares[best] / totals).tolist()
+        uneven = float(totals[2] / totals[1] / max(1.0, mean))
+        return cls(by_prompt, by_output, by_both, by_square, uneven, is_cpu)
 
     def seconds(self, prompt: float, output: float, length: float) -> float:
-        return self.prompt * prompt + (self.output + self.product * self.uneven * length) * output
+        growing = self.uneven * length
+        return (self.prompt + self.square * growing) * prompt + (
+            self.output + self.product * growing
+        ) * output
 
     def last_rows(self, output: float, length: float) -> float:
         return (self.output + self.product * length) * output
@@ -248,9 +270,11 @@ class _Answers:
     def of_last_rows(self, active: _Active, slots: float, length: float) -> float:
         """Tokens for which a full engine takes as long as until its last row ends, once none waits any more.
 
-        A step of a few rows takes hardly less time than a step of `slots` rows.
+        A step of a few rows takes hardly less time than a step of `slots` rows; with 0 of them it takes its share.
         """
         alike = max(0.0, active.rows * self.mean - active.output)
+        if not slots:
+            return self.cut * alike + (1 - self.cut) * max(alike, active.output)
         longest = self.tokens(1, length) * (LONGEST + LONGER_OF_MORE * math.log1p(active.rows))
         return self.cut * alike + (1 - self.cut) * slots * longest
 
@@ -258,6 +282,10 @@ class _Answers:
 def _samples(counts: Counters) -> float:
     """Of each row: an engine counts every one as a row."""
     return 1 + counts.more_samples / max(1, counts.requests)
+
+
+def _is_cpu(now: Progress) -> bool:
+    return any(view.engine is not None and view.engine.device == "cpu" for view in now.worker_views)
 
 
 def _busy(now: Progress) -> float:
@@ -277,9 +305,10 @@ def _dealt_out(loads: Sequence[float], each: float, partitions: int, at_once: in
 
 
 def _stretches(points: list[_Point]) -> NDArray[np.float64]:
-    """(stretches + 1, 6) the points that are about equally far apart in busy time."""
+    """(stretches + 1, 7) the points that are about equally far apart in busy time."""
     values = np.array(
-        [(p.busy, p.rows, p.prompt, p.output, p.begun_prompt, p.begun_output) for p in points], float
+        [(p.busy, p.rows, p.prompt, p.output, p.begun_prompt, p.begun_output, p.begun_rows) for p in points],
+        float,
     )
     ends = np.linspace(values[0, 0], values[-1, 0], STRETCHES + 1)
     return values[np.unique(np.searchsorted(values[:, 0], ends - 1e-9))]

@@ -23,6 +23,7 @@ BATCH_TOKENS = 16384
 ACTIVE = 64  # rows that a paged engine decodes at once
 STEPS = 8  # of which it does so many between two looks
 IN_FLIGHT_PER_SLOT = 1.25
+ON_CPU = "paged on a CPU"
 
 Ints = NDArray[np.int_]
 
@@ -111,11 +112,21 @@ class Worker:
         self.left = np.concatenate([self.left, self.data.answers[[row for _, row in new]]]) - STEPS
         prefill = sum(self.data.prompts[row] for _, row in new)
         seconds = 1e-5 * prefill + STEPS * (0.02 + 2e-5 * len(self.active))
+        if self.engine == ON_CPU:
+            seconds = self._round_on_cpu(new)
         ended = [one for one, left in zip(self.active, self.left, strict=True) if left <= 0]
         self.active = [one for one, left in zip(self.active, self.left, strict=True) if left > 0]
         self.left = self.left[self.left > 0]
         self.ending = ended
         return seconds * next(self.noise), ended
+
+    def _round_on_cpu(self, new: list[tuple[Task, int]]) -> float:
+        """Every token costs what its weights do and as much as it has to attend to: steps of few rows are short."""
+        first = self.data.prompts[[row for _, row in new]].astype(float)
+        rows = [row for _, row in self.active]
+        context = self.data.prompts[rows] + self.data.answers[rows] - self.left
+        prefill = (1e-4 * first + 1e-7 * first**2).sum()
+        return float(prefill + STEPS * (0.002 + (1e-4 + 5e-7 * context).sum()))
 
     def finish(self, ended: list[tuple[Task, int]]) -> None:
         self.ending = []
@@ -144,7 +155,10 @@ class Worker:
         if self.engine == "padded":
             gauges = {}
         address, doing = f"10.0.0.{number}", "generating" if self.tasks else "idle"
-        stats = EngineStats(engine=self.engine, pid=1, completions=self.done.rows, gauges=gauges)
+        device = "cpu" if self.engine == ON_CPU else ""
+        stats = EngineStats(
+            engine=self.engine, device=device, pid=1, completions=self.done.rows, gauges=gauges
+        )
         rows_in_hand = sum(len(task.rows) for task in self.tasks)
         place = f"tcp://{address}:9000", address, len(self.tasks), self.slots, 0
         return WorkerView(*place, doing, stats, rows=rows_in_hand, counts=in_hand)

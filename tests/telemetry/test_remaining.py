@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from simulated_run import Rows, simulate
+from simulated_run import ON_CPU, Rows, simulate
 
 from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
@@ -38,6 +38,7 @@ DATA = {
 SHAPES = [(1, 1, 2, 3000), (1, 3, 2, 8000), (2, 3, 2, 8000), (8, 8, 2, 16000), (8, 40, 2, 16000)]
 RUNS = [(data, "paged", shape) for data in DATA for shape in SHAPES]
 RUNS += [(data, "padded", (1, 3, 2, 8000)) for data in DATA]
+RUNS += [(data, ON_CPU, (1, 3, 2, 3000)) for data in DATA if data != "two kinds of prompts"]
 # Of each worker's only or first window, what is to come is unlike all that was seen by then: prompts of another kind,
 # or answers that get shorter with their prompts. Half of the run tells.
 SURPRISING = [("two kinds of prompts", "paged", shape) for shape in (SHAPES[0], SHAPES[3])]
