@@ -246,7 +246,7 @@ class Dispatch:
             return
         if future.status == "finished":
             try:
-                receipts: list[TaskReceipt] = self.reader.read(future)
+                receipts: list[TaskReceipt] = self.reader.read(future, self.finished.queue)
             except FATAL_ERRORS as final:
                 self.totals.add_lost(final)
                 raise
