@@ -24,7 +24,7 @@ from batchrun.driver.prepare import Prepared
 from batchrun.driver.receipts import ReceiptReader
 from batchrun.driver.stalls import Stalls
 from batchrun.driver.totals import RunTotals
-from batchrun.driver.workers import register_plugin, tell
+from batchrun.driver.workers import look_at, register_plugin, tell
 from batchrun.errors import (
     CorruptInput,
     InternalError,
@@ -306,7 +306,7 @@ class Dispatch:
 
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, and ends who hangs."""
-        workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+        workers = look_at(client, self.workers)
         now, beats = self._show(workers)
         self.guard(now)
         for address, attempt, activity in beats.activity:
@@ -381,7 +381,7 @@ class Dispatch:
 
     def _holding(self, client: Client) -> bool:
         """Whether any task in flight may hold answers: others wait for a worker, or for one that opens a tokenizer."""
-        self.workers = client.scheduler_info(n_workers=-1)["workers"]
+        self.workers = look_at(client, self.workers)
         rows = self._rows(self._members())
         beats = heartbeats.read(self.workers, self.order.run, self.totals.counts, rows)
         return any(attempt.may_hold_answers for _, attempt, _ in beats.activity)

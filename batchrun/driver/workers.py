@@ -98,6 +98,22 @@ def register_plugin(client: Client) -> None:
                 raise
 
 
+def look_at(client: Client, before: dict[str, Any]) -> dict[str, Any]:
+    """The workers there are and what they last said, by address; as `before` where nobody answers, which the client's
+    status tells.
+
+    Not by `Client.scheduler_info`: that gives back what the client heard last, and it asks now and then for itself, for
+    no worker at all. A run would take that for workers that are gone.
+    """
+    if client.scheduler is None:
+        return before
+    try:
+        workers: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    except OSError:
+        return before
+    return workers
+
+
 def tell(client: Client, call: Callable[..., Any], *words: Any, workers: Sequence[str] | None = None) -> None:
     """Has the workers, all of them by default, run a coroutine, and waits for TELLING at most: Dask's own call comes
     back when the last of them has heard of it, and one may be dying, or only starting."""
