@@ -29,14 +29,8 @@ from batchrun.driver.tail import Tail
 from batchrun.driver.totals import RunTotals
 from batchrun.driver.trials import Trials
 from batchrun.driver.window import Window
-from batchrun.driver.workers import register_plugin, tell
-from batchrun.errors import (
-    CorruptInput,
-    InternalError,
-    Interrupted,
-    Refused,
-    StorageError,
-)
+from batchrun.driver.workers import look_at, register_plugin, tell
+from batchrun.errors import CorruptInput, InternalError, Interrupted, Refused, StorageError
 from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
 from batchrun.telemetry.milestones import Milestones
@@ -232,7 +226,7 @@ class Dispatch:
             return
         if future.status == "finished":
             try:
-                receipts: list[TaskReceipt] = self.reader.read(future)
+                receipts: list[TaskReceipt] = self.reader.read(future, self.finished.queue)
             except FATAL_ERRORS as final:
                 self.totals.add_lost(final)
                 raise
@@ -309,7 +303,7 @@ class Dispatch:
 
     def _poll(self, client: Client) -> dict[str, Any]:
         """Reads the workers' counters off the scheduler, shows them, and ends who hangs."""
-        workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+        workers = look_at(client, self.workers)
         now, beats = self._show(workers)
         self.guard(now)
         for address, attempt, activity in beats.activity:
@@ -388,7 +382,7 @@ class Dispatch:
 
     def _holding(self, client: Client) -> bool:
         """Whether any task in flight may hold answers: others wait for a worker, or for one that opens a tokenizer."""
-        self.workers = client.scheduler_info(n_workers=-1)["workers"]
+        self.workers = look_at(client, self.workers)
         rows = self._rows(self.window.partitions)
         beats = heartbeats.read(self.workers, self.order.run, self.totals.counts, rows)
         return any(attempt.may_hold_answers for _, attempt, _ in beats.activity)

@@ -22,6 +22,8 @@ from batchrun.worker.plugin import BatchrunPlugin, start_engine
 REGISTRATIONS = 3
 # Seconds for all workers to hear of something.
 TELLING = 0.5
+# For the scheduler to say which workers there are.
+LOOKING = 3.0
 
 
 class Workers:
@@ -96,6 +98,24 @@ def register_plugin(client: Client) -> None:
         except OSError:
             if client.status != "running" or not more:
                 raise
+
+
+def look_at(client: Client, before: dict[str, Any]) -> dict[str, Any]:
+    """The workers there are and what they last said, by address; as `before` where nobody answers, which the client's
+    status tells.
+
+    Not by `Client.scheduler_info`: that gives back what the client heard last, and it asks now and then for itself, for
+    no worker at all. A run would take that for workers that are gone.
+    """
+    if client.scheduler is None:
+        return before
+    try:
+        workers: dict[str, Any] = client.sync(
+            client.scheduler.identity, n_workers=-1, callback_timeout=LOOKING
+        )["workers"]
+    except OSError:
+        return before
+    return workers
 
 
 def tell(client: Client, call: Callable[..., Any], *words: Any, workers: Sequence[str] | None = None) -> None:

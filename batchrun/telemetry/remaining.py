@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.telemetry.remaining_tokens import RemainingByTokens
+from batchrun.telemetry.remaining_tokens import RemainingByTokens, thin_out
 
 if TYPE_CHECKING:
     from batchrun.telemetry.progress import Progress
@@ -79,6 +79,7 @@ class RemainingByLength:
         elif not self._points or point.rows > self._points[-1].rows:
             self._points = self._points or [_Point(0.0, 0, 0)]
             if point.busy > self._points[-1].busy:
+                thin_out(self._points)
                 self._points.append(point)
                 self._update(now)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from batchrun.telemetry.progress import Progress, WorkerView
 
 STRETCHES = 24  # of equal time, that the work so far is cut into
+MOST_POINTS = 2048  # that these are cut from
 # What a token of an answer takes as a rule, in tokens of a prompt, and how much of that grows with the prompt's length.
 ANSWER_TOKEN, GROWS_WITH_PROMPT = 8.0, 0.2
 # The same on a CPU, which has as much to do for a token of an answer as for one of a prompt, or little more, and how
@@ -81,6 +82,7 @@ class RemainingByTokens:
         )
         grown = point.begun_prompt > last.begun_prompt or point.begun_output > last.begun_output
         if grown and point.busy > last.busy:
+            thin_out(self._points)
             self._points.append(point)
             self._update(now, active, pending)
 
@@ -302,6 +304,13 @@ def _dealt_out(loads: Sequence[float], each: float, partitions: int, at_once: in
         heapq.heapreplace(heap, heap[0] + min(at_once, last) * each)
         last -= at_once
     return max(heap)
+
+
+def thin_out(points: list[Any]) -> None:
+    """Every second one goes where there are MOST_POINTS, not the first and the last: a look at a run of days is to cost
+    no more than one at a run of an hour."""
+    if len(points) >= MOST_POINTS:
+        del points[1:-1:2]
 
 
 def _stretches(points: list[_Point]) -> NDArray[np.float64]:

@@ -229,7 +229,8 @@ def test_a_stop_does_not_wait_for_a_worker_that_does_not_hear_of_it(tmp_path, ti
     client: Any = SimpleNamespace(
         status="running",
         run=lambda *words, **how: over.wait(30),
-        scheduler_info=lambda n_workers: {"workers": {}},
+        scheduler=SimpleNamespace(identity=lambda n_workers: {"workers": {}}),
+        sync=lambda call, **words: call(**words),
         cancel=lambda futures: None,
     )
     prepared = prepare(load(write_job(tmp_path, tiny_llama)))
@@ -251,7 +252,10 @@ def test_a_stop_waits_for_attempts_that_may_hold_answers_and_for_no_tokenizer(
     attempt = AttemptCounters(run=dispatch.order.run, partition=1, doing=doing)
     told = {"tasks": [asdict(attempt)], "engines": [], "loading": 0, "rendered": 0, "gpu": None}
     worker = {"metrics": {"batchrun": told}, "host": "here", "nthreads": 1}
-    client: Any = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": {"tls://here": worker}})
+    client: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(identity=lambda n_workers: {"workers": {"tls://here": worker}}),
+        sync=lambda call, **words: call(**words),
+    )
     assert dispatch._holding(client) is holds
     # The same on a worker that is told to leave.
     monkeypatch.setattr(plugin, "FLUSH_ON_EXIT", 0.5)

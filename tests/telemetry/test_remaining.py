@@ -14,7 +14,9 @@ from simulated_run import ON_CPU, Rows, simulate
 
 from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
+from batchrun.telemetry import remaining_tokens
 from batchrun.telemetry.progress import Progress, Rates, WorkerView
+from batchrun.telemetry.remaining import Remaining
 from batchrun.telemetry.remaining_tokens import _Active, _Answers, _samples
 
 PRICE = 2.0
@@ -138,6 +140,21 @@ def test_the_time_left_never_jumps(run):
     told = Told.of(seen_of(run))
     ends = np.array(told.left) - told.true
     assert np.abs(np.diff(ends)).max() < (0.17 if run in SURPRISING else 0.12) * told.seconds
+
+
+@pytest.mark.parametrize(
+    "run", [("skewed prompts, long answers", engine, SHAPES[1]) for engine in ("paged", "padded")]
+)
+def test_a_run_of_days_remembers_no_more_than_one_of_an_hour_and_is_told_as_well(run, monkeypatch):
+    whole = Told.of(seen_of(run))
+    monkeypatch.setattr(remaining_tokens, "MOST_POINTS", 64)
+    remaining = Remaining()
+    for now in seen_of(run):
+        remaining.add(now)
+        assert max(len(way._points) for way in (remaining._by_length, remaining._by_tokens)) <= 64
+    assert len(seen_of(run)) > 4 * 64
+    few = Told.of(seen_of(run))
+    assert np.abs(np.array(few.left) - whole.left).max() < 0.05 * whole.seconds
 
 
 def test_nothing_is_told_before_the_first_row_is_through():
