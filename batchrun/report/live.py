@@ -76,7 +76,7 @@ class View:
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True, justify="right")
         bar.add_row(ProgressBar(total=1.0, completed=share), f"{share:.0%}")
-        # As wide as the terminal, so that what does not fit ends in an ellipsis: half a number would be read as a whole one.
+        # As wide as the terminal, so that what does not fit ends in an ellipsis: half a number would be read as one.
         facts = Table.grid(padding=(0, 2), expand=True)
         facts.add_column(style="dim", no_wrap=True, min_width=9)
         facts.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
