@@ -17,7 +17,7 @@ from rich.text import Text
 from batchrun.job.job import Job
 from batchrun.report.summary import CUT, money, number, size
 from batchrun.telemetry import logs
-from batchrun.telemetry.printable import printable
+from batchrun.telemetry.printable import counted, printable
 from batchrun.telemetry.progress import (
     Progress,
     ProgressCallback,
@@ -76,9 +76,10 @@ class View:
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True, justify="right")
         bar.add_row(ProgressBar(total=1.0, completed=share), f"{share:.0%}")
-        facts = Table.grid(padding=(0, 2))
+        # As wide as the terminal, so that what does not fit ends in an ellipsis: half a number would be read as one.
+        facts = Table.grid(padding=(0, 2), expand=True)
         facts.add_column(style="dim", no_wrap=True, min_width=9)
-        facts.add_column(no_wrap=True, overflow="ellipsis")
+        facts.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for name, value in chain(self._facts(now), self._crew(now)):
             failing = name == "failed" and now is not None and now.counts.failed
             facts.add_row(
@@ -105,10 +106,10 @@ class View:
         remaining = rates.remaining()
         left = "" if remaining is None else f", about {duration(remaining)} left"
         yield "time", f"{duration(now.seconds)}{left}"
-        before = f", {counts.reused:,} from before" if counts.reused else ""
-        before += f", {counts.copied:,} copied" if counts.copied else ""
-        parts = f"{now.partitions_done:,} of {now.partitions:,} parts"
-        rows = f"{now.rows_done:,} of {now.rows:,}, {number(rates.per_second('rows'))}/s{before}; {parts}"
+        parts = f"{now.partitions_done:,} of {counted(now.partitions, 'part')}"
+        rows = f"{now.rows_done:,} of {now.rows:,}, {number(rates.per_second('rows'))}/s; {parts}"
+        rows += f"; {counts.reused:,} from before" if counts.reused else ""
+        rows += f"; {counts.copied:,} copied" if counts.copied else ""
         yield "rows", rows
         speed_in, speed_out = (number(rates.per_second(f"{which}_tokens")) for which in ("prompt", "output"))
         sums = f"{counts.prompt_tokens:,} in, {counts.output_tokens:,} out so far"

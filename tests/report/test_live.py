@@ -178,3 +178,16 @@ def test_a_struct_is_shown_a_field_to_a_line_and_a_probability_by_its_first_digi
     cell = summary._cell({"yes": 0.957495, "no": 0.0424905, "maybe": 1.4e-05, "name": None, "tags": ["a"]})
     assert cell.splitlines() == ["yes: 0.9575", "no: 0.0425", "maybe: 1.4e-05", "name: ", 'tags: ["a"]']
     assert summary._cell({"price": 1234567.25, "count": 12}) == "price: 1234567.25\ncount: 12"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_line_that_does_not_fit_ends_in_an_ellipsis(view: View, width: int) -> None:
+    wide, narrow = (Console(width=w, file=io.StringIO(), color_system=None) for w in (400, width))
+    for console in (wide, narrow):
+        console.print(view.render(at(60.0, 500, "generating", "generating")))
+    whole, shown = (console.file.getvalue().splitlines() for console in (wide, narrow))  # type: ignore[attr-defined]
+    assert len(whole) == len(shown)
+    # The second line is the bar, as wide as the terminal.
+    for line, fitted in zip(whole[2:], shown[2:], strict=True):
+        line, fitted = line.rstrip(), fitted.rstrip()
+        assert fitted == line or (fitted.endswith("…") and line.startswith(fitted[:-1]))
