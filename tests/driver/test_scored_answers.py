@@ -294,7 +294,7 @@ def test_what_cannot_go_together_is_refused_with_what_to_leave_out(
         ({"score": "id"}, "not text"),
         (
             {"choices": {"column": "tag"}},
-            "answer.choices: the input has no column 'tag', did you mean 'tags'",
+            "did you mean 'tags'",
         ),
         ({"choices": {"column": "text"}}, "column 'text' is string, not lists of texts"),
     ],
