@@ -153,7 +153,8 @@ def test_choices_of_a_column_are_each_rows_own(
     tables = {}
     for kind in ("padded", "paged"):
         answer = {"choices": {"column": "labels"}, "probabilities": True}
-        path = job_of(tmp_path, tiny_llama, kind, answer, limits={"max_error_rate": 1.0})
+        parse = {"special_tokens": "parse"}
+        path = job_of(tmp_path, tiny_llama, kind, answer, prompt=parse, limits={"max_error_rate": 1.0})
         table = pq.read_table(path.parent / "in.parquet")
         labels = pa.array([OWN[i % len(OWN)] for i in range(ROWS)], pa.list_(pa.string()))
         pq.write_table(table.append_column("labels", labels), path.parent / "in.parquet", row_group_size=10)
@@ -293,7 +294,7 @@ def test_what_cannot_go_together_is_refused_with_what_to_leave_out(
         ({"score": "id"}, "not text"),
         (
             {"choices": {"column": "tag"}},
-            "answer.choices: the input has no column 'tag', did you mean 'tags'",
+            "did you mean 'tags'",
         ),
         ({"choices": {"column": "text"}}, "column 'text' is string, not lists of texts"),
     ],
