@@ -230,7 +230,7 @@ def test_a_stop_does_not_wait_for_a_worker_that_does_not_hear_of_it(tmp_path, ti
         status="running",
         run=lambda *words, **how: over.wait(30),
         scheduler=SimpleNamespace(identity=lambda n_workers: {"workers": {}}),
-        sync=lambda call, **words: call(**words),
+        sync=lambda call, callback_timeout, **words: call(**words),
         cancel=lambda futures: None,
     )
     prepared = prepare(load(write_job(tmp_path, tiny_llama)))
@@ -254,7 +254,7 @@ def test_a_stop_waits_for_attempts_that_may_hold_answers_and_for_no_tokenizer(
     worker = {"metrics": {"batchrun": told}, "host": "here", "nthreads": 1}
     client: Any = SimpleNamespace(
         scheduler=SimpleNamespace(identity=lambda n_workers: {"workers": {"tls://here": worker}}),
-        sync=lambda call, **words: call(**words),
+        sync=lambda call, callback_timeout, **words: call(**words),
     )
     assert dispatch._holding(client) is holds
     # The same on a worker that is told to leave.

@@ -83,7 +83,8 @@ def test_a_run_reads_with_one_receipt_those_that_wait_behind_it(
     run: Any = SimpleNamespace(
         reader=ReceiptReader(threading.Event()),
         in_flight={future: [i] for i, future in enumerate([first, *others])},
-        isolated_attempts={},
+        trials=SimpleNamespace(running={}),
+        handovers=SimpleNamespace(end=lambda future: False),
         finished=queue.Queue(),
         _again_alone=lambda members: None,
     )

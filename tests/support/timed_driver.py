@@ -117,7 +117,9 @@ def look_at_many(run: Any, workers: dict[str, Any], in_flight: dict[Any, Any], c
     from batchrun.driver.totals import RunTotals
 
     run = copy.copy(run)
-    run.in_flight, run.totals = in_flight, RunTotals()
+    run.window = copy.copy(run.window)
+    run.in_flight = run.window.tasks = in_flight
+    run.totals = RunTotals()
     shown, read, written, size = [], [], [], 0
     for look in range(1, LOOKS + 1):
         many = {
@@ -136,7 +138,7 @@ def look_at_many(run: Any, workers: dict[str, Any], in_flight: dict[Any, Any], c
         run.guard(now)
         for address, attempt, activity in beats.activity:
             run._end_if_stalled(None, address, attempt, activity)
-        run.stalls.forget(run._members())
+        run.stalls.forget(run.window.partitions)
         shown.append(time.thread_time() - began)
     median = statistics.median
     return {
