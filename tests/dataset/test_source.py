@@ -269,7 +269,7 @@ def test_metadata_of_schema_and_fields_and_unknown_extension_types_are_kept(tmp_
     write(tmp_path / "a.parquet", pa.table({"text": ["x"], "p": pa.array([1], pa.int32())}, schema=schema))
     settings = InputSettings(path=str(tmp_path))
     plan = Plan.from_parquet(plan_of(settings).to_parquet())
-    carried = part_schema(rows_of(plan, settings).schema, {})
+    carried = part_schema(rows_of(plan, settings).schema, OutputSettings(path="out"))
     for made in (plan.schema, carried):
         assert made.metadata[b"owner"] == b"data team"
         assert made.field("text").metadata[b"unit"] == b"words"
