@@ -34,7 +34,8 @@ def wind_up(dispatch: Dispatch) -> str:
     client: Any = SimpleNamespace(
         status="running",
         run=lambda *words, **how: None,
-        scheduler_info=lambda n_workers: {"workers": {}},
+        scheduler=SimpleNamespace(identity=lambda n_workers: {"workers": {}}),
+        sync=lambda call, callback_timeout, **words: call(**words),
         cancel=lambda futures: None,
     )
     dispatch.in_flight[cast(Any, "future")] = [1]
