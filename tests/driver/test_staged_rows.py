@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from parts import answers
@@ -38,7 +39,7 @@ def wind_up(dispatch: Dispatch) -> str:
         sync=lambda call, callback_timeout, **words: call(**words),
         cancel=lambda futures: None,
     )
-    dispatch.in_flight[cast(Any, "future")] = [1]
+    dispatch.in_flight[Mock(key="task")] = [1]
     dispatch._wind_up(client)
     return dispatch._safe()
 
