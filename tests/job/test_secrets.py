@@ -14,9 +14,9 @@ from batchrun.job.job import Job
 from jobs import batchrun, write_job
 
 SECRETS = {
-    "PLANTED_KEY": "AKIAPLANTEDKEY4711",
-    "PLANTED_SECRET": "planted/Secret+4711==",
-    "PLANTED_TOKEN": "planted-session-token-4711",
+    "PLANTED_KEY": "AKIAPLANTEDKEYZq7xK",
+    "PLANTED_SECRET": "planted/Secret+Zq7xK==",
+    "PLANTED_TOKEN": "planted-session-token-Zq7xK",
 }
 
 
@@ -46,7 +46,7 @@ def check_silence(*places: str | bytes) -> None:
     for place in places:
         text = place if isinstance(place, bytes) else place.encode()
         assert b"lanted" not in text
-        assert b"4711" not in text
+        assert b"Zq7xK" not in text
         assert b"PLANTED" not in text.replace(b"PLANTED_", b"")
 
 
@@ -88,10 +88,10 @@ def test_no_error_holds_a_secret(
 @pytest.mark.parametrize(
     "url",
     [
-        "sftp://me:planted-4711@host/in.parquet",
-        "https://host/in.parquet?X-Amz-Signature=planted4711",
-        "https://host/in.parquet?sv=2024&sig=planted4711",
-        "https://:planted4711@host/in.parquet",
+        "sftp://me:planted-Zq7xK@host/in.parquet",
+        "https://host/in.parquet?X-Amz-Signature=plantedZq7xK",
+        "https://host/in.parquet?sv=2024&sig=plantedZq7xK",
+        "https://:plantedZq7xK@host/in.parquet",
     ],
 )
 @pytest.mark.parametrize("key", ["input.path", "output.path", "model.name"])
