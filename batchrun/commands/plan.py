@@ -67,11 +67,7 @@ def preview(
     endings: dict[str, int] = {}
     known = recall(prepared, float(sampled.lengths.mean()) if len(sampled.lengths) else 0.0)
     if trial is not None:
-        from batchrun.estimate.trial import trial as run_trial  # it imports torch
-
-        known, endings = run_trial(prepared, sampled, trial, opening)
-        known = replace(known, device=device_name())
-        remember(model_key(prepared), job.engine.kind, prepared.identity.job_hash, known)
+        known, endings = _tried(prepared, sampled, trial, opening)
     left = _left(prepared)
     plan = prepared.plan
     comparison = None
@@ -167,6 +163,18 @@ def _memory_lines(found: dict[str, Any]) -> list[RenderableType]:
     ]
 
 
+def _tried(
+    prepared: Prepared, sampled: Sample, seconds: float, opening: float
+) -> tuple[Throughput, dict[str, int]]:
+    """A trial's throughput, which is remembered on this machine, and how its answers ended."""
+    from batchrun.estimate.trial import trial  # it imports torch
+
+    known, endings = trial(prepared, sampled, seconds, opening)
+    known = replace(known, device=device_name())
+    remember(model_key(prepared), prepared.job.engine.kind, prepared.identity.job_hash, known)
+    return known, endings
+
+
 def _comparison(
     prepared: Prepared,
     sampled: Sample,
@@ -176,9 +184,7 @@ def _comparison(
     workers: int | None,
 ) -> dict[str, Any]:
     """The other way's estimate, from a trial of its own, and how far its answers agree with the job's."""
-    # They import torch.
-    from batchrun.estimate.comparison import compare
-    from batchrun.estimate.trial import trial as run_trial
+    from batchrun.estimate.comparison import compare  # it imports torch
 
     found = compare(prepared, sampled, quantization, trial)
     agreement.remember(prepared.model.fingerprint, found)
@@ -187,9 +193,7 @@ def _comparison(
     model = prepared.job.model.model_copy(update={"quantization": other})
     job = prepared.job.model_copy(update={"model": model})
     again = prepare(job)
-    known, _ = run_trial(again, sampled, trial, time.monotonic() - started)
-    known = replace(known, device=device_name())
-    remember(model_key(again), job.engine.kind, again.identity.job_hash, known)
+    known, _ = _tried(again, sampled, trial, time.monotonic() - started)
     return {
         "quantization": other,
         "estimate": _estimate(known, sampled, left, job, workers).to_json(),
@@ -357,10 +361,9 @@ def _how_long(about: dict[str, Any]) -> str:
     def spoken(figures: dict[str, float], form: Any) -> str:
         return f"{form(figures['likely'])} ({form(figures['low'])} to {form(figures['high'])})"
 
-    workers = about["workers"]
     money = "" if about["cost"] is None else f", cost {spoken(about['cost'], '{:,.2f}'.format)}"
     hours = spoken(about["worker_hours"], "{:,.2f}".format)
     return (
-        f"{spoken(about['seconds'], duration)} on {workers} worker{'s' if workers > 1 else ''}, "
+        f"{spoken(about['seconds'], duration)} on {counted(about['workers'], 'worker')}, "
         f"{hours} GPU-hours{money}"
     )

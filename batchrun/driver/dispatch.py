@@ -393,7 +393,9 @@ class Dispatch:
 
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
-        members = self.in_flight.pop(future, [])
+        if future not in self.in_flight:
+            return
+        members = self.in_flight.pop(future)
         self.trials.running.pop(future, None)
         try:
             outcome = self.reader.read(future)

@@ -20,6 +20,7 @@ from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.launch import available_cores
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.hashing import stable_hash
+from batchrun.model.fingerprint import cache_folder
 from batchrun.telemetry import record
 from batchrun.telemetry.gpu import visible_gpus
 from batchrun.telemetry.record import RunRecord
@@ -209,7 +210,7 @@ def _same_engine(asked: str, kind: str, engine: str) -> bool:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchrun" / "throughput"
+    return cache_folder() / "throughput"
 
 
 def _place(fingerprint: str, job_hash: str | None, known: Throughput) -> Path:

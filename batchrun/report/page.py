@@ -21,6 +21,7 @@ from batchrun.report.answers import Look
 from batchrun.report.summary import money, number, size
 from batchrun.storage import Folder
 from batchrun.telemetry import record
+from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import REPORT, RunRecord
 from batchrun.telemetry.redact import Redactor
@@ -120,7 +121,7 @@ def _ran_on(job: Job, runs: list[RunRecord]) -> Iterator[tuple[str, str]]:
         run = loaded[-1]
         how = ", ".join(word for word in (run.attention and f"{run.attention} attention", run.dtype) if word)
         yield "engine", f"{run.engine}{f' ({how})' if how else ''}"
-        count = "1 worker" if run.workers == 1 else f"{run.workers:,} workers"
+        count = counted(run.workers, "worker")
         cores = f"{run.machine['cores']} CPU cores" if run.machine.get("cores") else "a CPU"
         if run.agreement is not None:
             yield "accuracy", str(run.agreement)

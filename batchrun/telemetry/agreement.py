@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from batchrun.hashing import stable_hash
+from batchrun.model.fingerprint import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -74,5 +75,4 @@ def recall(fingerprint: str, quantization: str) -> Agreement | None:
 
 
 def _place(fingerprint: str, quantization: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "batchrun" / "agreement" / f"{stable_hash([fingerprint, quantization])[:32]}.json"
+    return cache_folder() / "agreement" / f"{stable_hash([fingerprint, quantization])[:32]}.json"
