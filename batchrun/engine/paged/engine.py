@@ -12,6 +12,7 @@ import torch
 
 from batchrun.engine import stage
 from batchrun.engine.answer_mask import AnswerMask
+from batchrun.engine.experts import use_grouped_experts
 from batchrun.engine.fp8 import format_of
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
@@ -61,6 +62,7 @@ class PagedEngine:
         cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
         if devices.is_gpu(device):
             fuse_projections(model)
+            use_grouped_experts(model)
         self._answer_mask = AnswerMask.of(spec, model)
         sampler = Sampler(spec.sampling, self._answer_mask)
         if budget.compile:

@@ -1,0 +1,152 @@
+"""Mixture-of-experts layers on a GPU: a few kernels for all experts of a layer, no loop over them, no copy of weights.
+
+transformers' models hand tokens, their experts and those experts' weights to one function that their config names. The
+one that is registered here runs the kernels of `experts_kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+IMPLEMENTATION = "batchrun"
+"""The name under which a config asks for it."""
+
+
+class Gate(NamedTuple):
+    """What becomes of the first product's columns: a gate of `experts_kernels.grouped_product`, and their order."""
+
+    name: str
+    interleaved: bool
+    alpha: float = 0.0
+    limit: float = 0.0
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        """(..., columns / 2) of (..., columns), in plain torch."""
+        halves = (columns[..., ::2], columns[..., 1::2]) if self.interleaved else columns.chunk(2, -1)
+        gate, up = halves
+        if self.name == "silu":
+            return functional.silu(gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+
+
+def use_grouped_experts(model: nn.Module) -> int:
+    """Has a model's experts computed by grouped products, where these know the kind of all of them: others stay with
+    what transformers chose. Gives the number of layers that changed."""
+    layers = expert_layers(model)
+    gates = [_find_gate(layer) for layer in layers]
+    if not layers or None in gates:
+        return 0
+    for layer, gate in zip(layers, gates, strict=True):
+        layer.grouped_gate = gate  # type: ignore[assignment]
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    return len(layers)
+
+
+def expert_layers(model: nn.Module) -> list[nn.Module]:
+    """Modules that hold the weights of many experts in two parameters."""
+    return [
+        module
+        for module in model.modules()
+        if all(
+            isinstance(weight := getattr(module, name, None), nn.Parameter) and weight.ndim == 3
+            for name in ("gate_up_proj", "down_proj")
+        )
+    ]
+
+
+def _find_gate(layer: Any) -> Gate | None:
+    """The gate that computes what the layer's own does, found by trying: its name would not tell."""
+    own = getattr(layer, "_apply_gate", None)
+    known = layer.gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if own is None or not known or getattr(layer, "has_post_expert_norm", False):
+        return None
+    clamp = float(getattr(layer, "alpha", 0.0)), float(getattr(layer, "limit", 0.0))
+    columns = torch.linspace(-12, 12, 64, device="cpu").reshape(32, 2).t().reshape(4, 16)
+    wanted = own(columns)
+    for interleaved in (False, True):
+        for gate in (Gate("silu", interleaved), Gate("clamped", interleaved, *clamp)):
+            if torch.allclose(gate(columns), wanted, atol=1e-5):
+                return gate
+    return None
+
+
+def _forward(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What a layer of experts gives, called by transformers.
+
+    Args:
+        hidden_states: (tokens, features). top_k_index, top_k_weights: (tokens, experts per token).
+    """
+    gate, bias = layer.grouped_gate, getattr(layer, "has_bias", False)
+    out: Tensor = experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        layer.gate_up_proj,
+        layer.gate_up_proj_bias if bias else None,
+        layer.down_proj,
+        layer.down_proj_bias if bias else None,
+        getattr(layer, "is_transposed", False),
+        *gate,
+    )
+    return out
+
+
+@torch.library.custom_op("batchrun::experts", mutates_args=())
+def experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    transposed: bool,
+    gate: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """The weighted sum of what each token's experts make of it; an operator of its own, so that a compiled layer may
+    run with any number of tokens.
+
+    Args:
+        x: (tokens, features).
+        expert_ids: (tokens, experts per token). A pair counts where its expert is one of those that `gate_up` holds: of
+            experts that are divided over several GPUs each adds its own, numbered from 0.
+        weights: (tokens, experts per token).
+        gate_up: (experts, 2 * width, features), or `transposed`. gate_up_bias: (experts, 2 * width).
+        down: (experts, features, width), or `transposed`. down_bias: (experts, features).
+        gate, interleaved, alpha, limit: see `Gate`.
+
+    Returns:
+        (tokens, features).
+    """
+    from batchrun.engine import experts_kernels as kernels
+
+    tokens, per_token = expert_ids.shape
+    if transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    held, pairs = len(gate_up), tokens * per_token
+    if not pairs:
+        return torch.zeros_like(x)
+    x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
+    first, second = kernels.tiles_for(pairs, held)
+    groups = kernels.group_by_expert(expert_ids, held, first.rows)
+    gated, parts = x.new_empty(pairs, down.shape[2]), x.new_empty(pairs, down.shape[1])
+    kernels.grouped_product(
+        x, gate_up, gate_up_bias, gated, groups, first, per_token, gate, interleaved, alpha, limit
+    )
+    kernels.grouped_product(gated, down, down_bias, parts, groups, second, per_token)
+    return kernels.weigh(parts, expert_ids, weights, held)
+
+
+@experts.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,287 @@
+"""The experts of a layer on a GPU, in Triton: pairs of token and expert in the experts' order, and grouped products.
+
+A grouped product multiplies each expert's rows with that expert's weights, all in one kernel: tiles of rows never mix
+experts (as in MegaBlocks; Gale et al., 2022). Nothing is read back by the host, nothing is added up in an order that
+depends on timing, and what becomes of a row does not depend on the others.
+"""
+
+# mypy: disable-error-code="no-untyped-def, attr-defined, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK_NUMBERS, _MAX_CHUNK = 16384, 128
+"""Numbers that a block of threads compares at once, and pairs of a chunk at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One block's part of a grouped product: rows, columns of the weights, features at a time; its warps and stages.
+
+    `swapped` multiplies the weights with the rows: matrix units want 64 of the first and take 8 or more of the second.
+    """
+
+    rows: int
+    columns: int
+    features: int
+    warps: int
+    stages: int
+    swapped: bool
+
+
+_TILES: tuple[tuple[int, Tile, Tile], ...] = (
+    (8, Tile(16, 128, 128, 4, 3, True), Tile(16, 128, 128, 4, 3, True)),
+    (20, Tile(32, 128, 128, 4, 3, True), Tile(32, 128, 128, 4, 3, True)),
+    (96, Tile(64, 128, 64, 4, 4, True), Tile(64, 128, 64, 4, 4, True)),
+    (1 << 62, Tile(128, 256, 64, 8, 3, False), Tile(128, 256, 64, 8, 3, False)),
+)
+"""For up to so many rows of an expert in the mean: the tile of the first product and that of the second."""
+
+
+def tiles_for(pairs: int, experts: int) -> tuple[Tile, Tile]:
+    """The tiles of both products, of as many rows each."""
+    return next((first, second) for most, first, second in _TILES if pairs <= most * experts)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Pairs in the order of their experts, the tokens of each in their own order, and the tiles of rows over them.
+
+    Attributes:
+        order: (pairs,) int32, the pairs (token * experts per token + number) one expert after the other. Pairs of
+            experts that are not here are left out, and what is behind the last one is undefined.
+        tiles: (3, tiles) int32: a tile's expert, its first place in `order`, and where the expert's places end. Tiles
+            that are not needed begin where they end.
+    """
+
+    order: Tensor
+    tiles: Tensor
+
+
+@triton.jit(do_not_specialize=["pairs", "chunks"])
+def _count(expert_ids, counts, pairs, chunks, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    chunk = tl.program_id(0)
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = tl.load(expert_ids + pair, mask=pair < pairs, other=-1).to(tl.int32)
+    experts = tl.arange(0, EXPERTS)
+    found = tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    tl.store(counts + experts * chunks + chunk, found)
+
+
+@triton.jit(do_not_specialize=["chunks", "num_experts", "num_tiles"])
+def _lay_out(
+    counts, begins, tiles, chunks, num_experts, num_tiles,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    # One block of threads: counts become the numbers of pairs in earlier chunks, the sums begin an expert's places.
+    experts = tl.arange(0, EXPERTS)
+    total = tl.zeros((EXPERTS,), tl.int32)
+    for start in range(0, chunks, BLOCK_C):
+        chunk = start + tl.arange(0, BLOCK_C)
+        place = counts + experts[:, None] * chunks + chunk[None, :]
+        found = tl.load(place, mask=chunk[None, :] < chunks, other=0)
+        tl.store(place, tl.cumsum(found, axis=1) - found + total[:, None], mask=chunk[None, :] < chunks)
+        total += tl.sum(found, axis=1)
+    total = tl.where(experts < num_experts, total, 0)
+    end = tl.cumsum(total, axis=0)
+    begin = end - total
+    tl.store(begins + experts, begin)
+    needed = (total + BLOCK_M - 1) // BLOCK_M
+    tile_end = tl.cumsum(needed, axis=0)
+    first = begin - (tile_end - needed) * BLOCK_M
+    for start in range(0, num_tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        own = experts[None, :] == expert[:, None]
+        row = tl.sum(tl.where(own, first[None, :], 0), axis=1) + tile * BLOCK_M
+        stop = tl.sum(tl.where(own, end[None, :], 0), axis=1)
+        mask = tile < num_tiles
+        tl.store(tiles + tile, tl.where(stop > 0, expert, 0), mask=mask)
+        tl.store(tiles + num_tiles + tile, tl.where(stop > 0, row, 0), mask=mask)
+        tl.store(tiles + 2 * num_tiles + tile, stop, mask=mask)
+
+
+@triton.jit(do_not_specialize=["pairs", "chunks", "num_experts"])
+def _place(expert_ids, counts, begins, order, pairs, chunks, num_experts, CHUNK: tl.constexpr):
+    chunk = tl.program_id(0)
+    number = tl.arange(0, CHUNK)
+    pair = chunk * CHUNK + number
+    expert = tl.load(expert_ids + pair, mask=pair < pairs, other=-1).to(tl.int32)
+    earlier = (expert[:, None] == expert[None, :]) & (number[None, :] < number[:, None])
+    here = (expert >= 0) & (expert < num_experts)
+    place = tl.load(begins + expert, mask=here, other=0) + tl.sum(earlier.to(tl.int32), axis=1)
+    place += tl.load(counts + expert * chunks + chunk, mask=here, other=0)
+    tl.store(order + place, pair, mask=here)
+
+
+def group_by_expert(expert_ids: Tensor, experts: int, tile_rows: int) -> Groups:
+    """A stable counting sort, in three kernels.
+
+    Args:
+        expert_ids: (tokens, experts per token) integers, contiguous; pairs of others than 0 to `experts` - 1 are left
+            out.
+        tile_rows: rows of a tile.
+    """
+    pairs, device = expert_ids.numel(), expert_ids.device
+    padded = triton.next_power_of_2(experts)
+    chunk = min(_MAX_CHUNK, max(16, _CHUNK_NUMBERS // padded))
+    chunks = triton.cdiv(pairs, chunk)
+    counts = torch.empty((padded, chunks), dtype=torch.int32, device=device)
+    begins = torch.empty(padded, dtype=torch.int32, device=device)
+    num_tiles = pairs // tile_rows + min(experts, pairs)
+    groups = Groups(
+        torch.empty(pairs, dtype=torch.int32, device=device),
+        torch.empty((3, num_tiles), dtype=torch.int32, device=device),
+    )
+    _count[(chunks,)](expert_ids, counts, pairs, chunks, EXPERTS=padded, CHUNK=chunk, num_warps=4)
+    _lay_out[(1,)](
+        counts, begins, groups.tiles, chunks, experts, num_tiles,
+        EXPERTS=padded, BLOCK_M=tile_rows, BLOCK_C=64, BLOCK_T=max(16, min(128, _CHUNK_NUMBERS // padded)),
+        num_warps=8,
+    )  # fmt: skip
+    _place[(chunks,)](
+        expert_ids, counts, begins, groups.order, pairs, chunks, experts, CHUNK=chunk, num_warps=4
+    )
+    return groups
+
+
+@triton.jit(
+    do_not_specialize=["num_tiles", "alpha", "limit"],
+    do_not_specialize_on_alignment=["order", "tiles", "bias"],
+)
+def _grouped_product(
+    x, weight, bias, out, order, tiles, num_tiles, per_token, columns, features, x_stride, out_stride,
+    expert_stride, column_stride, feature_stride, alpha, limit,
+    GATE: tl.constexpr, INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, SWAPPED: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Columns are those of the weights: of a gated product, two for each of the result's.
+    GATED: tl.constexpr = GATE != ""
+    num_blocks = tl.cdiv(columns, BLOCK_N)
+    tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    row, stop = tl.load(tiles + num_tiles + tile), tl.load(tiles + 2 * num_tiles + tile)
+    if row >= stop:
+        return
+    expert = tl.load(tiles + tile)
+    # Rows and columns that are not there are computed like others, and not stored.
+    rows = row + tl.arange(0, BLOCK_M)
+    place = tl.minimum(rows, stop - 1)
+    pair = tl.load(order + place)
+    source = pair // per_token if GATED else place
+    number = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = number % columns
+    if GATED and not INTERLEAVED:
+        # The gate's and the other half's columns in turns, so that those of a result meet in one thread.
+        column = column // 2 + (column % 2) * (columns // 2)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x + source.to(tl.int64)[:, None] * x_stride + offs_k[None, :]
+    weight_ptrs = weight + expert.to(tl.int64) * expert_stride
+    weight_ptrs += column[:, None] * column_stride + offs_k[None, :] * feature_stride
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, features, BLOCK_K, num_stages=NUM_STAGES):
+        if EVEN:
+            a, w = tl.load(x_ptrs), tl.load(weight_ptrs)
+        else:
+            mask = (start + offs_k < features)[None, :]
+            a, w = tl.load(x_ptrs, mask=mask, other=0.0), tl.load(weight_ptrs, mask=mask, other=0.0)
+        if SWAPPED:
+            acc = tl.dot(w, tl.trans(a), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K * feature_stride
+    if SWAPPED:
+        acc = tl.trans(acc)
+    if BIAS:
+        acc += tl.load(bias + expert * columns + column)[None, :].to(tl.float32)
+    mask_m = (rows < stop)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+        if GATE == "clamped":
+            gate, up = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit) + 1.0
+            gate = gate / (1.0 + tl.exp(-alpha * gate))
+        else:
+            gate = gate / (1.0 + tl.exp(-gate))
+        number = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        out_ptrs = out + rows.to(tl.int64)[:, None] * out_stride + number[None, :]
+        tl.store(
+            out_ptrs, (gate * up).to(out.dtype.element_ty), mask=mask_m & (number < columns // 2)[None, :]
+        )
+    else:
+        out_ptrs = out + pair.to(tl.int64)[:, None] * out_stride + number[None, :]
+        tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=mask_m & (number < columns)[None, :])
+
+
+def grouped_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    groups: Groups,
+    tile: Tile,
+    per_token: int,
+    gate: str = "",
+    interleaved: bool = False,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+) -> None:
+    """Each pair's row times the transposed weights of its expert, plus the expert's bias.
+
+    With a gate, the rows of x are tokens' and those of `out` in the groups' order; without one, the other way round,
+    and those of `out` are pairs'.
+
+    Args:
+        x: (rows, features), contiguous. weight: (experts, columns, features), of any strides.
+        bias: (experts, columns), contiguous. out: (pairs, columns), or with a gate half as many; contiguous.
+        gate: "silu": silu(gate) * up. "clamped": gate * sigmoid(alpha * gate) * (up + 1), gate at most `limit` and up
+            between plus and minus `limit`. "": none.
+        interleaved: gates and ups are in turns, else all gates are in front.
+    """
+    _, columns, features = weight.shape
+    num_tiles = groups.tiles.shape[1]
+    _grouped_product[(num_tiles * triton.cdiv(columns, tile.columns),)](
+        x, weight, bias, out, groups.order, groups.tiles, num_tiles, per_token, columns, features, x.stride(0),
+        out.stride(0), *weight.stride(), alpha, limit,
+        GATE=gate, INTERLEAVED=interleaved, BIAS=bias is not None, SWAPPED=tile.swapped,
+        EVEN=features % tile.features == 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.features,
+        NUM_STAGES=tile.stages, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def _weigh(parts, expert_ids, weights, out, per_token, num_experts, width, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for number in range(0, per_token):
+        pair = token * per_token + number
+        expert = tl.load(expert_ids + pair)
+        if (expert >= 0) & (expert < num_experts):
+            part = tl.load(parts + pair * width + column, mask=mask, other=0.0).to(tl.float32)
+            acc += tl.load(weights + pair).to(tl.float32) * part
+    tl.store(out + token * width + column, acc.to(out.dtype.element_ty), mask=mask)
+
+
+def weigh(parts: Tensor, expert_ids: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """(tokens, width): the sum of a token's parts times their weights, in float32, always in the same order.
+
+    Args:
+        parts: (tokens * experts per token, width), contiguous; those of experts that are not here are not read.
+        expert_ids, weights: (tokens, experts per token), contiguous.
+    """
+    tokens, per_token = expert_ids.shape
+    width = parts.shape[1]
+    out = torch.empty((tokens, width), dtype=parts.dtype, device=parts.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _weigh[(tokens, triton.cdiv(width, block))](
+        parts, expert_ids, weights, out, per_token, experts, width, BLOCK=block, num_warps=4
+    )
+    return out
