@@ -27,8 +27,10 @@ class Gate(NamedTuple):
 
     def __call__(self, columns: Tensor) -> Tensor:
         """(..., columns / 2) of (..., columns), in plain torch."""
-        halves = (columns[..., ::2], columns[..., 1::2]) if self.interleaved else columns.chunk(2, -1)
-        gate, up = halves
+        if self.interleaved:
+            gate, up = columns[..., ::2], columns[..., 1::2]
+        else:
+            gate, up = columns.chunk(2, dim=-1)
         if self.name == "silu":
             return functional.silu(gate) * up
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.batching import PaddedBatch, by_length, take_batch
+from batchrun.engine.experts import use_grouped_experts
 from batchrun.engine.fp8 import format_of
 from batchrun.engine.loading import choose_dtype, load_config, load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
@@ -47,6 +48,8 @@ class PaddedEngine:
     def __init__(
         self, spec: EngineSpec, model: Any, order: Callable[[Iterable[Request]], list[Request]] = by_length
     ) -> None:
+        if model.device.type == "cuda":
+            use_grouped_experts(model)
         self.spec = spec
         self.model = model
         self.order = order

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import cuda_stand_in
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,6 +16,11 @@ pytest.importorskip("triton")
 from batchrun.engine import experts_kernels
 from batchrun.engine.experts import IMPLEMENTATION, expert_layers, use_grouped_experts
 from batchrun.engine.experts_kernels import Tile, group_by_expert
+from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.paged import PagedEngine, attention
+from batchrun.engine.paged.compiling import compile_layers
+from batchrun.engine.paged.flash import FlashAttention
+from batchrun.engine.protocol import Completion, EngineSpec, Request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {
@@ -35,6 +42,7 @@ TILES = {
     "as they are": Tile(16, 64, 32, 4, 3, False),
     "large": Tile(64, 64, 64, 4, 2, False),
 }
+OPTIONS: dict[str, object] = {"max_rows": 2, "prefill_tokens": 32, "decode_steps": 2, "cache_tokens": 192}
 
 
 def _model(name: str, seed: int = 0) -> Any:
@@ -89,3 +97,102 @@ def test_a_layer_gives_what_transformers_loop_over_experts_gives(
         scores = torch.rand(tokens, layer.gate_up_proj.shape[0], generator=generator).to(DEVICE)
         weights, ids = scores.topk(per_token, dim=-1)
         torch.testing.assert_close(layer(x, ids, weights), own(x, ids, weights), atol=1e-4, rtol=1e-4)
+
+
+def test_experts_that_are_elsewhere_add_nothing() -> None:
+    """Experts divided over several GPUs, or halves of all of them, add up to the layer."""
+    model = _model("qwen3_moe")
+    assert use_grouped_experts(model)
+    layer = expert_layers(model)[0]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(9, SHAPE["hidden_size"], generator=generator).to(DEVICE)
+    weights, ids = torch.rand(9, 11, generator=generator).to(DEVICE).topk(3, dim=-1)
+    whole, gate_up, down = layer(x, ids, weights), layer.gate_up_proj.data, layer.down_proj.data
+
+    def part(ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        layer.gate_up_proj.data, layer.down_proj.data = gate_up.contiguous(), down.contiguous()
+        return layer(x, ids, weights)
+
+    by_expert = [
+        part(ids - first, gate_up[first:stop], down[first:stop]) for first, stop in ((0, 5), (5, 11))
+    ]
+    torch.testing.assert_close(sum(by_expert), whole, atol=1e-4, rtol=1e-4)
+    halves = gate_up.unflatten(1, (2, 40)).split(20, dim=2)
+    by_width = [
+        part(ids, own.flatten(1, 2), down[..., 20 * number : 20 * number + 20])
+        for number, own in enumerate(halves)
+    ]
+    torch.testing.assert_close(sum(by_width), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_of_a_kind_that_the_kernels_do_not_know_stay_with_transformers() -> None:
+    model = _model("qwen3_moe")
+    before = model.config._experts_implementation
+    layer = expert_layers(model)[1]
+    layer.act_fn = torch.nn.GELU()
+    assert use_grouped_experts(model) == 0
+    assert model.config._experts_implementation == before
+    assert use_grouped_experts(torch.nn.Linear(2, 2)) == 0
+
+
+def _requests(rows: int, prefix: int) -> list[Request]:
+    rng = np.random.default_rng(rows)
+    shared = rng.integers(3, 300, prefix)
+    prompts = [
+        np.concatenate([shared, rng.integers(3, 300, 1 + 5 * n)]).astype(np.int32) for n in range(rows)
+    ]
+    return [Request(n, prompt, 2 + n, n) for n, prompt in enumerate(prompts)]
+
+
+def _check(reference: Any, requests: list[Request], completions: list[Completion]) -> None:
+    """Each row is what transformers generates for it alone."""
+    found = {one.id: one.token_ids.tolist() for one in completions}
+    for request in requests:
+        ids = torch.tensor(request.token_ids[None].astype(np.int64), device=DEVICE)
+        mask = torch.ones_like(ids)
+        wanted = reference.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert found[request.id] == wanted[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's float32 is another one's")
+def test_compiled_layers_give_the_tokens_of_generate_and_are_one_graph() -> None:
+    reference, model = _model("gpt_oss"), _model("gpt_oss")
+    engine = PagedEngine(EngineSpec("paged", "", "", max_context=128, options=OPTIONS), model, page_size=16)
+    assert use_grouped_experts(model) == 2
+    assert compile_layers(model, engine._runner.cache.modules) == 2
+    torch._dynamo.utils.counters.clear()
+    requests = _requests(rows=3, prefix=0)
+    _check(reference, requests, list(engine.generate(iter(requests))))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's float32 is another one's")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_paged_engine_on_a_gpu_gives_the_tokens_of_generate(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, model = _model(name), _model(name)
+    cuda_stand_in.install(monkeypatch)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_: FlashAttention())
+    engine = PagedEngine(EngineSpec("paged", "", "", max_context=128, options=OPTIONS), model, page_size=16)
+    assert model.config._experts_implementation == IMPLEMENTATION
+    requests = _requests(rows=3, prefix=20)
+    completions = list(engine.generate(iter(requests)))
+    assert engine.stats.shared_tokens
+    assert cuda_stand_in.Graph.captured > 1
+    _check(reference, requests, completions)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_padded_engine_gives_the_tokens_of_generate(name: str) -> None:
+    reference, model = _model(name), _model(name)
+    assert use_grouped_experts(model) == 2
+    spec = EngineSpec("padded", "", "", device=DEVICE, max_context=128, options={"batch_tokens": 120})
+    requests = _requests(rows=3, prefix=0)
+    _check(reference, requests, list(PaddedEngine(spec, model).generate(iter(requests))))
