@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from batchrun.engine.fp8 import quantize_rows
+
 IMPLEMENTATION = "batchrun"
 """The name under which a config asks for it."""
 
@@ -41,17 +43,17 @@ def use_grouped_experts(model: nn.Module) -> int:
     """Has a model's experts computed by grouped products, where these know the kind of all of them: others stay with
     what transformers chose. Gives the number of layers that changed."""
     layers = expert_layers(model)
-    gates = [_find_gate(layer) for layer in layers]
+    gates = [find_gate(layer) for layer in layers]
     if not layers or None in gates:
         return 0
     for layer, gate in zip(layers, gates, strict=True):
-        layer.grouped_gate = gate  # type: ignore[assignment]
+        layer.grouped_gate = gate
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
     model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
     return len(layers)
 
 
-def expert_layers(model: nn.Module) -> list[nn.Module]:
+def expert_layers(model: nn.Module) -> list[Any]:
     """Modules that hold the weights of many experts in two parameters."""
     return [
         module
@@ -63,7 +65,7 @@ def expert_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _find_gate(layer: Any) -> Gate | None:
+def find_gate(layer: Any) -> Gate | None:
     """The gate that computes what the layer's own does, found by trying: its name would not tell."""
     own = getattr(layer, "_apply_gate", None)
     known = layer.gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -114,6 +116,8 @@ def experts(
     interleaved: bool,
     alpha: float,
     limit: float,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of what each token's experts make of it; an operator of its own, so that a compiled layer may
     run with any number of tokens.
@@ -126,29 +130,78 @@ def experts(
         gate_up: (experts, 2 * width, features), or `transposed`. gate_up_bias: (experts, 2 * width).
         down: (experts, features, width), or `transposed`. down_bias: (experts, features).
         gate, interleaved, alpha, limit: see `Gate`.
+        gate_up_scale, down_scale: of weights in fp8, those of their columns: (experts, columns, 1) float32. What goes
+            into a product is then in fp8, too, each row with a scale of its own.
 
     Returns:
         (tokens, features).
     """
-    from batchrun.engine import experts_kernels as kernels
-
-    tokens, per_token = expert_ids.shape
     if transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    held, pairs = len(gate_up), tokens * per_token
-    if not pairs:
+    if not len(x):
         return torch.zeros_like(x)
     x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
-    first, second = kernels.tiles_for(pairs, held)
-    groups = kernels.group_by_expert(expert_ids, held, first.rows)
-    gated, parts = x.new_empty(pairs, down.shape[2]), x.new_empty(pairs, down.shape[1])
-    kernels.grouped_product(
-        x, gate_up, gate_up_bias, gated, groups, first, per_token, gate, interleaved, alpha, limit
-    )
-    kernels.grouped_product(gated, down, down_bias, parts, groups, second, per_token)
-    return kernels.weigh(parts, expert_ids, weights, held)
+    first = Product(gate_up, gate_up_bias, gate_up_scale)
+    second = Product(down, down_bias, down_scale)
+    made = Gate(gate, interleaved, alpha, limit)
+    if gate_up_scale is not None and not x.is_cuda:
+        return _one_by_one(x, expert_ids, weights, first, second, made)
+    return grouped(x, expert_ids, weights, first, second, made)
 
 
 @experts.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class Product(NamedTuple):
+    """The weights of a layer's experts for one of its products: (experts, columns, features), and what belongs to the
+    columns: (experts, columns), and of weights in fp8 (experts, columns, 1)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+
+
+def grouped(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, first: Product, second: Product, gate: Gate
+) -> Tensor:
+    """`experts` by our kernels; all tensors but the weights contiguous."""
+    from batchrun.engine import experts_kernels as kernels
+
+    per_token, held = expert_ids.shape[1], len(first.weight)
+    pairs = expert_ids.numel()
+    tile = kernels.tile_for(pairs, held, first.weight.dtype)
+    groups = kernels.group_by_expert(expert_ids, held, tile.rows)
+    gated = x.new_empty(pairs, second.weight.shape[2])
+    parts = x.new_empty(pairs, second.weight.shape[1])
+    rows, scale = kernels.quantize_rows(x) if first.scale is not None else (x, None)
+    kernels.grouped_product(
+        rows, first.weight, first.bias, gated, groups, tile, per_token, *gate, scale, first.scale
+    )
+    rows, scale = kernels.quantize_rows(gated) if second.scale is not None else (gated, None)
+    kernels.grouped_product(
+        rows, second.weight, second.bias, parts, groups, tile, per_token,
+        x_scale=scale, weight_scale=second.scale,
+    )  # fmt: skip
+    return kernels.weigh(parts, expert_ids, weights, held)
+
+
+def _one_by_one(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, first: Product, second: Product, gate: Gate
+) -> Tensor:
+    """The same numbers on a CPU, which has no products of fp8."""
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for expert in range(len(first.weight)):
+        tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
+        columns = gate(_product(x[tokens], first, expert)).to(x.dtype)
+        part = _product(columns, second, expert) * weights[tokens, places, None].float()
+        out.index_add_(0, tokens, part)
+    return out.to(x.dtype)
+
+
+def _product(x: Tensor, product: Product, expert: int) -> Tensor:
+    rows, scale = quantize_rows(x)
+    assert product.scale is not None
+    out = rows.float() @ product.weight[expert].float().t() * scale * product.scale[expert].t()
+    return out if product.bias is None else out + product.bias[expert].float()

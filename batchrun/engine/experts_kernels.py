@@ -9,12 +9,14 @@ depends on timing, and what becomes of a row does not depend on the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from batchrun.engine.fp8 import FP8, FP8_MAX
 
 _CHUNK_NUMBERS, _MAX_CHUNK = 16384, 128
 """Numbers that a block of threads compares at once, and pairs of a chunk at most."""
@@ -35,18 +37,24 @@ class Tile:
     swapped: bool
 
 
-_TILES: tuple[tuple[int, Tile, Tile], ...] = (
-    (8, Tile(16, 128, 128, 4, 3, True), Tile(16, 128, 128, 4, 3, True)),
-    (20, Tile(32, 128, 128, 4, 3, True), Tile(32, 128, 128, 4, 3, True)),
-    (96, Tile(64, 128, 64, 4, 4, True), Tile(64, 128, 64, 4, 4, True)),
-    (1 << 62, Tile(128, 256, 64, 8, 3, False), Tile(128, 256, 64, 8, 3, False)),
+_TILES = (
+    (16, Tile(16, 128, 128, 4, 3, True)),
+    (48, Tile(64, 256, 64, 8, 4, False)),
+    (1 << 62, Tile(128, 256, 64, 8, 4, False)),
 )
-"""For up to so many rows of an expert in the mean: the tile of the first product and that of the second."""
+"""The best of many for up to so many rows of an expert in the mean, features as of 16 bits. Few of them, since each is
+compiled when it is first wanted."""
+
+_FLOAT32 = Tile(64, 64, 32, 4, 2, False)
+"""Without matrix units, a large tile would take minutes to compile."""
 
 
-def tiles_for(pairs: int, experts: int) -> tuple[Tile, Tile]:
-    """The tiles of both products, of as many rows each."""
-    return next((first, second) for most, first, second in _TILES if pairs <= most * experts)
+def tile_for(pairs: int, experts: int, dtype: torch.dtype) -> Tile:
+    """The tile of both products."""
+    if dtype.itemsize == 4:
+        return _FLOAT32
+    tile = next(tile for most, tile in _TILES if pairs <= most * experts)
+    return tile if dtype.itemsize == 2 else replace(tile, features=2 * tile.features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,50 +82,52 @@ def _count(expert_ids, counts, pairs, chunks, EXPERTS: tl.constexpr, CHUNK: tl.c
     tl.store(counts + experts * chunks + chunk, found)
 
 
-@triton.jit(do_not_specialize=["chunks", "num_experts", "num_tiles"])
-def _lay_out(
-    counts, begins, tiles, chunks, num_experts, num_tiles,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+@triton.jit(do_not_specialize=["chunks"])
+def _scan(counts, totals, chunks, BLOCK: tl.constexpr):
+    # A block of threads for each expert: its counts become the numbers of its pairs in earlier chunks.
+    expert = tl.program_id(0)
+    total = 0
+    for start in range(0, chunks, BLOCK):
+        chunk = start + tl.arange(0, BLOCK)
+        place = counts + expert * chunks + chunk
+        found = tl.load(place, mask=chunk < chunks, other=0)
+        tl.store(place, tl.cumsum(found, axis=0) - found + total, mask=chunk < chunks)
+        total += tl.sum(found, axis=0)
+    tl.store(totals + expert, total)
+
+
+@triton.jit(do_not_specialize=["pairs", "chunks", "num_experts", "num_tiles"])
+def _place(
+    expert_ids, counts, totals, order, tiles, pairs, chunks, num_experts, num_tiles,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    # One block of threads: counts become the numbers of pairs in earlier chunks, the sums begin an expert's places.
-    experts = tl.arange(0, EXPERTS)
-    total = tl.zeros((EXPERTS,), tl.int32)
-    for start in range(0, chunks, BLOCK_C):
-        chunk = start + tl.arange(0, BLOCK_C)
-        place = counts + experts[:, None] * chunks + chunk[None, :]
-        found = tl.load(place, mask=chunk[None, :] < chunks, other=0)
-        tl.store(place, tl.cumsum(found, axis=1) - found + total[:, None], mask=chunk[None, :] < chunks)
-        total += tl.sum(found, axis=1)
-    total = tl.where(experts < num_experts, total, 0)
+    program, number, experts = tl.program_id(0), tl.arange(0, CHUNK), tl.arange(0, EXPERTS)
+    here = experts < num_experts
+    total = tl.load(totals + experts, mask=here, other=0)
     end = tl.cumsum(total, axis=0)
     begin = end - total
-    tl.store(begins + experts, begin)
-    needed = (total + BLOCK_M - 1) // BLOCK_M
-    tile_end = tl.cumsum(needed, axis=0)
-    first = begin - (tile_end - needed) * BLOCK_M
-    for start in range(0, num_tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
+    if program < chunks:
+        pair = program * CHUNK + number
+        expert = tl.load(expert_ids + pair, mask=pair < pairs, other=-1).to(tl.int32)
+        mask = (expert >= 0) & (expert < num_experts)
+        place = tl.load(counts + expert * chunks + program, mask=mask, other=0)
+        earlier = (expert[:, None] == expert[None, :]) & (number[None, :] < number[:, None])
+        place += tl.sum(earlier.to(tl.int32), axis=1)
+        place += tl.sum(tl.where(expert[:, None] == experts[None, :], begin[None, :], 0), axis=1)
+        tl.store(order + place, pair, mask=mask)
+    tile = program * CHUNK + number
+    if program * CHUNK < num_tiles:
+        needed = (total + BLOCK_M - 1) // BLOCK_M
+        tile_end = tl.cumsum(needed, axis=0)
         expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
         own = experts[None, :] == expert[:, None]
+        first = begin - (tile_end - needed) * BLOCK_M
         row = tl.sum(tl.where(own, first[None, :], 0), axis=1) + tile * BLOCK_M
         stop = tl.sum(tl.where(own, end[None, :], 0), axis=1)
         mask = tile < num_tiles
         tl.store(tiles + tile, tl.where(stop > 0, expert, 0), mask=mask)
         tl.store(tiles + num_tiles + tile, tl.where(stop > 0, row, 0), mask=mask)
         tl.store(tiles + 2 * num_tiles + tile, stop, mask=mask)
-
-
-@triton.jit(do_not_specialize=["pairs", "chunks", "num_experts"])
-def _place(expert_ids, counts, begins, order, pairs, chunks, num_experts, CHUNK: tl.constexpr):
-    chunk = tl.program_id(0)
-    number = tl.arange(0, CHUNK)
-    pair = chunk * CHUNK + number
-    expert = tl.load(expert_ids + pair, mask=pair < pairs, other=-1).to(tl.int32)
-    earlier = (expert[:, None] == expert[None, :]) & (number[None, :] < number[:, None])
-    here = (expert >= 0) & (expert < num_experts)
-    place = tl.load(begins + expert, mask=here, other=0) + tl.sum(earlier.to(tl.int32), axis=1)
-    place += tl.load(counts + expert * chunks + chunk, mask=here, other=0)
-    tl.store(order + place, pair, mask=here)
 
 
 def group_by_expert(expert_ids: Tensor, experts: int, tile_rows: int) -> Groups:
@@ -133,21 +143,18 @@ def group_by_expert(expert_ids: Tensor, experts: int, tile_rows: int) -> Groups:
     chunk = min(_MAX_CHUNK, max(16, _CHUNK_NUMBERS // padded))
     chunks = triton.cdiv(pairs, chunk)
     counts = torch.empty((padded, chunks), dtype=torch.int32, device=device)
-    begins = torch.empty(padded, dtype=torch.int32, device=device)
+    totals = torch.empty(padded, dtype=torch.int32, device=device)
     num_tiles = pairs // tile_rows + min(experts, pairs)
     groups = Groups(
         torch.empty(pairs, dtype=torch.int32, device=device),
         torch.empty((3, num_tiles), dtype=torch.int32, device=device),
     )
     _count[(chunks,)](expert_ids, counts, pairs, chunks, EXPERTS=padded, CHUNK=chunk, num_warps=4)
-    _lay_out[(1,)](
-        counts, begins, groups.tiles, chunks, experts, num_tiles,
-        EXPERTS=padded, BLOCK_M=tile_rows, BLOCK_C=64, BLOCK_T=max(16, min(128, _CHUNK_NUMBERS // padded)),
-        num_warps=8,
+    _scan[(padded,)](counts, totals, chunks, BLOCK=256, num_warps=1)
+    _place[(max(chunks, triton.cdiv(num_tiles, chunk)),)](
+        expert_ids, counts, totals, groups.order, groups.tiles, pairs, chunks, experts, num_tiles,
+        EXPERTS=padded, CHUNK=chunk, BLOCK_M=tile_rows, num_warps=4,
     )  # fmt: skip
-    _place[(chunks,)](
-        expert_ids, counts, begins, groups.order, pairs, chunks, experts, CHUNK=chunk, num_warps=4
-    )
     return groups
 
 
@@ -156,10 +163,10 @@ def group_by_expert(expert_ids: Tensor, experts: int, tile_rows: int) -> Groups:
     do_not_specialize_on_alignment=["order", "tiles", "bias"],
 )
 def _grouped_product(
-    x, weight, bias, out, order, tiles, num_tiles, per_token, columns, features, x_stride, out_stride,
-    expert_stride, column_stride, feature_stride, alpha, limit,
-    GATE: tl.constexpr, INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, SWAPPED: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    x, x_scale, weight, weight_scale, bias, out, order, tiles, num_tiles, per_token, columns, features,
+    x_stride, out_stride, expert_stride, column_stride, feature_stride, alpha, limit,
+    GATE: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, SWAPPED: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Columns are those of the weights: of a gated product, two for each of the result's.
@@ -199,6 +206,8 @@ def _grouped_product(
         weight_ptrs += BLOCK_K * feature_stride
     if SWAPPED:
         acc = tl.trans(acc)
+    if SCALED:
+        acc *= tl.load(x_scale + source)[:, None] * tl.load(weight_scale + expert * columns + column)[None, :]
     if BIAS:
         acc += tl.load(bias + expert * columns + column)[None, :].to(tl.float32)
     mask_m = (rows < stop)[:, None]
@@ -231,6 +240,8 @@ def grouped_product(
     interleaved: bool = False,
     alpha: float = 0.0,
     limit: float = 0.0,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> None:
     """Each pair's row times the transposed weights of its expert, plus the expert's bias.
 
@@ -243,16 +254,40 @@ def grouped_product(
         gate: "silu": silu(gate) * up. "clamped": gate * sigmoid(alpha * gate) * (up + 1), gate at most `limit` and up
             between plus and minus `limit`. "": none.
         interleaved: gates and ups are in turns, else all gates are in front.
+        x_scale, weight_scale: of each row of x and of `weight`, where these are in fp8: (rows, 1) and
+            (experts, columns, 1), float32, contiguous.
     """
     _, columns, features = weight.shape
     num_tiles = groups.tiles.shape[1]
     _grouped_product[(num_tiles * triton.cdiv(columns, tile.columns),)](
-        x, weight, bias, out, groups.order, groups.tiles, num_tiles, per_token, columns, features, x.stride(0),
-        out.stride(0), *weight.stride(), alpha, limit,
-        GATE=gate, INTERLEAVED=interleaved, BIAS=bias is not None, SWAPPED=tile.swapped,
-        EVEN=features % tile.features == 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.features,
-        NUM_STAGES=tile.stages, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps,
+        x, x_scale, weight, weight_scale, bias, out, groups.order, groups.tiles, num_tiles, per_token, columns,
+        features, x.stride(0), out.stride(0), *weight.stride(), alpha, limit,
+        GATE=gate, INTERLEAVED=interleaved, SCALED=weight_scale is not None, BIAS=bias is not None,
+        SWAPPED=tile.swapped, EVEN=features % tile.features == 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        BLOCK_K=tile.features, NUM_STAGES=tile.stages, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
     )  # fmt: skip
+
+
+@triton.jit
+def _quantize(x, out, scale, width, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    numbers = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
+    # Unlike tl.max, which would drop a number that is not one.
+    broken = tl.sum(tl.where(numbers == numbers, 0, 1), axis=0)
+    largest = tl.where(broken > 0, float("nan"), tl.maximum(tl.max(tl.abs(numbers), axis=0), 1e-12))
+    tl.store(out + row * width + column, (numbers * (MOST / largest)).to(out.dtype.element_ty), mask=mask)
+    tl.store(scale + row, largest / MOST)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `fp8.quantize_rows`, in one kernel: x (rows, features), contiguous."""
+    rows, width = x.shape
+    out, scale = torch.empty_like(x, dtype=FP8), torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    _quantize[(rows,)](x, out, scale, width, MOST=FP8_MAX, BLOCK=triton.next_power_of_2(width), num_warps=4)
+    return out, scale
 
 
 @triton.jit(do_not_specialize=["num_experts"])

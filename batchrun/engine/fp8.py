@@ -6,10 +6,13 @@ absolute value of its row to the largest that e4m3 has (Micikevicius et al., FP8
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from batchrun.engine.fp8_experts import Fp8Experts
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -103,19 +106,22 @@ class Fp8Linear(nn.Module):
         return fp8_linear(x, self.weight, self.weight_scale, self.bias)
 
 
-def with_fp8_layers(model: nn.Module) -> list[Fp8Linear]:
+def with_fp8_layers(model: nn.Module) -> list[Fp8Linear | Fp8Experts]:
     """Puts an Fp8Linear in the place of each linear layer whose sizes allow it, but for the one that gives the logits,
-    whose errors are those of a token's probability, and for routers, which send a token elsewhere at a near tie.
-    Nothing is converted yet."""
+    whose errors are those of a token's probability, and for routers, which send a token elsewhere at a near tie; and
+    Fp8Experts in that of experts. Nothing is converted yet."""
+    from batchrun.engine.fp8_experts import with_fp8_experts
+
     head = cast(nn.Module | None, model.get_output_embeddings())  # type: ignore[operator]
-    layers = []
+    layers: list[Fp8Linear | Fp8Experts] = [*with_fp8_experts(model)]
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is not nn.Linear or child is head or name in ROUTERS:
                 continue
             if child.in_features % MULTIPLE == 0 and child.out_features % MULTIPLE == 0:
-                layers.append(Fp8Linear(child))
-                setattr(module, name, layers[-1])
+                layer = Fp8Linear(child)
+                layers.append(layer)
+                setattr(module, name, layer)
     return layers
 
 

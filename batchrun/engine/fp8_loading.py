@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows, with_fp8_layers
 from batchrun.engine.fp8_checkpoint import Fp8Checkpoint, expand_blocks, prepare
+from batchrun.engine.fp8_experts import PARAMETERS, Fp8Experts
 
 METHOD = "batchrun-fp8"
 """The name under which transformers finds the quantizer; no checkpoint has it."""
@@ -39,9 +40,11 @@ class Fp8Quantizer(HfQuantizer):
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """Whether the parameter is the weight of an Fp8Linear, and not in fp8 already."""
+        """Whether the parameter is a weight of an Fp8Linear or of Fp8Experts, and not in fp8 already."""
         owner, _dot, name = param_name.rpartition(".")
         layer = model.get_submodule(owner)
+        if isinstance(layer, Fp8Experts):
+            return name in PARAMETERS and getattr(layer, name).dtype != FP8
         return name == "weight" and isinstance(layer, Fp8Linear) and layer.weight.dtype != FP8
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:

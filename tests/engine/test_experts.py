@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cuda_stand_in
@@ -13,9 +15,11 @@ import transformers
 
 pytest.importorskip("triton")
 
-from batchrun.engine import experts_kernels
-from batchrun.engine.experts import IMPLEMENTATION, expert_layers, use_grouped_experts
+from batchrun.engine import experts_kernels, fp8
+from batchrun.engine.experts import IMPLEMENTATION, Product, expert_layers, grouped, use_grouped_experts
 from batchrun.engine.experts_kernels import Tile, group_by_expert
+from batchrun.engine.fp8_experts import Fp8Experts
+from batchrun.engine.loading import load_model
 from batchrun.engine.padded import PaddedEngine
 from batchrun.engine.paged import PagedEngine, attention
 from batchrun.engine.paged.compiling import compile_layers
@@ -37,6 +41,17 @@ CONFIGS: dict[str, Any] = {
         **SHAPE, head_dim=16, sliding_window=8, num_local_experts=6, num_experts_per_tok=3
     ),
 }  # fmt: skip
+FP8_CONFIGS = {
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SHAPE,
+        head_dim=16,
+        moe_intermediate_size=32,
+        num_experts=11,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+    ),
+    "mixtral": CONFIGS["mixtral"],
+}
 TILES = {
     "swapped": Tile(16, 32, 32, 4, 3, True),
     "as they are": Tile(16, 64, 32, 4, 3, False),
@@ -45,9 +60,9 @@ TILES = {
 OPTIONS: dict[str, object] = {"max_rows": 2, "prefill_tokens": 32, "decode_steps": 2, "cache_tokens": 192}
 
 
-def _model(name: str, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+def _model(name: str, configs: dict[str, Any] = CONFIGS) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(configs[name](), dtype=torch.float32).eval()
     for parameter in model.parameters():
         # Biases and sinks are zeros until somebody trains them.
         if not parameter.any():
@@ -83,7 +98,7 @@ def test_pairs_come_in_the_order_of_experts_and_tiles_cover_each_once(
 def test_a_layer_gives_what_transformers_loop_over_experts_gives(
     name: str, tile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_kernels, "tiles_for", lambda pairs, experts: (TILES[tile], TILES[tile]))
+    monkeypatch.setattr(experts_kernels, "tile_for", lambda *_: TILES[tile])
     model = _model(name)
     reference = copy.deepcopy(model)
     reference.set_experts_implementation("eager")
@@ -196,3 +211,62 @@ def test_the_padded_engine_gives_the_tokens_of_generate(name: str) -> None:
     spec = EngineSpec("padded", "", "", device=DEVICE, max_context=128, options={"batch_tokens": 120})
     requests = _requests(rows=3, prefix=0)
     _check(reference, requests, list(PaddedEngine(spec, model).generate(iter(requests))))
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_experts_in_fp8_give_what_their_dequantized_numbers_give(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu":
+        # Triton's interpreter rounds some numbers to the wrong one of fp8.
+        monkeypatch.setattr(experts_kernels, "quantize_rows", fp8.quantize_rows)
+    model = _model("qwen3_moe", FP8_CONFIGS)
+    reference = copy.deepcopy(expert_layers(model)[0])
+    reference.config._experts_implementation = "eager"
+    fp8.quantize(model)
+    layer = model.model.layers[0].mlp.experts
+    assert isinstance(layer, Fp8Experts)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(layer, name)
+        assert weight.dtype == fp8.FP8
+        getattr(reference, name).data = weight.float() * getattr(layer, f"{name}_scale")
+    x = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    weights, ids = (
+        torch.rand(tokens, 11, generator=torch.Generator().manual_seed(4)).to(DEVICE).topk(3, dim=-1)
+    )
+    with torch.no_grad():
+        plain, wanted = layer(x, ids, weights), reference(x, ids, weights)
+        products = [
+            Product(getattr(layer, name), None, getattr(layer, f"{name}_scale"))
+            for name in ("gate_up_proj", "down_proj")
+        ]
+        kernels = grouped(x, ids, weights, *products, layer.gate)
+    # A hidden number at the middle between two of fp8 may become either.
+    assert (plain - kernels).abs().mean() < 2e-3 * wanted.std()
+    assert (plain - wanted).abs().mean() < 0.06 * wanted.std()
+    ids[0] = 99
+    assert not grouped(x, ids, weights, *products, layer.gate)[0].any()
+
+
+@pytest.mark.parametrize("name", FP8_CONFIGS)
+def test_loading_converts_experts_to_fp8_and_both_engines_give_the_same_tokens(
+    name: str, tmp_path: Path
+) -> None:
+    _model(name, FP8_CONFIGS).cpu().save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    spec = EngineSpec(
+        "paged", folder, folder, quantization="fp8", device="cpu", max_context=128, options=OPTIONS
+    )
+    loaded, converted = load_model(spec), load_model(replace(spec, quantization=None))
+    fp8.quantize(converted)
+    ours, theirs = dict(loaded.named_parameters()), dict(converted.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert sum("experts" in name and weight.dtype == fp8.FP8 for name, weight in ours.items()) == 4
+    for key, weight in ours.items():
+        assert torch.equal(weight.float(), theirs[key].float())
+    requests = _requests(rows=3, prefix=0)
+    paged = PagedEngine(spec, loaded, page_size=16).generate(iter(requests))
+    padded = PaddedEngine(replace(spec, options={"batch_tokens": 120}), converted).generate(iter(requests))
+    assert {one.id: one.token_ids.tolist() for one in paged} == {
+        one.id: one.token_ids.tolist() for one in padded
+    }
