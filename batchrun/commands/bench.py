@@ -284,10 +284,11 @@ def floor_seconds(
     operations = 2 * (body - experts + chosen * experts) * computed + 2 * embedding * new.sum()
     operations += 4 * text.num_hidden_layers * text.num_attention_heads * head_dim * attended
     steps = int(new.max())
-    weights = (body - experts) * (bytes_per_weight or bytes_per_number) + embedding * bytes_per_number
+    layer_bytes = bytes_per_weight or bytes_per_number
+    weights = (body - experts) * layer_bytes + embedding * bytes_per_number
     read = token_bytes * ((new * (prompts + new / 2)).sum() + steps * workload.common) + steps * weights
     rows_of_steps = len(new) - np.searchsorted(np.sort(new), np.arange(steps), side="right")
-    read += experts * bytes_per_number * (1 - (1 - chosen) ** rows_of_steps).sum()
+    read += experts * layer_bytes * (1 - (1 - chosen) ** rows_of_steps).sum()
     return float(operations / ceilings.operations + read / ceilings.bytes)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from batchrun.engine.expert_routers import use_fused_routers
 from batchrun.engine.fp8 import quantize_rows
 
 IMPLEMENTATION = "batchrun"
@@ -41,15 +42,18 @@ class Gate(NamedTuple):
 
 def use_grouped_experts(model: nn.Module) -> int:
     """Has a model's experts computed by grouped products, where these know the kind of all of them: others stay with
-    what transformers chose. Gives the number of layers that changed."""
+    what transformers chose. Those in fp8 have no other way. Gives the number of layers."""
     layers = expert_layers(model)
-    gates = [find_gate(layer) for layer in layers]
+    others = [layer for layer in layers if not hasattr(layer, "gate_up_proj_scale")]
+    gates = [find_gate(layer) for layer in others]
     if not layers or None in gates:
         return 0
-    for layer, gate in zip(layers, gates, strict=True):
+    use_fused_routers(model)
+    for layer, gate in zip(others, gates, strict=True):
         layer.grouped_gate = gate
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
-    model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    if others:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+        model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
     return len(layers)
 
 

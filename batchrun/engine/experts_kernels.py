@@ -72,6 +72,52 @@ class Groups:
     tiles: Tensor
 
 
+@triton.jit
+def _route(
+    logits, weights, expert_ids, num_experts,
+    EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, AMONG_CHOSEN: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    experts, numbers = tl.arange(0, EXPERTS), tl.arange(0, BLOCK)
+    x = tl.load(logits + token * num_experts + experts, mask=experts < num_experts, other=float("-inf"))
+    x = x.to(tl.float32)
+    top = tl.max(x, axis=0)
+    total = tl.sum(tl.exp(x - top), axis=0)
+    weight, chosen = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.int32)
+    for number in range(PER_TOKEN):
+        best = tl.max(x, axis=0)
+        expert = tl.min(tl.where(x == best, experts, num_experts - 1), axis=0)
+        weight = tl.where(numbers == number, tl.exp(best - top), weight)
+        chosen = tl.where(numbers == number, expert, chosen)
+        x = tl.where(experts == expert, float("-inf"), x)
+    # Of logits that are no numbers come weights that are none, whichever were chosen.
+    weight = weight / tl.sum(weight, axis=0) + 0.0 * total if AMONG_CHOSEN else weight / total
+    place = token * PER_TOKEN + numbers
+    tl.store(weights + place, weight, mask=numbers < PER_TOKEN)
+    tl.store(expert_ids + place, chosen, mask=numbers < PER_TOKEN)
+
+
+def route(logits: Tensor, per_token: int, among_chosen: bool) -> tuple[Tensor, Tensor]:
+    """Each token's experts of the largest logits, the first of equals, and their softmax: over all experts or
+    `among_chosen`.
+
+    Args:
+        logits: (tokens, experts), contiguous.
+
+    Returns:
+        (tokens, per_token) float32, the largest first, and the experts, int32.
+    """
+    tokens, experts = logits.shape
+    weights = torch.empty((tokens, per_token), dtype=torch.float32, device=logits.device)
+    expert_ids = torch.empty_like(weights, dtype=torch.int32)
+    _route[(tokens,)](
+        logits, weights, expert_ids, experts,
+        EXPERTS=triton.next_power_of_2(experts), PER_TOKEN=per_token, BLOCK=triton.next_power_of_2(per_token),
+        AMONG_CHOSEN=among_chosen, num_warps=1,
+    )  # fmt: skip
+    return weights, expert_ids
+
+
 @triton.jit(do_not_specialize=["pairs", "chunks"])
 def _count(expert_ids, counts, pairs, chunks, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
     chunk = tl.program_id(0)

@@ -9,8 +9,8 @@ from typing import Any
 
 from batchrun.model.check import tensor_shapes
 
-# What keeps its format, by how models name it: embeddings, the layer that gives the logits, routers and experts.
-_KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.", "experts.")
+# What keeps its format, by how models name it: embeddings, the layer that gives the logits, and routers.
+_KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
 _FP8_MULTIPLE = 16
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

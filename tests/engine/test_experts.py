@@ -16,6 +16,7 @@ import transformers
 pytest.importorskip("triton")
 
 from batchrun.engine import experts_kernels, fp8
+from batchrun.engine.expert_routers import use_fused_routers
 from batchrun.engine.experts import IMPLEMENTATION, Product, expert_layers, grouped, use_grouped_experts
 from batchrun.engine.experts_kernels import Tile, group_by_expert
 from batchrun.engine.fp8_experts import Fp8Experts
@@ -112,6 +113,31 @@ def test_a_layer_gives_what_transformers_loop_over_experts_gives(
         scores = torch.rand(tokens, layer.gate_up_proj.shape[0], generator=generator).to(DEVICE)
         weights, ids = scores.topk(per_token, dim=-1)
         torch.testing.assert_close(layer(x, ids, weights), own(x, ids, weights), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_router_chooses_and_weighs_as_transformers_does(name: str, normalised: bool) -> None:
+    model = _model(name)
+    routers = [module for module in model.modules() if hasattr(module, "top_k") and hasattr(module, "weight")]
+    if name == "qwen3_moe":
+        for router in routers:
+            router.norm_topk_prob = normalised
+    x = torch.randn(33, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    with torch.no_grad():
+        wanted = [router(x) for router in routers]
+        assert use_fused_routers(model) == len(routers) == 2
+        for router, (logits, weights, experts) in zip(routers, wanted, strict=True):
+            own = router(x)
+            torch.testing.assert_close(own[0], logits)
+            torch.testing.assert_close(own[1], weights)
+            assert own[2].tolist() == experts.tolist()
+        x[3, 7] = float("nan")
+        own = routers[0](x)
+    assert own[1][3].isnan().all()
+    assert own[1].isnan().any(1).sum() == 1
+    assert int(own[2].min()) >= 0
+    assert int(own[2].max()) < own[0].shape[1]
 
 
 def test_experts_that_are_elsewhere_add_nothing() -> None:
