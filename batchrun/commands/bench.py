@@ -20,7 +20,7 @@ import transformers
 
 from batchrun.commands.workloads import Workload
 from batchrun.driver.prepare import prepare
-from batchrun.engine import fp8
+from batchrun.engine import fp8, fp8_model
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.experts import expert_layers
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
@@ -298,7 +298,7 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
     with torch.device(spec.device):
         model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
     if spec.quantization:
-        fp8.quantize(model)
+        fp8_model.quantize(model)
     running = pkgutil.resolve_name(BUILT_IN[kind])(spec, model)
     # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
     vocabulary = config.get_text_config().vocab_size

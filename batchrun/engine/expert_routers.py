@@ -71,11 +71,10 @@ def _weighs_among_chosen(module: Any) -> bool | None:
         if logits.shape != wanted.shape or weights.shape != (64, top_k) or experts.shape != (64, top_k):
             return None
         largest = wanted.float().topk(top_k).values
-        close = {"atol": 1e-2, "rtol": 1e-2}
         # Equal logits may go to either expert.
-        if not torch.allclose(wanted.float().gather(1, experts.long()), largest, **close):
+        if not torch.allclose(wanted.float().gather(1, experts.long()), largest, atol=1e-2, rtol=1e-2):
             return None
-        if torch.allclose(weights.float(), largest.softmax(-1), **close):
+        if torch.allclose(weights.float(), largest.softmax(-1), atol=1e-2, rtol=1e-2):
             return True
         over_all = (largest - wanted.float().logsumexp(-1, keepdim=True)).exp()
-        return False if torch.allclose(weights.float(), over_all, **close) else None
+        return False if torch.allclose(weights.float(), over_all, atol=1e-2, rtol=1e-2) else None

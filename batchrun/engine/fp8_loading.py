@@ -10,9 +10,10 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows, with_fp8_layers
+from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.fp8_checkpoint import Fp8Checkpoint, expand_blocks, prepare
 from batchrun.engine.fp8_experts import PARAMETERS, Fp8Experts
+from batchrun.engine.fp8_model import with_fp8_layers
 
 METHOD = "batchrun-fp8"
 """The name under which transformers finds the quantizer; no checkpoint has it."""

@@ -15,7 +15,7 @@ import transformers
 
 pytest.importorskip("triton")
 
-from batchrun.engine import experts_kernels, fp8
+from batchrun.engine import experts_kernels, fp8, fp8_model
 from batchrun.engine.expert_routers import use_fused_routers
 from batchrun.engine.experts import IMPLEMENTATION, Product, expert_layers, grouped, use_grouped_experts
 from batchrun.engine.experts_kernels import Tile, group_by_expert
@@ -249,7 +249,7 @@ def test_experts_in_fp8_give_what_their_dequantized_numbers_give(
     model = _model("qwen3_moe", FP8_CONFIGS)
     reference = copy.deepcopy(expert_layers(model)[0])
     reference.config._experts_implementation = "eager"
-    fp8.quantize(model)
+    fp8_model.quantize(model)
     layer = model.model.layers[0].mlp.experts
     assert isinstance(layer, Fp8Experts)
     for name in ("gate_up_proj", "down_proj"):
@@ -284,7 +284,7 @@ def test_loading_converts_experts_to_fp8_and_both_engines_give_the_same_tokens(
         "paged", folder, folder, quantization="fp8", device="cpu", max_context=128, options=OPTIONS
     )
     loaded, converted = load_model(spec), load_model(replace(spec, quantization=None))
-    fp8.quantize(converted)
+    fp8_model.quantize(converted)
     ours, theirs = dict(loaded.named_parameters()), dict(converted.named_parameters())
     assert ours.keys() == theirs.keys()
     assert sum("experts" in name and weight.dtype == fp8.FP8 for name, weight in ours.items()) == 4

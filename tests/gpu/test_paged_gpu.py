@@ -24,7 +24,7 @@ import transformers as tf
 
 pytest.importorskip("triton")
 
-from batchrun.engine import fp8
+from batchrun.engine import fp8, fp8_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.flash import FlashAttention
@@ -122,7 +122,7 @@ def test_fp8_layers_choose_as_often_like_float32_as_unfused_ones(name: str) -> N
     """Float32 products of the same fp8 numbers against the engine and, after the same tokens, against transformers' own
     layers in bf16 around the same products."""
     model = _model(name)
-    fp8.quantize(model)
+    fp8_model.quantize(model)
     unfused, reference = copy.deepcopy(model), copy.deepcopy(model).float()
     for layer, exact in zip(unfused.modules(), reference.modules(), strict=True):
         if isinstance(layer, fp8.Fp8Linear):
