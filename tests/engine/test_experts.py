@@ -208,7 +208,7 @@ def test_compiled_layers_give_the_tokens_of_generate_and_are_one_graph() -> None
     assert use_grouped_experts(model) == 2
     assert compile_layers(model, engine._runner.cache.modules) == 2
     torch._dynamo.utils.counters.clear()
-    requests = _requests(rows=3, prefix=0)
+    requests = _requests(rows=2, prefix=0)
     _check(reference, requests, list(engine.generate(iter(requests))))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -223,7 +223,7 @@ def test_the_paged_engine_on_a_gpu_gives_the_tokens_of_generate(
     monkeypatch.setattr(attention, "choose_backend", lambda *_: FlashAttention())
     engine = PagedEngine(EngineSpec("paged", "", "", max_context=128, options=OPTIONS), model, page_size=16)
     assert model.config._experts_implementation == IMPLEMENTATION
-    requests = _requests(rows=3, prefix=20)
+    requests = _requests(rows=2, prefix=20)
     completions = list(engine.generate(iter(requests)))
     assert engine.stats.shared_tokens
     assert cuda_stand_in.Graph.captured > 1
@@ -235,7 +235,7 @@ def test_the_padded_engine_gives_the_tokens_of_generate(name: str) -> None:
     reference, model = _model(name), _model(name)
     assert use_grouped_experts(model) == 2
     spec = EngineSpec("padded", "", "", device=DEVICE, max_context=128, options={"batch_tokens": 120})
-    requests = _requests(rows=3, prefix=0)
+    requests = _requests(rows=2, prefix=0)
     _check(reference, requests, list(PaddedEngine(spec, model).generate(iter(requests))))
 
 
@@ -290,7 +290,7 @@ def test_loading_converts_experts_to_fp8_and_both_engines_give_the_same_tokens(
     assert sum("experts" in name and weight.dtype == fp8.FP8 for name, weight in ours.items()) == 4
     for key, weight in ours.items():
         assert torch.equal(weight.float(), theirs[key].float())
-    requests = _requests(rows=3, prefix=0)
+    requests = _requests(rows=2, prefix=0)
     paged = PagedEngine(spec, loaded, page_size=16).generate(iter(requests))
     padded = PaddedEngine(replace(spec, options={"batch_tokens": 120}), converted).generate(iter(requests))
     assert {one.id: one.token_ids.tolist() for one in paged} == {
