@@ -175,7 +175,7 @@ def grouped(
 
     per_token, held = expert_ids.shape[1], len(first.weight)
     pairs = expert_ids.numel()
-    tile = kernels.tile_for(pairs, held, first.weight.dtype)
+    tile = kernels.tile_for(pairs, held, first.weight.dtype, kernels.shared_memory(x.device))
     groups = kernels.group_by_expert(expert_ids, held, tile.rows)
     gated = x.new_empty(pairs, second.weight.shape[2])
     parts = x.new_empty(pairs, second.weight.shape[1])

@@ -10,6 +10,7 @@ depends on timing, and what becomes of a row does not depend on the others.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -49,12 +50,28 @@ _FLOAT32 = Tile(64, 64, 32, 4, 2, False)
 """Without matrix units, a large tile would take minutes to compile."""
 
 
-def tile_for(pairs: int, experts: int, dtype: torch.dtype) -> Tile:
-    """The tile of both products."""
+def tile_for(pairs: int, experts: int, dtype: torch.dtype, memory: int) -> Tile:
+    """The tile of both products of weights of a dtype, where a block of threads has so many bytes of shared memory."""
     if dtype.itemsize == 4:
         return _FLOAT32
     tile = next(tile for most, tile in _TILES if pairs <= most * experts)
-    return tile if dtype.itemsize == 2 else replace(tile, features=2 * tile.features)
+
+    def taken() -> int:
+        return tile.stages * (tile.rows + tile.columns) * 2 * tile.features
+
+    while taken() > memory and tile.stages > 2:
+        tile = replace(tile, stages=tile.stages - 1)
+    while taken() > memory and tile.columns > 32:
+        tile = replace(tile, columns=tile.columns // 2)
+    return replace(tile, features=tile.features * 2 // dtype.itemsize)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have; what Triton's interpreter runs in has no end."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 @dataclass(frozen=True, slots=True)
