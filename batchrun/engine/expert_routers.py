@@ -9,29 +9,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def use_fused_routers(model: nn.Module) -> int:
-    """Has each router that chooses by the largest logits and weighs by their softmax do so in one kernel, and leaves
-    others as they are. Gives the number of those that changed."""
-    changed = 0
-    for module in model.modules():
-        if (among_chosen := _weighs_among_chosen(module)) is not None:
-            module.forward = _Router(module, among_chosen)
-            changed += 1
-    return changed
-
-
-class _Router:
-    """The forward of a router, which gives logits, weights and experts."""
+class FusedRouter(nn.Module):
+    """Takes the place of a router that chooses by the largest logits and weighs by their softmax."""
 
     def __init__(self, router: Any, among_chosen: bool) -> None:
-        self.router, self.among_chosen = router, among_chosen
+        """Takes over the router's own parameters."""
+        super().__init__()
+        self.weight, self.bias = router.weight, getattr(router, "bias", None)
+        self.top_k, self.among_chosen = router.top_k, among_chosen
 
-    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of (tokens, features): (tokens, experts), and (tokens, experts per token) twice."""
-        router = self.router
-        logits = _logits(router, hidden_states)
-        weights, experts = route(logits, router.top_k, self.among_chosen)
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of (tokens, features): logits (tokens, experts), and weights and experts, (tokens, experts per token)."""
+        logits = _logits(self, hidden_states)
+        weights, experts = route(logits, self.top_k, self.among_chosen)
         return logits, weights, experts
+
+
+def use_fused_routers(model: nn.Module) -> int:
+    """Puts a FusedRouter in the place of each router that gives the same, and leaves others as they are. Gives the
+    number of those that changed."""
+    changed = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if (among_chosen := _weighs_among_chosen(child)) is not None:
+                setattr(module, name, FusedRouter(child, among_chosen))
+                changed += 1
+    return changed
 
 
 def _logits(router: Any, hidden_states: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import transformers
 pytest.importorskip("triton")
 
 from batchrun.engine import experts_kernels, fp8, fp8_model
-from batchrun.engine.expert_routers import use_fused_routers
+from batchrun.engine.expert_routers import FusedRouter, use_fused_routers
 from batchrun.engine.experts import IMPLEMENTATION, Product, expert_layers, grouped, use_grouped_experts
 from batchrun.engine.experts_kernels import Tile, group_by_expert
 from batchrun.engine.fp8_experts import Fp8Experts
@@ -127,6 +127,7 @@ def test_a_router_chooses_and_weighs_as_transformers_does(name: str, normalised:
     with torch.no_grad():
         wanted = [router(x) for router in routers]
         assert use_fused_routers(model) == len(routers) == 2
+        routers = [module for module in model.modules() if isinstance(module, FusedRouter)]
         for router, (logits, weights, experts) in zip(routers, wanted, strict=True):
             own = router(x)
             torch.testing.assert_close(own[0], logits)
