@@ -22,6 +22,7 @@ from batchrun.estimate.order import orders
 from batchrun.estimate.records import device_name, model_key, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
+from batchrun.model.adapter import check_adapter
 from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
@@ -94,6 +95,7 @@ def preview(
         "orders": None if (looked := orders(prepared)) is None else looked.to_json(),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
+        "adapter": _adapter(prepared),
         "memory": _memory(prepared, sampled),
         "estimate": None if known is None else _estimate(known, sampled, left, job, workers).to_json(),
         "comparison": comparison,
@@ -113,6 +115,8 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
+    if found["adapter"]:
+        shown.append(f"adapter: {found['adapter']}")
     return shown + _memory_lines(found) + _estimate_lines(found) + _comparison_lines(found)
 
 
@@ -123,6 +127,14 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     carried = carried_schema(pa.schema([schema.field(name) for name in names]), job)
     found = part_schema(carried, job.output, job.answer.format)
     return {field.name: str(field.type) for field in found}
+
+
+def _adapter(prepared: Prepared) -> str | None:
+    """The model's adapter in a line."""
+    model = prepared.model
+    if model.adapter is None:
+        return None
+    return f"{prepared.job.model.adapter}, {check_adapter(model.adapter, model)}, merged into the weights"
 
 
 def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:

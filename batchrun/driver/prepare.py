@@ -15,6 +15,7 @@ from batchrun.engine.names import refuse_wrong_name
 from batchrun.errors import InputError, OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
+from batchrun.model.adapter import check_adapter
 from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed_rows, identity, plans, retry
@@ -209,4 +210,6 @@ def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -
     # Its bytes are hashed beside this, and nobody waits for them yet.
     model = resolve(job.model)
     check_model(model.path)
+    if model.adapter is not None:
+        check_adapter(model.adapter, model)
     return Prepared(job, plans, known, model, pinned)

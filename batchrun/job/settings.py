@@ -78,6 +78,11 @@ class ModelSettings(Settings):
     name: str = Field(min_length=1, description="hub id, local folder, or fsspec URL of a folder")
     revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
     tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
+    adapter: str | None = Field(
+        None,
+        description="a LoRA adapter as peft saves it, merged into the weights while they are loaded: a hub id, local "
+        "folder, or fsspec URL of a folder",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights; auto is float32 on a CPU, half precision on a GPU"
     )
@@ -91,6 +96,11 @@ class ModelSettings(Settings):
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="fsspec's options for the model; never written anywhere"
     )
+
+    @property
+    def places(self) -> list[str]:
+        """Where its files are: hub ids, paths and URLs."""
+        return [place for place in (self.name, self.tokenizer, self.adapter) if place is not None]
 
     @property
     def title(self) -> str:

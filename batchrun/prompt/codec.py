@@ -196,6 +196,7 @@ def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int
         tokenizer_path=model.tokenizer_path,
         dtype=job.model.dtype,
         quantization=job.model.quantization,
+        adapter=model.adapter,
         device="auto",
         trust_remote_code=job.model.trust_remote_code,
         allow_pickle=job.model.allow_pickle,
