@@ -65,6 +65,37 @@ def test_a_stop_while_python_still_imports_ends_with_4_and_one_line(number, tmp_
     assert seconds < SOON
 
 
+def test_a_stop_while_python_still_imports_ends_with_4_where_nothing_can_be_said(tmp_path, tiny_llama):
+    """As where the terminal is gone that the stop came from; it ended with 1."""
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "batchrun", "run", str(write_job(tmp_path, tiny_llama))]
+        process = subprocess.Popen(words, env=environment(), stderr=full, stdout=full)
+        wait_until(lambda: caught(process.pid, signal.SIGTERM))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 4
+
+
+def test_a_stop_that_an_import_turns_into_another_error_ends_with_4_and_one_line():
+    code = """if True:
+        import os, signal, sys, time
+        from batchrun.__main__ import main
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "batchrun.cli":
+                    try:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        time.sleep(5)
+                    except KeyboardInterrupt:
+                        raise ImportError("left by halves")
+        sys.meta_path.insert(0, Finder())
+        main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (4, "stopped\n")
+
+
 def caught(pid: int, number: signal.Signals) -> bool:
     """Whether the process handles the signal."""
     status = Path(f"/proc/{pid}/status").read_text()

@@ -16,7 +16,7 @@ from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine, last_layer
 from batchrun.engine.paged.graphs import DecodeGraphs
 from batchrun.engine.paged.memory import Budget
-from batchrun.engine.paged.runner import _round_tokens
+from batchrun.engine.paged.shapes import round_tokens
 from batchrun.engine.protocol import EngineSpec, Request
 
 
@@ -103,7 +103,7 @@ def test_running_out_of_memory_in_a_capture_leaves_no_graph_and_loses_no_row(
 
 def test_packs_have_few_different_numbers_of_tokens() -> None:
     """A number that products have not met before costs the host time in every prefill of a run over new rows."""
-    numbers = {tokens: _round_tokens(tokens) for tokens in range(1, 16385)}
+    numbers = {tokens: round_tokens(tokens) for tokens in range(1, 16385)}
     assert all(tokens <= made < tokens * 1.04 + 8 for tokens, made in numbers.items())
     assert len({made for tokens, made in numbers.items() if tokens > 8192}) == 32
     assert numbers[16384] == 16384

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.paged import attention_kernels, kernels
+from batchrun.engine.paged import decode_attention, kernels, prefill_attention
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionMetadata
@@ -66,7 +66,7 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     layer: Layer, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
-        monkeypatch.setattr(attention_kernels, "_split_size", lambda rows: chunk)
+        monkeypatch.setattr(decode_attention, "_split_size", lambda rows: chunk)
     keys, values = _pages(layer)
     block_tables, seq_lens = _int([[1, 11], [3, 11], [5, 6], [7, 8], [9, 10]]), _int([1, 64, 65, 100, 128])
     slot_mapping = (_int([1, 3, 6, 8, 10]) * 64 + _int([0, 63, 0, 35, 63])).long()
@@ -74,9 +74,7 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     reference = keys.clone(), values.clone()
     for pages in (keys, values):
         pages.flatten(0, 1)[slot_mapping] = float("nan")  # what was there before the new token is not read
-    out, lse = attention_kernels.decode(
-        query, *own, keys, values, slot_mapping, block_tables, seq_lens, layer
-    )
+    out, lse = decode_attention.decode(query, *own, keys, values, slot_mapping, block_tables, seq_lens, layer)
     metadata = AttentionMetadata(slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens)
     expected = GatheredPages().decode(query, *own, *reference, metadata, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
@@ -84,9 +82,7 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     assert torch.equal(values[:11], reference[1][:11])
     assert lse.shape == (5, layer.query_heads)
     monkeypatch.undo()
-    whole = attention_kernels.decode(query, *own, keys, values, slot_mapping, block_tables, seq_lens, layer)[
-        1
-    ]
+    whole = decode_attention.decode(query, *own, keys, values, slot_mapping, block_tables, seq_lens, layer)[1]
     torch.testing.assert_close(lse, whole, **CLOSE)
 
 
@@ -106,9 +102,9 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Lay
     reference = keys.clone(), values.clone()
     kernels.write_kv_cache(*own, keys, values, slot_mapping)
     if paged:
-        out = attention_kernels.prefill(query, keys, values, block_tables, cu_seqlens_q, seq_lens, 64, layer)
+        out = prefill_attention.prefill(query, keys, values, block_tables, cu_seqlens_q, seq_lens, 64, layer)
     else:
-        out = attention_kernels.prefill(query, *own, None, cu_seqlens_q, seq_lens, 64, layer)
+        out = prefill_attention.prefill(query, *own, None, cu_seqlens_q, seq_lens, 64, layer)
     metadata = AttentionMetadata(
         slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
     )

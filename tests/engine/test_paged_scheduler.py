@@ -11,10 +11,11 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
 from batchrun.engine.paged.output_lengths import OutputLengths
 from batchrun.engine.paged.page_pool import PagePool
 from batchrun.engine.paged.queue import Sequence, WaitingQueue
-from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
+from batchrun.engine.paged.scheduler import Scheduler
 from batchrun.engine.protocol import Request
 
 

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchrun.engine.paged import attention_kernels as kernels
+from batchrun.engine.paged import decode_attention, online_softmax, prefill_attention
 from batchrun.engine.paged import kernels as small_kernels
 
 # Compute capability, and bytes of shared memory that a block of threads may have there.
@@ -51,12 +51,15 @@ def main() -> None:
                 "SOFTCAP": softcap,
                 "BLOCK_D": block_d,
             }
-            block_m = kernels.decode_block_m(group_size)
+            block_m = decode_attention.decode_block_m(group_size)
             constants = {**shape, "NUM_KV_HEADS": num_kv_heads, "BLOCK_M": block_m, "PAGE_SIZE": 256}
-            for split, choices in ((False, kernels.DECODE_BLOCKS), (True, kernels.SPLIT_BLOCKS)):
-                block_n, num_stages = kernels.fitting_blocks(choices, block_m, 2 * block_d, memory)
+            for split, choices in (
+                (False, decode_attention.DECODE_BLOCKS),
+                (True, decode_attention.SPLIT_BLOCKS),
+            ):
+                block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, 2 * block_d, memory)
                 own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split}
-                report(gpu, name, kernels._decode, {**constants, **own}, 4)
+                report(gpu, name, decode_attention._decode, {**constants, **own}, 4)
             own = {
                 "NUM_HEADS": heads,
                 "HEAD_DIM": head_dim,
@@ -64,19 +67,27 @@ def main() -> None:
                 "WINDOW": window,
                 "BLOCK_N": block_n,
             }
-            report(gpu, name, kernels._combine, own, 1)
-            constants = {**shape, "NUM_HEADS": heads, "PACKED_HEADS": kernels.packed_heads(group_size)}
+            report(gpu, name, decode_attention._combine, own, 1)
+            constants = {
+                **shape,
+                "NUM_HEADS": heads,
+                "PACKED_HEADS": prefill_attention.packed_heads(group_size),
+            }
             for paged, longest in product((True, False), (100, 8000)):
-                tile = kernels.prefill_tile(head_dim, 2, memory, longest, paged)
+                tile = prefill_attention.prefill_tile(head_dim, 2, memory, longest, paged)
                 own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
                 own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
-                report(gpu, name, kernels._prefill, {**constants, **own}, tile[-1])
+                report(gpu, name, prefill_attention._prefill, {**constants, **own}, tile[-1])
         report(gpu, "any", small_kernels._likeliest_allowed, {"BLOCK": 4096}, 8)
 
 
 def check_names() -> None:
     """Triton ignores names that no argument has, and then compiles a variant for each value that it meets."""
-    for kernel in [*vars(kernels).values(), *vars(small_kernels).values()]:
+    for kernel in [
+        one
+        for module in (decode_attention, prefill_attention, small_kernels)
+        for one in vars(module).values()
+    ]:
         if isinstance(kernel, triton.JITFunction):
             named = {*(kernel.do_not_specialize or ()), *(kernel.do_not_specialize_on_alignment or ())}
             assert named <= set(kernel.arg_names), (kernel.__name__, named)

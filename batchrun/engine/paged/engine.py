@@ -18,6 +18,7 @@ from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Unsupported, check_positions, unsupported
 from batchrun.engine.paged.attention import KVCache
+from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
 from batchrun.engine.paged.compiling import compile_layers, compile_sampler
 from batchrun.engine.paged.memory import Budget, affordable_pages
 from batchrun.engine.paged.output_lengths import OutputLengths
@@ -27,7 +28,7 @@ from batchrun.engine.paged.projections import fuse_projections
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.runner import SETTLED, Runner
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
-from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk, Scheduler
+from batchrun.engine.paged.scheduler import Scheduler
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request, TokenValues
 from batchrun.engine.scoring import score_completion
 from batchrun.engine.stopping import StopStrings

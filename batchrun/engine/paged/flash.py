@@ -12,7 +12,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from batchrun.engine.paged import attention_kernels, kernels
+from batchrun.engine.paged import decode_attention, kernels, prefill_attention
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.metadata import AttentionMetadata
 
@@ -36,7 +36,7 @@ class FlashAttention:
             key_cache, value_cache, block_tables = (
                 (key, value, None) if metadata.no_context else (key_cache, value_cache, metadata.block_tables)
             )
-            return attention_kernels.prefill(
+            return prefill_attention.prefill(
                 query,
                 key_cache,
                 value_cache,
@@ -60,7 +60,7 @@ class FlashAttention:
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend`: writing and attending in one kernel, a shared prefix read once."""
-        out, lse = attention_kernels.decode(
+        out, lse = decode_attention.decode(
             query,
             key,
             value,

@@ -6,22 +6,13 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from batchrun.engine.paged import devices
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a captured decode step is made for: sequences, pages of each, and pages that all of them share."""
-
-    batch_size: int
-    pages: int
-    prefix_pages: int
+from batchrun.engine.paged.shapes import Shape
 
 
 class Graph(Protocol):

@@ -16,15 +16,16 @@ from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.attention import CASCADE_MIN_BATCH, KVCache, forward_context
-from batchrun.engine.paged.graphs import DecodeGraphs, Graph, Shape
+from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
+from batchrun.engine.paged.graphs import DecodeGraphs, Graph
 from batchrun.engine.paged.last_layer import LastLayer
 from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefix
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.pending import Mark, Pending
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
-from batchrun.engine.paged.scheduler import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.scored_chunks import ScoredChunks
+from batchrun.engine.paged.shapes import Shape, bucket, input_size, power_of_two, round_tokens, views
 from batchrun.engine.protocol import Request
 from batchrun.engine.scoring import ScoringHead
 from batchrun.engine.token_values import ValuesOfTokens
@@ -35,7 +36,6 @@ NO_TOKEN = -1
 SETTLED = -3
 """`SETTLED - token` is a token behind which just one ending is left, see `AnswerMask.rest`: the sequence ends there."""
 
-_BATCH_SIZES = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
 NARROW_BATCH = 128
 
 
@@ -79,12 +79,12 @@ class Runner:
         self._step = zeros(torch.long, 1)
         self._values_of_tokens = values_of_tokens
         # A step is for as many sequences as its shape says, which may be more than there can be.
-        widest = max(slots, _bucket(max_sequences))
+        widest = max(slots, bucket(max_sequences))
         self._sampled = zeros(torch.int32, decode_steps, widest)
         # Captured steps read it, so it is as large as it can ever be from the start.
-        pages = _power_of_two(-(-max_context // cache.page_size))
-        self._largest_shape = Shape(_bucket(max_sequences), pages, 0)
-        self._inputs = zeros(torch.int32, _input_size(Shape(_bucket(max_sequences), pages, pages)))
+        pages = power_of_two(-(-max_context // cache.page_size))
+        self._largest_shape = Shape(bucket(max_sequences), pages, 0)
+        self._inputs = zeros(torch.int32, input_size(Shape(bucket(max_sequences), pages, pages)))
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
         self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
@@ -111,7 +111,7 @@ class Runner:
             )
         query_lens = [s.stop - s.start for s in chunks]
         # Padding, up to one of few numbers of tokens, belongs to a sequence of its own on the null page.
-        padding = _round_tokens(sum(query_lens)) - sum(query_lens)
+        padding = round_tokens(sum(query_lens)) - sum(query_lens)
         query_lens.append(padding)
         seq_lens = [*(s.stop for s in chunks), padding]
         positions = np.concatenate([*(np.arange(s.start, s.stop) for s in chunks), np.arange(padding)])
@@ -185,9 +185,9 @@ class Runner:
         """Few different shapes. The width matters only to few sequences, whose pages are split over several blocks."""
         self._max_pages = max(self._max_pages, pages)
         return Shape(
-            batch_size=_bucket(batch_size),
-            pages=_power_of_two(pages if batch_size <= NARROW_BATCH else self._max_pages),
-            prefix_pages=_power_of_two(prefix_pages) if prefix_pages else 0,
+            batch_size=bucket(batch_size),
+            pages=power_of_two(pages if batch_size <= NARROW_BATCH else self._max_pages),
+            prefix_pages=power_of_two(prefix_pages) if prefix_pages else 0,
         )
 
     @torch.no_grad()
@@ -220,9 +220,9 @@ class Runner:
         return graph
 
     def _upload(self, shape: Shape, slots: Ints, block_tables: Ints, prefix_pages: int) -> None:
-        """One copy for all that a decode batch needs, laid out as `_views` reads it."""
-        flat = torch.full((_input_size(shape),), NULL_PAGE, dtype=torch.int32)
-        batch_slots, prefix_inputs, own = (part.numpy() for part in _views(flat, shape))
+        """One copy for all that a decode batch needs, laid out as `views` reads it."""
+        flat = torch.full((input_size(shape),), NULL_PAGE, dtype=torch.int32)
+        batch_slots, prefix_inputs, own = (part.numpy() for part in views(flat, shape))
         batch_slots[:] = self._null_slot
         batch_slots[: len(slots)] = slots
         prefix_inputs[:4] = (0, prefix_pages * self.cache.page_size, 0, shape.batch_size)
@@ -234,7 +234,7 @@ class Runner:
 
     def _decode_step(self, shape: Shape) -> None:
         """One token for each sequence that still runs; runs under capture, so nothing is read back."""
-        slots, prefix_inputs, block_tables = _views(self._inputs, shape)
+        slots, prefix_inputs, block_tables = views(self._inputs, shape)
         slots = slots.long()
         size = self.cache.page_size
         shared_prefix = (
@@ -389,32 +389,3 @@ class Runner:
 
     def _pin(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if devices.is_gpu(self._device) else tensor
-
-
-def _views(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """A decode batch's inputs: slots (sequences,); 0, the shared prefix's tokens, 0, sequences, and the prefix's pages;
-    block tables (sequences, pages)."""
-    begin, end = shape.batch_size, shape.batch_size + 4 + shape.prefix_pages
-    return flat[:begin], flat[begin:end], flat[end : _input_size(shape)].view(shape.batch_size, shape.pages)
-
-
-def _input_size(shape: Shape) -> int:
-    return shape.batch_size + 4 + shape.prefix_pages + shape.batch_size * shape.pages
-
-
-def _bucket(batch_size: int) -> int:
-    """Sequences that a captured step is made for: from 16 on at most a third more than wanted, mostly an eighth, and
-    few different numbers."""
-    fitting = [size for size in _BATCH_SIZES if size >= batch_size]
-    return fitting[0] if fitting else -(-batch_size // 128) * 128
-
-
-def _round_tokens(tokens: int) -> int:
-    """Up to a multiple of 8 and of about a hundredth: a number of tokens that products have not met before costs the
-    host some ten milliseconds for each prefill batch, and 1% more tokens cost less."""
-    step = max(8, _power_of_two(tokens) // 64)
-    return -(-tokens // step) * step
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

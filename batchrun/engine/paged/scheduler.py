@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.output_lengths import OutputLengths
 from batchrun.engine.paged.page_pool import NULL_PAGE, PagePool, PrefixMatch
 from batchrun.engine.paged.queue import Sequence, WaitingQueue
 from batchrun.engine.protocol import Request
-
-Ints = NDArray[np.int32]
 
 MIN_PREFILL_TOKENS = 16
 """Tokens. Where the device has no memory even for these, the sequence itself does not fit."""
@@ -24,39 +23,6 @@ MAX_DEFERRED = 256
 EVEN_SEQUENCES, EVEN_STEP, EVEN_SLACK = 256, 32, 1.2
 """A step of fewer sequences takes a GPU hardly less time, since it reads the weights all the same; a step is captured
 for a multiple of so many; and so much more than an even share, so that the longest sequence need not wait."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Prompt tokens `start` to `stop` of a sequence, computed in one prefill batch. `copied` leading tokens of its
-    page `copy_to` are first copied from page `copy_from`."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-    copy_from: int = NULL_PAGE
-    copy_to: int = NULL_PAGE
-    copied: int = 0
-
-    @property
-    def complete(self) -> bool:
-        """The sequence's first new token comes out of this prefill batch."""
-        return self.stop == len(self.sequence.prompt)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeBatch:
-    """`steps` decode steps for some sequences, those with most tokens in the pool first.
-
-    `block_tables` (sequences, pages) int32 are their pages, `prefix_pages` how many of the first ones all sequences
-    have in common.
-    """
-
-    sequences: list[Sequence]
-    slots: Ints
-    block_tables: Ints
-    steps: int
-    prefix_pages: int
 
 
 class Scheduler:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchrun.engine.paged.batches import PrefillChunk
 from batchrun.engine.paged.queue import Sequence
-from batchrun.engine.paged.scheduler import PrefillChunk
 
 
 @dataclass(frozen=True, slots=True)

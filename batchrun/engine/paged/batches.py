@@ -1,0 +1,46 @@
+"""What the scheduler has the device do next: prompts to prefill, sequences to decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchrun.engine.paged.page_pool import NULL_PAGE
+from batchrun.engine.paged.queue import Sequence
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Prompt tokens `start` to `stop` of a sequence, computed in one prefill batch. `copied` leading tokens of its
+    page `copy_to` are first copied from page `copy_from`."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    copy_from: int = NULL_PAGE
+    copy_to: int = NULL_PAGE
+    copied: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """The sequence's first new token comes out of this prefill batch."""
+        return self.stop == len(self.sequence.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """`steps` decode steps for some sequences, those with most tokens in the pool first.
+
+    `block_tables` (sequences, pages) int32 are their pages, `prefix_pages` how many of the first ones all sequences
+    have in common.
+    """
+
+    sequences: list[Sequence]
+    slots: Ints
+    block_tables: Ints
+    steps: int
+    prefix_pages: int
