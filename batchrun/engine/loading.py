@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from batchrun.engine.lora import Merge
 from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.row_adapters import attach_adapters
 from batchrun.errors import ModelError
 
 # What transformers, safetensors and torch raise for a folder that they cannot make a model of.
@@ -40,8 +41,8 @@ def load_config(spec: EngineSpec) -> Any:
 
 
 def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
-    """The model for text generation in `spec.model_path`, on `spec.device`, with `spec.adapter` in its weights, ready
-    for inference.
+    """The model for text generation in `spec.model_path`, on `spec.device`, with `spec.adapter` in its weights and
+    `spec.adapters` beside them, ready for inference.
 
     Args:
         attention: a name that transformers' attention interface knows; by default the best that torch has.
@@ -93,6 +94,8 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
     model = model.to(spec.device).eval()
     if merge is not None:
         merge.into(model)
+    if spec.adapters:
+        attach_adapters(model, spec.adapters)
     return model
 
 
