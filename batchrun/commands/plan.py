@@ -60,6 +60,9 @@ def preview(
     """
     if compare is not None and job.answer.is_scored:
         raise JobError("the job generates nothing that could differ", "plan --compare", "leave out --compare")
+    if compare is not None and job.model.adapters is not None:
+        what = f"{compare} does not go with model.adapters"
+        raise JobError(what, "plan --compare", "leave out --compare, or name one of them in model.adapter")
     started = time.monotonic()
     prepared = prepare(job)
     opening = time.monotonic() - started
@@ -95,7 +98,7 @@ def preview(
         "orders": None if (looked := orders(prepared)) is None else looked.to_json(),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
-        "adapter": _adapter(prepared),
+        "adapters": _adapters(prepared),
         "memory": _memory(prepared, sampled),
         "estimate": None if known is None else _estimate(known, sampled, left, job, workers).to_json(),
         "comparison": comparison,
@@ -115,8 +118,7 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
-    if found["adapter"]:
-        shown.append(f"adapter: {found['adapter']}")
+    shown += [f"adapter {adapter}" for adapter in found["adapters"]]
     return shown + _memory_lines(found) + _estimate_lines(found) + _comparison_lines(found)
 
 
@@ -129,12 +131,16 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     return {field.name: str(field.type) for field in found}
 
 
-def _adapter(prepared: Prepared) -> str | None:
-    """The model's adapter in a line."""
-    model = prepared.model
-    if model.adapter is None:
-        return None
-    return f"{prepared.job.model.adapter}, {check_adapter(model.adapter, model)}, merged into the weights"
+def _adapters(prepared: Prepared) -> list[str]:
+    """The model's adapters, a line each."""
+    settings, model = prepared.job.model, prepared.model
+    if model.adapter is not None:
+        facts = check_adapter(model.adapter, model)
+        return [f"{settings.adapter}: {facts}, merged into the weights"]
+    return [
+        f"{name}: {check_adapter(folder, model)}, for rows whose {settings.adapter_column} is {name}"
+        for name, folder in model.adapters
+    ]
 
 
 def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:

@@ -188,11 +188,14 @@ class Job(Settings):
 
     def _resolve(self, base: Path) -> Job:
         paths = [_absolute(p, base) for p in self.input.paths]
-        model = {
+        model: dict[str, Any] = {
             name: str(base / place)
             for name in ("name", "tokenizer", "adapter")
             if (place := getattr(self.model, name)) is not None and (base / place).is_dir()
         }
+        if self.model.adapters is not None:
+            places = self.model.adapters.items()
+            model["adapters"] = {n: str(base / p) if (base / p).is_dir() else p for n, p in places}
         answer = self.answer
         if isinstance(answer.schema_, str):
             answer = answer.model_copy(update={"schema_": load_schema(answer.schema_, base)})
@@ -234,6 +237,8 @@ class Job(Settings):
         model = {"revision", "dtype"}
         if self.model.quantization is not None:
             model.add("quantization")
+        if self.model.adapter_column is not None:
+            model.add("adapter_column")
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")

@@ -60,7 +60,8 @@ _UNBOUNDED = 1 << 30
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on the local disk, its tokenizer's folder, which may be the same, and that of a LoRA adapter for it.
+    """A model on the local disk, its tokenizer's folder, which may be the same, and those of LoRA adapters for it: one
+    for all rows, or several with their names.
 
     `used` and `tokenizer_used` are the names of the files in them that loading reads.
     """
@@ -70,10 +71,16 @@ class ModelFolder:
     used: tuple[str, ...] = ()
     tokenizer_used: tuple[str, ...] = ()
     adapter: str | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def all_adapters(self) -> list[str]:
+        """The folders of adapters, whatever they are for."""
+        return [*([] if self.adapter is None else [self.adapter]), *(folder for _, folder in self.adapters)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hex hash of all that the files of the model, its tokenizer and its adapter hold. Waits for
+        """A hex hash of all that the files of the model, its tokenizer and its adapters hold. Waits for
         `fingerprint_meanwhile`.
 
         Raises:
@@ -107,11 +114,13 @@ class ModelFolder:
             parts.append(of(self.tokenizer_path, self.tokenizer_used))
         if self.adapter is not None:
             parts.append({"adapter": fingerprint(self.adapter, _ADAPTER)})
+        if self.adapters:
+            parts.append({"adapters": {name: fingerprint(path, _ADAPTER) for name, path in self.adapters}})
         return model if len(parts) == 1 else stable_hash(parts)
 
 
 def resolve(settings: ModelSettings) -> ModelFolder:
-    """Finds the model, its tokenizer and its adapter, from the hub or an fsspec URL once into a cache, and looks at
+    """Finds the model, its tokenizer and adapters, from the hub or an fsspec URL once into a cache, and looks at
     the files.
 
     Raises:
@@ -123,8 +132,8 @@ def resolve(settings: ModelSettings) -> ModelFolder:
     if settings.tokenizer is not None:
         tokenizer_path = _local_folder(settings.tokenizer, settings, "tokenizer")
     if settings.adapter is not None:
-        adapter = _local_folder(settings.adapter, settings, "adapter")
-        _refuse_incomplete_adapter(adapter, settings.adapter)
+        adapter = _adapter_folder(settings.adapter, settings)
+    adapters = [(name, _adapter_folder(place, settings)) for name, place in (settings.adapters or {}).items()]
     _refuse_missing_config(path, settings)
     for folder in dict.fromkeys((path, tokenizer_path)):
         _refuse_remote_code(folder, settings)
@@ -135,6 +144,7 @@ def resolve(settings: ModelSettings) -> ModelFolder:
         tuple(_used_files(os.listdir(path), settings, "model")),
         tuple(_used_files(os.listdir(tokenizer_path), settings, "tokenizer")),
         adapter,
+        tuple(adapters),
     )
     model.fingerprint_meanwhile()
     return model
@@ -210,6 +220,12 @@ def _local_folder(name: str, settings: ModelSettings, part: Part) -> str:
         what = "a file, not a model's folder" if os.path.isfile(local) else "no such folder"
         raise ModelError(what, name, "give a model's folder, a hub id, or an fsspec URL")
     return _from_hub(name, settings, part)
+
+
+def _adapter_folder(name: str, settings: ModelSettings) -> str:
+    folder = _local_folder(name, settings, "adapter")
+    _refuse_incomplete_adapter(folder, name)
+    return folder
 
 
 def _from_hub(name: str, settings: ModelSettings, part: Part) -> str:

@@ -14,6 +14,7 @@ import tiny_models
 from adapters import make_adapter
 from mistakes import job_of, refused
 
+from batchrun.job.settings import ModelSettings
 from batchrun.model.adapter import check_adapter
 from batchrun.model.folder import ModelFolder, resolve
 
@@ -67,8 +68,6 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def _folder(tmp_path: Path, adapter: Path) -> ModelFolder:
-    from batchrun.job.settings import ModelSettings
-
     return resolve(ModelSettings(name=str(tiny_models.model_folder("llama")), adapter=str(adapter)))
 
 
@@ -121,3 +120,37 @@ def test_all_bytes_of_an_adapter_are_in_the_fingerprint_and_nothing_of_its_place
     third = _folder(tmp_path, adapter).fingerprint
     llama = str(tiny_models.model_folder("llama"))
     assert len({first, second, third, ModelFolder(llama, llama, ("config.json",)).fingerprint}) == 4
+
+
+def test_names_and_bytes_of_rows_adapters_are_in_the_fingerprint_and_their_order_is_not(
+    tmp_path: Path, adapter: Path
+) -> None:
+    other = make_adapter(tmp_path / "other", tiny_models.model_folder("llama"), seed=1)
+
+    def of(**adapters: Path) -> str:
+        places = {name: str(place) for name, place in adapters.items()}
+        name = str(tiny_models.model_folder("llama"))
+        return resolve(ModelSettings(name=name, adapters=places, adapter_column="which")).fingerprint
+
+    prints = [of(a=adapter, b=other), of(a=other, b=adapter), of(a=adapter), of(c=adapter)]
+    assert len(set(prints)) == 4
+    assert of(b=other, a=adapter) == prints[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "fix"),
+    [
+        ({"adapters": {"a": "adapter"}}, "adapters and adapter_column go together", "give both"),
+        ({"adapter_column": "id"}, "adapters and adapter_column go together", "give both"),
+        ({"adapters": {}, "adapter_column": "id"}, "adapters", "give at least one"),
+        ({"adapter": "adapter", "adapters": {"a": "b"}, "adapter_column": "text"}, "model", "give adapter for all"),
+        ({"adapters": {"a": "b"}, "adapter_column": "text", "quantization": "fp8"}, "quantization", "leave one out"),
+        ({"adapters": {"a": "adapter"}, "adapter_column": "txt"}, "'txt'", "did you mean 'text'"),
+        ({"adapters": {"a": "adapter", "b": "none/of/these"}, "adapter_column": "text"}, "none/of/these", "hub id"),
+    ],
+)  # fmt: skip
+def test_adapters_of_rows_that_cannot_be_are_refused_before_anything_starts(
+    tmp_path: Path, adapter: Path, keys: dict[str, Any], where: str, fix: str
+) -> None:
+    job = job_of(tmp_path, model={"name": str(tiny_models.model_folder("llama")), **keys})
+    refused("run", job, where=where, fix=fix)
