@@ -59,11 +59,12 @@ class AdaptedLinear(nn.Module):
         like = linear.weight.data
         columns = sum(len(lora.a) for lora in loras.values())
         padding = -columns % MULTIPLE
-        a = torch.cat([*(one.a for one in loras.values()), torch.zeros(padding, linear.in_features)])
-        b = torch.cat([*(one.b for one in loras.values()), torch.zeros(linear.out_features, padding)], 1)
+        none = like.new_zeros(padding, linear.in_features), like.new_zeros(linear.out_features, padding)
+        a = torch.cat([*(one.a.to(like) for one in loras.values()), none[0]])
+        b = torch.cat([*(one.b.to(like) for one in loras.values()), none[1]], 1)
         owners = [number for number, one in loras.items() for _ in range(len(one.a))]
         of_column = torch.tensor([*owners, *[-1] * padding], dtype=torch.int32, device=like.device)
-        return cls(torch.cat([like, b.to(like)], 1), linear.bias, a.to(like), of_column, current)
+        return cls(torch.cat([like, b], 1), linear.bias, a, of_column, current)
 
     @classmethod
     def joined(cls, layers: Sequence[nn.Linear | AdaptedLinear]) -> Self:
