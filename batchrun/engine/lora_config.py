@@ -59,7 +59,7 @@ class LoraConfig:
         if more := _more(values):
             raise ModelError(f"a LoRA adapter with {more}, which is not supported", str(path), MERGE_FIX)
         return cls(
-            float(values.get("lora_alpha") or 8),
+            float(values.get("lora_alpha", 8)),
             {str(key): float(alpha) for key, alpha in (values.get("alpha_pattern") or {}).items()},
             bool(values.get("use_rslora")),
             values.get("base_model_name_or_path"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from batchrun.engine.lora_config import WEIGHTS, LoraConfig, matrices_by_layer
 from batchrun.errors import ModelError
@@ -35,7 +36,7 @@ def check_adapter(folder: str, model: ModelFolder) -> AdapterFacts:
     config = LoraConfig.read(folder)
     file = Path(folder) / WEIGHTS
     shapes = tensor_shapes(file)
-    known = _weights(
+    known = _Checkpoint.of(
         item
         for name in model.used
         if name.endswith(".safetensors")
@@ -55,7 +56,7 @@ def _refuse_unfit(
     layer: str,
     a: list[int],
     b: list[int],
-    known: Mapping[tuple[str, ...], set[tuple[int, ...]]],
+    known: _Checkpoint,
     where: str,
     config: LoraConfig,
 ) -> None:
@@ -63,10 +64,13 @@ def _refuse_unfit(
         raise ModelError(
             f"the matrices of {layer} do not fit each other: {a} and {b}", where, "copy the adapter again"
         )
-    if not known:
+    if not known.weights:
         return
     fix = "use the model that it was trained on" + (f" ({config.base})" if config.base else "")
-    weights = known.get(_place(layer))
+    if _place(layer) in known.fp8:
+        what = f"its {layer} is in fp8 in the model's checkpoint, and cannot be added to"
+        raise ModelError(what, where, "use the checkpoint in bfloat16")
+    weights = known.weights.get(_place(layer))
     if weights is None:
         raise ModelError(f"is for another model: this one has no layer {layer}", where, fix)
     # Either way round, since some models keep their weights transposed.
@@ -77,14 +81,23 @@ def _refuse_unfit(
         )
 
 
-def _weights(tensors: Iterable[tuple[str, list[int]]]) -> dict[tuple[str, ...], set[tuple[int, ...]]]:
-    """Shapes of a checkpoint's weights by their layers' places."""
-    found: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
-    for name, shape in tensors:
-        layer, _, last = name.rpartition(".")
-        if last == "weight" and len(shape) == 2:
-            found.setdefault(_place(layer), set()).add(tuple(shape))
-    return found
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """By their layers' places, the shapes of a checkpoint's weights, and those that are in fp8 and stay so."""
+
+    weights: dict[tuple[str, ...], set[tuple[int, ...]]] = field(default_factory=dict)
+    fp8: set[tuple[str, ...]] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, list[int]]]) -> Self:
+        found = cls()
+        for name, shape in tensors:
+            layer, _, last = name.rpartition(".")
+            if last == "weight" and len(shape) == 2:
+                found.weights.setdefault(_place(layer), set()).add(tuple(shape))
+            elif last == "weight_scale":
+                found.fp8.add(_place(layer))
+        return found
 
 
 def _place(layer: str) -> tuple[str, ...]:

@@ -284,7 +284,8 @@ def _downloaded(url: str, settings: ModelSettings, part: Part) -> str:
             f"cannot be listed ({type(error).__name__}: {error})", url, "check path and access"
         ) from None
     if not listing:
-        raise ModelError("no model's folder is there", url, "give the URL of a folder with config.json in it")
+        what, file = ("adapter", CONFIG) if part == "adapter" else ("model", "config.json")
+        raise ModelError(f"no {what}'s folder is there", url, f"give the URL of a folder with {file} in it")
     versions = [[name, info["size"], version_of(info)] for name, info in listing.items()]
     cache = cache_folder() / "models"
     target = cache / stable_hash([url.rstrip("/"), versions])[:32]
@@ -347,7 +348,7 @@ def _refuse_missing_config(path: str, settings: ModelSettings) -> None:
 
 
 def _refuse_incomplete_adapter(path: str, name: str) -> None:
-    held = os.listdir(path)
+    held = os.listdir(path) if os.path.isdir(path) else []
     fix = "give the folder that peft's save_pretrained wrote"
     if CONFIG not in held:
         raise ModelError(f"no {CONFIG} in the adapter's folder", name, fix)
