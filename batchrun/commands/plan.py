@@ -155,6 +155,7 @@ def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
     return {
         "gpu": gpu.name if gpu else None,
         "quantization": job.model.quantization,
+        "convertible": job.model.adapters is None,
         "weights": found.weights,
         "fp8_weights": found.fp8_weights,
         "token": found.token,
@@ -173,9 +174,14 @@ def _memory_lines(found: dict[str, Any]) -> list[RenderableType]:
     rows, other_rows = ("fp8_rows", "rows") if fp8 else ("rows", "fp8_rows")
     where = memory["gpu"] or f"a GPU of {size(SUPPOSED_MEMORY)}"
     other = "without model.quantization" if fp8 else "with model.quantization: fp8"
-    return [
+    shown: list[RenderableType] = [
         f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory['token'])}; at most about "
-        f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}",
+        f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}"
+    ]
+    if not memory["convertible"]:
+        return shown
+    return [
+        *shown,
         f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
         + ("" if fp8 else "; products take about half as long, answers differ a little"),
     ]
