@@ -16,6 +16,7 @@ from urllib.request import urlopen
 import dask
 from distributed import Client, Security
 
+from batchrun import signals
 from batchrun.cluster.check import check_workers
 from batchrun.cluster.config import DASK_CONFIG
 from batchrun.cluster.kubernetes import kubernetes_cluster, kubernetes_module, kubernetes_spec
@@ -54,6 +55,9 @@ def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[
     # That a worker left, came or closed a connection is the driver's news to tell, in the run's own words.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # What a stop cuts off in the midst of a task of theirs is no news either.
+    for name in ("asyncio", "tornado.application"):
+        logging.getLogger(name).addFilter(_unless_stopped)
     with dask.config.set(DASK_CONFIG):
         if settings.address is not None:
             try:
@@ -77,6 +81,10 @@ def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[
             sys.path = [folder for folder in sys.path if folder in before or SCRATCH not in folder]
             with Client(cluster, set_as_default=False) as client:
                 yield client
+
+
+def _unless_stopped(record: logging.LogRecord) -> bool:
+    return not signals.stop.is_set()
 
 
 def _start(settings: ClusterSettings, standby: Sequence[str]) -> AbstractContextManager[Any]:

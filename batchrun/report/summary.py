@@ -73,7 +73,7 @@ def run_lines(result: RunResult) -> list[str]:
         f"{result.output}/data"
     ]
     if result.failed:
-        lines.append(f"{result.failed:,} rows failed; the error column says why, row by row")
+        lines.append(f"{counted(result.failed, 'row')} failed; the error column says why, row by row")
         lines += error_lines(result.errors, result.examples)
     lines += _answer_lines(result)
     counts = result.counts
@@ -81,8 +81,9 @@ def run_lines(result: RunResult) -> list[str]:
         lines.append("nothing was left to do")
         return lines
     before = f", {counts.reused:,} taken from an earlier run" if counts.reused else ""
+    generated = counted(counts.rows - counts.copied, "row")
     lines.append(
-        f"{duration(result.seconds)}: {counts.rows - counts.copied:,} rows generated{_copied(counts)}{before}; "
+        f"{duration(result.seconds)}: {generated} generated{_copied(counts)}{before}; "
         f"{counts.prompt_tokens:,} tokens in, "
         f"{counts.output_tokens:,} out, {number(counts.output_tokens / max(result.seconds, 1e-9))} tokens/s out"
     )

@@ -256,6 +256,32 @@ def test_a_stop_while_the_process_already_leaves_keeps_its_code_its_output_and_s
     assert (done.returncode, done.stdout, done.stderr) == (3, "answers\n", "")
 
 
+def test_a_stop_in_a_finalizer_interrupts_what_ran_and_prints_no_traceback():
+    """Python drops what is raised there: the stop took its 4 seconds, and a traceback was shown."""
+    code = """if True:
+        import os, signal, sys, time
+        from batchrun import signals
+        signals.install()
+        class Finalized:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0)
+        began = time.monotonic()
+        try:
+            del_me = Finalized()
+            del del_me
+            time.sleep(3)
+            print("not interrupted")
+        except KeyboardInterrupt:
+            print("interrupted", time.monotonic() - began < 2, flush=True)
+        os._exit(0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("interrupted True\n", "")
+
+
 def test_a_tracker_that_was_killed_and_came_again_prints_no_traceback():
     """It did at the end of a run, where a terminal that closed with it might show its first line and no more."""
     code = """if True:
