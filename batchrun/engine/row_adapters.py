@@ -35,8 +35,9 @@ class AdaptedLinear(nn.Module):
 
     All adapters' `a` (columns, in features) are applied to every token, and numbers of other adapters than its own
     become zero; so those of all tokens are one matrix product with what comes in, `weight` (out features, in features +
-    columns) being the layer's own beside all adapters' b. That takes `columns / in features` more time than the layer
-    alone, little for tens of columns, reads and writes nothing twice, and has the same shapes whatever rows there are.
+    columns) being the layer's own beside all adapters' b. It multiplies `columns / in features + columns / out
+    features` more than the layer alone, little for tens of columns, passes over no result twice, and has the same
+    shapes whatever rows there are.
     `of_column` (columns,) int32 is whose column each is.
     """
 
