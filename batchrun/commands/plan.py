@@ -22,6 +22,7 @@ from batchrun.estimate.order import orders
 from batchrun.estimate.records import device_name, model_key, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
+from batchrun.model.adapter import check_adapter
 from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
@@ -59,6 +60,9 @@ def preview(
     """
     if compare is not None and job.answer.is_scored:
         raise JobError("the job generates nothing that could differ", "plan --compare", "leave out --compare")
+    if compare is not None and job.model.adapters is not None:
+        what = f"{compare} does not go with model.adapters"
+        raise JobError(what, "plan --compare", "leave out --compare, or name one of them in model.adapter")
     started = time.monotonic()
     prepared = prepare(job)
     opening = time.monotonic() - started
@@ -94,6 +98,7 @@ def preview(
         "orders": None if (looked := orders(prepared)) is None else looked.to_json(),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
+        "adapters": _adapters(prepared),
         "memory": _memory(prepared, sampled),
         "estimate": None if known is None else _estimate(known, sampled, left, job, workers).to_json(),
         "comparison": comparison,
@@ -113,6 +118,7 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
+    shown += [f"adapter {adapter}" for adapter in found["adapters"]]
     return shown + _memory_lines(found) + _estimate_lines(found) + _comparison_lines(found)
 
 
@@ -123,6 +129,18 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     carried = carried_schema(pa.schema([schema.field(name) for name in names]), job)
     found = part_schema(carried, job.output, job.answer.format)
     return {field.name: str(field.type) for field in found}
+
+
+def _adapters(prepared: Prepared) -> list[str]:
+    """The model's adapters, a line each."""
+    settings, model = prepared.job.model, prepared.model
+    if model.adapter is not None:
+        facts = check_adapter(model.adapter, model)
+        return [f"{settings.adapter}: {facts}, merged into the weights"]
+    return [
+        f"{name}: {check_adapter(folder, model)}, for rows whose {settings.adapter_column} is {name}"
+        for name, folder in model.adapters
+    ]
 
 
 def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
@@ -137,6 +155,7 @@ def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
     return {
         "gpu": gpu.name if gpu else None,
         "quantization": job.model.quantization,
+        "convertible": job.model.adapters is None,
         "weights": found.weights,
         "fp8_weights": found.fp8_weights,
         "token": found.token,
@@ -155,9 +174,14 @@ def _memory_lines(found: dict[str, Any]) -> list[RenderableType]:
     rows, other_rows = ("fp8_rows", "rows") if fp8 else ("rows", "fp8_rows")
     where = memory["gpu"] or f"a GPU of {size(SUPPOSED_MEMORY)}"
     other = "without model.quantization" if fp8 else "with model.quantization: fp8"
-    return [
+    shown: list[RenderableType] = [
         f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory['token'])}; at most about "
-        f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}",
+        f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}"
+    ]
+    if not memory["convertible"]:
+        return shown
+    return [
+        *shown,
         f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
         + ("" if fp8 else "; products take about half as long, answers differ a little"),
     ]

@@ -15,6 +15,7 @@ from batchrun.engine.names import refuse_wrong_name
 from batchrun.errors import InputError, OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
+from batchrun.model.adapter import check_adapter
 from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed_rows, identity, plans, retry
@@ -22,6 +23,7 @@ from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.output.output import Output, layout_of, open_folder
 from batchrun.prompt.codec import PromptCodec, open_codec
+from batchrun.prompt.row_settings import row_columns
 from batchrun.prompt.template import leading_columns, prompt_columns
 from batchrun.prompt.tokens import check_sample
 from batchrun.storage import Folder
@@ -181,7 +183,11 @@ def _ordered_before(job: Job) -> Plan | None:
 
 def _plan(job: Job, stored: Sequence[Plan], known: Plan | None) -> list[Plan]:
     """A plan of the input's files, or of those that none of the `stored` ones took."""
-    needed = [*prompt_columns(job.prompt), *job.answer.read_columns, *job.generation.columns.values()]
+    needed = [
+        *prompt_columns(job.prompt),
+        *job.answer.read_columns,
+        *row_columns(job.generation, job.model).values(),
+    ]
     output = job.output
     how = (output.rows_per_part, output.bytes_per_part, output.partition_by, leading_columns(job.prompt))
     if stored:
@@ -209,4 +215,6 @@ def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -
     # Its bytes are hashed beside this, and nobody waits for them yet.
     model = resolve(job.model)
     check_model(model.path)
+    for adapter in model.all_adapters:
+        check_adapter(adapter, model)
     return Prepared(job, plans, known, model, pinned)

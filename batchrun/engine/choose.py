@@ -54,6 +54,10 @@ def load_engine(spec: EngineSpec) -> Engine:
     engine = _load(kind, spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")
+    if spec.adapter is not None:
+        engine.stats.notes.append(f"the adapter {Path(spec.adapter).name} is merged into the weights")
+    if spec.adapters:
+        engine.stats.notes.append(f"{len(spec.adapters)} adapters, of which each row has its own or none")
     if spec.quantization and spec.device == "cpu":
         engine.stats.notes.append(
             "a CPU has no fp8 products: it multiplies the same numbers in float32, slower than without quantization"

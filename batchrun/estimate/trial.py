@@ -69,7 +69,7 @@ def requests_of(sampled: Sample, spec: EngineSpec, samples: int) -> list[Request
     for i, (prompt, limit) in enumerate(zip(sampled.built, sampled.new_tokens, strict=True)):
         if prompt.behind is not None:
             first = replace(prompt.behind, requests=prompt.behind.requests[:1])
-            found += scored_requests(prompt.token_ids, first, i, [i])
+            found += scored_requests(prompt.token_ids, first, i, [i], prompt.adapter)
             continue
         found += [
             request_of(i * samples + sample, prompt, i, limit, spec, sample) for sample in range(samples)

@@ -78,6 +78,20 @@ class ModelSettings(Settings):
     name: str = Field(min_length=1, description="hub id, local folder, or fsspec URL of a folder")
     revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
     tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
+    adapter: str | None = Field(
+        None,
+        description="a LoRA adapter as peft saves it, merged into the weights while they are loaded: a hub id, local "
+        "folder, or fsspec URL of a folder",
+    )
+    adapters: dict[str, str] | None = Field(
+        None,
+        description="LoRA adapters by names of yours, of which each row has the one that adapter_column names",
+    )
+    adapter_column: str | None = Field(
+        None,
+        description="a column with the name of each row's adapter; null is the model without one, another name than "
+        "those of adapters the row's error INVALID_SETTING",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights; auto is float32 on a CPU, half precision on a GPU"
     )
@@ -91,6 +105,24 @@ class ModelSettings(Settings):
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="fsspec's options for the model; never written anywhere"
     )
+
+    @model_validator(mode="after")
+    def _adapters_of_rows(self) -> Self:
+        if (self.adapters is None) != (self.adapter_column is None):
+            raise ValueError("adapters and adapter_column go together: give both, or adapter for all rows")
+        if self.adapters is not None and not self.adapters:
+            raise ValueError("adapters: give at least one, as name: folder")
+        if self.adapters is not None and self.adapter is not None:
+            raise ValueError("give adapter for all rows, or adapters and adapter_column")
+        if self.adapters is not None and self.quantization is not None:
+            raise ValueError("quantization goes with adapter, and not with adapters of rows: leave one out")
+        return self
+
+    @property
+    def places(self) -> list[str]:
+        """Where its files are: hub ids, paths and URLs."""
+        places = (self.name, self.tokenizer, self.adapter, *(self.adapters or {}).values())
+        return [place for place in places if place is not None]
 
     @property
     def title(self) -> str:
