@@ -100,11 +100,14 @@ class Exporter(Collector):
         self._rates = Rates()
         self._now: Progress | None = None
         self._highest: dict[str, float] = {}
+        # Once there was one, also while there is no worker.
+        self._has_gpus = False
 
     def on_progress(self, now: Progress) -> None:
         """Takes in the newest progress."""
         self._rates.add(now)
         self._now = now
+        self._has_gpus = self._has_gpus or any(view.gpu for view in now.worker_views)
 
     def collect(self) -> Iterable[Metric]:
         """The client library's call for each scrape."""
@@ -141,10 +144,11 @@ class Exporter(Collector):
             sum_value=now.counts.commit_seconds,
         )
         yield GaugeMetricFamily("batchrun_workers", "Workers there are.", now.workers)
-        yield GaugeMetricFamily("batchrun_gpus", "GPUs that the workers' engines have.", now.gpus)
-        yield CounterMetricFamily(
-            "batchrun_gpu_seconds", "Time of the workers' GPUs, whatever they did.", now.gpu_seconds
-        )
+        if self._has_gpus:
+            yield GaugeMetricFamily("batchrun_gpus", "GPUs that the workers' engines have.", now.gpus)
+            yield CounterMetricFamily(
+                "batchrun_gpu_seconds", "Time of the workers' GPUs, whatever they did.", now.gpu_seconds
+            )
         remaining = self._rates.remaining()
         if remaining is not None:
             yield GaugeMetricFamily("batchrun_remaining_seconds", "Time that the rest will take.", remaining)
