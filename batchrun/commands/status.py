@@ -98,11 +98,10 @@ def _run_lines(run: RunRecord) -> Iterator[str]:
     rate = run.counts.tokens / run.seconds if run.seconds else 0.0
     cost = "" if run.cost is None else f", cost {run.cost:,.2f}"
     counts = run.counts
-    gpus = f" of {run.gpus_per_worker} GPUs" if run.gpus_per_worker > 1 else ""
     copied = f", {counts.copied:,} copied" if counts.copied else ""
     yield (
         f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {counts.rows - counts.copied:,} rows "
-        f"generated{copied}, {number(rate)} tokens/s, {run.workers:,} workers{gpus}{cost}"
+        f"generated{copied}, {number(rate)} tokens/s, {run.workers:,} workers{run.group}{cost}"
     )
     if run.engine_logs:
         more = f" to {run.engine_logs[-1].rpartition('/')[2]}" if len(run.engine_logs) > 1 else ""

@@ -125,11 +125,11 @@ def _ran_on(job: Job, runs: list[RunRecord]) -> Iterator[tuple[str, str]]:
         cores = f"{run.machine['cores']} CPU cores" if run.machine.get("cores") else "a CPU"
         if run.agreement is not None:
             yield "accuracy", str(run.agreement)
-        each = f" of {run.gpus_per_worker} GPUs" if run.gpus_per_worker > 1 else ""
-        yield "machine", f"{count}{each} on {cores if run.device in ('', 'cpu') else run.device}"
+        yield "machine", f"{count}{run.group} on {cores if run.device in ('', 'cpu') else run.device}"
     prices = [run.price_per_gpu_hour for run in runs if run.price_per_gpu_hour is not None]
     if prices:
-        yield "price", f"{prices[-1]:,.2f} per GPU and hour"
+        on_gpus = any(run.device not in ("", "cpu") or run.gpus_per_worker > 1 for run in loaded)
+        yield "price", f"{prices[-1]:,.2f} per {'GPU' if on_gpus else 'worker'} and hour"
 
 
 def _endings(reasons: dict[str, int], empty: int) -> Iterator[tuple[str, int, float]]:

@@ -108,6 +108,12 @@ class RunRecord:
         return self.gpus_per_worker * self.workers
 
     @property
+    def group(self) -> str:
+        """What a worker has for its engine, as " of 2 GPUs"; empty where that is one."""
+        what = "ranks" if self.device in ("", "cpu") else "GPUs"
+        return f" of {self.gpus_per_worker} {what}" if self.gpus_per_worker > 1 else ""
+
+    @property
     def gpu_seconds(self) -> float:
         """Seconds of all workers' GPUs together."""
         return self.gpus_per_worker * self.worker_seconds
