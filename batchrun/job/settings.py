@@ -128,6 +128,13 @@ class EngineSettings(Settings):
             raise ValueError("use auto, padded, paged, or module:Class")
         return kind
 
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _some_gpus(cls, gpus: Any) -> Any:
+        if gpus != "auto" and (type(gpus) is not int or gpus < 1):
+            raise ValueError("give a number of GPUs, 1 or more, or auto")
+        return gpus
+
     @model_validator(mode="after")
     def _paged_on_several_gpus(self) -> Self:
         if self.kind == "padded" and self.gpus not in (1, "auto"):

@@ -97,8 +97,8 @@ def test_auto_where_sizes_are_not_known_is_refused_in_a_line(machine: Any, job: 
         (["engine.gpus=4"], "4 GPUs cannot share out 4 attention heads and 2 of keys and values"),
         (["engine.gpus=3"], "3 GPUs cannot share out"),
         (["engine.gpus=2", "engine.kind=padded"], "the padded engine runs on one GPU"),
-        (["engine.gpus=0"], "engine.gpus"),
-        (["engine.gpus=some"], "engine.gpus"),
+        (["engine.gpus=0"], "give a number of GPUs, 1 or more, or auto"),
+        (["engine.gpus=some"], "give a number of GPUs, 1 or more, or auto"),
     ],
 )
 def test_what_cannot_be_is_refused_while_planning(job: Path, overrides: list[str], what: str) -> None:

@@ -172,7 +172,7 @@ def test_auto_is_paged_where_it_can_and_says_why_where_it_cannot(monkeypatch):
 def test_auto_with_several_gpus_is_paged_or_refused(monkeypatch):
     monkeypatch.setitem(choose.BUILT_IN, "paged", f"{__name__}:PagedForHalf")
     assert isinstance(load_engine(spec(model_folder("llama"), "auto", gpus=2)), PagedForHalf)
-    with pytest.raises(ModelError, match="2 GPUs for one engine need the paged engine.* encoder-decoder"):
+    with pytest.raises(ModelError, match=r"2 GPUs for one engine need the paged engine.* encoder-decoder"):
         load_engine(spec(model_folder("t5"), "auto", gpus=2))
 
 

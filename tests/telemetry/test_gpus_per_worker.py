@@ -101,7 +101,8 @@ def test_means_and_money_of_a_run_weigh_gpus_not_workers(tmp_path, tiny_llama):
 def run_of(each: int) -> RunRecord:
     return RunRecord(
         "a" * 32, "2026-01-01T00:00:00Z", "complete", 3600.0, counts=Counters(rows=1000, prompt_tokens=4000),
-        workers=2, gpus_per_worker=each, device="NVIDIA H100", worker_time={"loading": 720.0, "generating": 6480.0}, price_per_gpu_hour=2.0,
+        workers=2, gpus_per_worker=each, device="NVIDIA H100", worker_time={"loading": 720.0, "generating": 6480.0},
+        price_per_gpu_hour=2.0,
     )  # fmt: skip
 
 
