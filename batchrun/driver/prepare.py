@@ -10,6 +10,7 @@ from functools import cached_property
 from batchrun.dataset.plan import Plan, carried_columns, check_output_names, joined
 from batchrun.dataset.planner import extend, make_plan
 from batchrun.dataset.rows import all_rows
+from batchrun.driver.gpus import settle
 from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
 from batchrun.engine.names import refuse_wrong_name
 from batchrun.errors import InputError, OutputError
@@ -51,6 +52,12 @@ class Prepared:
     def plan(self) -> Plan:
         """All plans of the output as one."""
         return joined(self.plans)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one engine; 1 as long as "auto" is not settled."""
+        gpus = self.job.engine.gpus
+        return 1 if gpus == "auto" else gpus
 
     @cached_property
     def codec(self) -> PromptCodec:
@@ -100,8 +107,8 @@ class Prepared:
 
 
 def prepare(job: Job) -> Prepared:
-    """Everything that a run checks before it writes or generates: `look` and `try_prompt`. Raises Refused."""
-    prepared = look(job)
+    """Everything that a run checks before it writes or generates: `look`, `settle` and `try_prompt`. Raises Refused."""
+    prepared = settle(look(job))
     try_prompt(prepared)
     return prepared
 

@@ -170,7 +170,9 @@ class EngineSpec:
     the largest prompt + new tokens of any request. `options` holds the budgets that only one kind of engine reads.
     `answers` are the tables that every answer keeps to, stop tokens included; None leaves answers free.
     `quantization` is what the weights are converted to, "fp8" or None. `adapter` is the folder of a LoRA adapter, as
-    PEFT saves it, that is merged into them; `adapters` are those of adapters that requests name.
+    PEFT saves it, that is merged into them; `adapters` are those of adapters that requests name. `gpus` is the tensor
+    parallel size: rank i has the i-th device that CUDA_VISIBLE_DEVICES shows the engine's process, or is a process on
+    the CPU.
     """
 
     kind: str
@@ -188,6 +190,7 @@ class EngineSpec:
     quantization: str | None = None
     adapter: str | None = None
     adapters: tuple[str, ...] = ()
+    gpus: int = 1
 
 
 @dataclass(slots=True)

@@ -59,7 +59,9 @@ def trial(
     finally:
         engine.stop()
     source = f"a trial of {sum(o.rows for o in observations):,.0f} rows in {time.monotonic() - loaded:.0f} s"
-    return Throughput(source, stats.engine, stats.device, observations, True, start_seconds), endings
+    return Throughput(
+        source, stats.engine, stats.device, observations, True, start_seconds, prepared.gpus
+    ), endings
 
 
 def requests_of(sampled: Sample, spec: EngineSpec, samples: int) -> list[Request]:

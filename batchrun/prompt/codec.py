@@ -205,5 +205,7 @@ def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int
         sampling=sampling,
         stop_token_ids=stop_ids,
         max_context=context,
-        options=job.engine.model_dump(exclude={"kind"}),
+        options=job.engine.model_dump(exclude={"kind", "gpus"}),
+        # "auto" is settled before a run hands the job out.
+        gpus=1 if job.engine.gpus == "auto" else job.engine.gpus,
     )
