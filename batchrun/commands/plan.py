@@ -87,6 +87,7 @@ def preview(
         "partitions": len(plan.partitions),
         "largest_partition": max(partition.rows for partition in plan.partitions),
         "columns": _columns(prepared),
+        "levels": None if job.answer.format is None else job.answer.format.levels,
         "plan_hash": plan.hash,
         "skipped": [f"{skipped.path} ({skipped.reason})" for skipped in plan.skipped],
         "context": prepared.codec.engine.max_context,
@@ -115,6 +116,8 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
         f"largest partition {found['largest_partition']:,} rows; output {found['output']}",
     ]
     shown.append(f"columns: {', '.join(f'{name} ({kind})' for name, kind in found['columns'].items())}")
+    if found["levels"] is not None:
+        shown.append(f"answers: of a recursive schema, nested at most {found['levels']} deep")
     if found["skipped"]:
         shown.append(f"{len(found['skipped'])} unreadable files left out: {', '.join(found['skipped'][:5])}")
     shown += _prompt_lines(found)
