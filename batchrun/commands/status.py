@@ -25,8 +25,8 @@ from batchrun.telemetry.record import RunRecord
 READERS = 16  # partitions whose chunks are read at a time
 SHOWN_RUNS = 5
 SHOWN_OF_RUN = (
-    "run", "started", "outcome", "message", "seconds", "workers", "worker_seconds", "worker_time", "cost", "engine",
-    "device", "engine_logs",
+    "run", "started", "outcome", "message", "seconds", "workers", "gpus_per_worker", "worker_seconds", "worker_time",
+    "gpu_seconds", "cost", "engine", "device", "engine_logs",
 )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def _run_lines(run: RunRecord) -> Iterator[str]:
     generated = counted(counts.rows - counts.copied, "row")
     yield (
         f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {generated} "
-        f"generated{copied}, {number(rate)} tokens/s, {counted(run.workers, 'worker')}{cost}"
+        f"generated{copied}, {number(rate)} tokens/s, {counted(run.workers, 'worker')}{run.group}{cost}"
     )
     if run.engine_logs:
         more = f" to {run.engine_logs[-1].rpartition('/')[2]}" if len(run.engine_logs) > 1 else ""

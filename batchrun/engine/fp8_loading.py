@@ -14,6 +14,7 @@ from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.fp8_checkpoint import Fp8Checkpoint, expand_blocks, prepare
 from batchrun.engine.fp8_experts import PARAMETERS, Fp8Experts
 from batchrun.engine.fp8_model import with_fp8_layers
+from batchrun.engine.lora import Merge
 
 METHOD = "batchrun-fp8"
 """The name under which transformers finds the quantizer; no checkpoint has it."""
@@ -21,11 +22,12 @@ METHOD = "batchrun-fp8"
 
 @register_quantization_config(METHOD)
 class Fp8Config(QuantizationConfigMixin):
-    """Asks `from_pretrained` for the quantizer below: to read a checkpoint in fp8, to convert weights, or both."""
+    """Asks `from_pretrained` for the quantizer below: to read a checkpoint in fp8, to convert weights, or both. What
+    is converted gets an adapter's product before, since it loses most of one afterwards."""
 
-    def __init__(self, checkpoint: Fp8Checkpoint | None, convert: bool) -> None:
+    def __init__(self, checkpoint: Fp8Checkpoint | None, convert: bool, merge: Merge | None = None) -> None:
         self.quant_method = METHOD
-        self.checkpoint, self.convert = checkpoint, convert
+        self.checkpoint, self.convert, self.merge = checkpoint, convert, merge
 
 
 @register_quantizer(METHOD)
@@ -54,7 +56,7 @@ class Fp8Quantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What converts one weight."""
-        return _Quantize()
+        return _Quantize(self.quantization_config.merge)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # Some releases of transformers compare no shapes where there is a quantizer.
@@ -65,7 +67,7 @@ class Fp8Quantizer(HfQuantizer):
         # Its layers are as good as any others: nothing else needs to know.
         self.remove_quantization_config(model)
         dtype = model.get_input_embeddings().weight.dtype
-        expand_blocks(model, dtype, self.quantization_config.convert)
+        expand_blocks(model, dtype, self.quantization_config.convert, self.quantization_config.merge)
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -79,10 +81,15 @@ class Fp8Quantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
+    def __init__(self, merge: Merge | None) -> None:
+        self._merge = merge
+
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Tensor]:
         converted = {}
         for name, given in input_dict.items():
             weight = given[0] if isinstance(given, list) else given
             with torch.no_grad():
+                if self._merge is not None:
+                    weight = self._merge.merged(name.removesuffix(".weight"), weight)
                 converted[name], converted[f"{name}_scale"] = quantize_rows(weight)
         return converted

@@ -154,7 +154,8 @@ class View:
         facts.append(size(worker.memory))
         if worker.gpu:
             busy = "" if worker.gpu.use is None else f"{worker.gpu.use:.0%} busy, "
-            facts.append(f"GPU {busy}{worker.gpu.memory_used / worker.gpu.memory_total:.0%} full")
+            what = "GPU" if worker.gpu.count == 1 else f"{worker.gpu.count} GPUs"
+            facts.append(f"{what} {busy}{worker.gpu.memory_used / worker.gpu.memory_total:.0%} full")
         facts.append(worker.address.partition("://")[2])
         return ", ".join(facts)
 

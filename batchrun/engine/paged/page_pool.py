@@ -19,7 +19,8 @@ NULL_PAGE = 0
 MIN_COPIED_TOKENS = 16
 """Tokens. Computing fewer again costs less than a copy and a prefill batch cut short."""
 
-_ROOT_HASH = b""
+NO_ROOT = b""
+"""What prompts begin with in place of the digest of a page before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +107,12 @@ class PagePool:
                 else:
                     self._free_pages.append(page)
 
-    def match_prefix(self, tokens: TokenIds, computed: int = 1) -> PrefixMatch:
-        """What is held of a prompt; its last `computed` tokens never are, because their logits are wanted."""
+    def match_prefix(self, tokens: TokenIds, computed: int = 1, root: bytes = NO_ROOT) -> PrefixMatch:
+        """What is held of a prompt; its last `computed` tokens never are, because their logits are wanted. Prompts of
+        different roots have nothing in common."""
         size, most = self.page_size, len(tokens) - computed
         pages: list[int] = []
-        prefix_hash = _ROOT_HASH
+        prefix_hash = root
         while (len(pages) + 1) * size <= most:
             page_hash = self._hash_page(prefix_hash, tokens, len(pages))
             if page_hash not in self._full_pages:
@@ -127,14 +129,16 @@ class PagePool:
             copied, copy_from = 0, NULL_PAGE
         return PrefixMatch(tuple(pages), copy_from, copied)
 
-    def insert(self, tokens: TokenIds, pages: list[int], start: int, stop: int) -> None:
+    def insert(
+        self, tokens: TokenIds, pages: list[int], start: int, stop: int, root: bytes = NO_ROOT
+    ) -> None:
         """Says that the prefill batch being put together computes `tokens[start:stop]` into a sequence's `pages`.
 
         Whole pages can be shared from now on, by sequences of the same prefill batch too: each layer writes all of a
         prefill batch's keys and values before it reads any. A page can be copied from only after `launched`.
         """
         size = self.page_size
-        prefix_hash = _ROOT_HASH
+        prefix_hash = root
         for number in range(self.pages_for(stop)):
             page = pages[number]
             begin, end = number * size, min((number + 1) * size, stop)

@@ -27,6 +27,7 @@ from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.scored_chunks import ScoredChunks
 from batchrun.engine.paged.shapes import Shape, bucket, input_size, power_of_two, round_tokens, views
 from batchrun.engine.protocol import Request
+from batchrun.engine.row_adapters import TokenAdapters
 from batchrun.engine.scoring import ScoringHead
 from batchrun.engine.token_values import ValuesOfTokens
 
@@ -88,6 +89,8 @@ class Runner:
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
         self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
+        self._adapters = TokenAdapters.of(model)
+        self._adapter = None if self._adapters is None else zeros(torch.int32, slots)
         self._own = zeros(torch.float32, slots, row_sampling.WIDTH) if sampler.has_own else None
         # Like `_sampled`, of every step of a decode batch.
         self._values = {
@@ -140,6 +143,9 @@ class Runner:
             max_seqlen_k=max(seq_lens),
             no_context=all(s.start == 0 for s in chunks),
         )
+        if self._adapters is not None:
+            adapters = [chunk.sequence.request.adapter for chunk in chunks]
+            self._choose_adapters(self._to_device(np.repeat([*adapters, 0], query_lens), np.int32))
         self.computed_tokens += len(tokens)
         self.launches += 1
         logits_to_keep = self._to_device([cu_seqlens_q[i + 1] - 1 for i in completed] or [0], np.int64)
@@ -253,6 +259,8 @@ class Runner:
             seq_lens=(position + 1 - prefix_tokens).int(),
             shared_prefix=shared_prefix,
         )
+        if self._adapter is not None:
+            self._choose_adapters(self._adapter[slots])
         logits = self._forward(self._last_token[slots], position, metadata, 0)
         seen = None if self._seen is None else self._seen[slots]
         states = None if self._states is None else self._states[slots]
@@ -290,6 +298,9 @@ class Runner:
             numbers = row_sampling.numbers_of([one.request for one in sequences], self._sampler.sampling)
             own = self._to_device(np.array(numbers), np.float32)
             self._own[slots] = own
+        if self._adapter is not None:
+            adapters = [sequence.request.adapter for sequence in sequences]
+            self._adapter[slots] = self._to_device(adapters, np.int32)
         states = None
         if self._sampler.mask is not None:
             answers = [sequence.prompt[len(sequence.request.token_ids) :] for sequence in sequences]
@@ -323,6 +334,12 @@ class Runner:
         self._running[slots] = running
         if self._seen is not None:
             self._seen.index_put_((slots, token), self._true)  # a plain True comes from the host
+
+    def _choose_adapters(self, tokens: Tensor) -> None:
+        """Has the coming model call use these adapters: (tokens,) int32."""
+        if self._adapters is not None:
+            torch._dynamo.mark_dynamic(tokens, 0)
+            self._adapters.tokens = tokens
 
     def _score(
         self,

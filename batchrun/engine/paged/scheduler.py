@@ -116,7 +116,7 @@ class Scheduler:
         deferred: list[Sequence] = []
         while tokens > 0 and len(self.queue) and self.active < most and self._partial_sequence is None:
             sequence = self.queue.peek()
-            match = self.pool.match_prefix(sequence.prompt, sequence.states)
+            match = self.pool.match_prefix(sequence.prompt, sequence.states, sequence.root)
             if match.wait and len(deferred) < MAX_DEFERRED:
                 deferred.append(self.queue.pop())
                 continue
@@ -315,7 +315,7 @@ class Scheduler:
         self, sequence: Sequence, start: int, tokens: int, copy_from: int = NULL_PAGE, copied: int = 0
     ) -> PrefillChunk:
         stop = min(len(sequence.prompt), start + tokens)
-        self.pool.insert(sequence.prompt, sequence.pages, start, stop)
+        self.pool.insert(sequence.prompt, sequence.pages, start, stop, sequence.root)
         sequence.computed_tokens = stop
         self._seq_lens[sequence.slot] = stop
         copy_to = sequence.pages[start // self.pool.page_size] if copied else NULL_PAGE
