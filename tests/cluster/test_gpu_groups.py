@@ -61,6 +61,7 @@ def test_gpus_that_are_too_few_for_one_more_engine_are_told_of(
     visible: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     visible += ["0", "1", "2"]
+    caplog.set_level("WARNING", logger=local.log.name)
     from distributed import Security
 
     found = local._workers(settings(), Security(), (), 2)
