@@ -73,14 +73,13 @@ class Run:
 
     def decode(self, work: DecodeBatch) -> None:
         results = []
+        self.check_common(work)
         for sequence, table in zip(work.sequences, work.block_tables.tolist(), strict=True):
             new: list[int] = []
             known = sequence.request.token_ids.tolist() + self.said[sequence]
-            assert table[: work.prefix_pages] == work.block_tables[0, : work.prefix_pages].tolist()
             for _ in range(work.steps):
                 if sequence in self.stopped or len(known) > sequence.final_len:
                     break
-                assert len(known) - 1 >= work.prefix_pages * self.device.size
                 self.device.write(table, len(known) - 1, known[-1])
                 self.device.check(table, known)
                 new.append(self.say(sequence))
@@ -88,6 +87,16 @@ class Run:
             results.append((sequence, new))
         self.read()
         self.behind = results
+
+    def check_common(self, work: DecodeBatch) -> None:
+        """What neighbours in the order of prompts have in common is in the pages of both, before the step's token."""
+        assert sorted(work.prompt_order.tolist()) == list(range(len(work.sequences)))
+        pairs = itertools.pairwise(work.prompt_order.tolist())
+        for (one, other), common in zip(pairs, work.common[1:].tolist(), strict=True):
+            tokens = work.sequences[one].prompt[:common].tolist()
+            for row in (one, other):
+                assert common <= len(work.sequences[row].prompt)
+                self.device.check(work.block_tables[row].tolist(), tokens)
 
     def read(self) -> None:
         for sequence, tokens in self.behind:

@@ -12,17 +12,21 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from batchrun.engine.paged import decode_attention, kernels, prefill_attention
+from batchrun.engine.paged import cascade_attention, decode_attention, kernels, prefill_attention
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.metadata import AttentionMetadata
 
 
 class FlashAttention:
-    """flash-attn, if installed, reads a shared prefix once, and gives what attention sinks need."""
+    """flash-attn, if installed, gives what attention sinks need."""
 
     def __init__(self) -> None:
-        self.supports_cascade = importlib.util.find_spec("flash_attn") is not None
-        self.name = "triton and flash-attn 2" if self.supports_cascade else "triton"
+        self.supports_sinks = importlib.util.find_spec("flash_attn") is not None
+        self.name = "triton and flash-attn 2" if self.supports_sinks else "triton"
+
+    def cascade_rows(self, layer: Layer) -> int:
+        """See `AttentionBackend`."""
+        return cascade_attention.cascade_block_rows(layer)
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
@@ -59,7 +63,8 @@ class FlashAttention:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """See `AttentionBackend`: writing and attending in one kernel, a shared prefix read once."""
+        """See `AttentionBackend`: writing and attending in one kernel, shared prefixes read once."""
+        shared = metadata.shared_prefixes
         out, lse = decode_attention.decode(
             query,
             key,
@@ -69,33 +74,22 @@ class FlashAttention:
             metadata.slot_mapping,
             metadata.block_tables,
             metadata.seq_lens,
+            None if shared is None else shared.starts,
             layer,
         )
-        if metadata.shared_prefix is not None:
-            out, lse = self._merge_shared_prefix(query, key_cache, value_cache, metadata, layer, out, lse)
+        if shared is not None:
+            cascade_attention.merge_prefixes(
+                query,
+                key_cache,
+                value_cache,
+                metadata.block_tables,
+                shared.members,
+                shared.items,
+                layer,
+                out,
+                lse,
+            )
         return out if sinks is None else _with_sinks(out, lse, sinks)
-
-    def _merge_shared_prefix(
-        self,
-        query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        metadata: AttentionMetadata,
-        layer: Layer,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Cascade attention: all queries are one long query over the shared pages, which are then read once."""
-        from flash_attn import flash_attn_varlen_func
-
-        assert metadata.shared_prefix is not None
-        prefix_out, prefix_lse, _ = flash_attn_varlen_func(
-            query, key_cache, value_cache, metadata.shared_prefix.cu_seqlens_q, metadata.shared_prefix.cu_seqlens_k,
-            len(query), metadata.shared_prefix.block_table.shape[1] * key_cache.shape[1],
-            block_table=metadata.shared_prefix.block_table, causal=False, return_attn_probs=True,
-            **_flash_kwargs(layer),
-        )  # fmt: skip
-        return kernels.merge_attn_states(prefix_out, prefix_lse, out.contiguous(), lse.contiguous())
 
 
 def _flash_kwargs(layer: Layer) -> dict[str, object]:

@@ -14,7 +14,10 @@ class GatheredPages:
     """Plain attention over a copy of each sequence's pages, on any device and for any dtype."""
 
     name = "sdpa over gathered pages"
-    supports_cascade = False
+
+    def cascade_rows(self, layer: Layer) -> int:
+        """See `AttentionBackend`."""
+        return 0
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,

@@ -11,17 +11,16 @@ from batchrun.engine.paged.architecture import Layer
 
 
 @dataclass(frozen=True, slots=True)
-class SharedPrefix:
-    """Pages that begin every sequence of a decode step; the step's own `block_tables` and `seq_lens` start after
-    them.
+class SharedPrefixes:
+    """What groups of a decode step's sequences begin with, to be read once for each group.
 
-    `block_table` (1, pages) int32; `cu_seqlens_k` (2,) int32: 0 and how many tokens the shared prefix has;
-    `cu_seqlens_q` (2,) int32: 0 and how many sequences there are.
+    `starts` (sequences,) int32: how many leading tokens of a sequence those are, 0 without a group. `members` and
+    `items`: see `CascadePlan`, filled up with zeros.
     """
 
-    block_table: Tensor
-    cu_seqlens_k: Tensor
-    cu_seqlens_q: Tensor
+    starts: Tensor
+    members: Tensor
+    items: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class AttentionMetadata:
     max_seqlen_q: int = 1
     max_seqlen_k: int = 0
     no_context: bool = False
-    shared_prefix: SharedPrefix | None = None
+    shared_prefixes: SharedPrefixes | None = None
 
 
 class AttentionBackend(Protocol):
@@ -55,7 +54,10 @@ class AttentionBackend(Protocol):
     """
 
     name: str
-    supports_cascade: bool
+
+    def cascade_rows(self, layer: Layer) -> int:
+        """As many sequences as read a shared prefix in one block of threads; 0 where each reads its own."""
+        ...
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
