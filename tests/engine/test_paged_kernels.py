@@ -106,7 +106,13 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Lay
     reference = keys.clone(), values.clone()
     kernels.write_kv_cache(*own, keys, values, slot_mapping)
     if paged:
-        out = prefill_attention.prefill(query, keys, values, block_tables, cu_seqlens_q, seq_lens, 64, layer)
+        # As if the first two were of another length, and computed apart.
+        out = torch.empty_like(query)
+        for first, stop, longest in ((0, 2, 40), (2, 4, 64)):
+            prefill_attention.prefill(
+                query, keys, values, block_tables[first:stop], cu_seqlens_q[first : stop + 1], seq_lens[first:stop],
+                longest, layer, out,
+            )  # fmt: skip
     else:
         out = prefill_attention.prefill(query, *own, None, cu_seqlens_q, seq_lens, 64, layer)
     metadata = AttentionMetadata(

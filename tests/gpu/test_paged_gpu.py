@@ -215,6 +215,7 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, alone: bool
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max(new),
+        query_spans=[(0, rows, max(new))],
         max_seqlen_k=1024,
     )
     agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), packed, packed)

@@ -45,6 +45,7 @@ def _attend_prefixes(
     number = offs_m // GROUP_SIZE
     mask_m = number < num_members
     query_head = head * GROUP_SIZE + offs_m % GROUP_SIZE
+    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     row = tl.load(members + (first_member + number) * MEMBER, mask=mask_m, other=0).to(tl.int64)
@@ -57,11 +58,18 @@ def _attend_prefixes(
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     pages = block_tables + leader.to(tl.int64) * block_table_stride
-    for start in tl.range(first, stop, BLOCK_N, num_stages=NUM_STAGES):
-        page = tl.load(pages + start // PAGE_SIZE).to(tl.int64)
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < stop
-        kv_offset = ((page * PAGE_SIZE + offs_n % PAGE_SIZE) * NUM_KV_HEADS + head) * HEAD_DIM
+    # Blocks without a mask are faster by far; the last one may have fewer keys.
+    whole_stop = stop // BLOCK_N * BLOCK_N
+    for start in tl.range(first, whole_stop, BLOCK_N, num_stages=NUM_STAGES):
+        kv_token = tl.load(pages + start // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + start % PAGE_SIZE
+        kv_offset = ((kv_token + offs_n) * NUM_KV_HEADS + head) * HEAD_DIM
+        k = tl.load(key_cache + kv_offset[None, :] + offs_d[:, None], mask=mask_d[:, None], other=0.0)
+        v = tl.load(value_cache + kv_offset[:, None] + offs_d[None, :], mask=mask_d[None, :], other=0.0)
+        m_i, l_i, acc = attend(q, k, v, mask_m[:, None], m_i, l_i, acc, scale, softcap, SOFTCAP, False)
+    if whole_stop < stop:
+        kv_token = tl.load(pages + whole_stop // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + whole_stop % PAGE_SIZE
+        kv_offset = ((kv_token + offs_n) * NUM_KV_HEADS + head) * HEAD_DIM
+        mask_n = whole_stop + offs_n < stop
         k = tl.load(
             key_cache + kv_offset[None, :] + offs_d[:, None],
             mask=mask_n[None, :] & mask_d[:, None],

@@ -40,16 +40,20 @@ class FlashAttention:
             key_cache, value_cache, block_tables = (
                 (key, value, None) if metadata.no_context else (key_cache, value_cache, metadata.block_tables)
             )
-            return prefill_attention.prefill(
-                query,
-                key_cache,
-                value_cache,
-                block_tables,
-                metadata.cu_seqlens_q,
-                metadata.seq_lens,
-                metadata.max_seqlen_q,
-                layer,
-            )
+            out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+            for first, stop, longest in metadata.query_spans:
+                prefill_attention.prefill(
+                    query,
+                    key_cache,
+                    value_cache,
+                    None if block_tables is None else block_tables[first:stop],
+                    metadata.cu_seqlens_q[first : stop + 1],
+                    metadata.seq_lens[first:stop],
+                    longest,
+                    layer,
+                    out,
+                )
+            return out
         from flash_attn import flash_attn_varlen_func
 
         out, lse, _ = flash_attn_varlen_func(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -31,7 +31,8 @@ class AttentionMetadata:
     (sequences, pages) int32 and `seq_lens` (sequences,) int32 are each sequence's pages and tokens, this call's
     included. A decode step has one token per sequence. A prefill has `cu_seqlens_q` (sequences + 1,) int32, where
     each sequence's tokens begin in the prefill batch, `cu_seqlens_k` (sequences + 1,) int32, the running sum of
-    `seq_lens`, and the longest of both; `no_context` when no sequence has older tokens.
+    `seq_lens`, and the longest of both; `query_spans` are sequences to compute together, see `shapes.query_spans`;
+    `no_context` when no sequence has older tokens.
     """
 
     slot_mapping: Tensor
@@ -41,6 +42,7 @@ class AttentionMetadata:
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 1
     max_seqlen_k: int = 0
+    query_spans: list[tuple[int, int, int]] = field(default_factory=list)
     no_context: bool = False
     shared_prefixes: SharedPrefixes | None = None
 

@@ -38,13 +38,15 @@ class PromptOrder:
         # Bytes sort in C. Their order is not the tokens', but equal beginnings stand together in it as well.
         key = self._keys[slot] = prompt.tobytes()
         place, count = bisect_left(self._sorted, (key, slot)), len(self._sorted)
+        # What its neighbours have in common, one between them has too.
+        known = int(self._common[place]) if place < count else 0
         for column in (self._slots, self._common):
             column[place + 1 : count + 1] = column[place:count]
         self._sorted.insert(place, (key, slot))
         self._slots[place] = slot
-        self._common[place] = self._common_at(place)
+        self._common[place] = self._common_at(place, known)
         if place < count:
-            self._common[place + 1] = self._common_at(place + 1)
+            self._common[place + 1] = self._common_at(place + 1, known)
 
     def remove(self, slot: int) -> None:
         """Forgets a slot's prompt; nothing happens if it is not there."""
@@ -59,8 +61,8 @@ class PromptOrder:
         for column in (self._slots, self._common):
             column[place:last] = column[place + 1 : last + 1]
 
-    def _common_at(self, place: int) -> int:
+    def _common_at(self, place: int, known: int) -> int:
         if not place:
             return 0
-        before, own = (np.frombuffer(self._sorted[i][0], np.int32) for i in (place - 1, place))
-        return common_prefix(before, own)
+        before, own = (np.frombuffer(self._sorted[i][0], np.int32)[known:] for i in (place - 1, place))
+        return known + common_prefix(before, own)

@@ -33,6 +33,7 @@ from batchrun.engine.paged.shapes import (
     input_size,
     item_bucket,
     power_of_two,
+    query_spans,
     round_tokens,
 )
 from batchrun.engine.protocol import Request
@@ -112,6 +113,7 @@ class Runner:
     def prefill(self, chunks: list[PrefillChunk]) -> Pending:
         """Computes a prefill batch; gives the first new token of every sequence that it completes."""
         size = self.cache.page_size
+        chunks = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
         copies = [chunk for chunk in chunks if chunk.copied]
         if copies:
             self.cache.copy_pages(
@@ -148,6 +150,7 @@ class Runner:
             cu_seqlens_k=self._to_device(np.concatenate([[0], np.cumsum(seq_lens)]), np.int32),
             max_seqlen_q=max(query_lens),
             max_seqlen_k=max(seq_lens),
+            query_spans=query_spans(query_lens),
             no_context=all(s.start == 0 for s in chunks),
         )
         self.computed_tokens += len(tokens)

@@ -18,7 +18,7 @@ from batchrun.engine.protocol import Request
 MIN_PREFILL_TOKENS = 16
 """Tokens. Where the device has no memory even for these, the sequence itself does not fit."""
 
-MAX_DEFERRED = 256
+MAX_DEFERRED = 1024
 """Sequences deferred to the next prefill, in which they can copy what this one computes, before it is cut short."""
 
 EVEN_SEQUENCES, EVEN_STEP, EVEN_SLACK = 256, 32, 1.2

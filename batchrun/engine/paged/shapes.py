@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from batchrun.engine.paged.cascade import ITEM_WIDTH, MAX_ITEMS, MEMBER_WIDTH
 
 FEW_ITEMS = 32
+LONG_SEQLEN, SHORT_SEQLEN = 2048, 128
+"""Tokens: attention of prefills works in larger blocks from the one on, and grids are made for the longest sequence."""
+
 _BATCH_SIZES = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
 
 
@@ -72,6 +76,18 @@ def bucket(batch_size: int) -> int:
     few different numbers."""
     fitting = [size for size in _BATCH_SIZES if size >= batch_size]
     return fitting[0] if fitting else -(-batch_size // 128) * 128
+
+
+def query_spans(query_lens: list[int]) -> list[tuple[int, int, int]]:
+    """Sequences that attention computes together, as the first, the one behind the last, and the tokens of the longest.
+
+    Documents and short questions about them in one grid would have each question take a document's blocks, nearly all
+    of them for nothing. `query_lens` are in falling order but for the last, which is padding.
+    """
+    kinds = [(tokens >= SHORT_SEQLEN) + (tokens >= LONG_SEQLEN) for tokens in query_lens[:-1]]
+    changes = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    bounds = itertools.pairwise([0, *changes, len(query_lens)])
+    return [(first, stop, max(query_lens[first:stop])) for first, stop in bounds]
 
 
 def round_tokens(tokens: int) -> int:
