@@ -383,6 +383,29 @@ def test_of_the_prompt_tokens_that_a_window_has_in_common_nearly_all_are_compute
     scheduler.check()
 
 
+def test_behind_a_document_the_few_words_that_questions_begin_with_are_computed_once_too() -> None:
+    """They are fewer than would be worth a copy by themselves, of which these questions have one anyway."""
+    rng = random.Random(2)
+    documents = [[rng.randrange(1000) for _ in range(700)] for _ in range(4)]
+    words = [[rng.randrange(1000) for _ in range(5)] for _ in range(40)]
+    prompts = [
+        rng.choice(documents) + rng.choice(words) + [1000 + number] + [7] * 12 for number in range(1200)
+    ]
+    scheduler = Scheduler(PagePool(2000, 256), 1000, 4096, 1024, OutputLengths(certain=True))
+    for number, prompt in enumerate(prompts):
+        scheduler.add(_request(number, prompt, 8))
+    computed = 0
+    while len(scheduler.queue) or scheduler.active:
+        while scheduler.should_prefill() and (chunks := scheduler.next_prefill()):
+            computed += sum(chunk.stop - chunk.start for chunk in chunks)
+            scheduler.prefill_launched()
+        scheduler.next_decode(8)
+    distinct = {
+        tuple(prompt[:stop]) for prompt in prompts for stop in range(len(prompt) - 18, len(prompt) + 1)
+    }
+    assert computed < 1.05 * (4 * 700 + len(distinct) - 4)
+
+
 def test_rows_of_the_oldest_stream_go_first_and_in_a_stream_the_longest() -> None:
     queue, shared = WaitingQueue(), [1] * 64
     rows = [(2, [9] * 90), (1, [8] * 10), (2, shared + [9] * 40), (1, shared + [9] * 5), (1, [7] * 30)]
