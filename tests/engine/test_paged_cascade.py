@@ -42,8 +42,8 @@ def _batch(prompts: list[np.ndarray]) -> DecodeBatch:
     return DecodeBatch([], slots, tables, 8, order.slots.copy(), order.common.copy())
 
 
-def _plan(prompts: list[np.ndarray], rows: int = 64) -> CascadePlan | None:
-    return CascadePlanner(LAYER, rows, 2).plan(_batch(prompts))
+def _plan(prompts: list[np.ndarray]) -> CascadePlan | None:
+    return CascadePlanner(LAYER, (64, 128), 2).plan(_batch(prompts))
 
 
 def _documents(
@@ -94,7 +94,7 @@ def test_a_plan_reads_each_key_of_a_rows_prefix_once_and_only_what_the_group_has
         prompts.append(
             np.append(old[: rng.integers(len(old) + 1)], rng.integers(0, 2, rng.choice([1, 70, 3000])))
         )
-    plan = CascadePlanner(Layer(4, 2, 16, 0.1), rows, 2)
+    plan = CascadePlanner(Layer(4, 2, 16, 0.1), (rows, 2 * rows), 2)
     plan._worth = 1
     made = plan.plan(_batch(prompts))
     if made is None:
@@ -102,7 +102,8 @@ def test_a_plan_reads_each_key_of_a_rows_prefix_once_and_only_what_the_group_has
     _, count, leader, begin, stop, result = made.items.T
     assert len(made.items) <= cascade.MAX_ITEMS
     assert (count > 0).all()
-    assert (count <= rows).all()
+    assert made.block_queries in (rows, 2 * rows)
+    assert (2 * count <= made.block_queries).all()
     assert (begin < stop).all()
     read: dict[int, list[tuple[int, int, int]]] = {}
     for number, item in enumerate(made.items.tolist()):
@@ -134,6 +135,8 @@ def test_each_document_is_a_group_of_its_own_and_instructions_before_them_make_n
         assert len(set(plan.items[:, 2].tolist())) == 40
         read = int((plan.items[:, 4] - plan.items[:, 3]).sum())
         assert read == 40 * ((4000 + before) // 16 * 16)
+        # More would be too many for the rows of a document.
+        assert plan.block_queries == 64
 
 
 def test_rows_in_no_group_within_a_group_still_read_what_all_have_in_common_together() -> None:
@@ -152,6 +155,7 @@ def test_one_prefix_of_all_rows_is_one_group_though_it_fills_no_page() -> None:
     plan = _plan(prompts)
     assert plan is not None
     assert (plan.starts == 192).all()
+    assert plan.block_queries == 128
     assert len(plan.items) == 16
 
 
@@ -186,7 +190,7 @@ def test_a_plan_is_kept_while_the_rows_are_the_same_and_made_in_little_time_wher
     """Per round of eight steps: at most 0.2 ms of a step."""
     prompts = _documents(np.random.default_rng(8), documents=40, rows=25, tokens=4000)
     batch = _batch(prompts)
-    planner, best = CascadePlanner(LAYER, 64, 2), [1.0, 1.0]
+    planner, best = CascadePlanner(LAYER, (64, 128), 2), [1.0, 1.0]
     for _ in range(20):
         planner._seen = None
         for kept in (0, 1):

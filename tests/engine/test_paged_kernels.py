@@ -154,20 +154,20 @@ def test_what_groups_read_together_and_rows_by_themselves_joins_to_attention_ove
     query, own = _random(6, layer.query_heads, layer.head_dim), _own(layer, 6)
     reference = keys.clone(), values.clone()
     starts = _int([80, 80, 48, 48, 0, 80])
-    group_size = layer.query_heads // layer.kv_heads
-    rows = cascade_attention.cascade_block_m(layer) // group_size
-    assert rows == cascade_attention.cascade_block_rows(layer)
     members = [[0, 0, 3, 2], [5, 1, 3, 2], [1, 2, 3, 2], [2, 6, 2, 1], [3, 7, 2, 1], [0, 0, 0, 0]]
     # Blocks of two members, as if no more fitted.
     items = [
         [0, 2, 0, 0, 48, 0], [2, 1, 0, 0, 48, 2], [0, 2, 0, 48, 80, 3], [2, 1, 0, 48, 80, 5], [3, 2, 2, 0, 48, 6],
         [0, 0, 0, 0, 0, 0],
     ]  # fmt: skip
+    # Of at least the two sequences that each item has.
+    few_heads = layer.query_heads // layer.kv_heads <= 32
+    queries = cascade_attention.query_blocks(layer)[0 if few_heads and split else 1]
     out, lse = decode_attention.decode(
         query, *own, keys, values, slot_mapping, block_tables, seq_lens, starts, layer
     )
     cascade_attention.merge_prefixes(
-        query, keys, values, block_tables, _int(members), _int(items), layer, out, lse
+        query, keys, values, block_tables, _int(members), _int(items), queries, layer, out, lse
     )
     metadata = AttentionMetadata(slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens)
     expected = GatheredPages().decode(query, *own, *reference, metadata, layer, None)

@@ -228,12 +228,13 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, alone: bool
         order = np.array([*range(0, rows, 2), *range(1, rows, 2)], np.int32)
         common = np.where(order % 2 == 0, 512, 256).astype(np.int32)
         common[order < 2] = 0
-        planner = CascadePlanner(layer, flash.cascade_rows(layer), 2)
+        planner = CascadePlanner(layer, flash.cascade_queries(layer) or (0, 0), 2)
         planner._worth = 1
         plan = planner.plan(DecodeBatch([], order, block_tables.cpu().numpy(), 1, order, common))
         if plan is not None:
             shared = SharedPrefixes(
-                *(torch.from_numpy(part).to(DEVICE) for part in (plan.starts, plan.members, plan.items))
+                *(torch.from_numpy(part).to(DEVICE) for part in (plan.starts, plan.members, plan.items)),
+                plan.block_queries,
             )
             agree("decode", query, replace(step, shared_prefixes=shared), step)
 

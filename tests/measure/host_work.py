@@ -52,7 +52,7 @@ def seconds_per_step(folder: str, args: argparse.Namespace, known: bool) -> floa
     engine = PagedEngine(spec, load_model(spec))
     runner, steps, begun = engine._runner, 0, 0.0
     # As of a model whose keys are worth reading once, and of a GPU's blocks.
-    planner = CascadePlanner(Layer(query_heads=16, kv_heads=8, head_dim=128, scale=1.0), 64, 2)
+    planner = CascadePlanner(Layer(query_heads=16, kv_heads=8, head_dim=128, scale=1.0), (64, 128), 2)
 
     def prefill(chunks: list[PrefillChunk]) -> Pending:
         sequences = [chunk.sequence for chunk in chunks if chunk.complete]

@@ -92,23 +92,25 @@ def main() -> None:
 
 
 def report_cascade(gpu: int, name: str, layer: Layer, shape: dict[str, Any], memory: int) -> None:
-    block_m, block_d = cascade_attention.cascade_block_m(layer), shape["BLOCK_D"]
-    block_n, num_stages = online_softmax.fitting_blocks(
-        cascade_attention.CASCADE_BLOCKS, block_m, 2 * block_d, memory
-    )
+    block_d = shape["BLOCK_D"]
     common = {"HEAD_DIM": layer.head_dim, "BLOCK_D": block_d, "MEMBER": cascade.MEMBER_WIDTH}
-    own = {
-        **common,
-        "GROUP_SIZE": shape["GROUP_SIZE"],
-        "SOFTCAP": shape["SOFTCAP"],
-        "NUM_KV_HEADS": layer.kv_heads,
-        "PAGE_SIZE": 256,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "NUM_STAGES": num_stages,
-        "ITEM": cascade.ITEM_WIDTH,
-    }
-    report(gpu, name, cascade_attention._attend_prefixes, own, cascade_attention.CASCADE_WARPS)
+    for queries in cascade_attention.query_blocks(layer):
+        block_n, num_stages = online_softmax.fitting_blocks(
+            cascade_attention.CASCADE_BLOCKS, queries, 2 * block_d, memory
+        )
+        own = {
+            **common,
+            "GROUP_SIZE": shape["GROUP_SIZE"],
+            "SOFTCAP": shape["SOFTCAP"],
+            "NUM_KV_HEADS": layer.kv_heads,
+            "PAGE_SIZE": 256,
+            "BLOCK_M": queries,
+            "BLOCK_N": block_n,
+            "NUM_STAGES": num_stages,
+            "ITEM": cascade.ITEM_WIDTH,
+        }
+        warps = cascade_attention.block_warps(queries)
+        report(gpu, name, cascade_attention._attend_prefixes, own, warps)
     report(gpu, name, cascade_attention._merge_prefixes, {**common, "NUM_HEADS": layer.query_heads}, 1)
 
 

@@ -14,11 +14,13 @@ class PlainCascade(GatheredPages):
     """Reads for each group what its items say, and for each row what is behind its prefix. `groups` counts the most
     groups of a step."""
 
-    def __init__(self, rows: int = 3) -> None:
-        self.rows, self.groups, self.steps = rows, 0, 0
+    def __init__(self) -> None:
+        self.groups, self.steps = 0, 0
 
-    def cascade_rows(self, layer: Layer) -> int:
-        return self.rows
+    def cascade_queries(self, layer: Layer) -> tuple[int, int]:
+        """Of three and of five sequences."""
+        group_size = layer.query_heads // layer.kv_heads
+        return 3 * group_size, 5 * group_size
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
@@ -32,7 +34,7 @@ class PlainCascade(GatheredPages):
         members = [member for member in shared.members.tolist() if member[3]]
         results: dict[int, tuple[Tensor, Tensor]] = {}
         for first, count, leader, begin, stop, result in items:
-            assert 0 < count <= self.rows
+            assert 0 < count * (layer.query_heads // layer.kv_heads) <= shared.block_queries
             for number in range(count):
                 assert result + number not in results
                 results[result + number] = attention(

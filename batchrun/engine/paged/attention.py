@@ -40,9 +40,12 @@ class KVCache:
 
     def cascade_planner(self) -> CascadePlanner | None:
         """Where attention can read what several sequences begin with once for all of them."""
-        # What is in a window of one sequence is not in that of another.
-        rows = min(0 if layer.window else self.backend.cascade_rows(layer) for layer in self.layers)
-        return CascadePlanner(self.layers[0], rows, self._dtype.itemsize) if rows > 1 else None
+        # What is in a window of one sequence is not in that of another. Blocks have to do for all layers.
+        layer = max(self.layers, key=lambda layer: layer.query_heads)
+        queries = self.backend.cascade_queries(layer)
+        if queries is None or any(other.window for other in self.layers):
+            return None
+        return CascadePlanner(layer, queries, self._dtype.itemsize)
 
     @property
     def page_bytes(self) -> int:

@@ -32,6 +32,10 @@ STEP_COST = 32 << 20
 MAX_ITEMS = 256
 """Of the step with most groups. Each is a block of threads for each key head."""
 
+MIN_FILL = 0.6
+"""Of the rows of large blocks, from which on those are taken: few queries are done sooner in small ones, of which more
+run at once."""
+
 WANTED_BLOCKS, MIN_ITEM_KEYS, ITEM_KEYS_STEP = 512, 512, 128
 """Prefixes are split so that there are so many blocks of threads, into pieces of no fewer keys, each a multiple."""
 
@@ -50,19 +54,23 @@ class CascadePlan:
     `items` (items, ITEM_WIDTH) int32, one for each piece of a prefix and as many of its group's members as fill a
     block: the first member; how many; a row whose block table begins with the prefix; the first key and the one behind
     the last; where the first member's result goes.
+
+    `block_queries`: queries in a block of threads, one for each query head of a member that has its keys in common.
     """
 
     starts: Ints
     members: Ints
     items: Ints
+    block_queries: int
 
 
 class CascadePlanner:
     """Plans of decode batches, each kept until a batch has other groups."""
 
-    def __init__(self, layer: Layer, block_rows: int, itemsize: int) -> None:
-        """`block_rows` sequences fill a block of threads; a key's number takes `itemsize` bytes."""
-        self._block_rows, self._kv_heads = block_rows, layer.kv_heads
+    def __init__(self, layer: Layer, block_queries: tuple[int, int], itemsize: int) -> None:
+        """`block_queries` are those of a small and of a large block; a key's number takes `itemsize` bytes."""
+        self._block_queries, self._kv_heads = block_queries, layer.kv_heads
+        self._group_size = layer.query_heads // layer.kv_heads
         self._worth = STEP_COST // (2 * layer.kv_heads * layer.head_dim * itemsize)
         self._seen: tuple[Ints, Ints] | None = None
         self._plan: CascadePlan | None = None
@@ -79,26 +87,31 @@ class CascadePlanner:
         return self._plan
 
     def _planned(self, order: Ints, common: Ints) -> CascadePlan | None:
-        groups = find_groups(common, self._block_rows)
-        groups = _most_useful(groups, self._block_rows)
+        small, large = (queries // self._group_size for queries in self._block_queries)
+        groups = _most_useful(find_groups(common, small), small)
         if sum(group.gain for group in groups) < self._worth:
             return None
         tokens = np.array([group.tokens for group in groups])
         rows = np.array([group.rows for group in groups])
+        use_large = bool(rows.sum() >= MIN_FILL * (-(-rows // large) * large).sum())
+        block_rows = large if use_large else small
         members = order[np.concatenate([np.arange(*span) for group in groups for span in group.spans])]
         starts = np.zeros(len(order), np.int32)
         starts[members] = np.repeat(tokens, rows)
-        pieces, keys = self._split(tokens, rows, max_results(len(order)))
+        blocks = -(-rows // block_rows)
+        pieces, keys = self._split(tokens, rows, blocks, max_results(len(order)))
         first_member, first_result = _offsets(rows), _offsets(rows * pieces)
         return CascadePlan(
             starts,
             _member_table(members, rows, pieces, first_member, first_result),
-            self._item_table(members, tokens, rows, pieces, keys, first_member, first_result),
+            _item_table(members, tokens, rows, block_rows, pieces, keys, first_member, first_result),
+            self._block_queries[use_large],
         )
 
-    def _split(self, tokens: Numbers, rows: Numbers, most_results: int) -> tuple[Numbers, Numbers]:
+    def _split(
+        self, tokens: Numbers, rows: Numbers, blocks: Numbers, most_results: int
+    ) -> tuple[Numbers, Numbers]:
         """Pieces of each group's prefix, and the keys of each piece but the last, which may have fewer."""
-        blocks = -(-rows // self._block_rows)
         wanted = -(-WANTED_BLOCKS // self._kv_heads)
         most = max(MIN_ITEM_KEYS, int((blocks * tokens).sum()) // wanted)
         while True:
@@ -108,30 +121,6 @@ class CascadePlanner:
             if (blocks * pieces).sum() <= MAX_ITEMS and (rows * pieces).sum() <= most_results:
                 return pieces, keys
             most *= 2
-
-    def _item_table(
-        self,
-        members: Ints,
-        tokens: Numbers,
-        rows: Numbers,
-        pieces: Numbers,
-        keys: Numbers,
-        first_member: Numbers,
-        first_result: Numbers,
-    ) -> Ints:
-        blocks = -(-rows // self._block_rows)
-        group = np.repeat(np.arange(len(rows)), blocks * pieces)
-        number = np.arange(len(group)) - _offsets(blocks * pieces)[group]
-        piece, offset = number // blocks[group], number % blocks[group] * self._block_rows
-        table = np.empty((len(group), ITEM_WIDTH), np.int32)
-        table[:, 0] = first_member[group] + offset
-        table[:, 1] = np.minimum(rows[group] - offset, self._block_rows)
-        table[:, 2] = members[first_member[group]]
-        table[:, 3] = piece * keys[group]
-        table[:, 4] = np.minimum(table[:, 3] + keys[group], tokens[group])
-        table[:, 5] = first_result[group] + piece * rows[group] + offset
-        # The longest first, so that none is left for the end alone.
-        return table[np.argsort(table[:, 3] - table[:, 4], kind="stable")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +187,31 @@ def _most_useful(groups: list[Group], block_rows: int) -> list[Group]:
     groups = sorted(groups, key=lambda group: -group.gain)
     items = np.cumsum([-(-group.rows // block_rows) for group in groups])
     return groups[: int(np.searchsorted(items, MAX_ITEMS, side="right"))]
+
+
+def _item_table(
+    members: Ints,
+    tokens: Numbers,
+    rows: Numbers,
+    block_rows: int,
+    pieces: Numbers,
+    keys: Numbers,
+    first_member: Numbers,
+    first_result: Numbers,
+) -> Ints:
+    blocks = -(-rows // block_rows)
+    group = np.repeat(np.arange(len(rows)), blocks * pieces)
+    number = np.arange(len(group)) - _offsets(blocks * pieces)[group]
+    piece, offset = number // blocks[group], number % blocks[group] * block_rows
+    table = np.empty((len(group), ITEM_WIDTH), np.int32)
+    table[:, 0] = first_member[group] + offset
+    table[:, 1] = np.minimum(rows[group] - offset, block_rows)
+    table[:, 2] = members[first_member[group]]
+    table[:, 3] = piece * keys[group]
+    table[:, 4] = np.minimum(table[:, 3] + keys[group], tokens[group])
+    table[:, 5] = first_result[group] + piece * rows[group] + offset
+    # The longest first, so that none is left for the end alone.
+    return table[np.argsort(table[:, 3] - table[:, 4], kind="stable")]
 
 
 def _member_table(

@@ -18,8 +18,8 @@ from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks,
 
 # Keys in a block and blocks in flight, best first.
 CASCADE_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
-# Queries in a block of threads, and its warps.
-CASCADE_BLOCK_M, CASCADE_WARPS = 128, 8
+# Queries in a block of threads: few and many.
+CASCADE_BLOCK_QUERIES = 64, 128
 
 
 @triton.jit(
@@ -119,7 +119,7 @@ def _merge_prefixes(
 
 def merge_prefixes(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, members: Tensor, items: Tensor,
-    layer: Layer, out: Tensor, lse: Tensor,
+    block_queries: int, layer: Layer, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Attends over the prefixes of a plan's groups and merges that into what their rows have of their own.
 
@@ -127,16 +127,15 @@ def merge_prefixes(
         query: (sequences, query heads, head size), a head's numbers contiguous.
         key_cache, value_cache: (pages, page size, kv heads, head size), contiguous.
         block_tables: (sequences, pages) int32.
-        members, items: see `CascadePlan`; more than there are, filled up with zeros.
+        members, items, block_queries: see `CascadePlan`; more members and items than there are, filled up with zeros.
         out: (sequences, query heads, head size), contiguous: attention over each row's own keys behind its prefix; then
             over all of its keys.
         lse: (sequences, query heads) float32, contiguous: the log-sum-exp of the scores; likewise.
     """
     num_seqs, heads, head_dim = query.shape
     group_size, block_d = heads // layer.kv_heads, triton.next_power_of_2(head_dim)
-    block_m = cascade_block_m(layer)
     block_n, num_stages = fitting_blocks(
-        CASCADE_BLOCKS, block_m, block_d * query.itemsize, shared_memory(query)
+        CASCADE_BLOCKS, block_queries, block_d * query.itemsize, shared_memory(query)
     )
     results = max_results(num_seqs)
     prefix_out = torch.empty((results, heads, head_dim), dtype=torch.float32, device=query.device)
@@ -146,8 +145,8 @@ def merge_prefixes(
         layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), block_tables.stride(0),
         NUM_KV_HEADS=layer.kv_heads, GROUP_SIZE=group_size, HEAD_DIM=head_dim, PAGE_SIZE=key_cache.shape[1],
-        SOFTCAP=layer.softcap is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages,
-        ITEM=ITEM_WIDTH, MEMBER=MEMBER_WIDTH, num_warps=CASCADE_WARPS,
+        SOFTCAP=layer.softcap is not None, BLOCK_M=block_queries, BLOCK_N=block_n, BLOCK_D=block_d,
+        NUM_STAGES=num_stages, ITEM=ITEM_WIDTH, MEMBER=MEMBER_WIDTH, num_warps=block_warps(block_queries),
     )  # fmt: skip
     _merge_prefixes[(len(members), heads)](
         prefix_out, prefix_lse, members, out, lse,
@@ -155,12 +154,14 @@ def merge_prefixes(
     )  # fmt: skip
 
 
-def cascade_block_m(layer: Layer) -> int:
-    """Queries in a block of threads: those of at least one sequence that have their keys in common."""
-    most = CASCADE_BLOCK_M if layer.head_dim <= 128 else CASCADE_BLOCK_M // 2
-    return int(max(most, triton.next_power_of_2(layer.query_heads // layer.kv_heads)))
+def query_blocks(layer: Layer) -> tuple[int, int]:
+    """Queries in a small and in a large block of threads: those of at least one sequence that have their keys in
+    common."""
+    least = triton.next_power_of_2(layer.query_heads // layer.kv_heads)
+    few, many = CASCADE_BLOCK_QUERIES
+    return max(few, least), max(many if layer.head_dim <= 128 else few, least)
 
 
-def cascade_block_rows(layer: Layer) -> int:
-    """Sequences whose queries fill a block of threads."""
-    return cascade_block_m(layer) // (layer.query_heads // layer.kv_heads)
+def block_warps(queries: int) -> int:
+    """Of a block of threads with so many queries."""
+    return 4 if queries <= 64 else 8

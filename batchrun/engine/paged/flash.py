@@ -24,9 +24,9 @@ class FlashAttention:
         self.supports_sinks = importlib.util.find_spec("flash_attn") is not None
         self.name = "triton and flash-attn 2" if self.supports_sinks else "triton"
 
-    def cascade_rows(self, layer: Layer) -> int:
+    def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
         """See `AttentionBackend`."""
-        return cascade_attention.cascade_block_rows(layer)
+        return cascade_attention.query_blocks(layer)
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
@@ -89,6 +89,7 @@ class FlashAttention:
                 metadata.block_tables,
                 shared.members,
                 shared.items,
+                shared.block_queries,
                 layer,
                 out,
                 lse,

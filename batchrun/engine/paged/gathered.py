@@ -15,9 +15,9 @@ class GatheredPages:
 
     name = "sdpa over gathered pages"
 
-    def cascade_rows(self, layer: Layer) -> int:
+    def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
         """See `AttentionBackend`."""
-        return 0
+        return None
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,

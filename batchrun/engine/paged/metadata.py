@@ -15,12 +15,13 @@ class SharedPrefixes:
     """What groups of a decode step's sequences begin with, to be read once for each group.
 
     `starts` (sequences,) int32: how many leading tokens of a sequence those are, 0 without a group. `members` and
-    `items`: see `CascadePlan`, filled up with zeros.
+    `items`: see `CascadePlan`, filled up with zeros, and so `block_queries`.
     """
 
     starts: Tensor
     members: Tensor
     items: Tensor
+    block_queries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,9 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def cascade_rows(self, layer: Layer) -> int:
-        """As many sequences as read a shared prefix in one block of threads; 0 where each reads its own."""
+    def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
+        """Queries of sequences that read a shared prefix together: of a small and a large block of threads, no fewer
+        than query heads for a key head. None where each sequence reads its own."""
         ...
 
     def prefill(

@@ -93,7 +93,7 @@ class Runner:
         self._sampled = zeros(torch.int32, decode_steps, widest)
         # Captured steps read it, so it is as large as it can ever be from the start.
         pages = power_of_two(-(-max_context // cache.page_size))
-        self._largest_shape = Shape(bucket(max_sequences), pages, 0)
+        self._largest_shape = Shape(bucket(max_sequences), pages)
         self._inputs = zeros(torch.int32, input_size(Shape(bucket(max_sequences), pages, MAX_ITEMS)))
         self._cascade = cache.cascade_planner()
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
@@ -198,6 +198,7 @@ class Runner:
             batch_size=bucket(batch_size),
             pages=power_of_two(pages if batch_size <= NARROW_BATCH else self._max_pages),
             items=0 if plan is None else item_bucket(len(plan.items)),
+            block_queries=0 if plan is None else plan.block_queries,
         )
 
     @torch.no_grad()
@@ -251,7 +252,11 @@ class Runner:
         """One token for each sequence that still runs; runs under capture, so nothing is read back."""
         inputs = Inputs.of(self._inputs[: input_size(shape)], shape)
         slots, block_tables = inputs.slots.long(), inputs.block_tables
-        shared = SharedPrefixes(inputs.starts, inputs.members, inputs.items) if shape.items else None
+        shared = (
+            SharedPrefixes(inputs.starts, inputs.members, inputs.items, shape.block_queries)
+            if shape.items
+            else None
+        )
         size = self.cache.page_size
         running, seq_len = self._running[slots], self._seq_len[slots]
         # A sequence that has ended attends to as little as there can be, and writes to the null page.

@@ -21,11 +21,12 @@ _BATCH_SIZES = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a captured decode step is made for: sequences, pages of each, and pieces of prefixes that are read once for
-    several sequences, if there are any."""
+    several sequences, if there are any, in blocks of so many queries."""
 
     batch_size: int
     pages: int
-    items: int
+    items: int = 0
+    block_queries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
