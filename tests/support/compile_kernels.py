@@ -109,8 +109,7 @@ def report_cascade(gpu: int, name: str, layer: Layer, shape: dict[str, Any], mem
             "NUM_STAGES": num_stages,
             "ITEM": cascade.ITEM_WIDTH,
         }
-        warps = cascade_attention.block_warps(queries)
-        report(gpu, name, cascade_attention._attend_prefixes, own, warps)
+        report(gpu, name, cascade_attention._attend_prefixes, own, cascade_attention.CASCADE_WARPS)
     report(gpu, name, cascade_attention._merge_prefixes, {**common, "NUM_HEADS": layer.query_heads}, 1)
 
 

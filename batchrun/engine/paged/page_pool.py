@@ -27,13 +27,14 @@ _ROOT_HASH = b""
 class PrefixMatch:
     """The start of a prompt that the pool holds: whole `pages`, then `copied` tokens at the start of `copy_from`.
 
-    `wait`: a sequence of the prefill batch now being put together will hold more of it, once that is computed.
+    `wait`: a sequence of the prefill batch now being put together will hold so many tokens more of it, once that is
+    computed; 0 where those are not worth waiting for.
     """
 
     pages: tuple[int, ...] = ()
     copy_from: int = NULL_PAGE
     copied: int = 0
-    wait: bool = False
+    wait: int = 0
 
 
 class PagePool:
@@ -125,9 +126,9 @@ class PagePool:
         least = MIN_MORE_TOKENS if pages else MIN_COPIED_TOKENS
         if copied < least:
             copied, copy_from = 0, NULL_PAGE
-        if pending >= copied + (MIN_MORE_TOKENS if copied else least):
-            return PrefixMatch(tuple(pages), wait=True)
-        return PrefixMatch(tuple(pages), copy_from, copied)
+        more = pending - copied
+        wait = more if more >= (MIN_MORE_TOKENS if copied else least) else 0
+        return PrefixMatch(tuple(pages), copy_from, copied, wait)
 
     def insert(self, tokens: TokenIds, pages: list[int], start: int, stop: int) -> None:
         """Says that the prefill batch being put together computes `tokens[start:stop]` into a sequence's `pages`.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.output_lengths import OutputLengths
-from batchrun.engine.paged.page_pool import NULL_PAGE, PagePool, PrefixMatch
+from batchrun.engine.paged.page_pool import MIN_COPIED_TOKENS, NULL_PAGE, PagePool, PrefixMatch
 from batchrun.engine.paged.prompt_order import PromptOrder
 from batchrun.engine.paged.queue import Sequence, WaitingQueue
 from batchrun.engine.protocol import Request
@@ -118,7 +118,10 @@ class Scheduler:
             chunks.append(self._chunk(sequence, sequence.computed_tokens, tokens))
             tokens -= chunks[-1].stop - chunks[-1].start
         deferred: list[Sequence] = []
-        while tokens > 0 and len(self.queue) and self.active < most and self._partial_sequence is None:
+        while tokens > 0 and len(self.queue) and self._partial_sequence is None:
+            # Deferred ones keep their slots: no later sequence takes them.
+            if self.active + len(deferred) >= most:
+                break
             sequence = self.queue.peek()
             match = self.pool.match_prefix(sequence.prompt, sequence.states)
             if match.wait and len(deferred) < MAX_DEFERRED:
@@ -129,7 +132,8 @@ class Scheduler:
                 match = replace(match, copy_from=NULL_PAGE, copied=0)
                 needed = self._pages_needed(sequence, match)
             start = len(match.pages) * self.pool.page_size + match.copied
-            if match.wait or (chunks and len(sequence.prompt) - start > tokens):
+            # For a few tokens it is not worth cutting the prefill short.
+            if match.wait >= MIN_COPIED_TOKENS or (chunks and len(sequence.prompt) - start > tokens):
                 break
             if needed > spare and self.active:
                 break
