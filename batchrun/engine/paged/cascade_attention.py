@@ -19,8 +19,8 @@ from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks,
 # Keys in a block and blocks in flight, best first.
 CASCADE_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
 # Queries in a block of threads, few and many, and its warps. On an H200, a layer of 16 query heads and 8 key heads in
-# microseconds: 40 groups of 25 rows with 4,000 tokens 180 and 230, 20 groups of 100 rows 280 and 230; with 8 warps a large
-# block takes 20 to 30 more.
+# microseconds: 40 groups of 25 rows with 4,000 tokens 200 and 250, 20 groups of 100 rows 300 and 250; large blocks of 8
+# warps 310 for both.
 CASCADE_BLOCK_QUERIES, CASCADE_WARPS = (64, 128), 4
 
 
