@@ -19,8 +19,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from batchrun.engine import experts_kernels
-from batchrun.engine.paged import decode_attention, online_softmax, prefill_attention
+from batchrun.engine.paged import (
+    cascade,
+    cascade_attention,
+    decode_attention,
+    online_softmax,
+    prefill_attention,
+)
 from batchrun.engine.paged import kernels as small_kernels
+from batchrun.engine.paged.architecture import Layer
 
 # Compute capability, and bytes of shared memory that a block of threads may have there.
 GPUS = {80: 166912, 90: 232448}
@@ -34,11 +41,12 @@ SHAPES = {
 }
 POINTERS = {
     **dict.fromkeys(("query", "key", "value", "keys", "values", "key_cache", "value_cache", "out"), "bf16"),
-    **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens"), "i32"),
+    **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens", "starts"), "i32"),
     **{"logits": "bf16", "states": "i32", "mask_of": "i32", "masks": "i32", "tokens": "i64"},
     **dict.fromkeys(("x", "weight", "bias", "parts", "gated"), "bf16"),
     **dict.fromkeys(("order", "tiles", "counts", "totals"), "i32"),
     **{"x_scale": "fp32", "weight_scale": "fp32", "weights": "fp32", "expert_ids": "i32"},
+    **{"members": "i32", "items": "i32", "prefix_out": "fp32", "prefix_lse": "fp32"},
     **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
 }
 NUMBERS = {"scale": "fp32", "softcap": "fp32", "alpha": "fp32", "limit": "fp32"}
@@ -63,7 +71,7 @@ def main() -> None:
                 (True, decode_attention.SPLIT_BLOCKS),
             ):
                 block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, 2 * block_d, memory)
-                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split}
+                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": not window}
                 report(gpu, name, decode_attention._decode, {**constants, **own}, 4)
             own = {
                 "NUM_HEADS": heads,
@@ -71,8 +79,10 @@ def main() -> None:
                 "BLOCK_D": block_d,
                 "WINDOW": window,
                 "BLOCK_N": block_n,
+                "STARTS": not window,
             }
             report(gpu, name, decode_attention._combine, own, 1)
+            report_cascade(gpu, name, Layer(heads, num_kv_heads, head_dim, 1.0), shape, memory)
             constants = {
                 **shape,
                 "NUM_HEADS": heads,
@@ -127,11 +137,33 @@ def report_experts(gpu: int, memory: int) -> None:
         )
 
 
+def report_cascade(gpu: int, name: str, layer: Layer, shape: dict[str, Any], memory: int) -> None:
+    block_d = shape["BLOCK_D"]
+    common = {"HEAD_DIM": layer.head_dim, "BLOCK_D": block_d, "MEMBER": cascade.MEMBER_WIDTH}
+    for queries in cascade_attention.query_blocks(layer):
+        block_n, num_stages = online_softmax.fitting_blocks(
+            cascade_attention.CASCADE_BLOCKS, queries, 2 * block_d, memory
+        )
+        own = {
+            **common,
+            "GROUP_SIZE": shape["GROUP_SIZE"],
+            "SOFTCAP": shape["SOFTCAP"],
+            "NUM_KV_HEADS": layer.kv_heads,
+            "PAGE_SIZE": 256,
+            "BLOCK_M": queries,
+            "BLOCK_N": block_n,
+            "NUM_STAGES": num_stages,
+            "ITEM": cascade.ITEM_WIDTH,
+        }
+        report(gpu, name, cascade_attention._attend_prefixes, own, cascade_attention.CASCADE_WARPS)
+    report(gpu, name, cascade_attention._merge_prefixes, {**common, "NUM_HEADS": layer.query_heads}, 1)
+
+
 def check_names() -> None:
     """Triton ignores names that no argument has, and then compiles a variant for each value that it meets."""
     for kernel in [
         one
-        for module in (decode_attention, prefill_attention, small_kernels, experts_kernels)
+        for module in (cascade_attention, decode_attention, prefill_attention, small_kernels, experts_kernels)
         for one in vars(module).values()
     ]:
         if isinstance(kernel, triton.JITFunction):

@@ -15,17 +15,27 @@ from torch import Tensor, nn
 from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged import devices
-from batchrun.engine.paged.attention import CASCADE_MIN_BATCH, KVCache, forward_context
-from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
+from batchrun.engine.paged.attention import KVCache, forward_context
+from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
+from batchrun.engine.paged.cascade import MAX_ITEMS, CascadePlan
 from batchrun.engine.paged.graphs import DecodeGraphs, Graph
 from batchrun.engine.paged.last_layer import LastLayer
-from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefix
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.pending import Mark, Pending
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.scored_chunks import ScoredChunks
-from batchrun.engine.paged.shapes import Shape, bucket, input_size, power_of_two, round_tokens, views
+from batchrun.engine.paged.shapes import (
+    Inputs,
+    Shape,
+    bucket,
+    input_size,
+    item_bucket,
+    power_of_two,
+    query_spans,
+    round_tokens,
+)
 from batchrun.engine.protocol import Request
 from batchrun.engine.row_adapters import TokenAdapters
 from batchrun.engine.scoring import ScoringHead
@@ -84,8 +94,9 @@ class Runner:
         self._sampled = zeros(torch.int32, decode_steps, widest)
         # Captured steps read it, so it is as large as it can ever be from the start.
         pages = power_of_two(-(-max_context // cache.page_size))
-        self._largest_shape = Shape(bucket(max_sequences), pages, 0)
-        self._inputs = zeros(torch.int32, input_size(Shape(bucket(max_sequences), pages, pages)))
+        self._largest_shape = Shape(bucket(max_sequences), pages)
+        self._inputs = zeros(torch.int32, input_size(Shape(bucket(max_sequences), pages, MAX_ITEMS)))
+        self._cascade = cache.cascade_planner()
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
         self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
@@ -105,6 +116,7 @@ class Runner:
     def prefill(self, chunks: list[PrefillChunk]) -> Pending:
         """Computes a prefill batch; gives the first new token of every sequence that it completes."""
         size = self.cache.page_size
+        chunks = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
         copies = [chunk for chunk in chunks if chunk.copied]
         if copies:
             self.cache.copy_pages(
@@ -141,6 +153,7 @@ class Runner:
             cu_seqlens_k=self._to_device(np.concatenate([[0], np.cumsum(seq_lens)]), np.int32),
             max_seqlen_q=max(query_lens),
             max_seqlen_k=max(seq_lens),
+            query_spans=query_spans(query_lens),
             no_context=all(s.start == 0 for s in chunks),
         )
         if self._adapters is not None:
@@ -168,14 +181,10 @@ class Runner:
     @torch.no_grad()
     def decode(self, batch: DecodeBatch) -> Pending:
         """Runs a decode batch and gives its tokens."""
-        prefix_pages = (
-            batch.prefix_pages
-            if self.cache.supports_cascade and len(batch.sequences) >= CASCADE_MIN_BATCH
-            else 0
-        )
-        shape = self._shape(len(batch.sequences), batch.block_tables.shape[1] - prefix_pages, prefix_pages)
+        plan = None if self._cascade is None else self._cascade.plan(batch)
+        shape = self._shape(batch, plan)
         step = self._graph(shape) if self._use_graphs else None
-        self._upload(shape, batch.slots, batch.block_tables, prefix_pages)
+        self._upload(shape, batch, plan)
         began = self._mark()
         for _ in range(batch.steps):
             if step is None:
@@ -187,13 +196,15 @@ class Runner:
         values = {name: column[: batch.steps, : shape.batch_size] for name, column in self._values.items()}
         return self._to_host(batch.sequences, self._sampled[: batch.steps, : shape.batch_size], began, values)
 
-    def _shape(self, batch_size: int, pages: int, prefix_pages: int) -> Shape:
+    def _shape(self, batch: DecodeBatch, plan: CascadePlan | None) -> Shape:
         """Few different shapes. The width matters only to few sequences, whose pages are split over several blocks."""
+        batch_size, pages = batch.block_tables.shape
         self._max_pages = max(self._max_pages, pages)
         return Shape(
             batch_size=bucket(batch_size),
             pages=power_of_two(pages if batch_size <= NARROW_BATCH else self._max_pages),
-            prefix_pages=power_of_two(prefix_pages) if prefix_pages else 0,
+            items=0 if plan is None else item_bucket(len(plan.items)),
+            block_queries=0 if plan is None else plan.block_queries,
         )
 
     @torch.no_grad()
@@ -221,43 +232,48 @@ class Runner:
         """The captured decode step of a shape; captured, on sequences of the null slot, when it is first wanted."""
         graph = self._graphs.find(shape, self.cache.memory)
         if graph is None:
-            self._upload(shape, np.zeros(0, np.int32), np.zeros((0, 0), np.int32), 0)
+            self._upload(shape)
             graph = self._graphs.capture(shape, lambda: self._decode_step(shape))
         return graph
 
-    def _upload(self, shape: Shape, slots: Ints, block_tables: Ints, prefix_pages: int) -> None:
-        """One copy for all that a decode batch needs, laid out as `views` reads it."""
+    def _upload(
+        self, shape: Shape, batch: DecodeBatch | None = None, plan: CascadePlan | None = None
+    ) -> None:
+        """One copy for all that a decode batch needs, laid out as `Inputs` reads it; the null slot without one."""
         flat = torch.full((input_size(shape),), NULL_PAGE, dtype=torch.int32)
-        batch_slots, prefix_inputs, own = (part.numpy() for part in views(flat, shape))
-        batch_slots[:] = self._null_slot
-        batch_slots[: len(slots)] = slots
-        prefix_inputs[:4] = (0, prefix_pages * self.cache.page_size, 0, shape.batch_size)
-        if len(slots):
-            prefix_inputs[4 : 4 + prefix_pages] = block_tables[0, :prefix_pages]
-            own[: len(slots), : block_tables.shape[1] - prefix_pages] = block_tables[:, prefix_pages:]
+        inputs = Inputs.of(flat, shape)
+        inputs.slots.fill_(self._null_slot)
+        if batch is not None:
+            rows, pages = batch.block_tables.shape
+            inputs.slots.numpy()[:rows] = batch.slots
+            inputs.block_tables.numpy()[:rows, :pages] = batch.block_tables
+        if plan is not None:
+            inputs.starts.numpy()[: len(plan.starts)] = plan.starts
+            inputs.members.numpy()[: len(plan.members)] = plan.members
+            inputs.items.numpy()[: len(plan.items)] = plan.items
         self._inputs[: len(flat)].copy_(self._pin(flat), non_blocking=True)
         self._step.zero_()
 
     def _decode_step(self, shape: Shape) -> None:
         """One token for each sequence that still runs; runs under capture, so nothing is read back."""
-        slots, prefix_inputs, block_tables = views(self._inputs, shape)
-        slots = slots.long()
-        size = self.cache.page_size
-        shared_prefix = (
-            SharedPrefix(prefix_inputs[None, 4:], prefix_inputs[:2], prefix_inputs[2:4])
-            if shape.prefix_pages
+        inputs = Inputs.of(self._inputs[: input_size(shape)], shape)
+        slots, block_tables = inputs.slots.long(), inputs.block_tables
+        shared = (
+            SharedPrefixes(inputs.starts, inputs.members, inputs.items, shape.block_queries)
+            if shape.items
             else None
         )
-        prefix_tokens = prefix_inputs[1]  # tokens of the shared prefix
+        size = self.cache.page_size
         running, seq_len = self._running[slots], self._seq_len[slots]
-        position = torch.where(running, seq_len, prefix_tokens)
-        page_index = ((position - prefix_tokens) // size)[:, None]
-        page = torch.where(running, block_tables.gather(1, page_index)[:, 0], NULL_PAGE)
+        # A sequence that has ended attends to as little as there can be, and writes to the null page.
+        position = torch.where(running, seq_len, 0 if shared is None else shared.starts)
+        page = block_tables.gather(1, (position // size)[:, None])[:, 0]
+        page = torch.where(running, page, NULL_PAGE)
         metadata = AttentionMetadata(
             slot_mapping=page.long() * size + position % size,
             block_tables=block_tables,
-            seq_lens=(position + 1 - prefix_tokens).int(),
-            shared_prefix=shared_prefix,
+            seq_lens=(position + 1).int(),
+            shared_prefixes=shared,
         )
         if self._adapter is not None:
             self._choose_adapters(self._adapter[slots])
