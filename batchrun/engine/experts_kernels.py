@@ -216,7 +216,7 @@ def group_by_expert(expert_ids: Tensor, experts: int, tile_rows: int) -> Groups:
     _scan[(padded,)](counts, totals, chunks, BLOCK=256, num_warps=1)
     _place[(max(chunks, triton.cdiv(num_tiles, chunk)),)](
         expert_ids, counts, totals, groups.order, groups.tiles, pairs, chunks, experts, num_tiles,
-        EXPERTS=padded, CHUNK=chunk, BLOCK_M=tile_rows, num_warps=4,
+        EXPERTS=padded, CHUNK=chunk, BLOCK_M=tile_rows, num_warps=16,
     )  # fmt: skip
     return groups
 
