@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from batchrun.engine.protocol import Engine, EngineSpec
-from batchrun.errors import JobError
+from batchrun.errors import JobError, ModelError
 from batchrun.imports import distributions_on_demand, hidden
 
 # transformers imports them wherever they are installed, for training losses, images and assisted decoding: 1.5 of the
@@ -42,7 +42,7 @@ def load_engine(spec: EngineSpec) -> Engine:
 
     Raises:
         JobError: there is no such class, or it is no engine.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or the engine cannot keep keys and values as the job asks.
     """
     if spec.kind not in ("auto", *BUILT_IN):
         return _load(spec.kind, spec)
@@ -51,6 +51,13 @@ def load_engine(spec: EngineSpec) -> Engine:
     if kind == "auto":
         reason = why_not_paged(spec)
         kind = "padded" if reason else "paged"
+    if kind == "padded" and spec.cache_dtype != "auto":
+        because = f", which cannot run this model, since {reason}" if reason else ""
+        raise ModelError(
+            f"only the paged engine keeps keys and values in {spec.cache_dtype}{because}",
+            "engine.cache_dtype",
+            "leave the key out" if reason else "leave the key out, or set engine.kind: paged",
+        )
     engine = _load(kind, spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")
@@ -93,7 +100,7 @@ def compiles_at_every_start() -> bool:
 
 def why_not_paged(spec: EngineSpec) -> str | None:
     """Why "auto" chooses the padded engine for this model and device; None when it chooses the paged one."""
-    if spec.device == "cpu":
+    if spec.device == "cpu" and spec.cache_dtype == "auto":
         # Gathering pages costs more than padding there: 2,000 short rows through a model of 2.5 million
         # parameters took 242 s paged and 38 s padded on the same two cores.
         return "it is the faster one on a CPU"

@@ -100,7 +100,7 @@ class ModelSettings(Settings):
 
 
 class EngineSettings(Settings):
-    """Which engine, and its budgets; none of them decides an answer."""
+    """Which engine, and its budgets; but for `cache_dtype`, none of them decides an answer."""
 
     kind: str = Field("auto", description="auto, padded, paged, or module:Class of an engine of your own")
     batch_tokens: int | None = Field(
@@ -114,6 +114,11 @@ class EngineSettings(Settings):
     cache_tokens: int | None = Field(
         None, ge=1, description="paged: at most so many tokens of keys and values"
     )
+    cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="paged: of keys and values; auto is the model's, fp8 takes half the memory, for answers that "
+        "differ a little, so that it is part of the job's identity; needs a GPU with fp8 (Ada, Hopper and newer)",
+    )
     compile: bool = Field(True, description="paged: torch.compile for the model on a GPU")
 
     @field_validator("kind")
@@ -122,6 +127,12 @@ class EngineSettings(Settings):
         if kind not in ("auto", "padded", "paged") and not re.fullmatch(r"[\w.]+:\w+", kind):
             raise ValueError("use auto, padded, paged, or module:Class")
         return kind
+
+    @model_validator(mode="after")
+    def _fp8_in_pages(self) -> Self:
+        if self.kind == "padded" and self.cache_dtype != "auto":
+            raise ValueError("only the paged engine keeps keys and values in fp8; leave cache_dtype out")
+        return self
 
 
 class TlsSettings(Settings):

@@ -196,11 +196,12 @@ def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int
         tokenizer_path=model.tokenizer_path,
         dtype=job.model.dtype,
         quantization=job.model.quantization,
+        cache_dtype=job.engine.cache_dtype,
         device="auto",
         trust_remote_code=job.model.trust_remote_code,
         allow_pickle=job.model.allow_pickle,
         sampling=sampling,
         stop_token_ids=stop_ids,
         max_context=context,
-        options=job.engine.model_dump(exclude={"kind"}),
+        options=job.engine.model_dump(exclude={"kind", "cache_dtype"}),
     )

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchrun.engine.paged import decode_attention, online_softmax, prefill_attention
+from batchrun.engine.paged import decode_attention, fp8_pages, online_softmax, prefill_attention
 from batchrun.engine.paged import kernels as small_kernels
 
 # Compute capability, and bytes of shared memory that a block of threads may have there.
@@ -34,7 +34,14 @@ POINTERS = {
     **dict.fromkeys(("query", "key", "value", "keys", "values", "key_cache", "value_cache", "out"), "bf16"),
     **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens"), "i32"),
     **{"logits": "bf16", "states": "i32", "mask_of": "i32", "masks": "i32", "tokens": "i64"},
-    **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
+    **{"slot_mapping": "i64", "lse": "fp32", "sinks": "bf16", "split_out": "fp32", "split_lse": "fp32"},
+}
+FIRST_WITH_FP8 = 89
+# Without scales and sinks, and over pages in fp8.
+PLAIN = dict.fromkeys(("key_scales", "value_scales", "sinks"))
+FP8 = {
+    **dict.fromkeys(("key_cache", "value_cache"), "fp8e4nv"),
+    **dict.fromkeys(("key_scales", "value_scales"), "fp32"),
 }
 NUMBERS = {"scale": "fp32", "softcap": "fp32"}
 
@@ -59,7 +66,11 @@ def main() -> None:
             ):
                 block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, 2 * block_d, memory)
                 own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split}
-                report(gpu, name, decode_attention._decode, {**constants, **own}, 4)
+                report(gpu, name, decode_attention._decode, {**constants, **own, **PLAIN}, 4)
+                if gpu >= FIRST_WITH_FP8:
+                    block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, block_d, memory)
+                    own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages}
+                    report(gpu, name, decode_attention._decode, {**constants, **own}, 4, FP8)
             own = {
                 "NUM_HEADS": heads,
                 "HEAD_DIM": head_dim,
@@ -77,7 +88,13 @@ def main() -> None:
                 tile = prefill_attention.prefill_tile(head_dim, 2, memory, longest, paged)
                 own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
                 own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
-                report(gpu, name, prefill_attention._prefill, {**constants, **own}, tile[-1])
+                report(gpu, name, prefill_attention._prefill, {**constants, **own, **PLAIN}, tile[-1])
+                if gpu >= FIRST_WITH_FP8 and paged:
+                    report(gpu, name, prefill_attention._prefill, {**constants, **own}, tile[-1], FP8)
+            if gpu >= FIRST_WITH_FP8:
+                own = {"NUM_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "PAGE_SIZE": 256, "BLOCK_D": block_d}
+                own["BLOCK_H"] = triton.next_power_of_2(num_kv_heads)
+                report(gpu, name, fp8_pages._write_quantized, own, 4, FP8)
         report(gpu, "any", small_kernels._likeliest_allowed, {"BLOCK": 4096}, 8)
 
 
@@ -85,7 +102,7 @@ def check_names() -> None:
     """Triton ignores names that no argument has, and then compiles a variant for each value that it meets."""
     for kernel in [
         one
-        for module in (decode_attention, prefill_attention, small_kernels)
+        for module in (decode_attention, prefill_attention, fp8_pages, small_kernels)
         for one in vars(module).values()
     ]:
         if isinstance(kernel, triton.JITFunction):
@@ -93,13 +110,24 @@ def check_names() -> None:
             assert named <= set(kernel.arg_names), (kernel.__name__, named)
 
 
-def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any], warps: int) -> None:
+def report(
+    gpu: int,
+    model: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    warps: int,
+    types: dict[str, str] | None = None,
+) -> None:
     signature, attributes = {}, {}
+    pointers = POINTERS | (types or {})
+    if types and "keys" in kernel.arg_names:
+        pointers |= dict.fromkeys(("keys", "values"), "fp8e4nv")
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = f"*{POINTERS[name]}" if name in POINTERS else NUMBERS.get(name, "i32")
+        signature[name] = f"*{pointers[name]}" if name in pointers else NUMBERS.get(name, "i32")
         if name not in NUMBERS:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

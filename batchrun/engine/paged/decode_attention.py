@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
+from batchrun.engine.paged.fp8_pages import normalized, quantized
 from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory, softcapped
 
 # Numbers and addresses that differ from call to call and make no code faster are not compiled for: each variant would
@@ -39,8 +40,8 @@ def _first_key(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     do_not_specialize_on_alignment=["slot_mapping", "block_tables", "seq_lens"],
 )
 def _decode(
-    query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, out, lse, scale, softcap,
-    split_size,
+    query, key, value, key_cache, value_cache, key_scales, value_scales, slot_mapping, block_tables, seq_lens, out, lse,
+    scale, softcap, split_size,
     query_seq_stride, query_head_stride, key_seq_stride, value_seq_stride, block_table_stride, num_seqs,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -69,6 +70,8 @@ def _decode(
         + offs_d[None, :]
     )
     q = tl.load(query_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+    if key_scales is not None:
+        q, scale = normalized(q, scale)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -78,9 +81,20 @@ def _decode(
         new_value = tl.load(
             value + long_seq * value_seq_stride + head * HEAD_DIM + offs_d, mask=mask_d, other=0.0
         )
-        new_offset = (tl.load(slot_mapping + seq) * NUM_KV_HEADS + head) * HEAD_DIM + offs_d
+        slot = tl.load(slot_mapping + seq)
+        new_offset = (slot * NUM_KV_HEADS + head) * HEAD_DIM + offs_d
+        if key_scales is not None:
+            new_scale = (slot // PAGE_SIZE * NUM_KV_HEADS + head) * PAGE_SIZE + slot % PAGE_SIZE
+            new_key, new_key_scale = quantized(new_key)
+            new_value, new_value_scale = quantized(new_value)
+            tl.store(key_scales + new_scale + tl.arange(0, 1), new_key_scale)
+            tl.store(value_scales + new_scale + tl.arange(0, 1), new_value_scale)
         tl.store(key_cache + new_offset, new_key, mask=mask_d)
         tl.store(value_cache + new_offset, new_value, mask=mask_d)
+        if key_scales is not None:
+            # It is seen as later steps will see it.
+            new_key = new_key.to(tl.float32) * new_key_scale
+            new_value = new_value.to(tl.float32) * new_value_scale
         m_i = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1)
         m_i = softcapped(m_i, scale, softcap) if SOFTCAP else m_i * scale
         l_i += 1.0
@@ -102,7 +116,14 @@ def _decode(
             mask=mask_n[:, None] & mask_d[None, :],
             other=0.0,
         )
-        m_i, l_i, acc = attend(q, k, v, mask_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, True)
+        k_scale, v_scale = None, None
+        if key_scales is not None:
+            scale_offset = (page * NUM_KV_HEADS + head) * PAGE_SIZE + offs_n % PAGE_SIZE
+            k_scale = tl.load(key_scales + scale_offset, mask=mask_n, other=0.0)
+            v_scale = tl.load(value_scales + scale_offset, mask=mask_n, other=0.0)
+        m_i, l_i, acc = attend(
+            q, k, v, k_scale, v_scale, mask_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, True
+        )  # fmt: skip
     out_offset = (
         (split.to(tl.int64) * num_seqs + long_seq) * NUM_KV_HEADS * GROUP_SIZE + head * GROUP_SIZE + offs_m
     )
@@ -118,7 +139,7 @@ def _decode(
 def decode(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor,
     block_tables: Tensor,
-    seq_lens: Tensor, layer: Layer,
+    seq_lens: Tensor, layer: Layer, scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes each sequence's new key and value to its pages as `write_kv_cache` does, and attends over them.
 
@@ -131,6 +152,7 @@ def decode(
         key_cache, value_cache: (pages, page size, kv heads, head size), contiguous.
         slot_mapping: (sequences,) int64, where the new ones go: the last of the sequence's tokens.
         block_tables: (sequences, pages) int32. seq_lens: (sequences,) int32, the new token included.
+        scales: (2, pages, kv heads, page size) float32, of keys and values where the cache is in fp8.
 
     Returns:
         (sequences, query heads, head size), and the scores' log-sum-exp (sequences, query heads) float32.
@@ -145,7 +167,7 @@ def decode(
     num_splits = 1 if num_seqs * layer.kv_heads >= _MIN_UNSPLIT_BLOCKS else triton.cdiv(max_keys, split_size)
     block_d = triton.next_power_of_2(head_dim)
     choices = DECODE_BLOCKS if num_splits == 1 else SPLIT_BLOCKS
-    block_n, num_stages = fitting_blocks(choices, block_m, block_d * query.itemsize, shared_memory(query))
+    block_n, num_stages = fitting_blocks(choices, block_m, block_d * key_cache.itemsize, shared_memory(query))
     if num_splits > 1:
         # A window's first block of keys begins before the window.
         num_splits = triton.cdiv(max_keys + block_n, split_size) if layer.window else num_splits
@@ -156,7 +178,8 @@ def decode(
     else:
         split_out, split_lse = out, lse
     _decode[(num_seqs * layer.kv_heads, num_splits)](
-        query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, split_out, split_lse,
+        query, key, value, key_cache, value_cache, *(scales if scales is not None else (None, None)), slot_mapping,
+        block_tables, seq_lens, split_out, split_lse,
         layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0, split_size,
         query.stride(0), query.stride(1), key.stride(0), value.stride(0), block_tables.stride(0), num_seqs,
         NUM_KV_HEADS=layer.kv_heads, GROUP_SIZE=group_size, BLOCK_M=block_m, HEAD_DIM=head_dim,

@@ -12,13 +12,13 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from batchrun.engine.paged import decode_attention, kernels, prefill_attention
+from batchrun.engine.paged import decode_attention, fp8_pages, kernels, prefill_attention
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.metadata import AttentionMetadata
 
 
 class FlashAttention:
-    """flash-attn, if installed, reads a shared prefix once, and gives what attention sinks need."""
+    """flash-attn, if installed, reads a shared prefix once; it reads no pages in fp8."""
 
     def __init__(self) -> None:
         self.supports_cascade = importlib.util.find_spec("flash_attn") is not None
@@ -26,38 +26,37 @@ class FlashAttention:
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
-        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages."""
         assert metadata.cu_seqlens_q is not None
-        kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
-        if sinks is None:
-            # Sequences without older tokens need no detour through the pages.
-            key_cache, value_cache, block_tables = (
-                (key, value, None) if metadata.no_context else (key_cache, value_cache, metadata.block_tables)
-            )
-            return prefill_attention.prefill(
-                query,
-                key_cache,
-                value_cache,
-                block_tables,
-                metadata.cu_seqlens_q,
-                metadata.seq_lens,
-                metadata.max_seqlen_q,
-                layer,
-            )
-        from flash_attn import flash_attn_varlen_func
-
-        out, lse, _ = flash_attn_varlen_func(
-            query, key_cache, value_cache, metadata.cu_seqlens_q, metadata.cu_seqlens_k, metadata.max_seqlen_q,
-            metadata.max_seqlen_k,
-            block_table=metadata.block_tables, causal=True, return_attn_probs=True, **_flash_kwargs(layer),
-        )  # fmt: skip
-        return _with_sinks(out, lse.t(), sinks)
+        if scales is None:
+            kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
+        else:
+            fp8_pages.write_quantized(key, value, key_cache, value_cache, scales, metadata.slot_mapping)
+        # Sequences without older tokens need no detour through the pages, but what is in fp8 is seen as later tokens
+        # will see it.
+        keys, values, block_tables = (
+            (key, value, None)
+            if metadata.no_context and scales is None
+            else (key_cache, value_cache, metadata.block_tables)
+        )
+        return prefill_attention.prefill(
+            query,
+            keys,
+            values,
+            block_tables,
+            metadata.cu_seqlens_q,
+            metadata.seq_lens,
+            metadata.max_seqlen_q,
+            layer,
+            sinks,
+            scales,
+        )
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
-        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend`: writing and attending in one kernel, a shared prefix read once."""
         out, lse = decode_attention.decode(
@@ -70,6 +69,7 @@ class FlashAttention:
             metadata.block_tables,
             metadata.seq_lens,
             layer,
+            scales,
         )
         if metadata.shared_prefix is not None:
             out, lse = self._merge_shared_prefix(query, key_cache, value_cache, metadata, layer, out, lse)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchrun.engine.paged import fp8_pages
+
 LOG2_E = 1.4426950408889634
 
 
@@ -25,9 +27,20 @@ def softcapped(qk, scale, softcap):
 
 
 @triton.jit
-def attend(q, k, v, mask, m_i, l_i, acc, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """One block of keys into a running softmax (Milakov and Gimelshein, 2018), in powers of two."""
-    qk = tl.dot(q, k)
+def attend(
+    q, k, v, k_scale, v_scale, mask, m_i, l_i, acc, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """One block of keys into a running softmax (Milakov and Gimelshein, 2018), in powers of two.
+
+    Keys and values in fp8 have a scale each, which goes to the scores and to the probabilities. `q` and `scale` are
+    then as `fp8_pages.normalized` gives them; products are in q's format, summed in float32.
+    """
+    if k_scale is not None:
+        k, v = k.to(q.dtype), fp8_pages.widened(v, q.dtype)
+        qk = tl.dot(q, k) * (scale[:, None] * k_scale[None, :])
+        scale = 1.0
+    else:
+        qk = tl.dot(q, k)
     if SOFTCAP:
         qk, scale = softcapped(qk, scale, softcap), 1.0
     if MASKED:
@@ -36,8 +49,15 @@ def attend(q, k, v, mask, m_i, l_i, acc, scale, softcap, SOFTCAP: tl.constexpr, 
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m_i - m_safe)
     p = tl.exp2(qk * scale - m_safe[:, None])  # one instruction for both, since the scale comes last
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
-    return m_new, l_i * alpha + tl.sum(p, axis=1), acc
+    l_new = l_i * alpha + tl.sum(p, axis=1)
+    if v_scale is not None:
+        # Of all that float16 can hold, probabilities get the most: from 1024 down.
+        unit = tl.maximum(tl.max(v_scale, axis=0), 1e-30) / 1024
+        p = (p * (v_scale / unit)[None, :]).to(v.dtype)
+        acc = acc * alpha[:, None] + tl.dot(p, v) * unit
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return m_new, l_new, acc
 
 
 def shared_memory(x: Tensor) -> int:
