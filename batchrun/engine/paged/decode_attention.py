@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.fp8_pages import normalized, quantized
+from batchrun.engine.paged.fp8_pages import joined, normalized, quantized
 from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory, softcapped
 
 # Numbers and addresses that differ from call to call and make no code faster are not compiled for: each variant would
@@ -70,11 +70,16 @@ def _decode(
         + offs_d[None, :]
     )
     q = tl.load(query_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-    if key_scales is not None:
-        q, scale = normalized(q, scale)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if key_scales is not None:
+        q, scale = normalized(q, scale)
+        half = tl.zeros((BLOCK_M, BLOCK_D // 2), tl.float32)
+        acc = (half, half)
+        value_pairs = value_cache.to(tl.pointer_type(tl.int16), bitcast=True)
+        offs_pair = tl.arange(0, BLOCK_D // 2)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if split == 0:
         # The sequence's new token goes to its page and begins the softmax; nobody else reads or writes it in this step.
         new_key = tl.load(key + long_seq * key_seq_stride + head * HEAD_DIM + offs_d, mask=mask_d, other=0.0)
@@ -98,7 +103,11 @@ def _decode(
         m_i = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1)
         m_i = softcapped(m_i, scale, softcap) if SOFTCAP else m_i * scale
         l_i += 1.0
-        acc += new_value.to(tl.float32)[None, :]
+        if key_scales is not None:
+            even, odd = tl.split(tl.reshape(new_value, (BLOCK_D // 2, 2)))
+            acc = (acc[0] + even[None, :], acc[1] + odd[None, :])
+        else:
+            acc += new_value.to(tl.float32)[None, :]
     for start in tl.range(first, stop, BLOCK_N, num_stages=NUM_STAGES):
         page = tl.load(block_tables + long_seq * block_table_stride + start // PAGE_SIZE).to(tl.int64)
         offs_n = start + tl.arange(0, BLOCK_N)
@@ -111,22 +120,30 @@ def _decode(
             mask=mask_n[None, :] & mask_d[:, None],
             other=0.0,
         )
-        v = tl.load(
-            value_cache + kv_offset[:, None] + offs_d[None, :],
-            mask=mask_n[:, None] & mask_d[None, :],
-            other=0.0,
-        )
         k_scale, v_scale = None, None
         if key_scales is not None:
             scale_offset = (page * NUM_KV_HEADS + head) * PAGE_SIZE + offs_n % PAGE_SIZE
             k_scale = tl.load(key_scales + scale_offset, mask=mask_n, other=0.0)
             v_scale = tl.load(value_scales + scale_offset, mask=mask_n, other=0.0)
+            v = tl.load(
+                value_pairs + kv_offset[:, None] // 2 + offs_pair[None, :],
+                mask=mask_n[:, None] & (offs_pair < HEAD_DIM // 2)[None, :],
+                other=0,
+            )
+        else:
+            v = tl.load(
+                value_cache + kv_offset[:, None] + offs_d[None, :],
+                mask=mask_n[:, None] & mask_d[None, :],
+                other=0.0,
+            )
         m_i, l_i, acc = attend(
             q, k, v, k_scale, v_scale, mask_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, True
         )  # fmt: skip
     out_offset = (
         (split.to(tl.int64) * num_seqs + long_seq) * NUM_KV_HEADS * GROUP_SIZE + head * GROUP_SIZE + offs_m
     )
+    if key_scales is not None:
+        acc = joined(acc)
     out_mask = mask_m[:, None] & mask_d[None, :]
     tl.store(
         out + out_offset[:, None] * HEAD_DIM + offs_d[None, :],

@@ -39,19 +39,41 @@ def normalized(q, scale):
 
 
 @triton.jit
-def widened(x, dtype: tl.constexpr):
-    """Numbers in fp8 as float16 or float32."""
+def widened_pairs(pairs, dtype: tl.constexpr):
+    """The even and the odd columns of numbers in fp8, which are loaded as int16, two of them at once.
+
+    For the matrix unit must have values column by column, and a GPU turns no smaller numbers than 16 bits around on
+    their way to it.
+    """
     if INTERPRETED or dtype != tl.float16:
-        return x.to(dtype)
-    # As x.to(dtype). But that would be done where the matrix unit wants them, having come there byte by byte.
-    return tl.inline_asm_elementwise(
-        "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }",
-        "=r,=r,r",
-        [x],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
+        even, odd = (pairs & 255).to(tl.uint8), ((pairs >> 8) & 255).to(tl.uint8)
+        even, odd = (
+            even.to(tl.float8e4nv, bitcast=True).to(dtype),
+            odd.to(tl.float8e4nv, bitcast=True).to(dtype),
+        )
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 even, odd;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {even, odd}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, even;
+            cvt.rn.f16x2.e4m3x2 $1, odd;
+            }""",
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return even, odd
+
+
+@triton.jit
+def joined(pair):
+    """Columns from their even and their odd ones."""
+    return tl.reshape(tl.join(pair[0], pair[1]), (pair[0].shape[0], 2 * pair[0].shape[1]))
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping"])

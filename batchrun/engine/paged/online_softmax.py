@@ -32,12 +32,11 @@ def attend(
 ):  # fmt: skip
     """One block of keys into a running softmax (Milakov and Gimelshein, 2018), in powers of two.
 
-    Keys and values in fp8 have a scale each, which goes to the scores and to the probabilities. `q` and `scale` are
-    then as `fp8_pages.normalized` gives them; products are in q's format, summed in float32.
+    Keys and values in fp8 have a scale each, which goes to the scores and to the probabilities. `q`, `scale`, `v` and
+    `acc` are then as `fp8_pages` has them; products are in q's format, summed in float32.
     """
     if k_scale is not None:
-        k, v = k.to(q.dtype), fp8_pages.widened(v, q.dtype)
-        qk = tl.dot(q, k) * (scale[:, None] * k_scale[None, :])
+        qk = tl.dot(q, k.to(q.dtype)) * (scale[:, None] * k_scale[None, :])
         scale = 1.0
     else:
         qk = tl.dot(q, k)
@@ -49,15 +48,18 @@ def attend(
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m_i - m_safe)
     p = tl.exp2(qk * scale - m_safe[:, None])  # one instruction for both, since the scale comes last
-    l_new = l_i * alpha + tl.sum(p, axis=1)
     if v_scale is not None:
         # Of all that float16 can hold, probabilities get the most: from 1024 down.
         unit = tl.maximum(tl.max(v_scale, axis=0), 1e-30) / 1024
-        p = (p * (v_scale / unit)[None, :]).to(v.dtype)
-        acc = acc * alpha[:, None] + tl.dot(p, v) * unit
+        scaled = (p * (v_scale / unit)[None, :]).to(q.dtype)
+        even, odd = fp8_pages.widened_pairs(v, q.dtype)
+        acc = (
+            acc[0] * alpha[:, None] + tl.dot(scaled, even) * unit,
+            acc[1] * alpha[:, None] + tl.dot(scaled, odd) * unit,
+        )
     else:
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
-    return m_new, l_new, acc
+    return m_new, l_i * alpha + tl.sum(p, axis=1), acc
 
 
 def shared_memory(x: Tensor) -> int:
