@@ -32,9 +32,18 @@ SHAPES = {
 }
 POINTERS = {
     **dict.fromkeys(("query", "key", "value", "keys", "values", "key_cache", "value_cache", "out"), "bf16"),
+    **dict.fromkeys(("key_back", "value_back"), "bf16"),
     **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens"), "i32"),
     **{"logits": "bf16", "states": "i32", "mask_of": "i32", "masks": "i32", "tokens": "i64"},
-    **{"slot_mapping": "i64", "lse": "fp32", "sinks": "bf16", "split_out": "fp32", "split_lse": "fp32"},
+    **{
+        "slot_mapping": "i64",
+        "lse": "fp32",
+        "sinks": "bf16",
+        "key_back": "bf16",
+        "value_back": "bf16",
+        "split_out": "fp32",
+        "split_lse": "fp32",
+    },
 }
 FIRST_WITH_FP8 = 89
 # Without scales and sinks, and over pages in fp8.

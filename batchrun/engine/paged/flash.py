@@ -33,13 +33,15 @@ class FlashAttention:
         if scales is None:
             kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
         else:
-            fp8_pages.write_quantized(key, value, key_cache, value_cache, scales, metadata.slot_mapping)
-        # Sequences without older tokens need no detour through the pages, but what is in fp8 is seen as later tokens
-        # will see it.
-        keys, values, block_tables = (
-            (key, value, None)
-            if metadata.no_context and scales is None
-            else (key_cache, value_cache, metadata.block_tables)
+            # They are seen as later tokens will see them.
+            key, value = fp8_pages.write_quantized(
+                key, value, key_cache, value_cache, scales, metadata.slot_mapping
+            )
+        # Sequences without older tokens need no detour through the pages.
+        keys, values, block_tables, scales = (
+            (key, value, None, None)
+            if metadata.no_context
+            else (key_cache, value_cache, metadata.block_tables, scales)
         )
         return prefill_attention.prefill(
             query,

@@ -23,7 +23,8 @@ def quantized(x):
     """The last axis of x in fp8, and its scales."""
     x = x.to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(x), axis=-1, keep_dims=True), 1e-12)
-    scale = 448.0 / largest
+    # Rounded as on a CPU.
+    scale = tl.div_rn(448.0, largest)
     return (x * scale).to(tl.float8e4nv), largest / 448.0
 
 
@@ -78,7 +79,8 @@ def joined(pair):
 
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
 def _write_quantized(
-    key, value, key_cache, value_cache, key_scales, value_scales, slot_mapping, key_stride, value_stride,
+    key, value, key_cache, value_cache, key_scales, value_scales, key_back, value_back, slot_mapping,
+    key_stride, value_stride,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -95,11 +97,16 @@ def _write_quantized(
     tl.store(value_cache + slot * NUM_HEADS * HEAD_DIM + offset, v, mask=mask)
     tl.store(key_scales + scale_offset, k_scale, mask=mask_h)
     tl.store(value_scales + scale_offset, v_scale, mask=mask_h)
+    back_offset = token * NUM_HEADS * HEAD_DIM + offset
+    tl.store(key_back + back_offset, (k.to(tl.float32) * k_scale).to(key_back.dtype.element_ty), mask=mask)
+    tl.store(
+        value_back + back_offset, (v.to(tl.float32) * v_scale).to(value_back.dtype.element_ty), mask=mask
+    )
 
 
 def write_quantized(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, scales: Tensor, slot_mapping: Tensor
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """What `kernels.write_kv_cache` does, to pages in fp8.
 
     Args:
@@ -107,11 +114,17 @@ def write_quantized(
         key_cache, value_cache: (pages, page size, heads, head size) fp8, contiguous.
         scales: (2, pages, heads, page size) float32, of keys and values.
         slot_mapping: (tokens,) int64, page * page size + offset.
+
+    Returns:
+        The numbers that the pages now stand for, like `key` and `value`, contiguous.
     """
     tokens, heads, head_dim = key.shape
+    back = key.new_empty(key.shape), value.new_empty(value.shape)
     if tokens:
         _write_quantized[(tokens,)](
-            key, value, key_cache, value_cache, scales[0], scales[1], slot_mapping, key.stride(0), value.stride(0),
+            key, value, key_cache, value_cache, scales[0], scales[1], *back, slot_mapping,
+            key.stride(0), value.stride(0),
             NUM_HEADS=heads, HEAD_DIM=head_dim, PAGE_SIZE=key_cache.shape[1],
             BLOCK_H=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
         )  # fmt: skip
+    return back

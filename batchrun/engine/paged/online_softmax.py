@@ -27,6 +27,11 @@ def softcapped(qk, scale, softcap):
 
 
 @triton.jit
+def _larger(a, b, other_a, other_b):
+    return tl.maximum(a, other_a), tl.maximum(b, other_b)
+
+
+@triton.jit
 def attend(
     q, k, v, k_scale, v_scale, mask, m_i, l_i, acc, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
@@ -44,14 +49,19 @@ def attend(
         qk, scale = softcapped(qk, scale, softcap), 1.0
     if MASKED:
         qk = tl.where(mask, qk, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(qk, axis=1) * scale)
+    if v_scale is not None:
+        # One reduction for both, since warps wait for each other in it.
+        largest, unit = tl.reduce((qk, tl.broadcast_to(v_scale[None, :], qk.shape)), 1, _larger)
+        # Of all that float16 can hold, probabilities get the most: from 1024 down.
+        unit = tl.maximum(unit, 1e-30)[:, None] / 1024
+    else:
+        largest = tl.max(qk, axis=1)
+    m_new = tl.maximum(m_i, largest * scale)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m_i - m_safe)
     p = tl.exp2(qk * scale - m_safe[:, None])  # one instruction for both, since the scale comes last
     if v_scale is not None:
-        # Of all that float16 can hold, probabilities get the most: from 1024 down.
-        unit = tl.maximum(tl.max(v_scale, axis=0), 1e-30) / 1024
-        scaled = (p * (v_scale / unit)[None, :]).to(q.dtype)
+        scaled = (p * (v_scale[None, :] * (1.0 / unit))).to(q.dtype)
         even, odd = fp8_pages.widened_pairs(v, q.dtype)
         acc = (
             acc[0] * alpha[:, None] + tl.dot(scaled, even) * unit,
