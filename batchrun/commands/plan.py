@@ -126,7 +126,8 @@ def _columns(prepared: Prepared) -> dict[str, str]:
 
 
 def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
-    """Bytes of weights and of a row's keys and values on a GPU, and how many rows fit, without and with fp8 weights."""
+    """Bytes of weights and of a token's keys and values on a GPU, without and with fp8, and how many rows fit: as the
+    job is, and with the one or the other the other way."""
     job, model = prepared.job, prepared.model
     found = model_memory(model.path, model.used, job.model.dtype)
     if found is None or not len(sampled.lengths):
@@ -134,15 +135,19 @@ def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
     gpu = gpu_now()
     tokens = float(sampled.lengths.mean()) + max(sampled.new_tokens)
     usable = job.engine.memory_fraction * (gpu.memory_total if gpu else SUPPOSED_MEMORY)
+    fp8, fp8_cache = job.model.quantization == "fp8", job.engine.cache_dtype == "fp8"
     return {
         "gpu": gpu.name if gpu else None,
         "quantization": job.model.quantization,
+        "cache_dtype": job.engine.cache_dtype,
         "weights": found.weights,
         "fp8_weights": found.fp8_weights,
         "token": found.token,
+        "fp8_token": found.fp8_token,
         "row_tokens": round(tokens),
-        "rows": found.rows(usable, tokens, fp8=False),
-        "fp8_rows": found.rows(usable, tokens, fp8=True),
+        "rows": found.rows(usable, tokens, False, fp8_cache),
+        "fp8_rows": found.rows(usable, tokens, True, fp8_cache),
+        "other_cache_rows": found.rows(usable, tokens, fp8, not fp8_cache),
     }
 
 
@@ -155,11 +160,16 @@ def _memory_lines(found: dict[str, Any]) -> list[RenderableType]:
     rows, other_rows = ("fp8_rows", "rows") if fp8 else ("rows", "fp8_rows")
     where = memory["gpu"] or f"a GPU of {size(SUPPOSED_MEMORY)}"
     other = "without model.quantization" if fp8 else "with model.quantization: fp8"
+    fp8_cache = memory["cache_dtype"] == "fp8"
+    token, other_token = ("fp8_token", "token") if fp8_cache else ("token", "fp8_token")
+    other_cache = "without engine.cache_dtype" if fp8_cache else "with engine.cache_dtype: fp8"
     return [
-        f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory['token'])}; at most about "
+        f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory[token])}; at most about "
         f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}",
         f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
         + ("" if fp8 else "; products take about half as long, answers differ a little"),
+        f"{other_cache}: a token's keys and values {size(memory[other_token])}, {memory['other_cache_rows']:,} rows"
+        + ("" if fp8_cache else "; answers differ a little"),
     ]
 
 
@@ -188,14 +198,15 @@ def _comparison(
 
     found = compare(prepared, sampled, quantization, trial)
     agreement.remember(prepared.model.fingerprint, found)
-    other = quantization if prepared.job.model.quantization is None else None
     started = time.monotonic()
-    model = prepared.job.model.model_copy(update={"quantization": other})
-    job = prepared.job.model_copy(update={"model": model})
+    plain = prepared.job.fp8 is not None
+    model = prepared.job.model.model_copy(update={"quantization": None if plain else quantization})
+    engine = prepared.job.engine.model_copy(update={"cache_dtype": "auto"})
+    job = prepared.job.model_copy(update={"model": model, "engine": engine})
     again = prepare(job)
     known, _ = _tried(again, sampled, trial, time.monotonic() - started)
     return {
-        "quantization": other,
+        "quantization": job.model.quantization,
         "estimate": _estimate(known, sampled, left, job, workers).to_json(),
         "agreement": asdict(found),
     }
@@ -206,7 +217,7 @@ def _comparison_lines(found: dict[str, Any]) -> list[RenderableType]:
     if comparison is None:
         return []
     other = comparison["quantization"]
-    how = "without model.quantization" if other is None else f"with model.quantization: {other}"
+    how = "without fp8" if other is None else f"with model.quantization: {other}"
     shown: list[RenderableType] = [str(agreement.Agreement(**comparison["agreement"]))]
     return [f"{how}, {_how_long(comparison['estimate'])}", *shown] if found["rows_left"] else shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,18 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
     """Bytes of the weights as a job runs them on a GPU, without and with `model.quantization: fp8`, and of a token's
-    keys and values in all layers."""
+    keys and values in all layers, without and with `engine.cache_dtype: fp8`."""
 
     weights: int
     fp8_weights: int
     token: int
+    fp8_token: int
 
-    def rows(self, memory: float, tokens: float, fp8: bool) -> int:
+    def rows(self, memory: float, tokens: float, fp8: bool, fp8_cache: bool) -> int:
         """Rows of so many tokens that are in `memory` bytes at once, beside the weights."""
         left = memory - (self.fp8_weights if fp8 else self.weights)
-        return max(0, int(left / (self.token * max(1.0, tokens))))
+        token = self.fp8_token if fp8_cache else self.token
+        return max(0, int(left / (token * max(1.0, tokens))))
 
 
 def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory | None:
@@ -37,25 +40,25 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
         dtype: as in the job file; "auto" is half precision, as on a GPU.
     """
     config = json.loads((Path(folder) / "config.json").read_bytes())
-    token = _token_numbers(config.get("text_config") or config)
+    heads = _token_heads(config.get("text_config") or config)
     shapes = [
         (name, shape)
         for file in files
         if file.endswith(".safetensors")
         for name, shape in tensor_shapes(Path(folder) / file).items()
     ]
-    if token is None or not shapes:
+    if heads is None or not shapes:
         return None
+    count, size = heads
     number = _BYTES.get(dtype, 2)
     weights = fp8_weights = 0
     for name, shape in shapes:
-        count = 1
-        for length in shape:
-            count *= length
-        weights += number * count
+        numbers = math.prod(shape)
+        weights += number * numbers
         # A number a byte, and a float32 scale a row.
-        fp8_weights += count + 4 * shape[0] if _becomes_fp8(name, shape) else number * count
-    return ModelMemory(weights, fp8_weights, number * token)
+        fp8_weights += numbers + 4 * shape[0] if _becomes_fp8(name, shape) else number * numbers
+    # Likewise, a scale for each head.
+    return ModelMemory(weights, fp8_weights, number * count * size, count * (size + 4))
 
 
 def _becomes_fp8(name: str, shape: list[int]) -> bool:
@@ -63,12 +66,13 @@ def _becomes_fp8(name: str, shape: list[int]) -> bool:
     return len(shape) == 2 and not kept and all(length % _FP8_MULTIPLE == 0 for length in shape)
 
 
-def _token_numbers(config: dict[str, Any]) -> int | None:
-    """Numbers in a token's keys and values; None for a config of other names."""
+def _token_heads(config: dict[str, Any]) -> tuple[int, int] | None:
+    """How many keys and values of heads a token has in all layers, and numbers in each; None for a config of other
+    names."""
     layers, heads, hidden = (
         config.get(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
     )
     if not (layers and heads and hidden):
         return None
     kv_heads = config.get("num_key_value_heads") or heads
-    return int(2 * layers * kv_heads * (config.get("head_dim") or hidden // heads))
+    return 2 * layers * kv_heads, config.get("head_dim") or hidden // heads
