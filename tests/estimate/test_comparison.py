@@ -87,7 +87,13 @@ def test_a_job_with_keys_and_values_in_fp8_is_compared_with_itself_without_fp8(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     generation = {"max_new_tokens": 12}
     job = load(
-        write_job(tmp_path, tiny_llama, rows=20, engine={"cache_dtype": "fp8"}, generation=generation),
+        write_job(
+            tmp_path,
+            tiny_llama,
+            rows=20,
+            engine={"kind": "auto", "cache_dtype": "fp8"},
+            generation=generation,
+        ),
         "model.quantization=fp8",
     )
     plan = preview(job, trial=10.0, compare="fp8")
