@@ -77,9 +77,11 @@ def main() -> None:
                 own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split}
                 report(gpu, name, decode_attention._decode, {**constants, **own, **PLAIN}, 4)
                 if gpu >= FIRST_WITH_FP8:
+                    choices = decode_attention.FP8_BLOCKS
                     block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, block_d, memory)
                     own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages}
-                    report(gpu, name, decode_attention._decode, {**constants, **own}, 4, FP8)
+                    warps = decode_attention.decode_warps(block_d, fp8=True)
+                    report(gpu, name, decode_attention._decode, {**constants, **own}, warps, FP8)
             own = {
                 "NUM_HEADS": heads,
                 "HEAD_DIM": head_dim,

@@ -19,6 +19,9 @@ from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks,
 # Keys in a block and blocks in flight, best first.
 DECODE_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 SPLIT_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
+# Of keys in fp8, with half the warps for heads of up to 128 numbers: what they do to convert them counts more than how
+# many they have in flight.
+FP8_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 
 _MIN_UNSPLIT_BLOCKS = 1024
 """Blocks of threads from which a decode step is not split any further. On an H100, 60 sequences of about 8,000 tokens
@@ -183,7 +186,7 @@ def decode(
     max_keys = min(block_tables.shape[1] * key_cache.shape[1], layer.window or 1 << 30)
     num_splits = 1 if num_seqs * layer.kv_heads >= _MIN_UNSPLIT_BLOCKS else triton.cdiv(max_keys, split_size)
     block_d = triton.next_power_of_2(head_dim)
-    choices = DECODE_BLOCKS if num_splits == 1 else SPLIT_BLOCKS
+    choices = FP8_BLOCKS if scales is not None else DECODE_BLOCKS if num_splits == 1 else SPLIT_BLOCKS
     block_n, num_stages = fitting_blocks(choices, block_m, block_d * key_cache.itemsize, shared_memory(query))
     if num_splits > 1:
         # A window's first block of keys begins before the window.
@@ -202,7 +205,8 @@ def decode(
         NUM_KV_HEADS=layer.kv_heads, GROUP_SIZE=group_size, BLOCK_M=block_m, HEAD_DIM=head_dim,
         PAGE_SIZE=key_cache.shape[1],
         WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None,
-        BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, SPLIT_KV=num_splits > 1, num_warps=4,
+        BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, SPLIT_KV=num_splits > 1,
+        num_warps=decode_warps(block_d, scales is not None),
     )  # fmt: skip
     if num_splits > 1:
         _combine[(num_seqs, heads)](
@@ -238,6 +242,11 @@ def _combine(
 def decode_block_m(group_size: int) -> int:
     """Rows that a group's heads take in a decode step's products; a matrix unit takes 16 at least."""
     return int(max(16, triton.next_power_of_2(group_size)))
+
+
+def decode_warps(block_d: int, fp8: bool) -> int:
+    """Of a block of threads of a decode step."""
+    return 2 if fp8 and block_d <= 128 else 4
 
 
 def _split_size(num_seqs: int) -> int:

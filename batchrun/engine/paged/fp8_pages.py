@@ -23,9 +23,8 @@ def quantized(x):
     """The last axis of x in fp8, and its scales."""
     x = x.to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(x), axis=-1, keep_dims=True), 1e-12)
-    # Rounded as on a CPU.
-    scale = tl.div_rn(448.0, largest)
-    return (x * scale).to(tl.float8e4nv), largest / 448.0
+    # Rounded as torch divides by a tensor.
+    return (x * (tl.div_rn(1.0, largest) * 448.0)).to(tl.float8e4nv), largest / 448.0
 
 
 @triton.jit

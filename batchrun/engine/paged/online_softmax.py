@@ -37,8 +37,9 @@ def attend(
 ):  # fmt: skip
     """One block of keys into a running softmax (Milakov and Gimelshein, 2018), in powers of two.
 
-    Keys and values in fp8 have a scale each, which goes to the scores and to the probabilities. `q`, `scale`, `v` and
-    `acc` are then as `fp8_pages` has them; products are in q's format, summed in float32.
+    Keys and values in fp8 have a scale each, which goes to the scores and to the probabilities. `q` and `scale` are
+    then as `fp8_pages.normalized` gives them; products are in q's format, summed in float32. Where `v` are pairs, see
+    `fp8_pages.widened_pairs`, `acc` has the even columns and the odd ones.
     """
     if k_scale is not None:
         qk = tl.dot(q, k.to(q.dtype)) * (scale[:, None] * k_scale[None, :])
@@ -62,11 +63,14 @@ def attend(
     p = tl.exp2(qk * scale - m_safe[:, None])  # one instruction for both, since the scale comes last
     if v_scale is not None:
         scaled = (p * (v_scale[None, :] * (1.0 / unit))).to(q.dtype)
-        even, odd = fp8_pages.widened_pairs(v, q.dtype)
-        acc = (
-            acc[0] * alpha[:, None] + tl.dot(scaled, even) * unit,
-            acc[1] * alpha[:, None] + tl.dot(scaled, odd) * unit,
-        )
+        if v.dtype == tl.int16:
+            even, odd = fp8_pages.widened_pairs(v, q.dtype)
+            acc = (
+                acc[0] * alpha[:, None] + tl.dot(scaled, even) * unit,
+                acc[1] * alpha[:, None] + tl.dot(scaled, odd) * unit,
+            )
+        else:
+            acc = acc * alpha[:, None] + tl.dot(scaled, v.to(q.dtype)) * unit
     else:
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
     return m_new, l_i * alpha + tl.sum(p, axis=1), acc

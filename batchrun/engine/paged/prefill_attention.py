@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.fp8_pages import joined, normalized
+from batchrun.engine.paged.fp8_pages import normalized
 from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory
 
 # Numbers and addresses that differ from call to call and make no code faster are not compiled for: each variant would
@@ -73,14 +73,7 @@ def _prefill(
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     if key_scales is not None:
         q, scale = normalized(q, scale)
-        half = tl.zeros((BLOCK_M, BLOCK_D // 2), tl.float32)
-        acc = (half, half)
-        value_pairs = values.to(tl.pointer_type(tl.int16), bitcast=True)
-        offs_pair = tl.arange(0, BLOCK_D // 2)
-        mask_pair = offs_pair < HEAD_DIM // 2
-        pair_column = kv_head * (HEAD_DIM // 2) + offs_pair
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if sinks is not None:
         # A key without a value.
         m_i = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -111,17 +104,11 @@ def _prefill(
         if key_scales is not None:
             scale_offset = (page * (NUM_HEADS // GROUP_SIZE) + kv_head) * PAGE_SIZE + offs_n % PAGE_SIZE
             k_scale, v_scale = tl.load(key_scales + scale_offset), tl.load(value_scales + scale_offset)
-            v = tl.load(
-                value_pairs + (kv_token * value_token_stride)[:, None] // 2 + pair_column[None, :],
-                mask=mask_pair[None, :],
-                other=0,
-            )
-        else:
-            v = tl.load(
-                values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
-                mask=mask_d[None, :],
-                other=0.0,
-            )
+        v = tl.load(
+            values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
+            mask=mask_d[None, :],
+            other=0.0,
+        )
         m_i, l_i, acc = attend(
             q, k, v, k_scale, v_scale, offs_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, False
         )  # fmt: skip
@@ -147,23 +134,15 @@ def _prefill(
             scale_offset = (page * (NUM_HEADS // GROUP_SIZE) + kv_head) * PAGE_SIZE + offs_n % PAGE_SIZE
             k_scale = tl.load(key_scales + scale_offset, mask=mask_n, other=0.0)
             v_scale = tl.load(value_scales + scale_offset, mask=mask_n, other=0.0)
-            v = tl.load(
-                value_pairs + (kv_token * value_token_stride)[:, None] // 2 + pair_column[None, :],
-                mask=mask_n[:, None] & mask_pair[None, :],
-                other=0,
-            )
-        else:
-            v = tl.load(
-                values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
-                mask=mask_n[:, None] & mask_d[None, :],
-                other=0.0,
-            )
+        v = tl.load(
+            values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
+            mask=mask_n[:, None] & mask_d[None, :],
+            other=0.0,
+        )
         mask = offs_n[None, :] <= position[:, None]
         if WINDOW > 0:
             mask = mask & (offs_n[None, :] > position[:, None] - WINDOW)
         m_i, l_i, acc = attend(q, k, v, k_scale, v_scale, mask, m_i, l_i, acc, scale, softcap, SOFTCAP, True)
-    if key_scales is not None:
-        acc = joined(acc)
     out_ptrs = out + (token * NUM_HEADS + head)[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(out_ptrs, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=mask_q)
 
