@@ -20,7 +20,9 @@ from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks,
 DECODE_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 SPLIT_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
 # Of keys in fp8, with half the warps for heads of up to 128 numbers: what they do to convert them counts more than how
-# many they have in flight.
+# many they have in flight. On an H200, 8 key heads and 32 query heads, microseconds with 2 warps, with 4 at best and in
+# bfloat16: 1,024 sequences of 600 tokens 370, 400 and 590; 64 of 8,000 292, 302 and 492; 300 of 20 to 3,300 329, 324
+# and 501.
 FP8_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 
 _MIN_UNSPLIT_BLOCKS = 1024
