@@ -249,6 +249,12 @@ def bench(
         str | None,
         typer.Option(help="convert the shape's or folder's weights: fp8", show_default="none; the job's"),
     ] = None,
+    cache_dtype: Annotated[
+        Literal["auto", "fp8"],
+        typer.Option(
+            help="of the shape's or folder's keys and values: auto, fp8", show_default="auto; the job's"
+        ),
+    ] = "auto",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -257,7 +263,14 @@ def bench(
         from batchrun.commands import bench as benchmark
 
         if job_file is None:
-            results = benchmark.bench(model, shape or workload, rows, engines, quantization=quantization)
+            results = benchmark.bench(
+                model,
+                shape or workload,
+                rows,
+                engines,
+                quantization=quantization,
+                cache_dtype=cache_dtype,
+            )
         else:
             results = benchmark.bench_job(_load(job_file, overrides, reply), rows, engines)
         values = [asdict(result) for result in results]

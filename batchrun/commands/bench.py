@@ -109,23 +109,29 @@ def bench(
     options: dict[str, object] | None = None,
     seed: int = 0,
     quantization: str | None = None,
+    cache_dtype: str = "auto",
 ) -> list[Measured]:
     """Runs a workload through each engine and times it, from the first request to the last completion.
 
     Args:
         model: a name of SHAPES, or a local folder with a config.json (its weights are not read).
         workload: a name of WORKLOADS or a shape (then `rows` and `seed` count), or rows of a job.
-        engines: kinds, as in the job file; by default all on a GPU, and on a CPU the padded one, since the paged
-            one is several times slower there.
+        engines: kinds, as in the job file; by default all that can do it on a GPU, and on a CPU the padded one, since
+            the paged one is several times slower there.
         device: a GPU where there is one, by default.
         options: engine settings, as in the job file.
         quantization: of the weights, "fp8" or None.
+        cache_dtype: of keys and values, "fp8" or "auto".
 
     Raises:
         JobError: an unknown workload or engine. ModelError: no such model. EngineError: a row was not answered.
     """
     device = device or _device()
-    engines = engines or (["padded"] if device == "cpu" else list(BUILT_IN))
+    fp8_cache = cache_dtype == "fp8"
+    if not engines:
+        engines = ["paged"] if fp8_cache else ["padded"] if device == "cpu" else list(BUILT_IN)
+    if fp8_cache and "padded" in engines:
+        raise JobError("only the paged engine keeps keys and values in fp8", "bench", "use --engine paged")
     for kind in engines:
         if kind not in BUILT_IN:
             raise JobError(f"no engine {kind!r} to measure", "bench", f"use {', '.join(BUILT_IN)}")
@@ -135,7 +141,7 @@ def bench(
     vocabulary = config.get_text_config().vocab_size
     if isinstance(workload, str):
         workload = Workload.named(workload, rows or _rows(device), vocabulary, seed)
-    if quantization and (reason := fp8.unsupported_device(torch.device(device))):
+    if (quantization or fp8_cache) and (reason := fp8.unsupported_device(torch.device(device))):
         raise JobError(f"fp8 cannot run here, since {reason}", "bench", "measure without it")
     ceilings = measure_ceilings(device, getattr(torch, dtype), quantization)
     spec = EngineSpec(
@@ -144,6 +150,7 @@ def bench(
         str(model),
         dtype=dtype,
         quantization=quantization,
+        cache_dtype=cache_dtype,
         device=device,
         max_context=workload.longest,
         options=options or {},
@@ -181,7 +188,7 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
     workload = Workload("job", prompts, sampled.new_tokens, tuple(notes))
     if engines is None and job.engine.kind in BUILT_IN:
         engines = [job.engine.kind]
-    options = job.engine.model_dump(exclude={"kind"})
+    options = job.engine.model_dump(exclude={"kind", "cache_dtype"})
     results = bench(
         prepared.model.path,
         workload,
@@ -189,6 +196,7 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
         dtype=job.model.dtype,
         options=options,
         quantization=job.model.quantization,
+        cache_dtype=job.engine.cache_dtype,
     )
     for result in results:
         remember(model_key(prepared), result.engine, None, _throughput(result))
@@ -257,12 +265,13 @@ def floor_seconds(
     ceilings: Ceilings,
     bytes_per_number: int,
     bytes_per_weight: int | None = None,
+    fp8_cache: bool = False,
 ) -> float:
     """The least time for a workload: every product once, every key and value read once per new token.
 
-    `bytes_per_weight` is for those of the layers, where it differs. What begins every prompt is computed once and,
-    since all rows can read it together, read once per step. Of experts, a token is multiplied with its own, and a step
-    reads those that its rows choose, each as often as any other.
+    `bytes_per_weight` is for those of the layers, where it differs; keys and values in fp8 have a scale for each head.
+    What begins every prompt is computed once and, since all rows can read it together, read once per step. Of experts,
+    a token is multiplied with its own, and a step reads those that its rows choose, each as often as any other.
     """
     text = config.get_text_config()
     with torch.device("meta"):
@@ -274,7 +283,8 @@ def floor_seconds(
     chosen = text.num_experts_per_tok / len(layers[0].gate_up_proj) if layers else 1.0
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    token_bytes = 2 * text.num_hidden_layers * kv_heads * head_dim * bytes_per_number
+    head_bytes = head_dim + 4 if fp8_cache else head_dim * bytes_per_number
+    token_bytes = 2 * text.num_hidden_layers * kv_heads * head_bytes
     prompts = np.array([len(p) for p in workload.prompts]) - workload.common
     new = np.array(workload.new_tokens)
     computed = workload.common + prompts.sum() + new.sum()
@@ -317,7 +327,7 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
         setattr(running.stats, name, getattr(running.stats, name) - getattr(before, name))
     prompt_tokens = sum(len(p) for p in workload.prompts)
     weight_bytes = fp8.FP8.itemsize if spec.quantization else dtype.itemsize
-    floor = floor_seconds(config, workload, ceilings, dtype.itemsize, weight_bytes)
+    floor = floor_seconds(config, workload, ceilings, dtype.itemsize, weight_bytes, spec.cache_dtype == "fp8")
     stats = copy.deepcopy(running.stats)
     return Measured(
         kind,

@@ -29,7 +29,7 @@ def of(job: Job, prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
         return None
     tokens = float(sampled.lengths.mean()) + max(sampled.new_tokens)
     name, budget = budget_of(job)
-    fp8 = job.model.quantization == "fp8"
+    fp8, fp8_cache = job.model.quantization == "fp8", job.engine.cache_dtype == "fp8"
     weights = found.weights_of(gpus, fp8)
     return {
         "gpu": name,
@@ -37,16 +37,19 @@ def of(job: Job, prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
         "convertible": job.model.adapters is None,
         "weights": found.weights,
         "fp8_weights": found.fp8_weights,
+        "cache_dtype": job.engine.cache_dtype,
         "token": found.token,
+        "fp8_token": found.fp8_token,
         "row_tokens": round(tokens),
-        "rows": found.rows(budget, tokens, False, gpus),
-        "fp8_rows": found.rows(budget, tokens, True, gpus),
+        "rows": found.rows(budget, tokens, False, gpus, fp8_cache),
+        "fp8_rows": found.rows(budget, tokens, True, gpus, fp8_cache),
+        "other_cache_rows": found.rows(budget, tokens, fp8, gpus, not fp8_cache),
         "gpus": gpus,
         "chosen": job.engine.gpus == "auto",
         "each_weights": weights,
         "each_cache": max(0, int(budget - weights)),
-        "smaller_rows": found.rows(budget, tokens, fp8, gpus // 2) if gpus > 1 else None,
-        "smallest_gpus": smallest(found, budget, tokens, fp8, MOST_GPUS),
+        "smaller_rows": found.rows(budget, tokens, fp8, gpus // 2, fp8_cache) if gpus > 1 else None,
+        "smallest_gpus": smallest(found, budget, tokens, fp8, MOST_GPUS, fp8_cache),
     }
 
 
@@ -60,8 +63,11 @@ def lines(memory: dict[str, Any] | None) -> list[str]:
     card = memory["gpu"] or f"a GPU of {size(SUPPOSED_MEMORY)}"
     where = card if memory["gpus"] == 1 else f"{memory['gpus']} GPUs ({card})"
     other = "without model.quantization" if fp8 else "with model.quantization: fp8"
+    fp8_cache = memory["cache_dtype"] == "fp8"
+    token, other_token = ("fp8_token", "token") if fp8_cache else ("token", "fp8_token")
+    other_cache = "without engine.cache_dtype" if fp8_cache else "with engine.cache_dtype: fp8"
     shown = [
-        f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory['token'])}; at most about "
+        f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory[token])}; at most about "
         f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}",
         *_gpu_lines(memory, memory[rows]),
     ]
@@ -70,6 +76,10 @@ def lines(memory: dict[str, Any] | None) -> list[str]:
             f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
             + ("" if fp8 else "; products take about half as long, answers differ a little")
         )
+    shown.append(
+        f"{other_cache}: a token's keys and values {size(memory[other_token])}, {memory['other_cache_rows']:,} rows"
+        + ("" if fp8_cache else "; answers differ a little")
+    )
     return shown
 
 

@@ -194,14 +194,15 @@ def _comparison(
 
     found = compare(prepared, sampled, quantization, trial)
     agreement.remember(prepared.model.fingerprint, found)
-    other = quantization if prepared.job.model.quantization is None else None
     started = time.monotonic()
-    model = prepared.job.model.model_copy(update={"quantization": other})
-    job = prepared.job.model_copy(update={"model": model})
+    plain = prepared.job.fp8 is not None
+    model = prepared.job.model.model_copy(update={"quantization": None if plain else quantization})
+    engine = prepared.job.engine.model_copy(update={"cache_dtype": "auto"})
+    job = prepared.job.model_copy(update={"model": model, "engine": engine})
     again = prepare(job)
     known, _ = _tried(again, sampled, trial, time.monotonic() - started)
     return {
-        "quantization": other,
+        "quantization": job.model.quantization,
         "estimate": _estimate(known, sampled, left, job, workers).to_json(),
         "agreement": asdict(found),
     }
@@ -212,7 +213,7 @@ def _comparison_lines(found: dict[str, Any]) -> list[RenderableType]:
     if comparison is None:
         return []
     other = comparison["quantization"]
-    how = "without model.quantization" if other is None else f"with model.quantization: {other}"
+    how = "without fp8" if other is None else f"with model.quantization: {other}"
     shown: list[RenderableType] = [str(agreement.Agreement(**comparison["agreement"]))]
     return [f"{how}, {_how_long(comparison['estimate'])}", *shown] if found["rows_left"] else shown
 

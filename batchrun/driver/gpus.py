@@ -43,7 +43,9 @@ def with_gpus(job: Job, gpus: int) -> Job:
     return job.model_copy(update={"engine": job.engine.model_copy(update={"gpus": gpus})})
 
 
-def smallest(memory: ModelMemory, budget: float, tokens: float, fp8: bool, most: int) -> int | None:
+def smallest(
+    memory: ModelMemory, budget: float, tokens: float, fp8: bool, most: int, fp8_cache: bool = False
+) -> int | None:
     """The smallest power of two, up to `most`, at which USEFUL_ROWS of so many tokens fit; None where there is none.
 
     Args:
@@ -51,7 +53,7 @@ def smallest(memory: ModelMemory, budget: float, tokens: float, fp8: bool, most:
     """
     gpus = 1
     while gpus <= most and memory.is_divided_by(gpus):
-        if memory.rows(budget, tokens, fp8, gpus) >= USEFUL_ROWS:
+        if memory.rows(budget, tokens, fp8, gpus, fp8_cache) >= USEFUL_ROWS:
             return gpus
         gpus *= 2
     return None
@@ -74,20 +76,20 @@ def _choose(prepared: Prepared) -> int:
     if memory is None:
         what = "the model's sizes are not known: it has no safetensors, or a config of another kind"
         raise JobError(what, where, "set engine.gpus to a number")
-    fp8 = job.model.quantization == "fp8"
+    fp8, fp8_cache = job.model.quantization == "fp8", job.engine.cache_dtype == "fp8"
     tokens = _row_tokens(prepared)
     _, budget = budget_of(job)
     if not job.cluster.is_local:
         # The driver's own machine says nothing of theirs.
         supposed = job.engine.memory_fraction * SUPPOSED_MEMORY
-        found = smallest(memory, supposed, tokens, fp8, memory.key_heads)
+        found = smallest(memory, supposed, tokens, fp8, memory.key_heads, fp8_cache)
         hint = f", {found} where they have 80 GiB" if found else ""
         raise JobError(
             "how much memory the workers' GPUs have is not known here",
             where,
             f"set engine.gpus to a number{hint}",
         )
-    chosen = smallest(memory, budget, tokens, fp8, len(visible))
+    chosen = smallest(memory, budget, tokens, fp8, len(visible), fp8_cache)
     if chosen is None:
         most = max(n for n in (1, 2, 4, 8, 16) if n <= len(visible) and memory.is_divided_by(n))
         gib = memory.weights_of(1, fp8) / (1 << 30)

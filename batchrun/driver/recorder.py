@@ -87,9 +87,7 @@ class Recorder:
             job=job.as_written(),
             versions=record.versions(),
             machine=record.machine(),
-            agreement=None
-            if job.model.quantization is None
-            else agreement.recall(prepared.model.fingerprint, job.model.quantization),
+            agreement=None if job.fp8 is None else agreement.recall(prepared.model.fingerprint, job.fp8),
         )
         self._began = time.monotonic()
         self._timeline = Timeline()

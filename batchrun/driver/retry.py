@@ -47,9 +47,9 @@ def retry(
 
     The job may differ from the one that the output was begun with, since that is how most causes are fixed: freely
     in `prompt.truncate`, `prompt.empty`, `prompt.max_bytes` and `generation.max_new_tokens`, which only decide
-    whether a row gets an answer, and in whatever decides no answer (engine, cluster, limits); in template, sampling
-    or model only by name (`allow`); never in what decides rows and columns (input, output). Every difference is
-    recorded, and a later `run` of the changed job is taken as one of this output.
+    whether a row gets an answer, and in whatever decides no answer (engine but for its cache_dtype, cluster, limits);
+    in template, sampling or model only by name (`allow`); never in what decides rows and columns (input, output).
+    Every difference is recorded, and a later `run` of the changed job is taken as one of this output.
 
     Args:
         job: a Job, or the path of a job file.

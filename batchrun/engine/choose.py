@@ -43,7 +43,7 @@ def load_engine(spec: EngineSpec) -> Engine:
 
     Raises:
         JobError: there is no such class, or it is no engine.
-        ModelError: the model cannot be loaded, or not onto several GPUs.
+        ModelError: the model cannot be loaded, or not as the job asks: onto several GPUs, with keys and values in fp8.
     """
     if spec.kind not in ("auto", *BUILT_IN):
         return _load(spec.kind, spec)
@@ -58,6 +58,13 @@ def load_engine(spec: EngineSpec) -> Engine:
                 "set engine.gpus: 1",
             )
         kind = "padded" if reason else "paged"
+    if kind == "padded" and spec.cache_dtype != "auto":
+        because = f", which cannot run this model, since {reason}" if reason else ""
+        raise ModelError(
+            f"only the paged engine keeps keys and values in {spec.cache_dtype}{because}",
+            "engine.cache_dtype",
+            "leave the key out" if reason else "leave the key out, or set engine.kind: paged",
+        )
     engine = _load(kind, spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")
@@ -104,7 +111,7 @@ def compiles_at_every_start() -> bool:
 
 def why_not_paged(spec: EngineSpec) -> str | None:
     """Why "auto" chooses the padded engine for this model and device; None when it chooses the paged one."""
-    if spec.device == "cpu" and spec.gpus == 1:
+    if spec.device == "cpu" and spec.gpus == 1 and spec.cache_dtype == "auto":
         # Gathering pages costs more than padding there: 2,000 short rows through a model of 2.5 million
         # parameters took 242 s paged and 38 s padded on the same two cores.
         return "it is the faster one on a CPU"

@@ -169,10 +169,10 @@ class EngineSpec:
     the padding token alone). `stop_token_ids` end a row; empty means that only the length does. `max_context` is
     the largest prompt + new tokens of any request. `options` holds the budgets that only one kind of engine reads.
     `answers` are the tables that every answer keeps to, stop tokens included; None leaves answers free.
-    `quantization` is what the weights are converted to, "fp8" or None. `adapter` is the folder of a LoRA adapter, as
-    PEFT saves it, that is merged into them; `adapters` are those of adapters that requests name. `gpus` is the tensor
-    parallel size: rank i has the i-th device that CUDA_VISIBLE_DEVICES shows the engine's process, or is a process on
-    the CPU.
+    `quantization` is what the weights are converted to, "fp8" or None; `cache_dtype` what keys and values are kept in,
+    "fp8", or "auto" for the model's own. `adapter` is the folder of a LoRA adapter, as PEFT saves it, that is merged
+    into the weights; `adapters` are those of adapters that requests name. `gpus` is the tensor parallel size: rank i
+    has the i-th device that CUDA_VISIBLE_DEVICES shows the engine's process, or is a process on the CPU.
     """
 
     kind: str
@@ -191,6 +191,7 @@ class EngineSpec:
     adapter: str | None = None
     adapters: tuple[str, ...] = ()
     gpus: int = 1
+    cache_dtype: str = "auto"
 
 
 @dataclass(slots=True)

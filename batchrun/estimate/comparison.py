@@ -1,4 +1,4 @@
-"""The sampled rows through the model with and without converted weights: how far the answers agree."""
+"""The sampled rows through the model with and without fp8: how far the answers agree."""
 
 from __future__ import annotations
 
@@ -26,23 +26,27 @@ LOADING = 600.0
 
 
 def compare(prepared: Prepared, sampled: Sample, quantization: Literal["fp8"], seconds: float) -> Agreement:
-    """Generates answers to sampled rows without and with `quantization`, each token the likeliest, and holds one
-    against the other. The rows are as many as come out in about half of the seconds without it, at most ROWS.
+    """Generates answers to sampled rows without and with fp8, each token the likeliest, and holds one against the
+    other. What is in fp8 is what the job says, or else the weights, converted by `quantization`. The rows are as many
+    as come out in about half of the seconds without it, at most ROWS.
 
     Raises:
         EngineError: rows were not finished in time. ModelError, EngineDied: what an engine ended with.
     """
     spec = prepared.codec.engine
     greedy = replace(spec.sampling, temperature=0.0, logprobs=0)
-    spec = replace(spec, sampling=greedy, quantization=None)
+    spec = replace(spec, sampling=greedy)
+    plain_spec = replace(spec, quantization=None, cache_dtype="auto")
+    in_fp8 = prepared.job.fp8
+    fp8_spec = spec if in_fp8 else replace(spec, quantization=quantization)
     requests = [_greedy(request) for request in requests_of(sampled, spec, samples=1)]
     if not requests:
         raise EngineError("no sampled row has a prompt", "plan --compare", "fix the prompt first")
     chosen = [requests[i] for i in spread(len(requests))[:ROWS]]
-    plain = _answers(spec, chosen, seconds / 2)
+    plain = _answers(plain_spec, chosen, seconds / 2)
     again = [request for request in chosen if request.id in plain]
-    quantized = _answers(replace(spec, quantization=quantization), again, None)
-    return agreement(quantization, [(plain[one.id], quantized[one.id]) for one in again])
+    quantized = _answers(fp8_spec, again, None)
+    return agreement(in_fp8 or quantization, [(plain[one.id], quantized[one.id]) for one in again])
 
 
 def agreement(quantization: str, pairs: Sequence[tuple[Completion, Completion]]) -> Agreement:

@@ -77,9 +77,9 @@ def device_name() -> str:
 
 
 def model_key(prepared: Prepared) -> str:
-    """The model as the job runs it: its fingerprint, and what its weights are converted to, if to anything."""
-    fingerprint, quantization = prepared.model.fingerprint, prepared.job.model.quantization
-    return stable_hash([fingerprint, quantization]) if quantization else fingerprint
+    """The model as the job runs it: its fingerprint, and what of it is in fp8 by the job's wish, if anything is."""
+    fingerprint, in_fp8 = prepared.model.fingerprint, prepared.job.fp8
+    return stable_hash([fingerprint, in_fp8]) if in_fp8 else fingerprint
 
 
 def remember(fingerprint: str, kind: str, job_hash: str | None, known: Throughput) -> Path:

@@ -56,7 +56,8 @@ class Job(Settings):
         "what is written beside it",
     )
     engine: EngineSettings = Field(
-        EngineSettings(), description="what runs the model, and its budgets; decides no answer"
+        EngineSettings(),
+        description="what runs the model, and its budgets; but for cache_dtype, decides no answer",
     )
     output: OutputSettings = Field(description="where the answers go, and how they are cut and staged")
     cluster: ClusterSettings = Field(ClusterSettings(), description="what it runs on")
@@ -239,6 +240,9 @@ class Job(Settings):
             model.add("quantization")
         if self.model.adapter_column is not None:
             model.add("adapter_column")
+        # The only key of the engine that decides answers.
+        in_fp8 = self.engine.cache_dtype != "auto"
+        engine = {"cache_dtype": self.engine.cache_dtype} if in_fp8 else None
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")
@@ -260,9 +264,18 @@ class Job(Settings):
             "input": self.input.model_dump(mode="json", include=read),
             "prompt": prompt,
             "model": self.model.model_dump(mode="json", include=model),
+            **({"engine": engine} if engine else {}),
             "generation": generation,
             "output": self.output.model_dump(mode="json", include=output),
         }
+
+    @property
+    def fp8(self) -> str | None:
+        """What of the model's work is in fp8 because the job says so, for people; None where nothing is."""
+        weights, cache = self.model.quantization is not None, self.engine.cache_dtype == "fp8"
+        if weights and cache:
+            return "fp8 weights, keys and values"
+        return "fp8" if weights else "fp8 keys and values" if cache else None
 
     def as_written(self, values: dict[str, Any] | None = None) -> dict[str, Any]:
         """The whole job, or the sections of it in `values`, as plain JSON values that may be stored and shown.

@@ -132,7 +132,7 @@ class ModelSettings(Settings):
 
 
 class EngineSettings(Settings):
-    """Which engine, and its budgets; none of them decides an answer."""
+    """Which engine, and its budgets; but for `cache_dtype`, none of them decides an answer."""
 
     kind: str = Field("auto", description="auto, padded, paged, or module:Class of an engine of your own")
     gpus: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -150,6 +150,11 @@ class EngineSettings(Settings):
     memory_fraction: float = Field(0.9, gt=0, lt=1, description="paged: share of the GPU's memory to use")
     cache_tokens: int | None = Field(
         None, ge=1, description="paged: at most so many tokens of keys and values"
+    )
+    cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="paged: of keys and values; auto is the model's, fp8 takes half the memory, for answers that "
+        "differ a little, so that it is part of the job's identity; needs a GPU with fp8 (Ada, Hopper and newer)",
     )
     compile: bool = Field(True, description="paged: torch.compile for the model on a GPU")
 
@@ -171,6 +176,12 @@ class EngineSettings(Settings):
     def _paged_on_several_gpus(self) -> Self:
         if self.kind == "padded" and self.gpus not in (1, "auto"):
             raise ValueError("the padded engine runs on one GPU: leave gpus out, or use kind: paged")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_in_pages(self) -> Self:
+        if self.kind == "padded" and self.cache_dtype != "auto":
+            raise ValueError("only the paged engine keeps keys and values in fp8; leave cache_dtype out")
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
     """Bytes of the weights as a job runs them on a GPU, without and with `model.quantization: fp8`, and of a token's
-    keys and values in all layers.
+    keys and values in all layers, without and with `engine.cache_dtype: fp8`.
 
     `whole` are the bytes among the weights that each of several GPUs holds, `heads` and `key_heads` the attention heads
     of a layer that several GPUs share out.
@@ -29,6 +30,7 @@ class ModelMemory:
     weights: int
     fp8_weights: int
     token: int
+    fp8_token: int
     whole: int = 0
     heads: int = 1
     key_heads: int = 1
@@ -38,10 +40,11 @@ class ModelMemory:
         weights = self.fp8_weights if fp8 else self.weights
         return self.whole + -(-(weights - self.whole) // gpus)
 
-    def rows(self, memory: float, tokens: float, fp8: bool, gpus: int = 1) -> int:
+    def rows(self, memory: float, tokens: float, fp8: bool, gpus: int = 1, fp8_cache: bool = False) -> int:
         """Rows of so many tokens that so many GPUs hold at once, each in `memory` bytes, beside the weights."""
         left = memory - self.weights_of(gpus, fp8)
-        return max(0, int(left / (self.token / gpus * max(1.0, tokens))))
+        token = self.fp8_token if fp8_cache else self.token
+        return max(0, int(left / (token / gpus * max(1.0, tokens))))
 
     def is_divided_by(self, gpus: int) -> bool:
         """Whether so many GPUs get as many heads each."""
@@ -56,27 +59,28 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
     """
     config = json.loads((Path(folder) / "config.json").read_bytes())
     text = config.get("text_config") or config
-    token, heads = _token_numbers(text), attention_heads(text)
+    kept, heads = _token_heads(text), attention_heads(text)
     shapes = [
         (name, shape)
         for file in files
         if file.endswith(".safetensors")
         for name, shape in tensor_shapes(Path(folder) / file).items()
     ]
-    if token is None or heads is None or not shapes:
+    if kept is None or heads is None or not shapes:
         return None
+    count, size = kept
     number = _BYTES.get(dtype, 2)
     weights = fp8_weights = whole = 0
     for name, shape in shapes:
-        count = 1
-        for length in shape:
-            count *= length
-        weights += number * count
+        numbers = math.prod(shape)
+        weights += number * numbers
         if len(shape) < 2 or any(word in name for word in _WHOLE):
-            whole += number * count
+            whole += number * numbers
         # A number a byte, and a float32 scale a row.
-        fp8_weights += count + 4 * shape[0] if _becomes_fp8(name, shape) else number * count
-    return ModelMemory(weights, fp8_weights, number * token, whole, *heads)
+        fp8_weights += numbers + 4 * shape[0] if _becomes_fp8(name, shape) else number * numbers
+    # Likewise, a scale for each head.
+    token, fp8_token = number * count * size, count * (size + 4)
+    return ModelMemory(weights, fp8_weights, token, fp8_token, whole, *heads)
 
 
 def attention_heads(config: dict[str, Any]) -> tuple[int, int] | None:
@@ -91,12 +95,13 @@ def _becomes_fp8(name: str, shape: list[int]) -> bool:
     return len(shape) == 2 and not kept and all(length % _FP8_MULTIPLE == 0 for length in shape)
 
 
-def _token_numbers(config: dict[str, Any]) -> int | None:
-    """Numbers in a token's keys and values; None for a config of other names."""
+def _token_heads(config: dict[str, Any]) -> tuple[int, int] | None:
+    """How many keys and values of heads a token has in all layers, and numbers in each; None for a config of other
+    names."""
     layers, heads, hidden = (
         config.get(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
     )
     if not (layers and heads and hidden):
         return None
     kv_heads = config.get("num_key_value_heads") or heads
-    return int(2 * layers * kv_heads * (config.get("head_dim") or hidden // heads))
+    return 2 * layers * kv_heads, config.get("head_dim") or hidden // heads

@@ -199,13 +199,14 @@ def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int
         quantization=job.model.quantization,
         adapter=model.adapter,
         adapters=tuple(folder for _, folder in model.adapters),
+        cache_dtype=job.engine.cache_dtype,
         device="auto",
         trust_remote_code=job.model.trust_remote_code,
         allow_pickle=job.model.allow_pickle,
         sampling=sampling,
         stop_token_ids=stop_ids,
         max_context=context,
-        options=job.engine.model_dump(exclude={"kind", "gpus"}),
+        options=job.engine.model_dump(exclude={"kind", "gpus", "cache_dtype"}),
         # "auto" is settled before a run hands the job out.
         gpus=1 if job.engine.gpus == "auto" else job.engine.gpus,
     )

@@ -1,4 +1,4 @@
-"""How far answers with converted weights agree with those without: measured by a plan, remembered on this machine."""
+"""How far answers with fp8 agree with those without: measured by a plan, remembered on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What became of the same `rows`, generated greedily without `quantization` and with it.
+    """What became of the same `rows`, generated greedily without `quantization`, as `Job.fp8` names it, and with it.
 
     `same` of them have the same answer, token by token. Of the `tokens` of the answers without it, `agreeing` stand
     before the first difference of their row; `first_difference` is the median of its places (from 1) where there is

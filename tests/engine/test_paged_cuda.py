@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import cuda_stand_in
+import exact_fp8
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.memory import Budget, affordable_pages
 from batchrun.engine.protocol import EngineSpec, Request, Sampling, TokenTables
 
+exact_fp8.use()
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they are taken anyway")
 SHAPE: dict[str, Any] = {
     "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,7 +44,9 @@ def _tables() -> TokenTables:
     return TokenTables(token_class, following, 2, "")
 
 
-def _engine(name: str, sampling: Sampling, answers: TokenTables | None = None) -> PagedEngine:
+def _engine(
+    name: str, sampling: Sampling, answers: TokenTables | None = None, cache_dtype: str = "auto"
+) -> PagedEngine:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32).eval()
     options: dict[str, object] = {
@@ -57,6 +61,7 @@ def _engine(name: str, sampling: Sampling, answers: TokenTables | None = None) -
         max_context=128,
         options=options,
         answers=answers,
+        cache_dtype=cache_dtype,
     )
     return PagedEngine(spec, model, page_size=32)
 
@@ -71,6 +76,7 @@ def _answers(engine: PagedEngine) -> dict[int, list[int]]:
     return answers
 
 
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "sampling",
@@ -78,27 +84,28 @@ def _answers(engine: PagedEngine) -> dict[int, list[int]]:
     ids=["greedy", "sampled"],
 )
 def test_what_only_a_gpu_runs_gives_the_answers_of_a_cpu(
-    name: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+    name: str, sampling: Sampling, cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = _answers(_engine(name, sampling))
+    expected = _answers(_engine(name, sampling, cache_dtype=cache_dtype))
     cuda_stand_in.install(monkeypatch)
     monkeypatch.setattr(attention, "choose_backend", lambda *_: FlashAttention())
     # Few rows and short keys, which are not worth it otherwise.
     monkeypatch.setattr(cascade, "STEP_COST", 1)
     monkeypatch.setattr(cascade, "GROUP_COST", 0)
     monkeypatch.setattr(cascade, "MIN_PREFIX", 16)
-    engine = _engine(name, sampling)
+    engine = _engine(name, sampling, cache_dtype=cache_dtype)
     merged = []
     merge = cascade_attention.merge_prefixes
     monkeypatch.setattr(cascade_attention, "merge_prefixes", lambda *call: merged.append(1) or merge(*call))
     assert _answers(engine) == expected
     assert cuda_stand_in.Graph.captured > 1
-    assert engine.stats.attention == "triton and flash-attn 2"
+    in_fp8 = ", keys and values in fp8" if cache_dtype == "fp8" else ""
+    assert engine.stats.attention == "triton" + in_fp8
     assert engine.stats.device == "a GPU"
     # More than whole pages: some are copied.
     assert engine.stats.shared_tokens > 3 * 32
-    # A window sees no shared prefix whole.
-    assert bool(merged) == (name == "llama")
+    # A window sees no shared prefix whole, and prefixes in fp8 are read by each row.
+    assert bool(merged) == (name == "llama" and cache_dtype == "auto")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -15,16 +16,25 @@ import torch
 
 pytest.importorskip("triton")
 
+import exact_fp8
 from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.paged import cascade_attention, decode_attention, kernels, prefill_attention
+from batchrun.engine.fp8 import FP8
+from batchrun.engine.paged import (
+    cascade_attention,
+    decode_attention,
+    fp8_pages,
+    kernels,
+    prefill_attention,
+)
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionMetadata
 from batchrun.engine.paged.sampler import top_p_threshold
 from batchrun.engine.protocol import TokenTables
 
+exact_fp8.use()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 CLOSE = {"atol": 2e-2, "rtol": 2e-2} if torch.cuda.is_available() else {"atol": 1e-5, "rtol": 1e-5}
@@ -45,13 +55,46 @@ def _int(values: object) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def _pages(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values = (
-        _random(12, 64, layer.kv_heads, layer.head_dim),
-        _random(12, 64, layer.kv_heads, layer.head_dim),
-    )
-    keys[11] = values[11] = float("nan")  # no row's own: must never be read
-    return keys, values
+class Pages:
+    """Keys and values of twelve pages, in fp8 with scales or not; of the last no number may be read."""
+
+    def __init__(self, layer: Layer, fp8: bool) -> None:
+        shape = (12, 64, layer.kv_heads, layer.head_dim)
+        self.keys, self.values, self.scales = _random(*shape), _random(*shape), None
+        if fp8:
+            self.keys, self.values = (torch.zeros(shape, dtype=FP8, device=DEVICE) for _ in range(2))
+            self.scales = torch.zeros(2, 12, layer.kv_heads, 64, device=DEVICE)
+            everywhere = torch.arange(12 * 64, device=DEVICE)
+            _write(self, *(_random(12 * 64 + n, *shape[2:])[: 12 * 64] for n in (0, 1)), everywhere)
+        self.spoil(torch.arange(11 * 64, 12 * 64, device=DEVICE))
+
+    def spoil(self, slots: torch.Tensor) -> None:
+        """Puts what is no number there."""
+        for pages in (self.keys, self.values):
+            bytes_or_numbers = pages.view(torch.uint8) if self.scales is not None else pages
+            bytes_or_numbers.flatten(0, 1)[slots] = 127 if self.scales is not None else float("nan")
+        if self.scales is not None:
+            self.scales[:, slots // 64, :, slots % 64] = float("nan")
+
+    def copy(self) -> Pages:
+        other = copy.copy(self)
+        other.keys, other.values = self.keys.clone(), self.values.clone()
+        other.scales = None if self.scales is None else self.scales.clone()
+        return other
+
+    def assert_equal(self, other: Pages) -> None:
+        """But for the last page, which is nobody's. A quantized number may be a rounding off."""
+        for own, others in ((self.keys, other.keys), (self.values, other.values)):
+            torch.testing.assert_close(own[:11].float(), others[:11].float(), atol=0, rtol=0)
+        if self.scales is not None and other.scales is not None:
+            torch.testing.assert_close(self.scales[:, :11], other.scales[:, :11], atol=0, rtol=1e-6)
+
+
+def _write(pages: Pages, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+    if pages.scales is None:
+        kernels.write_kv_cache(keys, values, pages.keys, pages.values, slots)
+    else:
+        fp8_pages.write_quantized(keys, values, pages.keys, pages.values, pages.scales, slots)
 
 
 def _own(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,66 +105,86 @@ def _own(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("chunk", [None, 32, 64], ids=["whole", "chunks of 32 keys", "chunks of 64 keys"])
 @pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
-    layer: Layer, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    layer: Layer, chunk: int | None, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
         monkeypatch.setattr(decode_attention, "_split_size", lambda rows: chunk)
-    keys, values = _pages(layer)
+    pages = Pages(layer, fp8)
     block_tables, seq_lens = _int([[1, 11], [3, 11], [5, 6], [7, 8], [9, 10]]), _int([1, 64, 65, 100, 128])
     slot_mapping = (_int([1, 3, 6, 8, 10]) * 64 + _int([0, 63, 0, 35, 63])).long()
     query, own = _random(5, layer.query_heads, layer.head_dim), _own(layer, 5)
-    reference = keys.clone(), values.clone()
-    for pages in (keys, values):
-        pages.flatten(0, 1)[slot_mapping] = float("nan")  # what was there before the new token is not read
-    out, lse = decode_attention.decode(
-        query, *own, keys, values, slot_mapping, block_tables, seq_lens, None, layer
-    )
+    reference = pages.copy()
+    # What was there before the new token is not read.
+    pages.spoil(slot_mapping)
+
+    def decode() -> tuple[torch.Tensor, torch.Tensor]:
+        return decode_attention.decode(
+            query,
+            *own,
+            pages.keys,
+            pages.values,
+            slot_mapping,
+            block_tables,
+            seq_lens,
+            None,
+            layer,
+            pages.scales,
+        )
+
+    out, lse = decode()
     metadata = AttentionMetadata(slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens)
-    expected = GatheredPages().decode(query, *own, *reference, metadata, layer, None)
+    expected = GatheredPages().decode(
+        query, *own, reference.keys, reference.values, metadata, layer, None, reference.scales
+    )
     torch.testing.assert_close(out, expected, **CLOSE)
-    assert torch.equal(keys[:11], reference[0][:11])
-    assert torch.equal(values[:11], reference[1][:11])
+    pages.assert_equal(reference)
     assert lse.shape == (5, layer.query_heads)
     monkeypatch.undo()
-    whole = decode_attention.decode(
-        query, *own, keys, values, slot_mapping, block_tables, seq_lens, None, layer
-    )[1]
-    torch.testing.assert_close(lse, whole, **CLOSE)
+    torch.testing.assert_close(lse, decode()[1], **CLOSE)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("paged", [True, False])
-def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Layer, paged: bool) -> None:
+@pytest.mark.parametrize("kind", ["paged", "paged in fp8", "unpaged"])
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
+def test_prefill_is_causal_attention_behind_what_each_row_already_has(
+    layer: Layer, kind: str, has_sinks: bool
+) -> None:
+    paged = kind != "unpaged"
     new, old = [40, 7, 64, 1], [0, 70, 13, 127] if paged else [0, 0, 0, 0]
     seq_lens = _int([a + b for a, b in zip(new, old, strict=True)])
     cu_seqlens_q = _int([0, 40, 47, 111, 112])
     block_tables = _int([[1, 2], [3, 4], [5, 6], [7, 8]])
     query, own = _random(112, layer.query_heads, layer.head_dim), _own(layer, 112)
-    keys, values = _pages(layer)
+    pages = Pages(layer, kind == "paged in fp8")
+    sinks = _random(layer.query_heads) * 3 if has_sinks else None
     slot_mapping = torch.cat([
         block_tables[row].long().repeat_interleave(64)[b : b + n] * 64 + torch.arange(b, b + n, device=DEVICE) % 64
         for row, (n, b) in enumerate(zip(new, old, strict=True))
     ])  # fmt: skip
-    reference = keys.clone(), values.clone()
-    kernels.write_kv_cache(*own, keys, values, slot_mapping)
+    reference = pages.copy()
+    _write(pages, *own, slot_mapping)
     if paged:
         # As if the first two were of another length, and computed apart.
         out = torch.empty_like(query)
         for first, stop, longest in ((0, 2, 40), (2, 4, 64)):
             prefill_attention.prefill(
-                query, keys, values, block_tables[first:stop], cu_seqlens_q[first : stop + 1], seq_lens[first:stop],
-                longest, layer, out,
+                query, pages.keys, pages.values, block_tables[first:stop], cu_seqlens_q[first : stop + 1],
+                seq_lens[first:stop], longest, layer, sinks, pages.scales, out,
             )  # fmt: skip
     else:
-        out = prefill_attention.prefill(query, *own, None, cu_seqlens_q, seq_lens, 64, layer)
+        out = prefill_attention.prefill(
+            query, *own, None, cu_seqlens_q, seq_lens, 64, layer, sinks, pages.scales
+        )
     metadata = AttentionMetadata(
         slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
     )
-    expected = GatheredPages().prefill(query, *own, *reference, metadata, layer, None)
+    expected = GatheredPages().prefill(
+        query, *own, reference.keys, reference.values, metadata, layer, sinks, reference.scales
+    )
     torch.testing.assert_close(out, expected, **CLOSE)
-    assert torch.equal(keys[:11], reference[0][:11])
-    assert torch.equal(values[:11], reference[1][:11])
+    pages.assert_equal(reference)
 
 
 def test_a_copied_page_is_the_same_up_to_its_copied_tokens_in_every_plane() -> None:
@@ -143,7 +206,8 @@ def test_what_groups_read_together_and_rows_by_themselves_joins_to_attention_ove
     its leader alone, the others hold copies."""
     if split is not None:
         monkeypatch.setattr(decode_attention, "_split_size", lambda rows: split)
-    keys, values = _pages(layer)
+    twelve = Pages(layer, fp8=False)
+    keys, values = twelve.keys, twelve.values
     block_tables = _int([[1, 2], [3, 4], [5, 11], [6, 7], [8, 9], [1, 10]])
     for pages in (keys, values):
         pages[3, :64], pages[4, :16] = pages[1, :64], pages[2, :16]
@@ -225,6 +289,7 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_decode",
         "_combine",
         "_prefill",
+        "_write_quantized",
         "_attend_prefixes",
         "_merge_prefixes",
         "_likeliest_allowed",

@@ -7,6 +7,7 @@ import pytest
 
 import batchrun as library
 from batchrun.commands.plan import lines, preview
+from batchrun.driver.prepare import prepare
 from batchrun.engine.protocol import Completion
 from batchrun.errors import JobError
 from batchrun.estimate.comparison import agreement
@@ -78,6 +79,37 @@ def test_a_plan_compares_both_ways_and_the_report_of_a_run_with_converted_weight
     plain = load(job, "output.path=plain")
     library.run(plain, client=cluster)
     assert runs_of(plain)[0].agreement is None
+
+
+def test_a_job_with_keys_and_values_in_fp8_is_compared_with_itself_without_fp8(
+    tmp_path, tiny_llama, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    generation = {"max_new_tokens": 12}
+    job = load(
+        write_job(
+            tmp_path,
+            tiny_llama,
+            rows=20,
+            engine={"kind": "auto", "cache_dtype": "fp8"},
+            generation=generation,
+        ),
+        "model.quantization=fp8",
+    )
+    plan = preview(job, trial=10.0, compare="fp8")
+    assert plan["comparison"]["quantization"] is None
+    about = plan["comparison"]["agreement"]
+    assert 0 < about["agreeing"] <= about["tokens"]
+    assert 0 < about["logprob_difference"] < 0.5
+    said = [str(line) for line in lines(plan)]
+    assert any(line.startswith("without fp8, ") for line in said)
+    assert any("the same greedy answer with fp8 weights, keys and values as without" in line for line in said)
+    assert any(line.startswith("without engine.cache_dtype: a token's keys and values ") for line in said)
+    # Its weights are converted in other runs, too, of which this says nothing.
+    fingerprint = prepare(job).model.fingerprint
+    assert job.fp8 == "fp8 weights, keys and values"
+    assert remembered.recall(fingerprint, job.fp8) == remembered.Agreement(**about)
+    assert remembered.recall(fingerprint, "fp8") is None
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, tiny_llama, monkeypatch) -> None:

@@ -105,7 +105,13 @@ def test_a_missing_or_binary_job_file_is_a_job_error(tmp_path):
 
 def test_places_and_budgets_do_not_change_what_decides_the_outputs():
     plain = stable_hash(Job.parse(BASE).deciding())
-    same = ["output.path=elsewhere", "engine.batch_tokens=64", "cluster.workers=3", "output.flush_rows=1"]
+    same = [
+        "engine.cache_dtype=auto",
+        "output.path=elsewhere",
+        "engine.batch_tokens=64",
+        "cluster.workers=3",
+        "output.flush_rows=1",
+    ]
     assert stable_hash(Job.parse(BASE, same).deciding()) == plain
     for change in (
         "generation.temperature=0.7",
@@ -113,6 +119,7 @@ def test_places_and_budgets_do_not_change_what_decides_the_outputs():
         "input.limit=5",
         "model.dtype=float16",
         "model.quantization=fp8",
+        "engine.cache_dtype=fp8",
     ):
         assert stable_hash(Job.parse(BASE, [change]).deciding()) != plain
 

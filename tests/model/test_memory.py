@@ -18,16 +18,27 @@ def test_weights_and_keys_are_as_large_as_planned(name: str) -> None:
     folder = str(tiny_models.model_folder(name))
     planned = model_memory(folder, tuple(os.listdir(folder)), "float32")
     assert planned is not None
-    for quantization, weights in ((None, planned.weights), ("fp8", planned.fp8_weights)):
-        spec = EngineSpec("paged", folder, folder, quantization=quantization, options={"cache_tokens": 512})
+    for quantization, cache_dtype, weights, token in (
+        (None, "auto", planned.weights, planned.token),
+        ("fp8", "fp8", planned.fp8_weights, planned.fp8_token),
+    ):
+        spec = EngineSpec(
+            "paged",
+            folder,
+            folder,
+            quantization=quantization,
+            cache_dtype=cache_dtype,
+            options={"cache_tokens": 512},
+        )
         model = load_model(spec)
         assert sum(p.numel() * p.itemsize for p in model.parameters()) == weights
         cache = PagedEngine(spec, model)._runner.cache
-        assert cache.page_bytes == planned.token * cache.page_size
+        assert cache.page_bytes == token * cache.page_size
 
 
 def test_weights_that_were_halved_leave_room_for_more_rows() -> None:
-    memory = ModelMemory(weights=16_000, fp8_weights=9_000, token=10)
-    assert memory.rows(20_000, tokens=100, fp8=False) == 4
-    assert memory.rows(20_000, tokens=100, fp8=True) == 11
-    assert memory.rows(15_000, tokens=100, fp8=False) == 0
+    memory = ModelMemory(weights=16_000, fp8_weights=9_000, token=10, fp8_token=5)
+    assert memory.rows(20_000, tokens=100, fp8=False, fp8_cache=False) == 4
+    assert memory.rows(20_000, tokens=100, fp8=True, fp8_cache=False) == 11
+    assert memory.rows(20_000, tokens=100, fp8=False, fp8_cache=True) == 8
+    assert memory.rows(15_000, tokens=100, fp8=False, fp8_cache=False) == 0

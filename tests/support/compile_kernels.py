@@ -23,6 +23,7 @@ from batchrun.engine.paged import (
     cascade,
     cascade_attention,
     decode_attention,
+    fp8_pages,
     online_softmax,
     prefill_attention,
 )
@@ -48,6 +49,14 @@ POINTERS = {
     **{"x_scale": "fp32", "weight_scale": "fp32", "weights": "fp32", "expert_ids": "i32"},
     **{"members": "i32", "items": "i32", "prefix_out": "fp32", "prefix_lse": "fp32"},
     **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
+    **dict.fromkeys(("key_back", "value_back", "sinks"), "bf16"),
+}
+FIRST_WITH_FP8 = 89
+# Without scales and sinks, and over pages in fp8.
+PLAIN = dict.fromkeys(("key_scales", "value_scales", "sinks"))
+FP8 = {
+    **dict.fromkeys(("key_cache", "value_cache"), "fp8e4nv"),
+    **dict.fromkeys(("key_scales", "value_scales"), "fp32"),
 }
 NUMBERS = {"scale": "fp32", "softcap": "fp32", "alpha": "fp32", "limit": "fp32"}
 
@@ -72,7 +81,13 @@ def main() -> None:
             ):
                 block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, 2 * block_d, memory)
                 own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": not window}
-                report(gpu, name, decode_attention._decode, {**constants, **own}, 4)
+                report(gpu, name, decode_attention._decode, {**constants, **own, **PLAIN}, 4)
+                if gpu >= FIRST_WITH_FP8:
+                    choices = decode_attention.FP8_BLOCKS
+                    block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, block_d, memory)
+                    own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages}
+                    warps = decode_attention.decode_warps(block_d, fp8=True)
+                    report(gpu, name, decode_attention._decode, {**constants, **own}, warps, FP8)
             own = {
                 "NUM_HEADS": heads,
                 "HEAD_DIM": head_dim,
@@ -92,7 +107,13 @@ def main() -> None:
                 tile = prefill_attention.prefill_tile(head_dim, 2, memory, longest, paged)
                 own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
                 own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
-                report(gpu, name, prefill_attention._prefill, {**constants, **own}, tile[-1])
+                report(gpu, name, prefill_attention._prefill, {**constants, **own, **PLAIN}, tile[-1])
+                if gpu >= FIRST_WITH_FP8 and paged:
+                    report(gpu, name, prefill_attention._prefill, {**constants, **own}, tile[-1], FP8)
+            if gpu >= FIRST_WITH_FP8:
+                own = {"NUM_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "PAGE_SIZE": 256, "BLOCK_D": block_d}
+                own["BLOCK_H"] = triton.next_power_of_2(num_kv_heads)
+                report(gpu, name, fp8_pages._write_quantized, own, 4, FP8)
         report(gpu, "any", small_kernels._likeliest_allowed, {"BLOCK": 4096}, 8)
         report_experts(gpu, memory)
 
@@ -163,7 +184,14 @@ def check_names() -> None:
     """Triton ignores names that no argument has, and then compiles a variant for each value that it meets."""
     for kernel in [
         one
-        for module in (cascade_attention, decode_attention, prefill_attention, small_kernels, experts_kernels)
+        for module in (
+            cascade_attention,
+            decode_attention,
+            prefill_attention,
+            fp8_pages,
+            small_kernels,
+            experts_kernels,
+        )
         for one in vars(module).values()
     ]:
         if isinstance(kernel, triton.JITFunction):
@@ -179,8 +207,11 @@ def report(
     warps: int,
     types: dict[str, str] | None = None,
 ) -> None:
-    pointers = POINTERS | (types or {})
     signature, attributes = {}, {}
+    pointers = POINTERS | (types or {})
+    if types and "keys" in kernel.arg_names:
+        pointers |= dict.fromkeys(("keys", "values"), "fp8e4nv")
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"

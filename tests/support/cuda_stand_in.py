@@ -1,11 +1,9 @@
-"""torch.cuda and flash-attn as far as the paged engine calls them, on a CPU: names, arguments and results, no speed."""
+"""torch.cuda as far as the paged engine calls them, on a CPU: names, arguments and results, no speed."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,42 +69,8 @@ class Graph:
         self.step()
 
 
-def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool, window_size: tuple[int, int],
-    softcap: float, return_attn_probs: bool, block_table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """flash-attn's `flash_attn_varlen_func` over pages, in plain torch."""
-    assert return_attn_probs
-    out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
-    for number in range(len(cu_seqlens_q) - 1):
-        begin, end = cu_seqlens_q[number : number + 2].tolist()
-        keys_begin, keys_end = cu_seqlens_k[number : number + 2].tolist()
-        length = keys_end - keys_begin
-        assert end - begin <= max_seqlen_q
-        assert length <= max_seqlen_k
-        table = block_table[number].long()
-        group = q.shape[1] // k.shape[2]
-        keys, values = (x[table].flatten(0, 1)[:length].repeat_interleave(group, dim=1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[begin:end], keys).float() * softmax_scale
-        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-        if causal:
-            behind = torch.arange(length - (end - begin), length)[:, None] - torch.arange(length)
-            seen = behind >= 0
-            if window_size[0] >= 0:
-                seen &= behind <= window_size[0]
-            scores = scores.masked_fill(~seen, float("-inf"))
-        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(values.dtype), values)
-        lse[:, begin:end] = scores.logsumexp(-1)
-    return out, lse, None
-
-
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the paged engine takes a CPU for a GPU with flash-attn; Triton's kernels are interpreted."""
-    flash_attn: Any = types.ModuleType("flash_attn")
-    flash_attn.__spec__ = types.SimpleNamespace(name="flash_attn")
-    flash_attn.flash_attn_varlen_func = varlen_attention
-    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    """From now on the paged engine takes a CPU for a GPU; Triton's kernels are interpreted."""
     monkeypatch.setattr(devices, "is_gpu", lambda device: True)
     Graph.captured = 0
     capture, empty = DecodeGraphs._capture, torch.empty

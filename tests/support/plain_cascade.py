@@ -24,11 +24,12 @@ class PlainCascade(GatheredPages):
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
-        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         if metadata.shared_prefixes is None:
-            return super().decode(query, key, value, key_cache, value_cache, metadata, layer, sinks)
-        _write(key, value, key_cache, value_cache, metadata)
+            return super().decode(query, key, value, key_cache, value_cache, metadata, layer, sinks, scales)
+        assert scales is None
+        _write(key, value, key_cache, value_cache, None, metadata)
         shared, out = metadata.shared_prefixes, torch.empty_like(query)
         items = [item for item in shared.items.tolist() if item[1]]
         members = [member for member in shared.members.tolist() if member[3]]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from batchrun.engine.fp8 import FP8
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Layer, attention_layers
 from batchrun.engine.paged.cascade import CascadePlanner
@@ -20,18 +21,27 @@ from batchrun.engine.paged.metadata import AttentionBackend, AttentionMetadata
 IMPLEMENTATION = "batchrun_paged"
 """The name under which transformers finds the attention function."""
 
+SCALE = torch.float32
+"""What the scales of keys and values in fp8 are in."""
+
 
 class KVCache:
-    """The key/value pool's memory, and the model's attention layers bound to it."""
+    """The key/value pool's memory, and the model's attention layers bound to it.
 
-    def __init__(self, model: nn.Module, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    `memory` (layers, 2, pages, page size, kv heads, head size) is in the model's `dtype`, or in fp8; then `scales`
+    (layers, 2, pages, kv heads, page size) float32 has one for each token's keys and values of a head.
+    """
+
+    def __init__(
+        self, model: nn.Module, page_size: int, dtype: torch.dtype, device: torch.device, fp8: bool = False
+    ) -> None:
         found = attention_layers(model)
         self.layers = [layer for _, layer in found]
         self.sinks = [getattr(module, "sinks", None) for module, _ in found]
         self.modules = [module for module, _ in found]
         self.page_size = page_size
         self.backend = choose_backend(self.layers, dtype, device)
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device = FP8 if fp8 else dtype, device
         for number, module in enumerate(self.modules):
             # A tensor, not a number: one compiled layer then serves all of them.
             module.batchrun_layer = torch.tensor(number)
@@ -43,7 +53,8 @@ class KVCache:
         # What is in a window of one sequence is not in that of another. Blocks have to do for all layers.
         layer = max(self.layers, key=lambda layer: layer.query_heads)
         queries = self.backend.cascade_queries(layer)
-        if queries is None or any(other.window for other in self.layers):
+        # The kernel that does it reads no scales.
+        if queries is None or self._dtype == FP8 or any(other.window for other in self.layers):
             return None
         return CascadePlanner(layer, queries, self._dtype.itemsize)
 
@@ -51,24 +62,45 @@ class KVCache:
     def page_bytes(self) -> int:
         """Bytes of one page in all layers, keys and values together."""
         layer = self.layers[0]
-        return len(self.layers) * 2 * self.page_size * layer.kv_heads * layer.head_dim * self._dtype.itemsize
+        head_bytes = layer.head_dim * self._dtype.itemsize + (SCALE.itemsize if self._dtype == FP8 else 0)
+        return len(self.layers) * 2 * self.page_size * layer.kv_heads * head_bytes
 
     def allocate(self, pages: int) -> None:
         """Memory for `pages` pages; the content of the pages before is lost."""
-        layer = self.layers[0]
-        self.memory = torch.empty(0)
-        shape = (len(self.layers), 2, pages, self.page_size, layer.kv_heads, layer.head_dim)
-        self.memory = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        kv_heads, head_dim = self.layers[0].kv_heads, self.layers[0].head_dim
+        planes = (len(self.layers), 2, pages)
+        self.memory, self.scales = torch.empty(0), None
+        self.memory = torch.zeros(
+            *planes, self.page_size, kv_heads, head_dim, dtype=self._dtype, device=self._device
+        )
+        if self._dtype == FP8:
+            self.scales = torch.zeros(*planes, kv_heads, self.page_size, dtype=SCALE, device=self._device)
+
+    def of_layer(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A layer's keys and values, and their scales if they are in fp8."""
+        return (
+            self.memory[number, 0],
+            self.memory[number, 1],
+            None if self.scales is None else self.scales[number],
+        )
 
     def copy_pages(self, sources: Tensor, targets: Tensor, tokens: Tensor) -> None:
-        """The first so many `tokens` of each source page, in all layers, to its target page: (copies,) int64 each."""
+        """The first so many `tokens` of each source page, in all layers, to its target page: (copies,) int64 each.
+        Scales are copied of all tokens: those behind are written before they are read."""
+        # Bytes, where nothing but ours computes with what they stand for.
+        memory = self.memory.view(torch.uint8) if self._dtype == FP8 else self.memory
         if devices.is_gpu(self.memory.device):
             from batchrun.engine.paged import kernels
 
-            kernels.copy_pages(self.memory.flatten(4).flatten(0, 1), sources, targets, tokens)
+            kernels.copy_pages(memory.flatten(4).flatten(0, 1), sources, targets, tokens)
+            if self.scales is not None:
+                pages = self.scales.flatten(3).flatten(0, 1)[:, :, None]
+                kernels.copy_pages(pages, sources, targets, torch.ones_like(tokens))
         else:
             most = int(tokens.max())
-            self.memory[:, :, targets, :most] = self.memory[:, :, sources, :most]
+            memory[:, :, targets, :most] = memory[:, :, sources, :most]
+            if self.scales is not None:
+                self.scales[:, :, targets] = self.scales[:, :, sources]
 
 
 @contextmanager
@@ -95,7 +127,7 @@ def paged_attention(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) ->
     assert _current is not None, "a paged model was called outside its engine"
     cache, metadata = _current
     number = int(layer)
-    key_cache, value_cache = cache.memory[number, 0], cache.memory[number, 1]
+    key_cache, value_cache, scales = cache.of_layer(number)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     attend = cache.backend.decode if metadata.cu_seqlens_q is None else cache.backend.prefill
     needs, sinks = cache.layers[number], cache.sinks[number]
@@ -108,6 +140,7 @@ def paged_attention(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) ->
         metadata,
         needs,
         sinks,
+        scales,
     )
     return out.contiguous()[None]
 
@@ -134,9 +167,7 @@ def choose_backend(layers: list[Layer], dtype: torch.dtype, device: torch.device
     if ampere and layers[0].head_dim <= 256 and importlib.util.find_spec("triton"):
         from batchrun.engine.paged.flash import FlashAttention
 
-        backend = FlashAttention()
-        if backend.supports_sinks or not any(layer.sinks for layer in layers):
-            return backend
+        return FlashAttention()
     return GatheredPages()
 
 

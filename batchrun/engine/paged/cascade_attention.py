@@ -67,7 +67,9 @@ def _attend_prefixes(
         kv_offset = ((kv_token + offs_n) * NUM_KV_HEADS + head) * HEAD_DIM
         k = tl.load(key_cache + kv_offset[None, :] + offs_d[:, None], mask=mask_d[:, None], other=0.0)
         v = tl.load(value_cache + kv_offset[:, None] + offs_d[None, :], mask=mask_d[None, :], other=0.0)
-        m_i, l_i, acc = attend(q, k, v, mask_m[:, None], m_i, l_i, acc, scale, softcap, SOFTCAP, False)
+        m_i, l_i, acc = attend(
+            q, k, v, None, None, mask_m[:, None], m_i, l_i, acc, scale, softcap, SOFTCAP, False
+        )
     if whole_stop < stop:
         kv_token = tl.load(pages + whole_stop // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + whole_stop % PAGE_SIZE
         kv_offset = ((kv_token + offs_n) * NUM_KV_HEADS + head) * HEAD_DIM
@@ -82,7 +84,9 @@ def _attend_prefixes(
             mask=mask_n[:, None] & mask_d[None, :],
             other=0.0,
         )
-        m_i, l_i, acc = attend(q, k, v, mask_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, True)
+        m_i, l_i, acc = attend(
+            q, k, v, None, None, mask_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, True
+        )
     place = (result + number).to(tl.int64) * NUM_KV_HEADS * GROUP_SIZE + query_head
     tl.store(
         out + place[:, None] * HEAD_DIM + offs_d[None, :],

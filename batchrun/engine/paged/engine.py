@@ -13,7 +13,7 @@ import torch
 from batchrun.engine import stage
 from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.experts import use_grouped_experts
-from batchrun.engine.fp8 import format_of
+from batchrun.engine.fp8 import format_of, unsupported_device
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged import devices
@@ -37,7 +37,7 @@ from batchrun.engine.token_values import ValuesOfTokens, first, join
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256
-"""Tokens; flash-attn 2 wants a multiple of it."""
+"""Tokens."""
 PREFILLS_AHEAD = 2
 """Launched before the results of an earlier one are read, so that the device has work meanwhile."""
 Work = TypeVar("Work")
@@ -55,12 +55,19 @@ class PagedEngine:
         """Takes over `model`, on its device and ready for inference; see `load`.
 
         Raises:
-            Unsupported: see `unsupported`.
+            Unsupported: see `unsupported`. ModelError: keys and values cannot be in fp8 on the device.
         """
         device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
         budget = Budget.of(spec.options, device, sum(weight.numel() for weight in model.parameters()))
         check_positions(model.config, spec.max_context)
-        cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
+        fp8_cache = spec.cache_dtype == "fp8"
+        if fp8_cache and (reason := unsupported_device(device)):
+            raise ModelError(
+                f"keys and values in fp8 cannot run here, since {reason}",
+                "engine.cache_dtype",
+                "leave the key out",
+            )
+        cache = KVCache(model.requires_grad_(False), page_size, dtype, device, fp8_cache)
         if devices.is_gpu(device):
             fuse_projections(model)
             use_grouped_experts(model)
@@ -102,7 +109,7 @@ class PagedEngine:
         self._never_run = 0
         self.stats = EngineStats(
             engine="paged",
-            attention=cache.backend.name,
+            attention=cache.backend.name + (", keys and values in fp8" if fp8_cache else ""),
             device=torch.cuda.get_device_name(device) if devices.is_gpu(device) else str(device),
             dtype=format_of(model),
             gauges={"pool_tokens": pool.num_pages * page_size},

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from batchrun.engine.fp8 import FP8, quantize_rows
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.metadata import AttentionMetadata
 
@@ -21,11 +22,11 @@ class GatheredPages:
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
-        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend`: one sequence after another."""
         assert metadata.cu_seqlens_q is not None
-        _write(key, value, key_cache, value_cache, metadata)
+        _write(key, value, key_cache, value_cache, scales, metadata)
         out = torch.empty_like(query)
         cu_seqlens_q, seq_lens = metadata.cu_seqlens_q.tolist(), metadata.seq_lens.tolist()
         for row, seq_len in enumerate(seq_lens):
@@ -33,7 +34,8 @@ class GatheredPages:
             if end > begin:
                 block_table = metadata.block_tables[row, : -(-seq_len // key_cache.shape[1])].long()
                 own_keys, own_values = (
-                    x[block_table].flatten(0, 1)[:seq_len] for x in (key_cache, value_cache)
+                    pages.flatten(0, 1)[:seq_len]
+                    for pages in _read(key_cache, value_cache, scales, block_table, query.dtype)
                 )
                 positions = torch.arange(seq_len - (end - begin), seq_len, device=query.device)
                 out[begin:end] = _attend(
@@ -43,12 +45,14 @@ class GatheredPages:
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
-        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend`: all sequences at once, as long as the longest block table."""
-        _write(key, value, key_cache, value_cache, metadata)
+        _write(key, value, key_cache, value_cache, scales, metadata)
         block_tables = metadata.block_tables.long()
-        own_keys, own_values = (x[block_tables].flatten(1, 2) for x in (key_cache, value_cache))
+        own_keys, own_values = (
+            pages.flatten(1, 2) for pages in _read(key_cache, value_cache, scales, block_tables, query.dtype)
+        )
         positions = (metadata.seq_lens - 1).long()[:, None]
         # A sequence's last page keeps what earlier sequences left behind its end, which need not be finite.
         behind = (torch.arange(own_keys.shape[1], device=query.device) > positions)[:, :, None, None]
@@ -57,10 +61,31 @@ class GatheredPages:
 
 
 def _write(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata
-) -> None:
-    key_cache.flatten(0, 1).index_copy_(0, metadata.slot_mapping, key)
-    value_cache.flatten(0, 1).index_copy_(0, metadata.slot_mapping, value)
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, scales: Tensor | None,
+    metadata: AttentionMetadata,
+) -> None:  # fmt: skip
+    page_size = key_cache.shape[1]
+    page, offset = metadata.slot_mapping // page_size, metadata.slot_mapping % page_size
+    for number, (new, cache) in enumerate(((key, key_cache), (value, value_cache))):
+        if scales is None:
+            cache[page, offset] = new
+        else:
+            rows, scale = quantize_rows(new.flatten(0, 1))
+            # torch moves bytes about, whatever they stand for.
+            cache.view(torch.uint8)[page, offset] = rows.view(torch.uint8).view_as(new)
+            scales[number, page, :, offset] = scale.view(new.shape[:2])
+
+
+def _read(
+    key_cache: Tensor, value_cache: Tensor, scales: Tensor | None, pages: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The pages' keys and values, each (*pages, page size, kv heads, head size), in `dtype` where they are in fp8."""
+    if scales is None:
+        return [key_cache[pages], value_cache[pages]]
+    return [
+        (cache.view(torch.uint8)[pages].view(FP8).float() * own[pages].transpose(-1, -2)[..., None]).to(dtype)
+        for cache, own in zip((key_cache, value_cache), scales, strict=True)
+    ]
 
 
 def _attend(

@@ -52,7 +52,8 @@ class AttentionBackend(Protocol):
     """Attention over pages, with the call's own keys and values, which it also writes to the pages.
 
     `key_cache` and `value_cache` are (pages, page size, kv heads, head size) of one layer; query, key and value are
-    (tokens, heads, head size); `sinks` (query heads,) are logits without a value, where a model has them. Gives
+    (tokens, heads, head size); `sinks` (query heads,) are logits without a value, where a model has them. Where the
+    cache is in fp8, `scales` (2, pages, kv heads, page size) float32 are those of the layer's keys and values. Gives
     (tokens, query heads, head size).
     """
 
@@ -65,14 +66,14 @@ class AttentionBackend(Protocol):
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
-        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The call's tokens are the sequences' next ones, end to end, any number of each."""
         ...
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
-        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The call's tokens are one for each sequence, its last."""
         ...
