@@ -167,7 +167,8 @@ class EngineSpec:
     the padding token alone). `stop_token_ids` end a row; empty means that only the length does. `max_context` is
     the largest prompt + new tokens of any request. `options` holds the budgets that only one kind of engine reads.
     `answers` are the tables that every answer keeps to, stop tokens included; None leaves answers free.
-    `quantization` is what the weights are converted to, "fp8" or None.
+    `quantization` is what the weights are converted to, "fp8" or None. `gpus` are how many the model is divided over,
+    all that the process sees; on a CPU, as many processes.
     """
 
     kind: str
@@ -183,6 +184,7 @@ class EngineSpec:
     options: dict[str, object] = field(default_factory=dict)
     answers: TokenTables | None = None
     quantization: str | None = None
+    gpus: int = 1
 
 
 @dataclass(slots=True)

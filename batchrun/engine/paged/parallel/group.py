@@ -1,0 +1,94 @@
+"""What the ranks of an engine do together on their devices: sums and gathered columns."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_JOIN_SECONDS = 1800.0
+"""Until the last rank has loaded: from cold disks that takes as long as it takes."""
+
+
+# Its name since torch 2.13.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One rank's view of all. `store` is a file through which they find each other."""
+
+    rank: int
+    size: int
+    store: str
+    device: torch.device
+
+    def join(self) -> None:
+        """Waits until all ranks are there. Once a process; before any other method."""
+        gpu = self.device.type == "cuda"
+        # torch exports it, but not to type checkers.
+        file_store: Any = dist.FileStore  # type: ignore[attr-defined]
+        # Multicast over NVLink (NVLS) needs more of a driver and a container than can be relied on.
+        os.environ["NCCL_NVLS_ENABLE"] = "0"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=file_store(self.store, self.size),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=_JOIN_SECONDS),
+            device_id=self.device if gpu else None,
+        )
+
+    def leave(self) -> None:
+        """Nothing is done together from now on."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def least(self, number: int) -> int:
+        """The least that any rank has; waits for the device."""
+        value = torch.tensor([number], dtype=torch.int64, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return int(value)
+
+
+def place_to_meet() -> str:
+    """The name of a new file for `Group.store`, in a folder of its own; see `forget`."""
+    return str(Path(tempfile.mkdtemp(prefix="batchrun-ranks-")) / "store")
+
+
+def forget(store: str) -> None:
+    """Removes what `place_to_meet` made."""
+    shutil.rmtree(Path(store).parent, ignore_errors=True)
+
+
+@torch.library.custom_op("batchrun::sum_of_ranks", mutates_args=("x",))
+def sum_of_ranks(x: Tensor) -> None:
+    """x becomes its sum over all ranks, the same on each. An operator, so that a compiled layer stays whole."""
+    dist.all_reduce(x)
+
+
+@sum_of_ranks.register_fake
+def _(x: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("batchrun::columns_of_ranks", mutates_args=())
+def columns_of_ranks(x: Tensor, size: int) -> Tensor:
+    """x (rows, columns) of all `size` ranks side by side: (rows, size * columns), the same on each."""
+    gathered = x.new_empty(size * x.shape[0], x.shape[1])
+    _all_gather(gathered, x.contiguous())
+    return gathered.view(size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)
+
+
+@columns_of_ranks.register_fake
+def _(x: Tensor, size: int) -> Tensor:
+    return x.new_empty(x.shape[0], size * x.shape[1])
