@@ -18,7 +18,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     preload("paged")
-    from batchrun.engine.paged.parallel.member import serve
+    from batchrun.engine.paged.member import serve
 
     serve(Connection(descriptor), parent)
 

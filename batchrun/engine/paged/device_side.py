@@ -12,9 +12,8 @@ from batchrun.engine.paged.attention import KVCache
 from batchrun.engine.paged.compiling import compile_layers, compile_sampler
 from batchrun.engine.paged.memory import Budget, affordable_pages
 from batchrun.engine.paged.parallel.group import Group
-from batchrun.engine.paged.parallel.ranks import Ranks
 from batchrun.engine.paged.projections import fuse_projections
-from batchrun.engine.paged.runner import Runner
+from batchrun.engine.paged.runner import Launch, Runner
 from batchrun.engine.paged.sampler import Sampler
 from batchrun.engine.protocol import EngineSpec
 from batchrun.engine.token_values import ValuesOfTokens
@@ -32,9 +31,10 @@ def make_runner(
     budget: Budget,
     page_size: int,
     group: Group | None,
-    ranks: Ranks | None = None,
+    launch: Launch | None = None,
 ) -> Runner:
-    """Takes over the model; with no pages yet, see `allocate_pages`. `ranks` are the others, on rank 0.
+    """Takes over the model; with no pages yet, see `allocate_pages`. `launch` is how rank 0 has all of them
+    run a batch.
 
     Raises:
         Unsupported: see `batchrun.engine.paged.architecture.unsupported`.
@@ -59,7 +59,7 @@ def make_runner(
         budget.decode_steps,
         device,
         ValuesOfTokens(spec.sampling),
-        ranks,
+        launch,
     )
 
 

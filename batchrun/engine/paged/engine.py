@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -59,7 +60,7 @@ class PagedEngine:
         device = next(model.parameters()).device
         group = ranks.group if ranks else None
         budget = budget_of(spec, model, group)
-        self._runner = make_runner(spec, model, budget, page_size, group, ranks)
+        self._runner = make_runner(spec, model, budget, page_size, group, ranks.launch if ranks else None)
         self._answer_mask = self._runner.mask
         self._stop_ids = frozenset(spec.stop_token_ids)
         self._stop_strings = StopStrings(spec)
@@ -168,7 +169,8 @@ class PagedEngine:
         """Reads results back, the oldest first, until so many are left; yields the sequences that have ended."""
         while len(pending) > leaving:
             results = pending.popleft()
-            columns = results.read()
+            with self._ranks.waiting() if self._ranks else nullcontext():
+                columns = results.read()
             self.stats.busy_seconds += results.seconds
             running: list[tuple[Sequence, list[int]]] = []
             ended: dict[Sequence, str] = {}

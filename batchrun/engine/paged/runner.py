@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,6 @@ from batchrun.engine.paged.graphs import DecodeGraphs, Graph
 from batchrun.engine.paged.last_layer import LastLayer
 from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefix
 from batchrun.engine.paged.page_pool import NULL_PAGE
-from batchrun.engine.paged.parallel.ranks import Ranks
 from batchrun.engine.paged.pending import Mark, Pending
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
@@ -40,6 +40,9 @@ SETTLED = -3
 
 NARROW_BATCH = 128
 
+Launch = Callable[[Work, Callable[[Work], Pending]], Pending]
+"""Has every rank run a batch, this one by the function that it is given."""
+
 
 class Runner:
     """Sequences have slots: their last tokens, lengths and whether they run stay on the device, read a round later."""
@@ -55,13 +58,13 @@ class Runner:
         decode_steps: int,
         device: torch.device,
         values_of_tokens: ValuesOfTokens,
-        ranks: Ranks | None = None,
+        launch: Launch | None = None,
     ) -> None:
         self.cache = cache
         self.computed_tokens = 0
         self.launches = 0
         self._model, self._sampler, self.device = model, sampler, device
-        self._ranks = ranks
+        self._everywhere = launch
         self._last_layer = LastLayer(model, cache.modules)
         self._scoring = ScoringHead(model)
         self._graphs = DecodeGraphs(device)
@@ -117,7 +120,7 @@ class Runner:
         return replace(self._launch(DecodeWork.of(batch)), sequences=batch.sequences)
 
     def _launch(self, work: Work) -> Pending:
-        return self.run(work) if self._ranks is None else self._ranks.launch(work, self.run)
+        return self.run(work) if self._everywhere is None else self._everywhere(work, self.run)
 
     @torch.no_grad()
     def run(self, work: Work) -> Pending:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One rank's view of all. `store` is a file through which they find each other."""
+    """One rank's view of all. `store` is a file through which they find each other, see `place_to_meet`."""
 
     rank: int
     size: int
@@ -60,14 +57,11 @@ class Group:
         return int(value)
 
 
-def place_to_meet() -> str:
-    """The name of a new file for `Group.store`, in a folder of its own; see `forget`."""
-    return str(Path(tempfile.mkdtemp(prefix="batchrun-ranks-")) / "store")
-
-
-def forget(store: str) -> None:
-    """Removes what `place_to_meet` made."""
-    shutil.rmtree(Path(store).parent, ignore_errors=True)
+def place_to_meet() -> tuple[int, str]:
+    """A file for `Group.store` in memory alone, so that nothing stays behind: its descriptor, which other ranks have to
+    inherit, and its name to them all."""
+    descriptor = os.memfd_create("batchrun-ranks")
+    return descriptor, f"/proc/self/fd/{descriptor}"
 
 
 @torch.library.custom_op("batchrun::sum_of_ranks", mutates_args=("x",))

@@ -20,7 +20,7 @@ from batchrun.engine.launch import environment
 from batchrun.engine.loading import load_config
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Unsupported
-from batchrun.engine.paged.parallel.group import Group, forget, place_to_meet
+from batchrun.engine.paged.parallel.group import Group, place_to_meet
 from batchrun.engine.paged.parallel.messages import (
     PULSE_SECONDS,
     SILENT_SECONDS,
@@ -33,6 +33,7 @@ from batchrun.engine.paged.parallel.sharding import Sharding
 from batchrun.engine.paged.pending import Pending
 from batchrun.engine.paged.work import Work
 from batchrun.engine.protocol import EngineSpec
+from batchrun.errors import EngineError, one_line
 
 WORK_SECONDS = 50
 """On a GPU no batch takes so long to begin with or to be done: a collective waits for a rank that will not come."""
@@ -56,25 +57,29 @@ class Ranks:
             raise Unsupported(f"only {torch.cuda.device_count()} of {spec.gpus} GPUs are visible")
         # What cannot be divided is told here, before any process is started.
         Sharding(config or load_config(spec), 0, spec.gpus)
-        self._store = place_to_meet()
-        self.group = Group(0, spec.gpus, self._store, torch.device(spec.device))
+        self._meeting, store = place_to_meet()
+        self.group = Group(0, spec.gpus, store, torch.device(spec.device))
         self._closed = threading.Event()
         self._working = 0
         self._others: list[_Rank] = []
         for rank in range(1, spec.gpus):
-            self._others.append(_Rank(self, Member(spec, page_size, rank, self._store, config)))
+            self._others.append(_Rank(self, Member(spec, page_size, rank, store, config), self._meeting))
         threading.Thread(target=self._watch, daemon=True).start()
 
     def launch(self, work: Work, run: Callable[[Work], Pending]) -> Pending:
         """Has every rank run a batch, this one by `run`, and waits until all have begun.
 
         Raises:
-            Exception: as `run`.
+            EngineError: it did not fit. Warming up has shown that the largest batches do, so that somebody else has
+                taken the memory; the other ranks are in the middle of it, so that it cannot be made smaller.
         """
         with self.waiting():
             for other in self._others:
                 other.send(work.for_ranks())
-            pending = run(work)
+            try:
+                pending = run(work)
+            except (RuntimeError, MemoryError) as error:
+                raise EngineError(f"rank 0 of {self.group.size} failed: {one_line(error)}") from error
             for other in self._others:
                 other.done.get()
         return pending
@@ -99,7 +104,7 @@ class Ranks:
         for other in self._others:
             other.stop()
         self.group.leave()
-        forget(self._store)
+        os.close(self._meeting)
 
     def fail(self, reason: str) -> None:
         """Ends this process, and the other ranks with it. Its last line is the reason."""
@@ -107,7 +112,6 @@ class Ranks:
             return
         for other in self._others:
             other.kill()
-        forget(self._store)
         print(f"RankError: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -130,7 +134,7 @@ class Ranks:
 class _Rank:
     """One of them: its process, and a thread that hears what it says."""
 
-    def __init__(self, ranks: Ranks, member: Member) -> None:
+    def __init__(self, ranks: Ranks, member: Member, meeting: int) -> None:
         self.name = f"rank {member.rank} of {member.spec.gpus}"
         self.silent = 0
         self.done: SimpleQueue[Done] = SimpleQueue()
@@ -142,7 +146,7 @@ class _Rank:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "batchrun.engine.rank", str(theirs.fileno()), str(os.getpid())],
                 env=environment(),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), meeting],
                 stdin=subprocess.DEVNULL,
             )
         self.send(member)
