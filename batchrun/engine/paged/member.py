@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from batchrun.engine.paged.device_side import allocate_pages, budget_of, make_runner
-from batchrun.engine.paged.parallel.group import Group
+from batchrun.engine.paged.parallel.group import Group, device_of
 from batchrun.engine.paged.parallel.messages import (
     PULSE_SECONDS,
     SILENT_SECONDS,

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from batchrun.engine.protocol import EngineSpec
+
 _JOIN_SECONDS = 1800.0
 """Until the last rank has loaded: from cold disks that takes as long as it takes."""
 
@@ -46,8 +48,9 @@ class Group:
         )
 
     def leave(self) -> None:
-        """Nothing is done together from now on."""
-        if dist.is_initialized():
+        """Nothing is done together from now on. On GPUs only the process's end undoes it: NCCL would wait for the
+        others, and for graphs that hold its communicator."""
+        if self.device.type == "cpu" and dist.is_initialized():
             dist.destroy_process_group()
 
     def least(self, number: int) -> int:
@@ -55,6 +58,11 @@ class Group:
         value = torch.tensor([number], dtype=torch.int64, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
         return int(value)
+
+
+def device_of(spec: EngineSpec, rank: int) -> torch.device:
+    """The rank's device, with its number where it is a GPU."""
+    return torch.device("cuda", rank) if spec.device.startswith("cuda") else torch.device(spec.device)
 
 
 def place_to_meet() -> tuple[int, str]:

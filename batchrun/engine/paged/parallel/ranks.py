@@ -20,7 +20,7 @@ from batchrun.engine.launch import environment
 from batchrun.engine.loading import load_config
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import Unsupported
-from batchrun.engine.paged.parallel.group import Group, place_to_meet
+from batchrun.engine.paged.parallel.group import Group, device_of, place_to_meet
 from batchrun.engine.paged.parallel.messages import (
     PULSE_SECONDS,
     SILENT_SECONDS,
@@ -58,7 +58,7 @@ class Ranks:
         # What cannot be divided is told here, before any process is started.
         Sharding(config or load_config(spec), 0, spec.gpus)
         self._meeting, store = place_to_meet()
-        self.group = Group(0, spec.gpus, store, torch.device(spec.device))
+        self.group = Group(0, spec.gpus, store, device_of(spec, 0))
         self._closed = threading.Event()
         self._working = 0
         self._others: list[_Rank] = []
