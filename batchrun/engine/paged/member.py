@@ -50,9 +50,7 @@ def serve(connection: Connection, parent: int) -> None:
 
 def _load(member: Member) -> Runner:
     spec = member.spec
-    device = (
-        torch.device("cuda", member.rank) if spec.device.startswith("cuda") else torch.device(spec.device)
-    )
+    device = device_of(spec, member.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     spec = replace(spec, device=str(device))
