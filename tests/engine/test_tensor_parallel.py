@@ -15,6 +15,7 @@ import tp_models
 
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.architecture import Unsupported
 from batchrun.engine.paged.parallel.ranks import Ranks
 from batchrun.engine.paged.parallel.share import load_share
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling, Scored
@@ -113,3 +114,10 @@ def test_two_ranks_draw_score_and_stop_like_one(sampling: str, folders: dict[str
 @pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
 def test_four_ranks_answer_like_one(name: str, folders: dict[str, Path]) -> None:
     _check_same(_spec(folders[name]), 4, rows=4)
+
+
+def test_what_cannot_be_divided_is_refused_before_any_process_is_started(folders: dict[str, Path]) -> None:
+    with pytest.raises(Unsupported, match=r"num_attention_heads \(8\) cannot be divided by 3"):
+        Ranks(_spec(folders["llama"], gpus=3), PAGE)
+    with pytest.raises(Unsupported, match="no plan"):
+        Ranks(_spec(tiny_models.model_folder("gpt2"), gpus=2), PAGE)
