@@ -23,8 +23,12 @@ def main() -> None:
         app()
     except SystemExit as ended:
         code = ended.code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except BaseException:
+        # A stop in the midst of an import may come out of it as any error.
+        if not signals.stop.is_set():
+            raise
+        with suppress(OSError):
+            print("stopped", file=sys.stderr)
         code = signals.exit_code()
     end(code)
 

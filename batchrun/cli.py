@@ -227,7 +227,7 @@ def bench(
     job_file: Annotated[Path | None, typer.Argument(help="take model and rows from this job")] = None,
     overrides: Overrides = [],
     model: Annotated[
-        str, typer.Option(help="a known shape (qwen3-0.6b, llama-8b, tiny) or a folder")
+        str, typer.Option(help="a known shape (qwen3-0.6b, llama-8b, qwen3-30b-a3b, tiny) or a folder")
     ] = "tiny",
     workload: Annotated[str, typer.Option(help="summarise, extract, write, chat or long")] = "extract",
     shape: Annotated[

@@ -17,6 +17,9 @@ from contextlib import contextmanager, suppress
 GRACE = 4.0
 GRACE_AFTER_STAGING = 1.0
 
+# Seconds after which an interrupt that a finalizer swallowed comes again.
+AGAIN = 0.01
+
 # Supervisors such as `timeout` signal the process and then its whole group: it comes twice, and means one stop.
 SAME_STOP = 0.5
 
@@ -39,6 +42,7 @@ _lock = threading.Lock()
 _exit_code = 4
 _leaving: int | None = None
 _attended = 0
+_swallowed = False
 _stopped_at = float("inf")
 _end_by = float("inf")
 
@@ -49,6 +53,7 @@ def install() -> None:
     signal.signal(signal.SIGTERM, _handle)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _handle)
+    sys.unraisablehook = _interrupt_again
 
 
 @contextmanager
@@ -88,10 +93,13 @@ def _handle(number: int, frame: object) -> None:
     Both leave a state that the same command goes on from: workers and engines end with their parent, and a lease
     whose process is gone is taken over.
     """
-    global _end_by, _stopped_at
+    global _end_by, _stopped_at, _swallowed
     if _leaving is not None:
         os._exit(_leaving)
     now = time.monotonic()
+    if _swallowed:
+        _swallowed = False
+        raise KeyboardInterrupt
     if stop.is_set():
         if now - _stopped_at < SAME_STOP:
             return
@@ -103,6 +111,21 @@ def _handle(number: int, frame: object) -> None:
     if not _attended:
         raise KeyboardInterrupt
     _say(STAGING)
+
+
+def _interrupt_again(found: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a finalizer or in a callback of its garbage collection, and prints a traceback.
+    Of an interrupt there is nothing to be said, and it was meant for what ran below."""
+    global _swallowed
+    if not stop.is_set() or not issubclass(found.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(found)
+        return
+    _swallowed = True
+    main = threading.main_thread().ident
+    assert main is not None
+    again = threading.Timer(AGAIN, signal.pthread_kill, (main, signal.SIGTERM))
+    again.daemon = True
+    again.start()
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,5 @@
-"""A Dask client for the job: local workers, one per GPU or one on a CPU, or workers elsewhere.
+"""A Dask client for the job: local workers, one per GPU (or group of GPUs) or one on a CPU, or workers
+elsewhere.
 
 Elsewhere is a running scheduler's address, jobs on Slurm (dask-jobqueue) or pods on Kubernetes (dask-kubernetes).
 Used by the driver, and by `plan`, which asks how many GPUs there are. May import Dask and job; knows no worker's task.
@@ -16,12 +17,13 @@ from urllib.request import urlopen
 import dask
 from distributed import Client, Security
 
+from batchrun import signals
 from batchrun.cluster.check import check_workers
 from batchrun.cluster.config import DASK_CONFIG
 from batchrun.cluster.kubernetes import kubernetes_cluster, kubernetes_module, kubernetes_spec
-from batchrun.cluster.local import local_cluster
+from batchrun.cluster.local import environments, local_cluster
 from batchrun.cluster.nanny import apart
-from batchrun.cluster.slurm import slurm_cluster, slurm_module
+from batchrun.cluster.slurm import slurm_cluster, slurm_module, slurm_options
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings, TlsSettings
 
@@ -29,24 +31,29 @@ from batchrun.job.settings import ClusterSettings, TlsSettings
 SCRATCH = "dask-scratch-space"
 
 
-def refuse_unusable(settings: ClusterSettings) -> None:
+def refuse_unusable(settings: ClusterSettings, gpus: int = 1) -> None:
     """Looks at what can be told without asking anybody, so that nothing was written when it is refused.
 
     Raises:
-        ClusterError: certificates, options, a command or a package that `connect` needs are missing or wrong.
+        ClusterError: certificates, options, a command or a package that `connect` needs are missing or wrong; workers
+            would get fewer than so many `gpus`.
     """
     _security(settings.tls)
+    if settings.is_local:
+        environments(settings, gpus)
     if settings.slurm is not None:
+        slurm_options(settings, gpus)
         slurm_module()
     if settings.kubernetes is not None:
-        kubernetes_spec(settings)
+        kubernetes_spec(settings, gpus)
         kubernetes_module()
 
 
 @contextmanager
-def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[Client]:
-    """Yields a client of the cluster that the job asks for; a local cluster ends with the context. Of its workers each
-    takes the engine's process that stands by for it under the name in its place.
+def connect(settings: ClusterSettings, standby: Sequence[str] = (), gpus: int = 1) -> Iterator[Client]:
+    """Yields a client of the cluster that the job asks for, whose workers have so many `gpus` each; a local cluster
+    ends with the context. Of its workers each takes the engine's process that stands by for it under the name in its
+    place.
 
     Raises:
         ClusterError: no scheduler answers at the address.
@@ -54,6 +61,9 @@ def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[
     # That a worker left, came or closed a connection is the driver's news to tell, in the run's own words.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # What a stop cuts off in the midst of a task of theirs is no news either.
+    for name in ("asyncio", "tornado.application"):
+        logging.getLogger(name).addFilter(_unless_stopped)
     with dask.config.set(DASK_CONFIG):
         if settings.address is not None:
             try:
@@ -67,11 +77,11 @@ def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[
                     "start one with `dask scheduler`, or leave cluster.address out for a local cluster",
                 ) from None
             with client:
-                check_workers(client, settings.slots)
+                check_workers(client, settings.slots, gpus)
                 yield client
             return
         before = {*sys.path}
-        with apart(), _start(settings, standby) as cluster:
+        with apart(), _start(settings, standby, gpus) as cluster:
             # Dask put its scratch folder first, and takes it out of this list when the cluster ends: a thread that
             # goes through the list then, for an import, would miss the folder of what it imports.
             sys.path = [folder for folder in sys.path if folder in before or SCRATCH not in folder]
@@ -79,12 +89,16 @@ def connect(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[
                 yield client
 
 
-def _start(settings: ClusterSettings, standby: Sequence[str]) -> AbstractContextManager[Any]:
+def _unless_stopped(record: logging.LogRecord) -> bool:
+    return not signals.stop.is_set()
+
+
+def _start(settings: ClusterSettings, standby: Sequence[str], gpus: int) -> AbstractContextManager[Any]:
     if settings.slurm is not None:
-        return slurm_cluster(settings)
+        return slurm_cluster(settings, gpus)
     if settings.kubernetes is not None:
-        return kubernetes_cluster(settings)
-    return local_cluster(settings, standby)
+        return kubernetes_cluster(settings, gpus)
+    return local_cluster(settings, standby, gpus)
 
 
 def _security(tls: TlsSettings | None) -> Security | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 from batchrun.errors import ClusterError
+
+log = logging.getLogger(__name__)
 
 # Set on purpose, each for a reason that cost somebody a night:
 DASK_CONFIG = {
@@ -50,3 +53,18 @@ def optional(module: str, section: str) -> Any:
         package = module.partition(".")[0].replace("_", "-")
         what = f"the package {package} is not installed"
         raise ClusterError(what, f"cluster.{section}", f"pip install {package}") from None
+
+
+def refuse_too_few(asked: int, gpus: int, where: str, key: str) -> None:
+    """Holds the GPUs that a job asks for its workers by itself against those that an engine takes, and warns of more.
+
+    Raises:
+        ClusterError: they are too few.
+    """
+    if asked < gpus:
+        what = f"{key} asks for {asked} of the {gpus} GPUs that engine.gpus gives a worker"
+        raise ClusterError(what, where, f"ask for {gpus}, or leave it out")
+    if asked > gpus:
+        log.warning(
+            "%s: %d of the %d GPUs of each worker unused: engine.gpus is %d", where, asked - gpus, asked, gpus
+        )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from batchrun.cluster.config import optional, worker_environment
+from batchrun.cluster.config import optional, refuse_too_few, worker_environment
 from batchrun.errors import ClusterError, one_line
 from batchrun.job.settings import ClusterSettings
 
@@ -17,10 +17,11 @@ SCHEDULER_POD = 900
 
 
 @contextmanager
-def kubernetes_cluster(settings: ClusterSettings) -> Iterator[Any]:
-    """Scheduler and workers as pods, by the Dask operator (which has to be installed in the cluster)."""
+def kubernetes_cluster(settings: ClusterSettings, gpus: int = 1) -> Iterator[Any]:
+    """Scheduler and workers as pods, each with so many `gpus`, by the Dask operator (which has to be installed in the
+    cluster)."""
     module = kubernetes_module()
-    spec, namespace = kubernetes_spec(settings), (settings.kubernetes or {}).get("namespace")
+    spec, namespace = kubernetes_spec(settings, gpus), (settings.kubernetes or {}).get("namespace")
     try:
         # Asked first: a KubeCluster that finds nobody prints a traceback of its own when the process ends.
         importlib.import_module("kr8s").api().version()
@@ -40,14 +41,15 @@ def kubernetes_module() -> Any:
     return optional("dask_kubernetes.operator", "kubernetes")
 
 
-def kubernetes_spec(settings: ClusterSettings) -> dict[str, Any]:
+def kubernetes_spec(settings: ClusterSettings, gpus: int = 1) -> dict[str, Any]:
     """The DaskCluster resource (kubernetes.dask.org/v1) for the Dask operator.
 
     Written out here, since dask-kubernetes' own generator gives the scheduler the workers' resources too, so a GPU,
-    and starts both by commands that Dask has no more.
+    and starts both by commands that Dask has no more. A worker of several `gpus` is limited to them where the job's own
+    resources name none.
 
     Raises:
-        ClusterError: a key that is not known, or no image.
+        ClusterError: a key that is not known, no image, or fewer GPUs in the job's own resources.
     """
     options = dict(settings.kubernetes or {})
     name = options.pop("name", f"batchrun-{uuid.uuid4().hex[:8]}")
@@ -65,7 +67,7 @@ def kubernetes_spec(settings: ClusterSettings) -> dict[str, Any]:
         "image": image,
         "args": ["dask", "worker", "--name", "$(DASK_WORKER_NAME)", *threads, "--no-dashboard"],
         "env": variables,
-        "resources": resources,
+        "resources": _with_gpus(resources, gpus),
     }
     probe = {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 10}
     scheduler = {
@@ -98,3 +100,14 @@ def kubernetes_spec(settings: ClusterSettings) -> dict[str, Any]:
             "scheduler": {"spec": {"containers": [scheduler]}, "service": service},
         },
     }
+
+
+def _with_gpus(resources: dict[str, Any], gpus: int) -> dict[str, Any]:
+    limits = resources.get("limits", {})
+    # As plugins of all makers name them, slices of GPUs too: nvidia.com/gpu, nvidia.com/mig-3g.40gb, amd.com/gpu.
+    asked = [name for name in limits if name.endswith("/gpu") or name.startswith("nvidia.com/")]
+    if asked:
+        refuse_too_few(int(limits[asked[0]]), gpus, "cluster.kubernetes", f"resources.limits.{asked[0]}")
+    elif gpus > 1:
+        return {**resources, "limits": {**limits, "nvidia.com/gpu": gpus}}
+    return resources

@@ -17,7 +17,10 @@ from batchrun.engine.standby import VARIABLE
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings
 from batchrun.model import light
-from batchrun.telemetry.gpu import environment_of_gpu, local_workers, visible_gpus
+from batchrun.telemetry.gpu import environment_of_gpus, local_workers, visible_gpus
+from batchrun.telemetry.printable import counted
+
+log = logging.getLogger(__name__)
 
 # Seconds between two looks at whether a worker is missing. A nanny gives up when its worker dies while it starts, and
 # Dask takes one away whose worker was gone for 15 seconds.
@@ -25,16 +28,18 @@ RESTORE_EVERY = 2.0
 
 
 @contextmanager
-def local_cluster(settings: ClusterSettings, standby: Sequence[str] = ()) -> Iterator[SpecCluster]:
+def local_cluster(
+    settings: ClusterSettings, standby: Sequence[str] = (), gpus: int = 1
+) -> Iterator[SpecCluster]:
     """A scheduler and the job's workers, as processes of this machine; workers that are lost come again. `standby`
-    names the engines' processes that stand by for the workers.
+    names the engines' processes that stand by for the workers, of which each has so many `gpus`.
 
     Raises:
-        ClusterError: more workers are asked for than there are GPUs.
+        ClusterError: as `environments`.
     """
     # Everybody with an account on this machine reaches its loopback, and a scheduler runs what it is sent.
     private = Security.temporary()
-    workers = _workers(settings, private, standby)
+    workers = _workers(settings, private, standby, gpus)
     with SpecCluster(
         security=private,
         workers=workers,
@@ -77,20 +82,38 @@ async def _kill(nannies: Sequence[WorkerNanny]) -> None:
             os.kill(nanny.pid, signal.SIGKILL)
 
 
-def _workers(
-    settings: ClusterSettings, private: Security, standby: Sequence[str]
-) -> dict[int, dict[str, Any]]:
+def environments(settings: ClusterSettings, each: int) -> list[dict[str, str]]:
+    """What each of this machine's workers adds to its processes' environment: `each` so many GPUs of its own, if there
+    are any.
+
+    Raises:
+        ClusterError: more are asked for than there are.
+    """
     gpus = visible_gpus()
-    count = local_workers(settings.workers, gpus)
-    if gpus and count > len(gpus):
-        raise ClusterError(
-            f"{count} workers asked for, {len(gpus)} GPUs visible",
-            "cluster.workers",
-            "a GPU takes one worker",
-        )
+    count = local_workers(settings.workers, gpus, each)
+    if gpus and each > len(gpus):
+        what = f"{each} GPUs for one engine asked for, {counted(len(gpus), 'GPU')} visible"
+        raise ClusterError(what, "engine.gpus", "ask for fewer, or use a larger machine")
+    if gpus and count * each > len(gpus):
+        what = f"{counted(count, 'worker')} asked for, {counted(len(gpus), 'GPU')} visible"
+        fix = "a GPU takes one worker" if each == 1 else f"a worker takes {each} (engine.gpus)"
+        raise ClusterError(what, "cluster.workers", fix)
+    return [environment_of_gpus(gpus, i, each) for i in range(count)]
+
+
+def unused_gpus(settings: ClusterSettings, each: int) -> int:
+    """GPUs of this machine that are too few for one more engine; 0 where the job says how many workers it wants."""
+    return 0 if settings.workers else len(visible_gpus()) % each
+
+
+def _workers(
+    settings: ClusterSettings, private: Security, standby: Sequence[str], gpus: int
+) -> dict[int, dict[str, Any]]:
+    if unused := unused_gpus(settings, gpus):
+        log.warning("%s of this machine unused: engine.gpus is %d", counted(unused, "GPU"), gpus)
     workers = {}
-    for i in range(count):
-        env = {light.VARIABLE: "1"} | environment_of_gpu(gpus, i)
+    for i, own in enumerate(environments(settings, gpus)):
+        env = {light.VARIABLE: "1"} | own
         if i < len(standby):
             env[VARIABLE] = standby[i]
         options = {

@@ -20,8 +20,9 @@ import transformers
 
 from batchrun.commands.workloads import Workload
 from batchrun.driver.prepare import prepare
-from batchrun.engine import fp8
+from batchrun.engine import fp8, fp8_model
 from batchrun.engine.choose import BUILT_IN
+from batchrun.engine.experts import expert_layers
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, JobError, ModelError, first_line
 from batchrun.estimate.cost import Observation, Throughput
@@ -46,6 +47,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
         "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "max_position_embeddings": 40960, "tie_word_embeddings": False,
     },
     "tiny": {
         "model_type": "llama", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384,
@@ -254,13 +261,17 @@ def floor_seconds(
     """The least time for a workload: every product once, every key and value read once per new token.
 
     `bytes_per_weight` is for those of the layers, where it differs. What begins every prompt is computed once and,
-    since all rows can read it together, read once per step.
+    since all rows can read it together, read once per step. Of experts, a token is multiplied with its own, and a step
+    reads those that its rows choose, each as often as any other.
     """
     text = config.get_text_config()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
     embedding = model.get_input_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters()) - embedding * (1 if text.tie_word_embeddings else 2)
+    layers = expert_layers(model)
+    experts = sum(p.numel() for layer in layers for p in layer.parameters())
+    chosen = text.num_experts_per_tok / len(layers[0].gate_up_proj) if layers else 1.0
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * kv_heads * head_dim * bytes_per_number
@@ -270,11 +281,14 @@ def floor_seconds(
     attended = (prompts * (workload.common + prompts / 2)).sum() + (
         new * (workload.common + prompts + new / 2)
     ).sum()
-    operations = 2 * body * computed + 2 * embedding * new.sum()
+    operations = 2 * (body - experts + chosen * experts) * computed + 2 * embedding * new.sum()
     operations += 4 * text.num_hidden_layers * text.num_attention_heads * head_dim * attended
     steps = int(new.max())
-    weights = body * (bytes_per_weight or bytes_per_number) + embedding * bytes_per_number
+    layer_bytes = bytes_per_weight or bytes_per_number
+    weights = (body - experts) * layer_bytes + embedding * bytes_per_number
     read = token_bytes * ((new * (prompts + new / 2)).sum() + steps * workload.common) + steps * weights
+    rows_of_steps = len(new) - np.searchsorted(np.sort(new), np.arange(steps), side="right")
+    read += experts * layer_bytes * (1 - (1 - chosen) ** rows_of_steps).sum()
     return float(operations / ceilings.operations + read / ceilings.bytes)
 
 
@@ -284,7 +298,7 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
     with torch.device(spec.device):
         model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
     if spec.quantization:
-        fp8.quantize(model)
+        fp8_model.quantize(model)
     running = pkgutil.resolve_name(BUILT_IN[kind])(spec, model)
     # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
     vocabulary = config.get_text_config().vocab_size

@@ -85,11 +85,7 @@ def _worth(output: Output) -> str:
     committed = output.scan().committed
     rows = sum(rows for rows, there in zip(output.rows, committed, strict=True) if there)
     runs = record.read_all(output.folder)
-    time = duration(sum(run.worker_seconds for run in runs))
+    time = duration(sum(run.gpu_seconds for run in runs))
     prices = [run.cost for run in runs if run.cost is not None]
-    cost = (
-        f", which cost {sum(prices):,.2f} ({time} of workers' time)"
-        if prices
-        else f" ({time} of workers' time)"
-    )
+    cost = f", which cost {sum(prices):,.2f} ({time} of GPUs' time)" if prices else f" ({time} of GPUs' time)"
     return f"{rows:,} answered rows in {int(committed.sum()):,} parts of {output.folder.name}{cost}"

@@ -12,21 +12,23 @@ from rich.bar import Bar
 from rich.console import RenderableType
 from rich.table import Table
 
+from batchrun.cluster.local import environments, unused_gpus
+from batchrun.commands import memory
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.rows import carried_schema
 from batchrun.driver.prepare import Prepared, prepare
 from batchrun.errors import JobError
 from batchrun.estimate.cost import Estimate, Throughput, estimate
-from batchrun.estimate.memory import model_memory
 from batchrun.estimate.order import orders
 from batchrun.estimate.records import device_name, model_key, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
+from batchrun.model.adapter import check_adapter
 from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
 from batchrun.telemetry import agreement
-from batchrun.telemetry.gpu import gpu_now, local_workers, visible_gpus
+from batchrun.telemetry.gpu import local_workers, visible_gpus
 from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 
@@ -34,33 +36,36 @@ SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read
 TRIAL_SAMPLE_SHARE = 0.25  # of a trial's time, for a sample as large as what an engine looks ahead at
 BARS = 12
 BAR_WIDTH = 40
-SUPPOSED_MEMORY = 80 << 30  # bytes of a GPU, where this machine has none
 PROMPT_SHOWN = 400  # characters of a rendered prompt
 
 
 def preview(
     job: Job,
     trial: float | None = None,
-    workers: int | None = None,
+    gpus: int | None = None,
     compare: Literal["fp8"] | None = None,
 ) -> dict[str, Any]:
     """Plans the job, makes prompts of a sample and tells what the rest of it takes; writes nothing into the output.
 
     Args:
         trial: seconds for a trial on the real engine, whose throughput is remembered on this machine.
-        workers: GPUs to estimate for; by default those of the job's cluster or of this machine.
+        gpus: to estimate for, in groups of `engine.gpus`; by default those of the job's cluster or of this machine.
         compare: what weights may be converted to: a second trial is made the other way (with it, or without where the
             job has it), and how far the answers agree is remembered on this machine.
 
     Returns plain values; `estimate` is None where no throughput is known.
 
     Raises:
-        JobError: nothing to compare. Refused: what a run of the job would be refused for.
+        JobError: nothing to compare, or fewer GPUs than an engine takes. Refused: what a run would be refused for.
     """
     if compare is not None and job.answer.is_scored:
         raise JobError("the job generates nothing that could differ", "plan --compare", "leave out --compare")
+    if compare is not None and job.model.adapters is not None:
+        what = f"{compare} does not go with model.adapters"
+        raise JobError(what, "plan --compare", "leave out --compare, or name one of them in model.adapter")
     started = time.monotonic()
     prepared = prepare(job)
+    workers = _workers(prepared, gpus)
     opening = time.monotonic() - started
     rows = ROWS if trial is None else max(ROWS, job.engine.window_rows)
     sampled = sample(prepared, rows, max(SAMPLE_SECONDS, TRIAL_SAMPLE_SHARE * (trial or 0.0)))
@@ -82,6 +87,7 @@ def preview(
         "partitions": len(plan.partitions),
         "largest_partition": max(partition.rows for partition in plan.partitions),
         "columns": _columns(prepared),
+        "levels": None if job.answer.format is None else job.answer.format.levels,
         "plan_hash": plan.hash,
         "skipped": [f"{skipped.path} ({skipped.reason})" for skipped in plan.skipped],
         "context": prepared.codec.engine.max_context,
@@ -94,7 +100,9 @@ def preview(
         "orders": None if (looked := orders(prepared)) is None else looked.to_json(),
         "problems": _problems(sampled, job),
         "prompts": [text[:PROMPT_SHOWN] for text in sampled.texts],
-        "memory": _memory(prepared, sampled),
+        "adapters": _adapters(prepared),
+        "memory": memory.of(job, prepared, sampled),
+        "unused_gpus": _unused(prepared, gpus),
         "estimate": None if known is None else _estimate(known, sampled, left, job, workers).to_json(),
         "comparison": comparison,
     }
@@ -108,12 +116,15 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
         f"largest partition {found['largest_partition']:,} rows; output {found['output']}",
     ]
     shown.append(f"columns: {', '.join(f'{name} ({kind})' for name, kind in found['columns'].items())}")
+    if found["levels"] is not None:
+        shown.append(f"answers: of a recursive schema, nested at most {found['levels']} deep")
     if found["skipped"]:
         shown.append(f"{len(found['skipped'])} unreadable files left out: {', '.join(found['skipped'][:5])}")
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
-    return shown + _memory_lines(found) + _estimate_lines(found) + _comparison_lines(found)
+    shown += [f"adapter {adapter}" for adapter in found["adapters"]]
+    return shown + memory.lines(found["memory"]) + _estimate_lines(found) + _comparison_lines(found)
 
 
 def _columns(prepared: Prepared) -> dict[str, str]:
@@ -125,42 +136,37 @@ def _columns(prepared: Prepared) -> dict[str, str]:
     return {field.name: str(field.type) for field in found}
 
 
-def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
-    """Bytes of weights and of a row's keys and values on a GPU, and how many rows fit, without and with fp8 weights."""
-    job, model = prepared.job, prepared.model
-    found = model_memory(model.path, model.used, job.model.dtype)
-    if found is None or not len(sampled.lengths):
-        return None
-    gpu = gpu_now()
-    tokens = float(sampled.lengths.mean()) + max(sampled.new_tokens)
-    usable = job.engine.memory_fraction * (gpu.memory_total if gpu else SUPPOSED_MEMORY)
-    return {
-        "gpu": gpu.name if gpu else None,
-        "quantization": job.model.quantization,
-        "weights": found.weights,
-        "fp8_weights": found.fp8_weights,
-        "token": found.token,
-        "row_tokens": round(tokens),
-        "rows": found.rows(usable, tokens, fp8=False),
-        "fp8_rows": found.rows(usable, tokens, fp8=True),
-    }
-
-
-def _memory_lines(found: dict[str, Any]) -> list[RenderableType]:
-    memory = found["memory"]
-    if memory is None:
-        return []
-    fp8 = memory["quantization"] == "fp8"
-    ours, theirs = ("fp8_weights", "weights") if fp8 else ("weights", "fp8_weights")
-    rows, other_rows = ("fp8_rows", "rows") if fp8 else ("rows", "fp8_rows")
-    where = memory["gpu"] or f"a GPU of {size(SUPPOSED_MEMORY)}"
-    other = "without model.quantization" if fp8 else "with model.quantization: fp8"
+def _adapters(prepared: Prepared) -> list[str]:
+    """The model's adapters, a line each."""
+    settings, model = prepared.job.model, prepared.model
+    if model.adapter is not None:
+        facts = check_adapter(model.adapter, model)
+        return [f"{settings.adapter}: {facts}, merged into the weights"]
     return [
-        f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory['token'])}; at most about "
-        f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}",
-        f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
-        + ("" if fp8 else "; products take about half as long, answers differ a little"),
+        f"{name}: {check_adapter(folder, model)}, for rows whose {settings.adapter_column} is {name}"
+        for name, folder in model.adapters
     ]
+
+
+def _workers(prepared: Prepared, gpus: int | None) -> int:
+    """Engines on so many GPUs, or on those of the job's cluster or of this machine."""
+    job, each = prepared.job, prepared.gpus
+    if gpus is None:
+        if job.cluster.is_local:
+            environments(job.cluster, each)
+        return local_workers(job.cluster.workers, visible_gpus(), each)
+    if gpus < each:
+        what = f"one engine takes {each} GPUs (engine.gpus)"
+        raise JobError(what, "plan --gpus", f"estimate for {each} or more")
+    return gpus // each
+
+
+def _unused(prepared: Prepared, gpus: int | None) -> int:
+    """GPUs that are too few for one more engine."""
+    if gpus is not None:
+        return gpus % prepared.gpus
+    cluster = prepared.job.cluster
+    return unused_gpus(cluster, prepared.gpus) if cluster.is_local else 0
 
 
 def _tried(
@@ -181,7 +187,7 @@ def _comparison(
     quantization: Literal["fp8"],
     trial: float,
     left: list[Partition],
-    workers: int | None,
+    workers: int,
 ) -> dict[str, Any]:
     """The other way's estimate, from a trial of its own, and how far its answers agree with the job's."""
     from batchrun.estimate.comparison import compare  # it imports torch
@@ -221,9 +227,7 @@ def _left(prepared: Prepared) -> list[Partition]:
     return [partition for partition in plan.partitions if not committed[partition.index]]
 
 
-def _estimate(
-    known: Throughput, sampled: Sample, left: list[Partition], job: Job, workers: int | None
-) -> Estimate:
+def _estimate(known: Throughput, sampled: Sample, left: list[Partition], job: Job, workers: int) -> Estimate:
     rows = sum(partition.rows for partition in left)
     return estimate(
         known,
@@ -231,7 +235,7 @@ def _estimate(
         np.array(sampled.runs, np.int64),
         rows * len(sampled.prompts) / max(1, sampled.rows),
         0 if job.answer.is_scored else job.generation.samples * float(np.mean(sampled.new_tokens or [0])),
-        local_workers(workers or job.cluster.workers, visible_gpus()),
+        workers,
         len(left),
         job.cluster.price_per_gpu_hour,
     )
@@ -349,8 +353,11 @@ def _estimate_lines(found: dict[str, Any]) -> list[RenderableType]:
         else f"about {out['likely']:,.0f} output tokens"
     )
     part = "" if left == found["rows"] else f" for the {left:,} rows that are left"
+    unused = found["unused_gpus"]
+    each = about["gpus_per_worker"]
     return [
         f"how long{part}: {_how_long(about)}",
+        *([f"{counted(unused, 'GPU')} unused: an engine takes {each} (engine.gpus)"] if unused else []),
         f"{tokens}; from {about['source']}; the intervals are meant to hold nine times in ten",
     ]
 
@@ -362,8 +369,9 @@ def _how_long(about: dict[str, Any]) -> str:
         return f"{form(figures['likely'])} ({form(figures['low'])} to {form(figures['high'])})"
 
     money = "" if about["cost"] is None else f", cost {spoken(about['cost'], '{:,.2f}'.format)}"
-    hours = spoken(about["worker_hours"], "{:,.2f}".format)
+    hours = spoken(about["gpu_hours"], "{:,.2f}".format)
+    each = "" if about["gpus_per_worker"] == 1 else f" of {about['gpus_per_worker']} GPUs"
     return (
-        f"{spoken(about['seconds'], duration)} on {counted(about['workers'], 'worker')}, "
+        f"{spoken(about['seconds'], duration)} on {counted(about['workers'], 'worker')}{each}, "
         f"{hours} GPU-hours{money}"
     )

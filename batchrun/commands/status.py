@@ -18,14 +18,15 @@ from batchrun.output.output import Output
 from batchrun.report.summary import error_lines, number, size
 from batchrun.storage import NotFound
 from batchrun.telemetry import record
+from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import RunRecord
 
 READERS = 16  # partitions whose chunks are read at a time
 SHOWN_RUNS = 5
 SHOWN_OF_RUN = (
-    "run", "started", "outcome", "message", "seconds", "workers", "worker_seconds", "worker_time", "cost", "engine",
-    "device", "engine_logs",
+    "run", "started", "outcome", "message", "seconds", "workers", "gpus_per_worker", "worker_seconds", "worker_time",
+    "gpu_seconds", "cost", "engine", "device", "engine_logs",
 )  # fmt: skip
 
 
@@ -99,13 +100,14 @@ def _run_lines(run: RunRecord) -> Iterator[str]:
     cost = "" if run.cost is None else f", cost {run.cost:,.2f}"
     counts = run.counts
     copied = f", {counts.copied:,} copied" if counts.copied else ""
+    generated = counted(counts.rows - counts.copied, "row")
     yield (
-        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {counts.rows - counts.copied:,} rows "
-        f"generated{copied}, {number(rate)} tokens/s, {run.workers:,} workers{cost}"
+        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {generated} "
+        f"generated{copied}, {number(rate)} tokens/s, {counted(run.workers, 'worker')}{run.group}{cost}"
     )
     if run.engine_logs:
         more = f" to {run.engine_logs[-1].rpartition('/')[2]}" if len(run.engine_logs) > 1 else ""
-        yield f"  {len(run.engine_logs)} engines ended by themselves, their last output: {run.engine_logs[0]}{more}"
+        yield f"  {counted(len(run.engine_logs), 'engine')} ended unasked; last output: {run.engine_logs[0]}{more}"
 
 
 def status(job: Job) -> Status:

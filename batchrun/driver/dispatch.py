@@ -74,6 +74,7 @@ class Dispatch:
         retry: Retry | None = None,
     ) -> None:
         self.plan, self.job, self.folder = prepared.plan, prepared.job, prepared.folder
+        self.gpus = prepared.gpus
         self.layout = replace(prepared.layout, generation=0 if retry is None else retry.number)
         self.work = work
         self.order = WorkOrder(
@@ -329,6 +330,7 @@ class Dispatch:
             rows_done=min(self.rows_committed + beats.covered + staged, self.plan.rows),
             counts=beats.total,
             workers=len(workers),
+            gpus_per_worker=self.gpus,
             worker_time=dict(totals.worker_time),
             worker_views=beats.worker_views,
             engines=list(totals.engines.values()),

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from batchrun.engine.standby import Standby
 from batchrun.job.job import Job
-from batchrun.telemetry.gpu import environment_of_gpu, local_workers, visible_gpus
+from batchrun.telemetry.gpu import environment_of_gpus, local_workers, visible_gpus
 
 
 @contextmanager
@@ -21,10 +21,15 @@ def standing_by(job: Job) -> Iterator[Sequence[Standby]]:
     with ExitStack() as processes:
         wanted = sys.platform == "linux" and job.cluster.is_local and ":" not in job.engine.kind
         gpus = visible_gpus() if wanted else []
-        count = local_workers(job.cluster.workers, gpus) if wanted else 0
+        each = job.engine.gpus
+        if each == "auto":
+            # How many GPUs an engine sees is only known with the model, unless there is no choice.
+            each = 1
+            wanted = wanted and len(gpus) < 2
+        count = local_workers(job.cluster.workers, gpus, each) if wanted else 0
         # More workers than GPUs are refused when they are to start.
-        count = min(count, len(gpus)) if gpus else count
+        count = min(count, len(gpus) // each) if gpus else count
         yield [
-            processes.enter_context(Standby(job.engine.kind, environment_of_gpu(gpus, i)))
+            processes.enter_context(Standby(job.engine.kind, environment_of_gpus(gpus, i, each)))
             for i in range(count)
         ]

@@ -18,7 +18,7 @@ class Limits:
     """A run's limits, its deadline fixed when the run starts.
 
     Args:
-        earlier: worker seconds of all earlier runs of this output, which `limits.max_cost` counts too.
+        earlier: GPU seconds of all earlier runs of this output, which `limits.max_cost` counts too.
         count_rows: whether `limits.max_rows` holds; of a retry all rows are done already.
     """
 
@@ -27,7 +27,7 @@ class Limits:
         self.max_cost, self.max_rows = settings.max_cost, settings.max_rows if count_rows else None
         self.price = job.cluster.price_per_gpu_hour or 0.0
         self.earlier = earlier
-        self.worker_seconds = earlier
+        self.gpu_seconds = earlier
         now = datetime.now().astimezone()
         self.deadline = None if settings.deadline is None else parse_deadline(settings.deadline, now)
 
@@ -38,17 +38,17 @@ class Limits:
             Interrupted: a limit is reached; names it and how to go on.
             TooManyFaults: too large a share of the rows failed.
         """
-        self.worker_seconds = self.earlier + now.worker_seconds
+        self.gpu_seconds = self.earlier + now.gpu_seconds
         if now.partitions_done < now.partitions:
             self.check(now.rows_done)
         self._check_faults(now.counts)
 
     def check(self, rows: int) -> None:
         """Raises Interrupted likewise for so many rows of the output that are done."""
-        hours = self.worker_seconds / 3600
+        hours = self.gpu_seconds / 3600
         cost = hours * self.price
         if self.max_cost is not None and cost >= self.max_cost:
-            raise _reached("max_cost", f"{hours:,.2f} worker hours cost {cost:,.2f}", f"{self.max_cost:,}")
+            raise _reached("max_cost", f"{hours:,.2f} GPU hours cost {cost:,.2f}", f"{self.max_cost:,}")
         if self.max_rows is not None and rows >= self.max_rows:
             raise _reached("max_rows", f"{rows:,} rows are done", f"{self.max_rows:,}")
         if self.deadline is not None and datetime.now().astimezone() >= self.deadline:

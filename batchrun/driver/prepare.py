@@ -10,11 +10,13 @@ from functools import cached_property
 from batchrun.dataset.plan import Plan, carried_columns, check_output_names, joined
 from batchrun.dataset.planner import extend, make_plan
 from batchrun.dataset.rows import all_rows
+from batchrun.driver.gpus import settle
 from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
 from batchrun.engine.names import refuse_wrong_name
 from batchrun.errors import InputError, OutputError
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
+from batchrun.model.adapter import check_adapter
 from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder, resolve
 from batchrun.output import failed_rows, identity, plans, retry
@@ -22,6 +24,7 @@ from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.output.output import Output, layout_of, open_folder
 from batchrun.prompt.codec import PromptCodec, open_codec
+from batchrun.prompt.row_settings import row_columns
 from batchrun.prompt.template import leading_columns, prompt_columns
 from batchrun.prompt.tokens import check_sample
 from batchrun.storage import Folder
@@ -49,6 +52,12 @@ class Prepared:
     def plan(self) -> Plan:
         """All plans of the output as one."""
         return joined(self.plans)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one engine; 1 as long as "auto" is not settled."""
+        gpus = self.job.engine.gpus
+        return 1 if gpus == "auto" else gpus
 
     @cached_property
     def codec(self) -> PromptCodec:
@@ -98,8 +107,8 @@ class Prepared:
 
 
 def prepare(job: Job) -> Prepared:
-    """Everything that a run checks before it writes or generates: `look` and `try_prompt`. Raises Refused."""
-    prepared = look(job)
+    """Everything that a run checks before it writes or generates: `look`, `settle` and `try_prompt`. Raises Refused."""
+    prepared = settle(look(job))
     try_prompt(prepared)
     return prepared
 
@@ -181,7 +190,11 @@ def _ordered_before(job: Job) -> Plan | None:
 
 def _plan(job: Job, stored: Sequence[Plan], known: Plan | None) -> list[Plan]:
     """A plan of the input's files, or of those that none of the `stored` ones took."""
-    needed = [*prompt_columns(job.prompt), *job.answer.read_columns, *job.generation.columns.values()]
+    needed = [
+        *prompt_columns(job.prompt),
+        *job.answer.read_columns,
+        *row_columns(job.generation, job.model).values(),
+    ]
     output = job.output
     how = (output.rows_per_part, output.bytes_per_part, output.partition_by, leading_columns(job.prompt))
     if stored:
@@ -209,4 +222,6 @@ def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -
     # Its bytes are hashed beside this, and nobody waits for them yet.
     model = resolve(job.model)
     check_model(model.path)
+    for adapter in model.all_adapters:
+        check_adapter(adapter, model)
     return Prepared(job, plans, known, model, pinned)

@@ -114,6 +114,7 @@ class Recorder:
             seconds=now.seconds,
             counts=now.counts,
             workers=max(last.workers, now.workers),
+            gpus_per_worker=now.gpus_per_worker,
             worker_time=dict(now.worker_time),
             engine=engine.engine if engine else "",
             attention=engine.attention if engine else "",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.gpus import settle
 from batchrun.driver.prepare import prepare_again
 from batchrun.driver.run import finish, result, try_store
 from batchrun.driver.supervise import supervised
@@ -94,6 +95,7 @@ def _retry(
     written = manifest.read(folder)
     if written is None:
         raise OutputError("not complete yet", folder.name, "finish it with `batchrun run` first")
+    prepared = settle(prepared)
     _ = prepared.codec
     milestones.reach("planned")
     try_store(folder)

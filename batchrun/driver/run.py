@@ -17,6 +17,7 @@ from batchrun.counters import Counters
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
+from batchrun.driver.gpus import settle
 from batchrun.driver.limits import Limits
 from batchrun.driver.prepare import Prepared, look, try_prompt
 from batchrun.driver.recorder import observed
@@ -95,6 +96,7 @@ def _run(
         done = _finished(prepared)
     if done is not None:
         return result(prepared, done, milestones)
+    prepared = settle(prepared)
     with Workers(prepared, client, milestones, standby) as workers:
         try_store(prepared.folder)
         if force or not record.is_alive(lease.read(prepared.folder)):
@@ -156,10 +158,10 @@ def _conclude(job: Job, output: Output, dispatch: Dispatch) -> Manifest:
 
 
 def _spent(prepared: Prepared) -> float:
-    """Worker seconds of all earlier runs of the output, which only a limit on their cost asks for."""
+    """GPU seconds of all earlier runs of the output, which only a limit on their cost asks for."""
     if prepared.job.limits.max_cost is None:
         return 0.0
-    return sum(past.worker_seconds for past in record.read_all(prepared.folder))
+    return sum(past.gpu_seconds for past in record.read_all(prepared.folder))
 
 
 def _uncommitted(output: Output) -> dict[int, int]:
@@ -241,6 +243,8 @@ def result(
         empty=done.empty,
         counts=dispatch.totals.counts if dispatch else Counters(),
         engines=list(dispatch.totals.engines.values()) if dispatch else [],
+        gpus_per_engine=prepared.gpus,
+        gpu_seconds=prepared.gpus * sum(dispatch.totals.worker_time.values()) if dispatch else 0.0,
         part_keys=[part.key for part in done.parts],
         storage_options=prepared.job.output.storage_options,
         input_rows=done.rows if done.input_rows is None else done.input_rows,

@@ -51,7 +51,7 @@ class Workers:
     def __enter__(self) -> Self:
         """Raises ClusterError as `refuse_unusable` does."""
         if self._given is None:
-            refuse_unusable(self._prepared.job.cluster)
+            refuse_unusable(self._prepared.job.cluster, self._prepared.gpus)
         return self
 
     def begin(self) -> None:
@@ -84,7 +84,8 @@ class Workers:
 
     def _connect(self) -> Client:
         names = [engine.name for engine in self._standby]
-        client = self._given or self._stack.enter_context(connect(self._prepared.job.cluster, names))
+        prepared = self._prepared
+        client = self._given or self._stack.enter_context(connect(prepared.job.cluster, names, prepared.gpus))
         self._milestones.reach("cluster ready")
         return client
 

@@ -59,12 +59,13 @@ class PaddedBatch:
 
 
 def by_length(requests: Iterable[Request]) -> list[Request]:
-    """Longest first, rows with similar limits together; rows that are equal in both keep their order."""
-    return sorted(requests, key=lambda r: (-_limit_class(r), -_length(r)))
+    """Longest first, rows with similar limits together, and those of an adapter; rows that are equal in all keep
+    their order."""
+    return sorted(requests, key=lambda r: (-_limit_class(r), r.adapter, -_length(r)))
 
 
 def take_batch(waiting: deque[Request], budget: int, equal_lengths: bool = False) -> PaddedBatch:
-    """Takes the next batch off the left of `waiting`: as many rows as fit, and always at least one.
+    """Takes the next batch off the left of `waiting`: as many rows of one adapter as fit, and always at least one.
 
     Args:
         budget: padded tokens, counted with the longest start and the largest limit of the batch.
@@ -77,6 +78,7 @@ def take_batch(waiting: deque[Request], budget: int, equal_lengths: bool = False
         if rows and (
             (rows + 1) * (longest + limit) > budget
             or _limit_class(request) != _limit_class(waiting[0])
+            or request.adapter != waiting[0].adapter
             or (equal_lengths and length != longest)
             or _wastes(length + limit, longest + limit, rows, budget)
         ):

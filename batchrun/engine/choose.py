@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from batchrun.engine.protocol import Engine, EngineSpec
-from batchrun.errors import JobError
+from batchrun.errors import JobError, ModelError
 from batchrun.imports import distributions_on_demand, hidden
 
 # transformers imports them wherever they are installed, for training losses, images and assisted decoding: 1.5 of the
@@ -38,11 +38,12 @@ def preload(kind: str) -> None:
 def load_engine(spec: EngineSpec) -> Engine:
     """Loads the engine that `spec.kind` names: "padded", "paged", "auto" or "module:Class".
 
-    "auto" is the paged engine where it supports the model, the padded one otherwise; `stats.notes` says why.
+    "auto" is the paged engine where it supports the model, the padded one otherwise; `stats.notes` says why. With
+    several `gpus` it is the paged one.
 
     Raises:
         JobError: there is no such class, or it is no engine.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or not onto several GPUs.
     """
     if spec.kind not in ("auto", *BUILT_IN):
         return _load(spec.kind, spec)
@@ -50,10 +51,20 @@ def load_engine(spec: EngineSpec) -> Engine:
     kind, reason = spec.kind, None
     if kind == "auto":
         reason = why_not_paged(spec)
+        if reason and spec.gpus > 1:
+            raise ModelError(
+                f"{spec.gpus} GPUs for one engine need the paged engine, which cannot run it: {reason}",
+                spec.model_path,
+                "set engine.gpus: 1",
+            )
         kind = "padded" if reason else "paged"
     engine = _load(kind, spec)
     if reason:
         engine.stats.notes.append(f"padded engine, since {reason}")
+    if spec.adapter is not None:
+        engine.stats.notes.append(f"the adapter {Path(spec.adapter).name} is merged into the weights")
+    if spec.adapters:
+        engine.stats.notes.append(f"{len(spec.adapters)} adapters, of which each row has its own or none")
     if spec.quantization and spec.device == "cpu":
         engine.stats.notes.append(
             "a CPU has no fp8 products: it multiplies the same numbers in float32, slower than without quantization"
@@ -93,7 +104,7 @@ def compiles_at_every_start() -> bool:
 
 def why_not_paged(spec: EngineSpec) -> str | None:
     """Why "auto" chooses the padded engine for this model and device; None when it chooses the paged one."""
-    if spec.device == "cpu":
+    if spec.device == "cpu" and spec.gpus == 1:
         # Gathering pages costs more than padding there: 2,000 short rows through a model of 2.5 million
         # parameters took 242 s paged and 38 s padded on the same two cores.
         return "it is the faster one on a CPU"

@@ -6,8 +6,6 @@ absolute value of its row to the largest that e4m3 has (Micikevicius et al., FP8
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +15,6 @@ FP8_MAX = torch.finfo(FP8).max
 
 MULTIPLE = 16
 """Features of a layer, in and out, that fp8 products take are a multiple of it."""
-
-ROUTERS = ("gate", "router")
-"""Names that models give to the layer that chooses a token's experts."""
 
 MIN_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with fp8 matrix units (Ada; Hopper is 9.0)."""
@@ -101,28 +96,6 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., out features) of (..., in features)."""
         return fp8_linear(x, self.weight, self.weight_scale, self.bias)
-
-
-def with_fp8_layers(model: nn.Module) -> list[Fp8Linear]:
-    """Puts an Fp8Linear in the place of each linear layer whose sizes allow it, but for the one that gives the logits,
-    whose errors are those of a token's probability, and for routers, which send a token elsewhere at a near tie.
-    Nothing is converted yet."""
-    head = cast(nn.Module | None, model.get_output_embeddings())  # type: ignore[operator]
-    layers = []
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or child is head or name in ROUTERS:
-                continue
-            if child.in_features % MULTIPLE == 0 and child.out_features % MULTIPLE == 0:
-                layers.append(Fp8Linear(child))
-                setattr(module, name, layers[-1])
-    return layers
-
-
-def quantize(model: nn.Module) -> None:
-    """Converts a model in place, layer by layer; none is there twice for longer than it takes."""
-    for layer in with_fp8_layers(model):
-        layer.quantize()
 
 
 def format_of(model: nn.Module) -> str:

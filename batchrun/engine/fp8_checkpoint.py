@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from batchrun.engine.fp8 import FP8, Fp8Linear
+from batchrun.engine.lora import Merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,15 @@ def prepare(model: nn.Module, checkpoint: Fp8Checkpoint) -> None:
         setattr(model.get_submodule(owner), last, layer)
 
 
-def expand_blocks(model: nn.Module, dtype: torch.dtype, convert: bool) -> None:
-    """Makes plain linear layers of those with a scale for each block, one by one; converted to the format that our
-    products take, if wanted, which rounds them once more."""
-    for module in list(model.modules()):
+def expand_blocks(model: nn.Module, dtype: torch.dtype, convert: bool, merge: Merge | None = None) -> None:
+    """Makes plain linear layers of those with a scale for each block, one by one, each with an adapter's product if
+    it has one; converted to the format that our products take, if wanted, which rounds them once more."""
+    for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, _BlockLinear):
                 linear = child.expanded(dtype)
+                if merge is not None:
+                    linear.weight.data = merge.merged(f"{path}.{name}", linear.weight.data).to(dtype)
                 setattr(module, name, _converted(linear) if convert else linear)
 
 

@@ -10,8 +10,11 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows, with_fp8_layers
+from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.fp8_checkpoint import Fp8Checkpoint, expand_blocks, prepare
+from batchrun.engine.fp8_experts import PARAMETERS, Fp8Experts
+from batchrun.engine.fp8_model import with_fp8_layers
+from batchrun.engine.lora import Merge
 
 METHOD = "batchrun-fp8"
 """The name under which transformers finds the quantizer; no checkpoint has it."""
@@ -19,11 +22,12 @@ METHOD = "batchrun-fp8"
 
 @register_quantization_config(METHOD)
 class Fp8Config(QuantizationConfigMixin):
-    """Asks `from_pretrained` for the quantizer below: to read a checkpoint in fp8, to convert weights, or both."""
+    """Asks `from_pretrained` for the quantizer below: to read a checkpoint in fp8, to convert weights, or both. What
+    is converted gets an adapter's product before, since it loses most of one afterwards."""
 
-    def __init__(self, checkpoint: Fp8Checkpoint | None, convert: bool) -> None:
+    def __init__(self, checkpoint: Fp8Checkpoint | None, convert: bool, merge: Merge | None = None) -> None:
         self.quant_method = METHOD
-        self.checkpoint, self.convert = checkpoint, convert
+        self.checkpoint, self.convert, self.merge = checkpoint, convert, merge
 
 
 @register_quantizer(METHOD)
@@ -39,9 +43,11 @@ class Fp8Quantizer(HfQuantizer):
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """Whether the parameter is the weight of an Fp8Linear, and not in fp8 already."""
+        """Whether the parameter is a weight of an Fp8Linear or of Fp8Experts, and not in fp8 already."""
         owner, _dot, name = param_name.rpartition(".")
         layer = model.get_submodule(owner)
+        if isinstance(layer, Fp8Experts):
+            return name in PARAMETERS and getattr(layer, name).dtype != FP8
         return name == "weight" and isinstance(layer, Fp8Linear) and layer.weight.dtype != FP8
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
@@ -50,7 +56,7 @@ class Fp8Quantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What converts one weight."""
-        return _Quantize()
+        return _Quantize(self.quantization_config.merge)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # Some releases of transformers compare no shapes where there is a quantizer.
@@ -61,7 +67,7 @@ class Fp8Quantizer(HfQuantizer):
         # Its layers are as good as any others: nothing else needs to know.
         self.remove_quantization_config(model)
         dtype = model.get_input_embeddings().weight.dtype
-        expand_blocks(model, dtype, self.quantization_config.convert)
+        expand_blocks(model, dtype, self.quantization_config.convert, self.quantization_config.merge)
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -75,10 +81,15 @@ class Fp8Quantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
+    def __init__(self, merge: Merge | None) -> None:
+        self._merge = merge
+
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Tensor]:
         converted = {}
         for name, given in input_dict.items():
             weight = given[0] if isinstance(given, list) else given
             with torch.no_grad():
+                if self._merge is not None:
+                    weight = self._merge.merged(name.removesuffix(".weight"), weight)
                 converted[name], converted[f"{name}_scale"] = quantize_rows(weight)
         return converted

@@ -12,7 +12,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from batchrun.engine.lora import Merge
 from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.row_adapters import attach_adapters
 from batchrun.errors import ModelError
 
 # What transformers, safetensors and torch raise for a folder that they cannot make a model of.
@@ -41,7 +43,8 @@ def load_config(spec: EngineSpec) -> Any:
 def load_model(
     spec: EngineSpec, attention: str | None = None, source: tuple[Any, dict[str, Any]] | None = None
 ) -> Any:
-    """The model for text generation in `spec.model_path`, on `spec.device`, ready for inference.
+    """The model for text generation in `spec.model_path`, on `spec.device`, with `spec.adapter` in its weights and
+    `spec.adapters` beside them, ready for inference.
 
     Args:
         attention: a name that transformers' attention interface knows; by default the best that torch has.
@@ -49,13 +52,15 @@ def load_model(
 
     Raises:
         ModelError: it is no model that generates text, its weights are missing, incomplete or pickled (unless
-            the spec allows that), or it needs remote code (unless the spec allows that).
+            the spec allows that), or it needs remote code (unless the spec allows that); an adapter that is none,
+            or of another model.
         torch.OutOfMemoryError: it does not fit on the device.
     """
     # The progress bars would be all that is left in the short memory of the process's output.
     transformers_logging.disable_progress_bar()
     config, tensors = source or (load_config(spec), None)
-    fp8 = _fp8_config(spec, config)
+    merge = Merge.of(spec.adapter)
+    fp8 = _fp8_config(spec, config, merge)
     auto: Any = (
         transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     )
@@ -90,10 +95,15 @@ def load_model(
         )
     if not model.can_generate():
         raise ModelError(f"{type(model).__name__} cannot generate text", spec.model_path, "use another model")
-    return model.to(spec.device).eval()
+    model = model.to(spec.device).eval()
+    if merge is not None:
+        merge.into(model)
+    if spec.adapters:
+        attach_adapters(model, spec.adapters)
+    return model
 
 
-def _fp8_config(spec: EngineSpec, config: Any) -> Any:
+def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None) -> Any:
     """Makes transformers convert the weights to fp8 while it reads them, or read those of a checkpoint in fp8.
 
     None where nothing is in fp8. Raises ModelError where that cannot be.
@@ -120,7 +130,7 @@ def _fp8_config(spec: EngineSpec, config: Any) -> Any:
         raise ModelError("only causal language models are converted to fp8", where, fix)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the checkpoint is quantized already, in another way", where, fix)
-    return Fp8Config(checkpoint, convert=spec.quantization is not None)
+    return Fp8Config(checkpoint, spec.quantization is not None, merge)
 
 
 def choose_dtype(spec: EngineSpec, config: Any) -> torch.dtype:

@@ -17,10 +17,12 @@ from transformers import GenerationConfig
 
 from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.batching import PaddedBatch, by_length, take_batch
+from batchrun.engine.experts import use_grouped_experts
 from batchrun.engine.fp8 import format_of
 from batchrun.engine.loading import choose_dtype, load_config, load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, EngineStats, Request, TokenValues
+from batchrun.engine.row_adapters import TokenAdapters
 from batchrun.engine.scoring import ScoringHead, score_completion
 from batchrun.engine.steps import BatchState, logits_processors
 from batchrun.engine.stopping import StopStrings
@@ -47,6 +49,8 @@ class PaddedEngine:
     def __init__(
         self, spec: EngineSpec, model: Any, order: Callable[[Iterable[Request]], list[Request]] = by_length
     ) -> None:
+        if model.device.type == "cuda":
+            use_grouped_experts(model)
         self.spec = spec
         self.model = model
         self.order = order
@@ -64,6 +68,7 @@ class PaddedEngine:
         self._values_of_tokens = ValuesOfTokens(spec.sampling)
         self._answer_mask = AnswerMask.of(spec, model)
         self._scoring = ScoringHead(model)
+        self._adapters = TokenAdapters.of(model)
         self._left = not model.config.is_encoder_decoder
         # The model's own generation config would add what the job did not ask for: beams, penalties, lengths.
         own = model.generation_config
@@ -169,6 +174,8 @@ class PaddedEngine:
         """Start and answer of each row, int64 (rows, width + steps)."""
         ids, mask = (tensor.to(self.spec.device) for tensor in batch.rectangle(self._left))
         masked = {"attention_mask": mask} if self._takes_mask else {}
+        if self._adapters is not None:
+            self._adapters.tokens = torch.full_like(self._adapters.tokens, batch.requests[0].adapter)
         with torch.inference_mode():
             return self.model.generate(
                 ids,

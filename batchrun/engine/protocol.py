@@ -62,6 +62,7 @@ class Request:
     Once `cancelled` is set the engine lets go of the row within a second or so: `so_far` completes it.
     An engine may set `waiting` while it has not begun with a row that it has pulled: as long as it does, the row can be
     recalled for another engine.
+    `adapter` is the row's among `EngineSpec.adapters`, counted from 1; 0 is none.
     `answer_state` is where its answer begins in the tables that answers are kept to, None at their `start`.
     With `scored` nothing is generated, and `max_new_tokens` is 1: the completion has the scored tokens, their log
     probabilities as the values "logprobs", and ends with "stop".
@@ -79,6 +80,7 @@ class Request:
     sampling: RowSampling | None = None
     scored: Scored | None = None
     answer_state: int | None = None
+    adapter: int = 0
 
     @property
     def start(self) -> TokenIds:
@@ -167,8 +169,10 @@ class EngineSpec:
     the padding token alone). `stop_token_ids` end a row; empty means that only the length does. `max_context` is
     the largest prompt + new tokens of any request. `options` holds the budgets that only one kind of engine reads.
     `answers` are the tables that every answer keeps to, stop tokens included; None leaves answers free.
-    `quantization` is what the weights are converted to, "fp8" or None. `gpus` are how many the model is divided over,
-    all that the process sees; on a CPU, as many processes.
+    `quantization` is what the weights are converted to, "fp8" or None. `adapter` is the folder of a LoRA adapter, as
+    PEFT saves it, that is merged into them; `adapters` are those of adapters that requests name. `gpus` is the tensor
+    parallel size: rank i has the i-th device that CUDA_VISIBLE_DEVICES shows the engine's process, or is a process on
+    the CPU.
     """
 
     kind: str
@@ -184,6 +188,8 @@ class EngineSpec:
     options: dict[str, object] = field(default_factory=dict)
     answers: TokenTables | None = None
     quantization: str | None = None
+    adapter: str | None = None
+    adapters: tuple[str, ...] = ()
     gpus: int = 1
 
 

@@ -30,8 +30,8 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 @dataclass(frozen=True, slots=True)
 class RequestPack:
     """Requests of one stream, the first at `first_place`; token ids end to end, those of a prompt that is the one
-    before (another sample) left out, with length 0; `generated`, `sampling`, `scored` and `answer_states` by index,
-    being rare: what is the same for many requests crosses once."""
+    before (another sample) left out, with length 0; `generated`, `sampling`, `scored`, `answer_states` and `adapters`
+    by index, being rare: what is the same for many requests crosses once."""
 
     stream: int
     first_place: int
@@ -43,6 +43,7 @@ class RequestPack:
     sampling: dict[int, RowSampling] = field(default_factory=dict)
     scored: dict[int, Scored] = field(default_factory=dict)
     answer_states: dict[int, int] = field(default_factory=dict)
+    adapters: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def pack(cls, stream: int, first_place: int, requests: Sequence[Request]) -> RequestPack:
@@ -62,6 +63,7 @@ class RequestPack:
             {i: one.sampling for i, one in enumerate(requests) if one.sampling},
             {i: one.scored for i, one in enumerate(requests) if one.scored is not None},
             {i: one.answer_state for i, one in enumerate(requests) if one.answer_state is not None},
+            {i: one.adapter for i, one in enumerate(requests) if one.adapter},
         )
 
     def unpack(self) -> Iterator[Request]:
@@ -77,6 +79,7 @@ class RequestPack:
             yield Request(
                 number + i, ids, limit, seed, generated, stream=self.stream, values=values,
                 sampling=self.sampling.get(i), scored=self.scored.get(i), answer_state=self.answer_states.get(i),
+                adapter=self.adapters.get(i, 0),
             )  # fmt: skip
             start += length
 

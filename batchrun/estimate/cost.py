@@ -41,6 +41,7 @@ class Throughput:
 
     `own_rows` is true where the observations are of rows of the very job, so that its output lengths are known;
     `start_seconds` is from the start of a run to the first row that is generated, 0 where nothing is known of it.
+    `gpus` are those of the engine.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Throughput:
     observations: list[Observation]
     own_rows: bool
     start_seconds: float = 0.0
+    gpus: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +72,25 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What the rest of a job takes: `seconds` of wall time on so many workers, hours of all of them, and money.
+    """What the rest of a job takes: `seconds` of wall time on so many workers, each with `gpus_per_worker`, hours of
+    them and of their GPUs, and money.
 
     `output_bound` tells that the answers' lengths are not known and every one was taken as long as it may be.
     """
 
     workers: int
+    gpus_per_worker: int
     seconds: Range
     worker_hours: Range
     cost: Range | None
     output_tokens: Range
     output_bound: bool
     source: str
+
+    @property
+    def gpu_hours(self) -> Range:
+        """Hours of all workers' GPUs."""
+        return self.worker_hours.times(self.gpus_per_worker)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, six digits of each."""
@@ -93,8 +102,10 @@ class Estimate:
 
         return {
             "workers": self.workers,
+            "gpus_per_worker": self.gpus_per_worker,
             "seconds": plain(self.seconds),
             "worker_hours": plain(self.worker_hours),
+            "gpu_hours": plain(self.gpu_hours),
             "cost": plain(self.cost),
             "output_tokens": plain(self.output_tokens),
             "output_bound": self.output_bound,
@@ -159,9 +170,10 @@ def estimate(
     hours = seconds.times(workers / 3600)
     return Estimate(
         workers=workers,
+        gpus_per_worker=known.gpus,
         seconds=seconds,
         worker_hours=hours,
-        cost=None if price is None else hours.times(price),
+        cost=None if price is None else hours.times(known.gpus * price),
         output_tokens=_range(outputs),
         output_bound=not known.own_rows,
         source=known.source,

@@ -123,13 +123,18 @@ def _from_runs(prepared: Prepared) -> Throughput | None:
     seen: list[Observation] = []
     rows, start = 0, 0.0
     for run in record.read_all(prepared.folder):
+        # One engine on more GPUs is another one, by its speed.
+        if run.gpus_per_worker != prepared.gpus:
+            continue
         stretches, began = _stretches(run)
         if stretches:
             seen += stretches
             rows, start = rows + run.counts.rows, began
     if not seen:
         return None
-    return Throughput(f"earlier runs into this output, {rows:,} rows", "", "", seen, True, start)
+    return Throughput(
+        f"earlier runs into this output, {rows:,} rows", "", "", seen, True, start, prepared.gpus
+    )
 
 
 def _stretches(run: RunRecord) -> tuple[list[Observation], float]:
@@ -159,7 +164,7 @@ def _from_cache(prepared: Prepared, mean_prompt: float) -> Throughput | None:
     found = [
         one
         for one in _remembered(model_key(prepared))
-        if one.known.device == device
+        if (one.known.device, one.known.gpus) == (device, prepared.gpus)
         and _same_engine(kind, one.kind, one.known.engine)
         and one.serves(job_hash, mean_prompt)
     ]
@@ -196,7 +201,9 @@ def _read(path: Path, fingerprint: str) -> _Measured | None:
             return None
         seen = [Observation(**o) for o in values["observations"]]
         names = ("source", "engine", "device", "own_rows", "start_seconds")
-        known = Throughput(observations=seen, **{name: values[name] for name in names})
+        known = Throughput(
+            observations=seen, **{name: values[name] for name in names}, gpus=values.get("gpus", 1)
+        )
         # The first files had no time of their own.
         when = float(values.get("when", path.stat().st_mtime))
         return _Measured(values["kind"], values["job_hash"], when, known)
@@ -215,7 +222,8 @@ def _folder() -> Path:
 
 def _place(fingerprint: str, job_hash: str | None, known: Throughput) -> Path:
     kind = "trial" if known.own_rows else "bench"
-    like = stable_hash([known.device, known.engine, __version__, job_hash])[:16]
+    device = known.device if known.gpus == 1 else f"{known.gpus} x {known.device}"
+    like = stable_hash([device, known.engine, __version__, job_hash])[:16]
     return _folder() / f"{fingerprint[:16]}-{kind}-{like}.json"
 
 

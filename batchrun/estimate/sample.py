@@ -62,15 +62,15 @@ class Sample:
 
     @property
     def duplicates(self) -> int:
-        """Prompts that are the same, token by token, as an earlier one of the sample."""
-        return len(self.prompts) - len({prompt.tobytes() for prompt in self.prompts})
+        """Prompts that are the same, token by token and for the same adapter, as an earlier one of the sample."""
+        return len(self.built) - len({(one.adapter, one.token_ids.tobytes()) for one in self.built})
 
     @property
     def shared_prefix(self) -> float:
         """The share of prompt tokens that only repeat how another sampled prompt begins."""
-        ordered = sorted(prompt.tolist() for prompt in self.prompts)
-        shared = sum(_common(a, b) for a, b in pairwise(ordered))
-        return shared / max(1, sum(map(len, ordered)))
+        ordered = sorted((prompt.adapter, prompt.token_ids.tolist()) for prompt in self.built)
+        shared = sum(_common(a, b) for (mine, a), (its, b) in pairwise(ordered) if mine == its)
+        return shared / max(1, sum(len(tokens) for _, tokens in ordered))
 
     def examples(self) -> dict[str, tuple[int, str]]:
         """By error code: how many sampled rows have it, and one message."""

@@ -59,7 +59,9 @@ def trial(
     finally:
         engine.stop()
     source = f"a trial of {sum(o.rows for o in observations):,.0f} rows in {time.monotonic() - loaded:.0f} s"
-    return Throughput(source, stats.engine, stats.device, observations, True, start_seconds), endings
+    return Throughput(
+        source, stats.engine, stats.device, observations, True, start_seconds, prepared.gpus
+    ), endings
 
 
 def requests_of(sampled: Sample, spec: EngineSpec, samples: int) -> list[Request]:
@@ -69,7 +71,7 @@ def requests_of(sampled: Sample, spec: EngineSpec, samples: int) -> list[Request
     for i, (prompt, limit) in enumerate(zip(sampled.built, sampled.new_tokens, strict=True)):
         if prompt.behind is not None:
             first = replace(prompt.behind, requests=prompt.behind.requests[:1])
-            found += scored_requests(prompt.token_ids, first, i, [i])
+            found += scored_requests(prompt.token_ids, first, i, [i], prompt.adapter)
             continue
         found += [
             request_of(i * samples + sample, prompt, i, limit, spec, sample) for sample in range(samples)

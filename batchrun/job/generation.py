@@ -67,15 +67,21 @@ class StopFromColumn(FromColumn):
     default: Stop = Field(default_factory=list, description="of rows with a null")
 
 
+# Those settings that may be a column's.
+_FROM_COLUMNS = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
+
+
 @dataclass(frozen=True, slots=True)
 class RowSettings:
-    """What a row may have to itself of how its answer is generated."""
+    """What a row may have to itself of how its answer is generated. `adapter` counts those of the model from 1, 0 is
+    none."""
 
     max_new_tokens: int
     temperature: float
     top_p: float
     seed: int
     stop: tuple[str, ...]
+    adapter: int = 0
 
 
 class GenerationSettings(Settings):
@@ -123,12 +129,12 @@ class GenerationSettings(Settings):
     @property
     def columns(self) -> dict[str, str]:
         """The settings that are a column's, each with its column."""
-        given = ((name, getattr(self, name)) for name in RowSettings.__dataclass_fields__)
+        given = ((name, getattr(self, name)) for name in _FROM_COLUMNS)
         return {name: value.column for name, value in given if isinstance(value, FromColumn)}
 
     @property
     def defaults(self) -> RowSettings:
         """What holds for rows without settings of their own."""
-        given = ((name, getattr(self, name)) for name in RowSettings.__dataclass_fields__)
+        given = ((name, getattr(self, name)) for name in _FROM_COLUMNS)
         values = {name: value.default if isinstance(value, FromColumn) else value for name, value in given}
         return RowSettings(**{**values, "stop": tuple(values["stop"])})

@@ -134,7 +134,7 @@ class Job(Settings):
     @model_validator(mode="after")
     def _no_secret_in_a_url(self) -> Self:
         places = {"input.path": self.input.paths, "output.path": [self.output.path]}
-        places["model"] = [self.model.name, self.model.tokenizer or ""]
+        places["model"] = list(self.model.places)
         for name, urls in places.items():
             if any(_SECRET_IN_URL.search(url) for url in urls):
                 raise ValueError(
@@ -162,7 +162,7 @@ class Job(Settings):
             raise JobError(what, str(path), "give a YAML file, saved as UTF-8") from None
         job = cls.parse(text, overrides, where=str(path), base=path.resolve().parent)
         job._file = path.resolve()
-        for url in (*job.input.paths, job.output.path, job.model.name, job.model.tokenizer or ""):
+        for url in (*job.input.paths, job.output.path, *job.model.places):
             refuse_unknown(url, JobError)
         return job
 
@@ -188,12 +188,14 @@ class Job(Settings):
 
     def _resolve(self, base: Path) -> Job:
         paths = [_absolute(p, base) for p in self.input.paths]
-        model = self.model.name
-        if (base / model).is_dir():
-            model = str(base / model)
-        tokenizer = self.model.tokenizer
-        if tokenizer is not None and (base / tokenizer).is_dir():
-            tokenizer = str(base / tokenizer)
+        model: dict[str, Any] = {
+            name: str(base / place)
+            for name in ("name", "tokenizer", "adapter")
+            if (place := getattr(self.model, name)) is not None and (base / place).is_dir()
+        }
+        if self.model.adapters is not None:
+            places = self.model.adapters.items()
+            model["adapters"] = {n: str(base / p) if (base / p).is_dir() else p for n, p in places}
         answer = self.answer
         if isinstance(answer.schema_, str):
             answer = answer.model_copy(update={"schema_": load_schema(answer.schema_, base)})
@@ -206,7 +208,7 @@ class Job(Settings):
                 "answer": answer,
                 "cluster": cluster,
                 "input": self.input.model_copy(update={"path": paths if len(paths) > 1 else paths[0]}),
-                "model": self.model.model_copy(update={"name": model, "tokenizer": tokenizer}),
+                "model": self.model.model_copy(update=model),
                 "output": self.output.model_copy(update={"path": _absolute(self.output.path, base)}),
             }
         )
@@ -235,6 +237,8 @@ class Job(Settings):
         model = {"revision", "dtype"}
         if self.model.quantization is not None:
             model.add("quantization")
+        if self.model.adapter_column is not None:
+            model.add("adapter_column")
         if self.output.row_column is not None:
             # Only where it is set: outputs from before it was there keep their identity.
             output.add("row_column")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import datetime
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -78,6 +78,20 @@ class ModelSettings(Settings):
     name: str = Field(min_length=1, description="hub id, local folder, or fsspec URL of a folder")
     revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
     tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
+    adapter: str | None = Field(
+        None,
+        description="a LoRA adapter as peft saves it, merged into the weights while they are loaded: a hub id, local "
+        "folder, or fsspec URL of a folder",
+    )
+    adapters: dict[str, str] | None = Field(
+        None,
+        description="LoRA adapters by names of yours, of which each row has the one that adapter_column names",
+    )
+    adapter_column: str | None = Field(
+        None,
+        description="a column with the name of each row's adapter; null is the model without one, another name than "
+        "those of adapters the row's error INVALID_SETTING",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights; auto is float32 on a CPU, half precision on a GPU"
     )
@@ -92,6 +106,24 @@ class ModelSettings(Settings):
         default_factory=dict, repr=False, description="fsspec's options for the model; never written anywhere"
     )
 
+    @model_validator(mode="after")
+    def _adapters_of_rows(self) -> Self:
+        if (self.adapters is None) != (self.adapter_column is None):
+            raise ValueError("adapters and adapter_column go together: give both, or adapter for all rows")
+        if self.adapters is not None and not self.adapters:
+            raise ValueError("adapters: give at least one, as name: folder")
+        if self.adapters is not None and self.adapter is not None:
+            raise ValueError("give adapter for all rows, or adapters and adapter_column")
+        if self.adapters is not None and self.quantization is not None:
+            raise ValueError("quantization goes with adapter, and not with adapters of rows: leave one out")
+        return self
+
+    @property
+    def places(self) -> list[str]:
+        """Where its files are: hub ids, paths and URLs."""
+        places = (self.name, self.tokenizer, self.adapter, *(self.adapters or {}).values())
+        return [place for place in places if place is not None]
+
     @property
     def title(self) -> str:
         """What a person calls it: a hub id as it is, of a path its last part."""
@@ -103,6 +135,11 @@ class EngineSettings(Settings):
     """Which engine, and its budgets; none of them decides an answer."""
 
     kind: str = Field("auto", description="auto, padded, paged, or module:Class of an engine of your own")
+    gpus: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="paged: GPUs that share one engine (tensor parallel size); auto is the smallest power of two at "
+        "which the weights and the keys and values of 64 rows fit",
+    )
     batch_tokens: int | None = Field(
         None, ge=1, description="padded: prompt + new tokens of one batch, padding included"
     )
@@ -123,6 +160,19 @@ class EngineSettings(Settings):
             raise ValueError("use auto, padded, paged, or module:Class")
         return kind
 
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _some_gpus(cls, gpus: Any) -> Any:
+        if gpus != "auto" and (type(gpus) is not int or gpus < 1):
+            raise ValueError("give a number of GPUs, 1 or more, or auto")
+        return gpus
+
+    @model_validator(mode="after")
+    def _paged_on_several_gpus(self) -> Self:
+        if self.kind == "padded" and self.gpus not in (1, "auto"):
+            raise ValueError("the padded engine runs on one GPU: leave gpus out, or use kind: paged")
+        return self
+
 
 class TlsSettings(Settings):
     """The certificates of a scheduler at a tls:// address."""
@@ -140,12 +190,16 @@ class ClusterSettings(Settings):
         None, description="for a tls:// address; Dask's own configuration by default"
     )
     workers: int | None = Field(
-        None, ge=1, description="how many; one per GPU of this machine, or one, by default"
+        None,
+        ge=1,
+        description="how many; by default one for each engine.gpus GPUs of this machine, or one",
     )
     slots: int = Field(2, ge=1, description="partitions at once on a worker")
     memory_limit: str = Field("auto", description="of one local worker, in Dask's form")
     price_per_gpu_hour: float | None = Field(
-        None, ge=0, description="what an hour of one worker (one GPU) costs, in any currency"
+        None,
+        ge=0,
+        description="what an hour of one GPU costs, in any currency; a worker has engine.gpus of them",
     )
     metrics_port: int | str | None = Field(
         None,
@@ -235,8 +289,8 @@ class LimitSettings(Settings):
     max_cost: float | None = Field(
         None,
         gt=0,
-        description="stop, resumable, once all runs of this output together have cost so much: hours of workers "
-        "times cluster.price_per_gpu_hour",
+        description="stop, resumable, once all runs of this output together have cost so much: GPU hours times "
+        "cluster.price_per_gpu_hour",
     )
     deadline: str | None = Field(
         None,

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec
 
 from batchrun.dataset.location import version_of
+from batchrun.engine.lora_config import CONFIG, WEIGHTS
 from batchrun.errors import ModelError, first_line, one_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings
@@ -30,6 +31,7 @@ _SAFE_WEIGHTS = ("*.safetensors",)
 _PLAIN = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CODE = ("*.py",)
+_ADAPTER = (CONFIG, WEIGHTS)
 # One of these has every tokenizer.
 _VOCABULARIES = (
     "*.tiktoken",
@@ -49,13 +51,17 @@ _CONTEXT_KEYS = (
     "seq_length",
     "n_ctx",
 )
+# What a folder is read for.
+Part = Literal["model", "tokenizer", "adapter"]
+
 # Some configurations write "no limit" as a huge number.
 _UNBOUNDED = 1 << 30
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on the local disk, and its tokenizer's folder, which may be the same.
+    """A model on the local disk, its tokenizer's folder, which may be the same, and those of LoRA adapters for it: one
+    for all rows, or several with their names.
 
     `used` and `tokenizer_used` are the names of the files in them that loading reads.
     """
@@ -64,10 +70,18 @@ class ModelFolder:
     tokenizer_path: str
     used: tuple[str, ...] = ()
     tokenizer_used: tuple[str, ...] = ()
+    adapter: str | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def all_adapters(self) -> list[str]:
+        """The folders of adapters, whatever they are for."""
+        return [*([] if self.adapter is None else [self.adapter]), *(folder for _, folder in self.adapters)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hex hash of all that the model's files and its tokenizer's hold. Waits for `fingerprint_meanwhile`.
+        """A hex hash of all that the files of the model, its tokenizer and its adapters hold. Waits for
+        `fingerprint_meanwhile`.
 
         Raises:
             ModelError: a file cannot be read.
@@ -95,23 +109,31 @@ class ModelFolder:
         return self._joined(of(self.path, self.used), of)
 
     def _joined(self, model: str, of: Callable[[str, Sequence[str]], str]) -> str:
-        if self.tokenizer_path == self.path:
-            return model
-        return stable_hash([model, of(self.tokenizer_path, self.tokenizer_used)])
+        parts: list[Any] = [model]
+        if self.tokenizer_path != self.path:
+            parts.append(of(self.tokenizer_path, self.tokenizer_used))
+        if self.adapter is not None:
+            parts.append({"adapter": fingerprint(self.adapter, _ADAPTER)})
+        if self.adapters:
+            parts.append({"adapters": {name: fingerprint(path, _ADAPTER) for name, path in self.adapters}})
+        return model if len(parts) == 1 else stable_hash(parts)
 
 
 def resolve(settings: ModelSettings) -> ModelFolder:
-    """Finds the model and its tokenizer, from the hub or an fsspec URL once into a cache, and looks at the
-    files.
+    """Finds the model, its tokenizer and adapters, from the hub or an fsspec URL once into a cache, and looks at
+    the files.
 
     Raises:
         ModelError: nothing is there; config.json or the weights are missing; it brings code of its own or
             pickled weights that the job does not allow.
     """
-    path = _local_folder(settings.name, settings, weights=True)
-    tokenizer_path = path
+    path = _local_folder(settings.name, settings, "model")
+    tokenizer_path, adapter = path, None
     if settings.tokenizer is not None:
-        tokenizer_path = _local_folder(settings.tokenizer, settings, weights=False)
+        tokenizer_path = _local_folder(settings.tokenizer, settings, "tokenizer")
+    if settings.adapter is not None:
+        adapter = _adapter_folder(settings.adapter, settings)
+    adapters = [(name, _adapter_folder(place, settings)) for name, place in (settings.adapters or {}).items()]
     _refuse_missing_config(path, settings)
     for folder in dict.fromkeys((path, tokenizer_path)):
         _refuse_remote_code(folder, settings)
@@ -119,8 +141,10 @@ def resolve(settings: ModelSettings) -> ModelFolder:
     model = ModelFolder(
         path,
         tokenizer_path,
-        tuple(_used_files(os.listdir(path), settings, weights=True)),
-        tuple(_used_files(os.listdir(tokenizer_path), settings, weights=False)),
+        tuple(_used_files(os.listdir(path), settings, "model")),
+        tuple(_used_files(os.listdir(tokenizer_path), settings, "tokenizer")),
+        adapter,
+        tuple(adapters),
     )
     model.fingerprint_meanwhile()
     return model
@@ -186,23 +210,29 @@ def stop_token_ids(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> t
     return tuple(sorted(ids))
 
 
-def _local_folder(name: str, settings: ModelSettings, weights: bool) -> str:
+def _local_folder(name: str, settings: ModelSettings, part: Part) -> str:
     local = os.path.expanduser(name.removeprefix("file://"))
     if os.path.isdir(local):
         return os.path.abspath(local)
     if "://" in name and not name.startswith("file://"):
-        return _downloaded(name, settings, weights)
+        return _downloaded(name, settings, part)
     if name.startswith((".", "~")) or os.path.isabs(local) or name.count("/") > 1:
         what = "a file, not a model's folder" if os.path.isfile(local) else "no such folder"
         raise ModelError(what, name, "give a model's folder, a hub id, or an fsspec URL")
-    return _from_hub(name, settings, weights)
+    return _from_hub(name, settings, part)
 
 
-def _from_hub(name: str, settings: ModelSettings, weights: bool) -> str:
+def _adapter_folder(name: str, settings: ModelSettings) -> str:
+    folder = _local_folder(name, settings, "adapter")
+    _refuse_incomplete_adapter(folder, name)
+    return folder
+
+
+def _from_hub(name: str, settings: ModelSettings, part: Part) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = _patterns(settings, weights)
+    patterns = _patterns(settings, part)
     # The model's revision says nothing about a tokenizer from another repository.
     revision = settings.revision if name == settings.name else None
 
@@ -214,7 +244,7 @@ def _from_hub(name: str, settings: ModelSettings, weights: bool) -> str:
 
     try:
         path = snapshot(patterns)
-        if weights and settings.allow_pickle and not _chosen(os.listdir(path), _SAFE_WEIGHTS):
+        if part == "model" and settings.allow_pickle and not _chosen(os.listdir(path), _SAFE_WEIGHTS):
             snapshot(_PICKLED)
     except LocalEntryNotFoundError:
         raise ModelError(
@@ -235,7 +265,7 @@ def _from_hub(name: str, settings: ModelSettings, weights: bool) -> str:
     return path
 
 
-def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
+def _downloaded(url: str, settings: ModelSettings, part: Part) -> str:
     """The local copy of a folder behind an fsspec URL, named after its listing: a changed folder is another
     copy.
 
@@ -247,14 +277,15 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
         fs.invalidate_cache(root)
         listing = deadline.within(
             deadline.UNSIZED,
-            lambda: _listing(fs, root, settings, weights) if fs.isdir(root) else {},
+            lambda: _listing(fs, root, settings, part) if fs.isdir(root) else {},
         )
     except Exception as error:  # every store's client has errors of its own
         raise ModelError(
             f"cannot be listed ({type(error).__name__}: {error})", url, "check path and access"
         ) from None
     if not listing:
-        raise ModelError("no model's folder is there", url, "give the URL of a folder with config.json in it")
+        what, file = ("adapter", CONFIG) if part == "adapter" else ("model", "config.json")
+        raise ModelError(f"no {what}'s folder is there", url, f"give the URL of a folder with {file} in it")
     versions = [[name, info["size"], version_of(info)] for name, info in listing.items()]
     cache = cache_folder() / "models"
     target = cache / stable_hash([url.rstrip("/"), versions])[:32]
@@ -282,24 +313,27 @@ def _downloaded(url: str, settings: ModelSettings, weights: bool) -> str:
 
 
 def _listing(
-    fs: fsspec.AbstractFileSystem, root: str, settings: ModelSettings, weights: bool
+    fs: fsspec.AbstractFileSystem, root: str, settings: ModelSettings, part: Part
 ) -> dict[str, Mapping[str, Any]]:
     entries = {info["name"].rstrip("/").rpartition("/")[2]: info for info in fs.ls(root, detail=True)}
     files = {name: info for name, info in entries.items() if info["type"] == "file"}
-    return {name: files[name] for name in _used_files(list(files), settings, weights)}
+    return {name: files[name] for name in _used_files(list(files), settings, part)}
 
 
-def _used_files(names: Sequence[str], settings: ModelSettings, weights: bool) -> list[str]:
+def _used_files(names: Sequence[str], settings: ModelSettings, part: Part) -> list[str]:
     """Those of a folder's files that loading reads, sorted; pickled weights only where there are no safe
     ones."""
-    patterns = _patterns(settings, weights)
-    if weights and settings.allow_pickle and not _chosen(names, _SAFE_WEIGHTS):
+    patterns = _patterns(settings, part)
+    if part == "model" and settings.allow_pickle and not _chosen(names, _SAFE_WEIGHTS):
         patterns += _PICKLED
     return sorted(_chosen(names, patterns))
 
 
-def _patterns(settings: ModelSettings, weights: bool) -> tuple[str, ...]:
-    return _PLAIN + (_SAFE_WEIGHTS if weights else ()) + (_CODE if settings.trust_remote_code else ())
+def _patterns(settings: ModelSettings, part: Part) -> tuple[str, ...]:
+    if part == "adapter":
+        return _ADAPTER
+    weights = _SAFE_WEIGHTS if part == "model" else ()
+    return _PLAIN + weights + (_CODE if settings.trust_remote_code else ())
 
 
 def _chosen(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -311,6 +345,18 @@ def _refuse_missing_config(path: str, settings: ModelSettings) -> None:
         raise ModelError(
             "no config.json in the model's folder", settings.name, "give a folder in transformers' layout"
         )
+
+
+def _refuse_incomplete_adapter(path: str, name: str) -> None:
+    held = os.listdir(path) if os.path.isdir(path) else []
+    fix = "give the folder that peft's save_pretrained wrote"
+    if CONFIG not in held:
+        raise ModelError(f"no {CONFIG} in the adapter's folder", name, fix)
+    if WEIGHTS not in held:
+        if pickled := ", ".join(sorted(_chosen(held, _PICKLED))):
+            fix = "save the adapter again with peft, which writes safetensors"
+            raise ModelError(f"its only weights are pickled, which can run code ({pickled})", name, fix)
+        raise ModelError(f"no {WEIGHTS} in the adapter's folder", name, fix)
 
 
 def _refuse_remote_code(path: str, settings: ModelSettings) -> None:

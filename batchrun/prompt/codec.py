@@ -18,7 +18,7 @@ from batchrun.model.light import without_warnings
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.reasoning import Reasoning, find_reasoning
-from batchrun.prompt.row_settings import RowSettingsReader
+from batchrun.prompt.row_settings import RowSettingsReader, row_columns
 from batchrun.prompt.scoring import ChoiceScoring, ColumnChoices, ColumnScoring, Scoring
 from batchrun.prompt.tokens import Prompt, PromptBuilder, unguarded
 from batchrun.structured.answer_format import AnswerFormat
@@ -49,7 +49,7 @@ def request_of(
     row_seed = seeds.of_sample(row_seed, sample)
     request = Request(number, prompt.token_ids, max_new_tokens, row_seed)
     if own is not None:
-        request.max_new_tokens = own.max_new_tokens
+        request.max_new_tokens, request.adapter = own.max_new_tokens, own.adapter
         request.row_seed = seeds.of_seed(row_seed, own.seed, sampling.seed)
         if sampling.by_row:
             request.sampling = RowSampling(own.temperature, own.top_p, own.stop)
@@ -77,7 +77,8 @@ def open_codec(job: Job, model: ModelFolder, schema: pa.Schema) -> PromptCodec:
         reasoning = find_reasoning(job.answer.reasoning_markers, tokenizer, detokenizer)
         if answers is not None:
             reasoning = _before_answers(reasoning, answers, model.tokenizer_path)
-    own = RowSettingsReader(job.generation, schema, context) if job.generation.columns else None
+    has_own = bool(row_columns(job.generation, job.model))
+    own = RowSettingsReader(job.generation, job.model, schema, context) if has_own else None
     scoring = _scoring(job, model, tokenizer, detokenizer, config, schema, stop_ids)
     new_tokens = generation.max_new_tokens if scoring is None else 1
     builder = PromptBuilder(job.prompt, tokenizer, context, new_tokens, schema, reasoning, own, scoring)
@@ -196,11 +197,15 @@ def _engine_spec(job: Job, model: ModelFolder, context: int, stop_ids: tuple[int
         tokenizer_path=model.tokenizer_path,
         dtype=job.model.dtype,
         quantization=job.model.quantization,
+        adapter=model.adapter,
+        adapters=tuple(folder for _, folder in model.adapters),
         device="auto",
         trust_remote_code=job.model.trust_remote_code,
         allow_pickle=job.model.allow_pickle,
         sampling=sampling,
         stop_token_ids=stop_ids,
         max_context=context,
-        options=job.engine.model_dump(exclude={"kind"}),
+        options=job.engine.model_dump(exclude={"kind", "gpus"}),
+        # "auto" is settled before a run hands the job out.
+        gpus=1 if job.engine.gpus == "auto" else job.engine.gpus,
     )

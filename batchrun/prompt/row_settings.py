@@ -12,7 +12,14 @@ import pyarrow.types as types
 
 from batchrun.errors import FaultCode, InputError, RowFault, nearest
 from batchrun.job.generation import GenerationSettings, RowSettings
+from batchrun.job.settings import ModelSettings
 from batchrun.prompt.columns import holds_text, holds_texts, values
+
+
+def row_columns(generation: GenerationSettings, model: ModelSettings) -> dict[str, str]:
+    """The settings that a column gives each row, each with its column."""
+    adapter = {} if model.adapter_column is None else {"adapter": model.adapter_column}
+    return {**generation.columns, **adapter}
 
 
 class RowSettingsReader:
@@ -22,9 +29,13 @@ class RowSettingsReader:
         InputError: a column that the schema lacks, or of a type of which no value could be the setting.
     """
 
-    def __init__(self, generation: GenerationSettings, schema: pa.Schema, context: int) -> None:
+    def __init__(
+        self, generation: GenerationSettings, model: ModelSettings, schema: pa.Schema, context: int
+    ) -> None:
         self._defaults, self._context = generation.defaults, context
-        self._columns = generation.columns
+        self._columns = row_columns(generation, model)
+        self._adapters = {name: number for number, name in enumerate(model.adapters or (), 1)}
+        self._read = {**_READ, "adapter": self._adapter}
         self.columns = list(dict.fromkeys(self._columns.values()))
         for setting, column in self._columns.items():
             _check(setting, column, schema)
@@ -44,7 +55,7 @@ class RowSettingsReader:
             if isinstance(value, RowFault):
                 return value
             try:
-                given[setting] = _READ[setting](value)
+                given[setting] = self._read[setting](value)
             except ValueError as error:
                 return self._fault(setting, value, str(error))
         made = replace(self._defaults, **given)
@@ -52,6 +63,11 @@ class RowSettingsReader:
             why = f"leaves no room for a prompt in the model's {self._context}"
             return self._fault("max_new_tokens", made.max_new_tokens, why)
         return self._known.setdefault(made, made)
+
+    def _adapter(self, name: Any) -> int:
+        if name not in self._adapters:
+            raise ValueError(f"model.adapters has {', '.join(self._adapters)}")
+        return self._adapters[name]
 
     def _fault(self, setting: str, value: Any, why: str) -> RowFault:
         shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:37]}..."
@@ -104,13 +120,17 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 
 def _check(setting: str, column: str, schema: pa.Schema) -> None:
-    where = f"generation.{setting}"
+    where = "model.adapter_column" if setting == "adapter" else f"generation.{setting}"
     if column not in schema.names:
         raise InputError(f"the input has no column {column!r}{nearest(column, schema.names)}", where)
     kind = schema.field(column).type
-    fits = holds_text(kind) or holds_texts(kind) if setting == "stop" else _holds_numbers(kind)
+    if setting == "adapter":
+        fits, wanted = holds_text(kind) or types.is_null(kind), "texts"
+    elif setting == "stop":
+        fits, wanted = holds_text(kind) or holds_texts(kind), "texts or lists of texts"
+    else:
+        fits, wanted = _holds_numbers(kind), "numbers"
     if not fits:
-        wanted = "texts or lists of texts" if setting == "stop" else "numbers"
         raise InputError(f"column {column!r} is {kind}, and not {wanted}", where, "use input.cast")
 
 

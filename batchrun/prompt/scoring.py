@@ -48,12 +48,14 @@ class Scoring(Protocol):
         ...
 
 
-def requests(token_ids: TokenIds, behind: Behind, row_seed: int, ids: Sequence[int]) -> list[Request]:
-    """Those of a row with this prompt; `ids` are one for each."""
+def requests(
+    token_ids: TokenIds, behind: Behind, row_seed: int, ids: Sequence[int], adapter: int = 0
+) -> list[Request]:
+    """Those of a row with this prompt and adapter; `ids` are one for each."""
     found = []
     for number, (more, scored) in zip(ids, behind.requests, strict=True):
         whole = np.concatenate([token_ids, more]) if len(more) else token_ids
-        found.append(Request(number, whole, 1, row_seed, scored=scored))
+        found.append(Request(number, whole, 1, row_seed, scored=scored, adapter=adapter))
     return found
 
 

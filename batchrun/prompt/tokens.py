@@ -38,6 +38,11 @@ class Prompt:
     behind: Behind | None = None
     is_answering: bool = False
 
+    @property
+    def adapter(self) -> int:
+        """The row's among those of the model, counted from 1; 0 is none."""
+        return 0 if self.settings is None else self.settings.adapter
+
 
 class PromptBuilder:
     """Makes prompts of record batches. `columns` are the ones it reads.

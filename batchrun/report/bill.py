@@ -1,4 +1,4 @@
-"""What an output has cost: the workers' time by what they did, and what that comes to per row and token."""
+"""What an output has cost: the GPUs' time by what their workers did, and what that comes to per row and token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINES = ("loading", "generating", "idle")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the bill: worker seconds, their share of all; money in all, per 1,000 rows and per million tokens
+    """One line of the bill: GPU seconds, their share of all; money in all, per 1,000 rows and per million tokens
     (prompt and output) that were generated, None without a price or without rows."""
 
     name: str
@@ -32,7 +32,8 @@ def lines(runs: Sequence[RunRecord]) -> Iterator[Line]:
     seconds: dict[str, float] = defaultdict(float)
     money: dict[str, float] = defaultdict(float)
     for run in runs:
-        for doing, spent in run.worker_time.items():
+        for doing, of_workers in run.worker_time.items():
+            spent = run.gpus_per_worker * of_workers
             seconds[PAID_AS.get(doing, "idle")] += spent
             money[PAID_AS.get(doing, "idle")] += spent * (run.price_per_gpu_hour or 0.0) / 3600
     whole = sum(seconds.values())

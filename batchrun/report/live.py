@@ -118,7 +118,7 @@ class View:
         yield "answers", _endings(counts.finish_reasons)
         yield "batches", _batches(now)
         kinds = ", ".join(f"{code} {count:,}" for code, count in sorted(counts.errors.items()))
-        yield "failed", f"{counts.failed:,} rows: {kinds}" if counts.failed else "none"
+        yield "failed", f"{counted(counts.failed, 'row')}: {kinds}" if counts.failed else "none"
         if price is not None:
             spent, whole = rates.cost(price)
             yield "cost", f"{money(spent)} so far{'' if whole is None else f', about {money(whole)} in all'}"
@@ -147,11 +147,15 @@ class View:
         facts = [DOING[worker.doing]]
         if worker.engine is not None and worker.doing == "generating":
             held = worker.engine.requests - worker.engine.completions
-            facts += [f"{number(self.rates.of_worker(worker.address))} tokens/s", f"{held:,} rows in hand"]
+            facts += [
+                f"{number(self.rates.of_worker(worker.address))} tokens/s",
+                f"{counted(held, 'row')} in hand",
+            ]
         facts.append(size(worker.memory))
         if worker.gpu:
             busy = "" if worker.gpu.use is None else f"{worker.gpu.use:.0%} busy, "
-            facts.append(f"GPU {busy}{worker.gpu.memory_used / worker.gpu.memory_total:.0%} full")
+            what = "GPU" if worker.gpu.count == 1 else f"{worker.gpu.count} GPUs"
+            facts.append(f"{what} {busy}{worker.gpu.memory_used / worker.gpu.memory_total:.0%} full")
         facts.append(worker.address.partition("://")[2])
         return ", ".join(facts)
 
@@ -175,7 +179,7 @@ def _batches(now: Progress) -> str:
     facts = [] if fill is None else [f"padding efficiency {fill:.3f}"]
     if now.pool_fill is not None:
         facts.append(f"key/value pages {now.pool_fill:.0%} full")
-    return ", ".join([*facts, f"{now.waiting:,} rows in engines"]) if facts else UNKNOWN
+    return ", ".join([*facts, f"{counted(now.waiting, 'row')} in engines"]) if facts else UNKNOWN
 
 
 def _doing(worker_views: Sequence[WorkerView]) -> str:

@@ -125,10 +125,11 @@ def _ran_on(job: Job, runs: list[RunRecord]) -> Iterator[tuple[str, str]]:
         cores = f"{run.machine['cores']} CPU cores" if run.machine.get("cores") else "a CPU"
         if run.agreement is not None:
             yield "accuracy", str(run.agreement)
-        yield "machine", f"{count} on {cores if run.device in ('', 'cpu') else run.device}"
+        yield "machine", f"{count}{run.group} on {cores if run.device in ('', 'cpu') else run.device}"
     prices = [run.price_per_gpu_hour for run in runs if run.price_per_gpu_hour is not None]
     if prices:
-        yield "price", f"{prices[-1]:,.2f} per worker and hour"
+        on_gpus = any(run.device not in ("", "cpu") or run.gpus_per_worker > 1 for run in loaded)
+        yield "price", f"{prices[-1]:,.2f} per {'GPU' if on_gpus else 'worker'} and hour"
 
 
 def _endings(reasons: dict[str, int], empty: int) -> Iterator[tuple[str, int, float]]:
@@ -173,7 +174,10 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str, str]]:
     yield "time", duration(seconds), runs
     written = facts.counts.output_tokens
     rate = number(facts.counts.tokens / max(seconds, 1e-9))
-    yield "tokens per second", rate, f"{number(written / max(seconds, 1e-9))} of them output"
+    each = ""
+    if any(run.gpus > 1 for run in facts.runs) and (spent := sum(run.gpu_seconds for run in facts.runs)):
+        each = f", {number(facts.counts.tokens / spent)} per GPU"
+    yield "tokens per second", rate, f"{number(written / max(seconds, 1e-9))} of them output{each}"
     computed = sum(run.computed_tokens for run in facts.runs)
     if computed:
         real = sum(run.real_tokens for run in facts.runs)

@@ -24,7 +24,8 @@ class RunResult:
     `counts` are of the input's. `errors` counts failed rows by code, and `examples` shows a few of each;
     `finish_reasons` counts all rows ("length" was cut at `max_new_tokens`), `empty` those with an answer of no text.
     This run's own are `counts`, `seconds` of wall time, `milestones` that tell when it came how far (see `Milestones`),
-    and `engines`, one set of counters per engine process that it used.
+    `engines`, one set of counters per engine process that it used, `gpus_per_engine`, and `gpu_seconds`, the time of
+    all of their GPUs.
     """
 
     output: str
@@ -45,6 +46,8 @@ class RunResult:
     part_keys: list[str] = field(default_factory=list)
     storage_options: dict[str, Any] = field(default_factory=dict)
     input_rows: int = 0
+    gpus_per_engine: int = 1
+    gpu_seconds: float = 0.0
 
     def __repr__(self) -> str:
         """One line: a notebook shows it of every cell that ends with a run."""
@@ -63,6 +66,11 @@ class RunResult:
         return self.counts.reused
 
     @property
+    def tokens_per_gpu_second(self) -> float | None:
+        """Prompt and output tokens that this run generated, by the time of its GPUs; None before there was any."""
+        return self.counts.tokens / self.gpu_seconds if self.gpu_seconds else None
+
+    @property
     def exit_code(self) -> ExitCode:
         """The command's: 3 where rows failed, else 0."""
         return ExitCode.FAILED_ROWS if self.failed else ExitCode.COMPLETE
@@ -77,7 +85,9 @@ class RunResult:
         values = asdict(self)
         del values["storage_options"], values["part_keys"]
         state = {"status": "complete", "exit_code": int(self.exit_code)}
-        return {**state, **values, "requests": self.requests, "reused": self.reused}
+        return {**state, **values, "requests": self.requests, "reused": self.reused} | {
+            "tokens_per_gpu_second": self.tokens_per_gpu_second
+        }
 
     def to_dask(self) -> Any:
         """The output as a `dask.dataframe.DataFrame`, one partition per part, in the plan's order.

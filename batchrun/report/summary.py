@@ -73,7 +73,7 @@ def run_lines(result: RunResult) -> list[str]:
         f"{result.output}/data"
     ]
     if result.failed:
-        lines.append(f"{result.failed:,} rows failed; the error column says why, row by row")
+        lines.append(f"{counted(result.failed, 'row')} failed; the error column says why, row by row")
         lines += error_lines(result.errors, result.examples)
     lines += _answer_lines(result)
     counts = result.counts
@@ -81,10 +81,12 @@ def run_lines(result: RunResult) -> list[str]:
         lines.append("nothing was left to do")
         return lines
     before = f", {counts.reused:,} taken from an earlier run" if counts.reused else ""
+    generated = counted(counts.rows - counts.copied, "row")
     lines.append(
-        f"{duration(result.seconds)}: {counts.rows - counts.copied:,} rows generated{_copied(counts)}{before}; "
+        f"{duration(result.seconds)}: {generated} generated{_copied(counts)}{before}; "
         f"{counts.prompt_tokens:,} tokens in, "
         f"{counts.output_tokens:,} out, {number(counts.output_tokens / max(result.seconds, 1e-9))} tokens/s out"
+        f"{_per_gpu(result)}"
     )
     # Engines that tell nothing of themselves are told of once.
     lines += dict.fromkeys(engine_line(stats) for stats in result.engines)
@@ -92,6 +94,14 @@ def run_lines(result: RunResult) -> list[str]:
     lines.append(milestones_line(result.milestones))
     lines.append(f"report: {result.output}/{REPORT}")
     return lines
+
+
+def _per_gpu(result: RunResult) -> str:
+    """Where an engine has several GPUs: tokens in and out by the time of all of them, from their workers' start on."""
+    rate = result.tokens_per_gpu_second
+    if result.gpus_per_engine == 1 or rate is None:
+        return ""
+    return f"; {number(rate)} tokens/s in and out per GPU ({result.gpus_per_engine} per engine)"
 
 
 def _of_input(result: RunResult) -> str:

@@ -15,9 +15,12 @@ from batchrun.errors import JobError
 from batchrun.structured.arrow import Kind, from_values, kind_of, to_array, to_texts
 from batchrun.structured.automaton import Automaton, TooLarge, build, either, literal
 from batchrun.structured.document import document
-from batchrun.structured.nodes import Node
+from batchrun.structured.nodes import Node, is_never
 from batchrun.structured.regex import NotRegular, pattern
-from batchrun.structured.schema import read_schema
+from batchrun.structured.schema import no_value, read_schema
+
+# Of a recursive schema: how deep documents may nest, and how large that may make the automaton.
+MAX_LEVELS, MAX_LEVEL_STATES = 8, 6000
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,14 @@ class AnswerFormat:
     """Answers that are documents of a schema (`node`), or plain texts (`node` None).
 
     `kind` is what their column holds. With `probabilities`, those of its texts are a column beside it, those of texts
-    that each row has of its own as lists.
+    that each row has of its own as lists. Documents of a recursive schema nest at most `levels` deep.
     """
 
     node: Node | None
     kind: Kind
     expression: str | None = None
     probabilities: bool = False
+    levels: int | None = None
 
     @cached_property
     def automaton(self) -> Automaton:
@@ -158,8 +162,30 @@ def answer_format(
 
 @cache
 def _of_schema(text: str) -> AnswerFormat:
-    node = read_schema(json.loads(text))
-    return AnswerFormat(node, kind_of(node))
+    schema = json.loads(text)
+    node, is_whole = read_schema(schema)
+    return AnswerFormat(node, kind_of(node)) if is_whole else _of_recursive(schema)
+
+
+def _of_recursive(schema: Any) -> AnswerFormat:
+    """Documents of as many levels as an automaton of MAX_LEVEL_STATES has room for."""
+    found = None
+    for levels in range(1, MAX_LEVELS + 1):
+        node, _ = read_schema(schema, levels)
+        if is_never(node):
+            continue
+        made = AnswerFormat(node, kind_of(node), levels=levels)
+        if found is None:
+            found = made
+            continue
+        try:
+            made.__dict__["automaton"] = document(node, MAX_LEVEL_STATES)
+        except JobError:
+            break
+        found = made
+    if found is None:
+        raise no_value()
+    return found
 
 
 @cache

@@ -5,7 +5,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from batchrun.structured.automaton import Automaton, Nfa, Piece, TooLarge, build, either, embed, literal
+from batchrun.structured.automaton import (
+    MAX_STATES,
+    Automaton,
+    Nfa,
+    Piece,
+    TooLarge,
+    build,
+    either,
+    embed,
+    literal,
+)
 from batchrun.structured.decimals import integers, numbers
 from batchrun.structured.facts import canonical, refusal
 from batchrun.structured.nodes import Array, Integer, Literals, Node, Number, Object, String, Union
@@ -14,7 +24,7 @@ from batchrun.structured.strings import string
 COMMA, COLON = (either(literal(sign), literal(sign + b" ")) for sign in (b",", b":"))
 
 
-def document(node: Node) -> Automaton:
+def document(node: Node, max_states: int = MAX_STATES) -> Automaton:
     """The automaton of the node's documents.
 
     Raises:
@@ -22,7 +32,7 @@ def document(node: Node) -> Automaton:
     """
     writer = _Writer()
     try:
-        automaton = build(writer.value(node))
+        automaton = build(writer.value(node), max_states)
     except TooLarge:
         raise refusal(
             "the automaton has too many states",

@@ -58,11 +58,11 @@ def refusal(what: str, where: str, fix: str) -> JobError:
 
 @dataclass(frozen=True)
 class Place:
-    """A schema and where it stands; `refs` are the pointers that were followed to get there."""
+    """A schema and where it stands; `refs` are the pointers that were followed to get there, in their order."""
 
     schema: Any
     where: str
-    refs: frozenset[str] = frozenset()
+    refs: tuple[str, ...] = ()
 
     def __truediv__(self, key: str | int) -> Place:
         return self.at(str(key), self.schema[key])

@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
 
+from batchrun.errors import JobError
 from batchrun.structured.decimals import INT64, tightest
 from batchrun.structured.facts import Facts, Place, canonical, facts_of, refusal, type_of
 from batchrun.structured.nodes import (
@@ -31,11 +32,12 @@ MAX_OPTIONS = 256  # of one value, anyOf inside of anyOf and allOf multiplied ou
 MAX_MULTIPLE = 1000
 
 
-def read_schema(schema: Any) -> Node:
-    """The tree of a JSON Schema.
+def read_schema(schema: Any, levels: int = 1) -> tuple[Node, bool]:
+    """The tree of a JSON Schema, and whether it is whole: what a `$ref` stands for may be `levels` deep inside of
+    itself, and no deeper. A tree that is not whole may be the one of no value at all.
 
     Raises:
-        JobError: it has something that is not supported, or no value can be valid.
+        JobError: it has something that is not supported, or no value can be valid at any depth.
     """
     try:
         canonical(schema).encode()
@@ -43,16 +45,27 @@ def read_schema(schema: Any) -> Node:
         raise refusal(
             "half a surrogate pair, which is no character", "", "write the whole character"
         ) from None
-    node = _Reader(schema).read((Place(schema, ""),))
-    if is_never(node):
-        raise refusal("no value can be valid", "", "look for properties or bounds that exclude each other")
-    return node
+    reader = _Reader(schema, levels)
+    node = reader.read((Place(schema, "", ("#",)),))
+    if reader.one_of and not reader.is_whole:
+        # A tree that ends somewhere takes less than its schema does, and would seem to exclude other options.
+        raise refusal("oneOf in a schema with a recursive $ref", reader.one_of, "use anyOf")
+    if is_never(node) and reader.is_whole:
+        raise no_value()
+    return node, reader.is_whole
+
+
+def no_value() -> JobError:
+    """A schema that excludes every value."""
+    return refusal("no value can be valid", "", "look for properties or bounds that exclude each other")
 
 
 class _Reader:
-    def __init__(self, root: Any) -> None:
-        self.root = root
+    def __init__(self, root: Any, levels: int) -> None:
+        self.root, self.levels = root, levels
         self.nodes = 0
+        self.is_whole = True
+        self.one_of = ""
 
     def read(self, places: Sequence[Place]) -> Node:
         """The node of a value that all these schemas are about."""
@@ -77,7 +90,11 @@ class _Reader:
         found = [own]
         schema = place.schema if isinstance(place.schema, dict) else {}
         if "$ref" in schema:
-            found = self._join(found, self._alternatives(self._follow(place)), place.where)
+            target = self._follow(place)
+            if target.refs.count(target.refs[-1]) > self.levels:
+                self.is_whole = False
+                return []
+            found = self._join(found, self._alternatives(target), place.where)
         for i, _ in enumerate(self._list(place, "allOf")):
             part = place / "allOf" / i
             found = self._join(found, self._alternatives(part), part.where)
@@ -90,6 +107,7 @@ class _Reader:
             found = self._join(found, options, place.where)
         if "oneOf" in schema:
             inner = place / "oneOf"
+            self.one_of = inner.where
             options = [
                 replace(one, of_oneof=(*one.of_oneof, (inner.where, i)))
                 for i, _ in enumerate(self._list(place, "oneOf"))
@@ -115,10 +133,6 @@ class _Reader:
         fix = "use $ref to #/$defs/NAME in the same schema"
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             raise refusal(f"$ref to {ref!r} leads out of the schema", place.where, fix)
-        if ref in place.refs:
-            raise refusal(
-                f"$ref to {ref!r} is recursive", place.where, "write out as many levels as are wanted"
-            )
         target = self.root
         for key in ref[2:].split("/") if len(ref) > 2 else []:
             key = unquote(key).replace("~1", "/").replace("~0", "~")
@@ -128,8 +142,7 @@ class _Reader:
                 target = target[int(key)]
             else:
                 raise refusal(f"$ref to {ref!r}, which is not there", place.where, fix)
-        refs = place.refs | {ref}
-        return Place(target, ref[1:], refs)
+        return Place(target, ref[1:], (*place.refs, ref))
 
     def _node(self, facts: Facts) -> Node:
         if facts.values is not None:
@@ -240,6 +253,8 @@ class _Reader:
                 made.append(Property(name, value, required))
             elif required:
                 return Union(facts.where, ())
+        if not made and facts.properties and not self.is_whole:
+            return Union(facts.where, ())
         if not made:
             fix = "declare its properties, or use an array of objects with a name and a value"
             raise refusal("an object without properties", facts.where, fix)

@@ -19,7 +19,7 @@ LOG_EVERY = 15.0  # seconds between two lines where there is no terminal
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One worker by its last heartbeat: tasks in hand, memory (bytes) of its process, its engine and its GPU.
+    """One worker by its last heartbeat: tasks in hand, memory (bytes) of its process, its engine and its GPUs.
 
     `doing` is "starting", "loading", "compiling", "generating", "sealing" or "idle". `rows` are those of the partitions
     that it has in hand, `counts` what was counted of them.
@@ -42,7 +42,7 @@ class Progress:
     """A run at one moment. `rows_done` counts what is covered, of earlier runs too; the rest is this run's alone.
 
     `engines` holds the counters of every engine process that the run has used, `worker_views` the workers there are
-    now, and `worker_time` adds up their seconds, by what they did.
+    now, and `worker_time` adds up their seconds, by what they did. Each has `gpus_per_worker` for its engine.
     """
 
     seconds: float
@@ -53,6 +53,7 @@ class Progress:
     rows_done: int
     counts: Counters
     workers: int
+    gpus_per_worker: int = 1
     worker_time: Mapping[str, float] = field(default_factory=dict)
     worker_views: Sequence[WorkerView] = ()
     engines: Sequence[EngineStats] = ()
@@ -63,6 +64,16 @@ class Progress:
     def worker_seconds(self) -> float:
         """For how long there were how many workers, added up."""
         return sum(self.worker_time.values())
+
+    @property
+    def gpu_seconds(self) -> float:
+        """The same of the workers' GPUs."""
+        return self.gpus_per_worker * self.worker_seconds
+
+    @property
+    def gpus(self) -> int:
+        """Those of all workers that there are now."""
+        return self.gpus_per_worker * self.workers
 
     @property
     def computed_tokens(self) -> int:
@@ -108,8 +119,9 @@ class Progress:
     @property
     def gpu_use(self) -> float | None:
         """Mean over the workers' GPUs of the share of time in which a kernel ran, None without a GPU."""
-        use = [view.gpu.use for view in self.worker_views if view.gpu and view.gpu.use is not None]
-        return sum(use) / len(use) if use else None
+        seen = [view.gpu for view in self.worker_views if view.gpu and view.gpu.use is not None]
+        count = sum(gpu.count for gpu in seen)
+        return sum((gpu.use or 0.0) * gpu.count for gpu in seen) / count if count else None
 
     @property
     def gpu_memory(self) -> float | None:
@@ -171,10 +183,10 @@ class Rates:
     def cost(self, price_per_gpu_hour: float) -> tuple[float, float | None]:
         """Money so far, and what the run will have cost in all, None as long as nobody knows."""
         now, remaining = self._recent[-1], self.remaining()
-        spent = price_per_gpu_hour * now.worker_seconds / 3600
+        spent = price_per_gpu_hour * now.gpu_seconds / 3600
         if remaining is None:
             return spent, None
-        return spent, spent + price_per_gpu_hour * now.workers * remaining / 3600
+        return spent, spent + price_per_gpu_hour * now.gpus * remaining / 3600
 
 
 def log_lines(show: Callable[[Progress, Rates], None]) -> ProgressCallback:

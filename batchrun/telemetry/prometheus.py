@@ -48,9 +48,13 @@ ENGINE_GAUGES = [
     ("batchrun_engine_batch_budget_tokens", "batch_tokens", "Padded tokens of a batch at most (padded)."),
 ]
 GPU_GAUGES = [
-    ("batchrun_gpu_utilization_ratio", "use", "Share of the time in which a kernel ran."),
-    ("batchrun_gpu_memory_used_bytes", "memory_used", "GPU memory in use."),
-    ("batchrun_gpu_memory_total_bytes", "memory_total", "GPU memory there is."),
+    (
+        "batchrun_gpu_utilization_ratio",
+        "use",
+        "Share of the time in which a kernel ran, mean of a worker's GPUs.",
+    ),
+    ("batchrun_gpu_memory_used_bytes", "memory_used", "Memory in use on all of the worker's GPUs."),
+    ("batchrun_gpu_memory_total_bytes", "memory_total", "Memory there is on all of the worker's GPUs."),
 ]
 WORKER = ["worker", "host"]
 LOOPBACK = "127.0.0.1"
@@ -96,11 +100,14 @@ class Exporter(Collector):
         self._rates = Rates()
         self._now: Progress | None = None
         self._highest: dict[str, float] = {}
+        # Once there was one, also while there is no worker.
+        self._has_gpus = False
 
     def on_progress(self, now: Progress) -> None:
         """Takes in the newest progress."""
         self._rates.add(now)
         self._now = now
+        self._has_gpus = self._has_gpus or any(view.gpu for view in now.worker_views)
 
     def collect(self) -> Iterable[Metric]:
         """The client library's call for each scrape."""
@@ -137,6 +144,11 @@ class Exporter(Collector):
             sum_value=now.counts.commit_seconds,
         )
         yield GaugeMetricFamily("batchrun_workers", "Workers there are.", now.workers)
+        if self._has_gpus:
+            yield GaugeMetricFamily("batchrun_gpus", "GPUs that the workers' engines have.", now.gpus)
+            yield CounterMetricFamily(
+                "batchrun_gpu_seconds", "Time of the workers' GPUs, whatever they did.", now.gpu_seconds
+            )
         remaining = self._rates.remaining()
         if remaining is not None:
             yield GaugeMetricFamily("batchrun_remaining_seconds", "Time that the rest will take.", remaining)

@@ -47,7 +47,7 @@ class RunRecord:
 
     `outcome` is running, complete, interrupted, failed or, for one that never wrote its end, killed; `message` says
     why, and `traceback` where, if it was a bug. `counts` are of what this run itself generated. `workers` is the most
-    there were at once, `worker_time` their seconds added up by what they did: with one GPU each, GPU seconds.
+    there were at once, `worker_time` their seconds added up by what they did; each has `gpus_per_worker`.
     `load_seconds` is the longest load of an engine, `busy_seconds` the time of all of them in the model; `real_tokens`
     of the `computed_tokens` were no padding, and `shared_tokens` of prompts were not computed, since another row's
     prompt begins alike. `engine_logs` are the keys of what engines printed that ended by themselves. `milestones` says
@@ -66,6 +66,7 @@ class RunRecord:
     partitions: int = 0
     counts: Counters = field(default_factory=Counters)
     workers: int = 0
+    gpus_per_worker: int = 1
     worker_time: dict[str, float] = field(default_factory=dict)
     price_per_gpu_hour: float | None = None
     engine: str = ""
@@ -102,11 +103,27 @@ class RunRecord:
         return sum(self.worker_time.values())
 
     @property
+    def gpus(self) -> int:
+        """GPUs of all workers, the most there were at once; on CPUs, as many of those as engines' ranks."""
+        return self.gpus_per_worker * self.workers
+
+    @property
+    def group(self) -> str:
+        """What a worker has for its engine, as " of 2 GPUs"; empty where that is one."""
+        what = "ranks" if self.device in ("", "cpu") else "GPUs"
+        return f" of {self.gpus_per_worker} {what}" if self.gpus_per_worker > 1 else ""
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Seconds of all workers' GPUs together."""
+        return self.gpus_per_worker * self.worker_seconds
+
+    @property
     def cost(self) -> float | None:
-        """Money that the workers' time came to, None where the job gives no price."""
+        """Money that the GPUs' time came to, None where the job gives no price."""
         if self.price_per_gpu_hour is None:
             return None
-        return self.price_per_gpu_hour * self.worker_seconds / 3600
+        return self.price_per_gpu_hour * self.gpu_seconds / 3600
 
     @property
     def padding_efficiency(self) -> float | None:

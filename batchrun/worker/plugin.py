@@ -53,11 +53,11 @@ class BatchrunPlugin(WorkerPlugin):
 
 
 def snapshot(dask_worker: Worker) -> dict[str, Any]:
-    """The worker's part of the heartbeat: plain values of all running tasks, of the engine and of the GPU.
+    """The worker's part of the heartbeat: plain values of all running tasks, of the engine and of its GPUs.
 
     `loading` grows, in CPU seconds, while something loads that has no counters yet, `rendered` while templates are.
     """
-    gpu = gpu_now()
+    gpu = gpu_now(max((engine.spec.gpus for engine in worker_state.engines), default=1))
     return {
         "tasks": [asdict(counters) for counters in worker_state.attempts],
         "engines": [asdict(engine.stats()) for engine in worker_state.engines],

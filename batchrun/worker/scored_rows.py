@@ -23,7 +23,7 @@ class ScoredRows:
         parts = len(prompt.behind.requests)
         self._parts[row] = [None] * parts
         ids = [row + self._rows * part for part in range(parts)]
-        return requests(prompt.token_ids, prompt.behind, row_seed, ids)
+        return requests(prompt.token_ids, prompt.behind, row_seed, ids, prompt.adapter)
 
     def whole(self, completion: Completion) -> Completion | None:
         """The row's completion once all of its parts are there, as if it had been one request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -87,7 +88,9 @@ class Command:
     def interrupt(self) -> None:
         """Ctrl-C, which a terminal sends to all processes in its foreground."""
         if self.terminal:
-            os.write(self._master, b"\x03")
+            # Its recorder closes a terminal whose last process has left.
+            with contextlib.suppress(OSError):
+                os.write(self._master, b"\x03")
         else:
             os.killpg(self.process.pid, signal.SIGINT)
 

@@ -40,29 +40,37 @@ def kill(args: argparse.Namespace, folder: Path, model: Path) -> int:
     totals = Totals()
     violations, number, started = 0, args.only or 0, time.monotonic()
     enough = False
-    while not enough:
-        seed = f"{args.seed}-{number}"
-        case = Case(seed, folder / f"output-{number}", model, args.rows, args.tail)
-        print(f"output {number}: {case}", flush=True)
-        try:
-            struck = strikes(seed, args.strikes, only="tail" if args.tail else None)
-            Ordeal(case, struck, totals, args.stop_seconds).execute()
-            shutil.rmtree(case.folder)
-        except Violation as violation:
-            violations += 1
-            print(f"VIOLATION in output {number}: {violation}")
-            print(
-                f"again with: python -m tests.chaos.kills --seed {args.seed} --only {number} --keep FOLDER",
-                flush=True,
-            )
-        number += 1
-        enough = totals.kills.total() >= args.kills and totals.signals.total() >= args.signals
-        if args.only is not None or (violations and not args.go_on):
-            break
-    found = {"seed": args.seed, "violations": violations, "seconds": round(time.monotonic() - started)}
-    sums = {"kills_in_all": totals.kills.total(), "signals_in_all": totals.signals.total()}
-    print(json.dumps({**found, **sums, **vars(totals)}))
+    try:
+        while not enough:
+            violations += not held(args, folder, model, number, totals)
+            number += 1
+            enough = totals.kills.total() >= args.kills and totals.signals.total() >= args.signals
+            enough |= args.only is not None or (violations > 0 and not args.go_on)
+    finally:
+        # Also of a run that is stopped.
+        found = {"seed": args.seed, "violations": violations, "seconds": round(time.monotonic() - started)}
+        sums = {"kills_in_all": totals.kills.total(), "signals_in_all": totals.signals.total()}
+        print(json.dumps({**found, **sums, **vars(totals)}), flush=True)
     return 1 if violations else 0
+
+
+def held(args: argparse.Namespace, folder: Path, model: Path, number: int, totals: Totals) -> bool:
+    """Whether every promise held for this output."""
+    seed = f"{args.seed}-{number}"
+    case = Case(seed, folder / f"output-{number}", model, args.rows, args.tail)
+    print(f"output {number}: {case}", flush=True)
+    try:
+        struck = strikes(seed, args.strikes, only="tail" if args.tail else None)
+        Ordeal(case, struck, totals, args.stop_seconds).execute()
+    except Violation as violation:
+        print(f"VIOLATION in output {number}: {violation}")
+        print(
+            f"again with: python -m tests.chaos.kills --seed {args.seed} --only {number} --keep FOLDER",
+            flush=True,
+        )
+        return False
+    shutil.rmtree(case.folder)
+    return True
 
 
 def parse_arguments() -> argparse.Namespace:

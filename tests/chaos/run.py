@@ -204,21 +204,21 @@ class Run:
             codes.add(1)
         if code not in codes:
             raise Violation(f"exit code {code} after {self.what}: {self.command.last_line}")
-        if self.tracebacks() and not self.unhooked:
-            raise Violation(f"a traceback after {self.what}")
+        if (found := self.tracebacks()) and not self.unhooked:
+            raise Violation(f"a traceback after {self.what}: {found[0][:3000]}")
         if self.stopped and not self.unhooked and self.took > stop_seconds:
             raise Violation(f"it took {self.took:.1f} s to end after {self.what}")
         kind = "signal" if self.stopped else "killed" if self.fatal else "end"
         self.totals.ends[f"{code} {kind}{' complete' if complete else ''}"] += 1
         return complete and code == done
 
-    def tracebacks(self) -> int:
-        """How many were printed, but for those of Python's own processes whose counterpart was killed."""
+    def tracebacks(self) -> list[str]:
+        """Those that were printed, but for those of Python's own processes whose counterpart was killed."""
         blocks = self.command.text.split("Traceback (most recent call last)")[1:]
         if self.fatal:
-            return sum("/batchrun/" in block for block in blocks)
+            return [block for block in blocks if "/batchrun/" in block]
         # A resource tracker that was started again knows nothing of what the killed one knew.
-        return sum('multiprocessing/resource_tracker.py", line' not in block for block in blocks)
+        return [block for block in blocks if 'multiprocessing/resource_tracker.py", line' not in block]
 
     @property
     def what(self) -> list[str]:

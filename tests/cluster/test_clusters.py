@@ -121,12 +121,12 @@ def test_workers_that_cannot_do_the_job_are_named_with_the_fix_before_anything_i
 
 
 def test_two_workers_on_one_gpu_and_another_version_are_found() -> None:
-    good = WorkerFacts(library.__version__, 2, False, "")
-    gpu = WorkerFacts(library.__version__, 2, False, "boot host 0")
+    good = WorkerFacts(library.__version__, 2, False, ())
+    gpu = WorkerFacts(library.__version__, 2, False, ("boot host 0",))
     assert find_problem({"a": good, "b": good}, 2) is None, "without a GPU many workers may share a machine"
     what, where, fix = find_problem({"a": gpu, "b": gpu}, 2) or ("", "", "")
     assert (where, "same GPU as a" in what, "CUDA_VISIBLE_DEVICES" in fix) == ("b", True, True)
-    what, where, _ = find_problem({"a": WorkerFacts("0.0.9", 2, False, "")}, 2) or ("", "", "")
+    what, where, _ = find_problem({"a": WorkerFacts("0.0.9", 2, False, ())}, 2) or ("", "", "")
     assert "batchrun 0.0.9" in what
 
 

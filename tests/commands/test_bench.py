@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import transformers
 
 from batchrun.commands import bench as benchmark
-from batchrun.commands.bench import bench, bench_job, format_results
+from batchrun.commands.bench import Ceilings, bench, bench_job, format_results
 from batchrun.commands.plan import lines, preview
 from batchrun.commands.workloads import WORKLOADS, Workload
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
@@ -120,8 +122,28 @@ def test_long_and_chat_have_the_lengths_that_other_engines_are_measured_with(
         assert np.std(np.log(np.clip(workload.new_tokens, 40, 450))) == pytest.approx(0.47, abs=0.03)
     else:
         assert np.mean([len(prompt) <= 300 for prompt in workload.prompts]) == pytest.approx(0.6, abs=0.03)
-    for shape in ("qwen3-0.6b", "llama-8b", "tiny"):
+    for shape in benchmark.SHAPES:
         assert workload.longest <= benchmark.SHAPES[shape]["max_position_embeddings"]
+
+
+def test_the_floor_of_experts_counts_those_that_a_token_and_a_step_choose() -> None:
+    few = {**benchmark.SHAPES["qwen3-30b-a3b"], "num_hidden_layers": 2, "vocab_size": 64}
+    # As many parameters in one dense layer, without a router.
+    one, all_of_them = 3 * 2048 * 768, 128 * 3 * 2048 * 768
+    free = Ceilings(operations=float("inf"), bytes=float("inf"))
+    workload = Workload("own", [[5] * 10, [6] * 20], [1, 3])
+
+    def floor(chosen: int, ceilings: Ceilings) -> float:
+        config = transformers.AutoConfig.for_model(**few | {"num_experts_per_tok": chosen})
+        return benchmark.floor_seconds(config, workload, ceilings, 2)
+
+    operations, bytes_read = replace(free, operations=1.0), replace(free, bytes=1.0)
+    tokens = 10 + 20 + 1 + 3
+    assert floor(128, operations) - floor(8, operations) == 2 * 2 * tokens * 120 * one
+    # The first step has two rows, the others one.
+    share = 1 - (15 / 16) ** 2 + 2 * (1 / 16)
+    spared = floor(128, bytes_read) - floor(8, bytes_read)
+    assert spared == pytest.approx(2 * 2 * all_of_them * (3 - share))
 
 
 class WrongEngine:

@@ -85,7 +85,7 @@ def test_money_is_counted_over_hours_of_workers_of_all_runs(tmp_path, tiny_llama
     job = load(path, "limits.max_cost=5", "cluster.price_per_gpu_hour=2.5")
     limits = Limits(job, 3600.0)
     limits.on_progress(progress(1799.0, 2))
-    with pytest.raises(Interrupted, match=r"limits.max_cost \(2.00 worker hours cost 5.00"):
+    with pytest.raises(Interrupted, match=r"limits.max_cost \(2.00 GPU hours cost 5.00"):
         limits.on_progress(progress(1800.0, 2))
     limits.on_progress(progress(9000.0, 2, left=0))
 

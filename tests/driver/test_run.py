@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from adapters import make_adapter
 from distributed import Client
 from fleet import fleet
 
@@ -284,6 +285,12 @@ def test_a_changed_model_refuses_to_write(finished, tmp_path):
     other = make_model("llama", tmp_path / "other", seed=1)
     with pytest.raises(ChangedError, match="model"):
         library.run(load(finished / "job.yaml", f"model.name={other}"))
+
+
+def test_an_adapter_that_is_new_or_changed_refuses_to_write(finished, tiny_llama, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", tiny_llama)
+    with pytest.raises(ChangedError, match="model: "):
+        library.run(load(finished / "job.yaml", f"model.adapter={adapter}"))
 
 
 def test_foreign_files_in_data_are_never_joined_and_never_deleted(tmp_path, tiny_llama):

@@ -65,6 +65,37 @@ def test_a_stop_while_python_still_imports_ends_with_4_and_one_line(number, tmp_
     assert seconds < SOON
 
 
+def test_a_stop_while_python_still_imports_ends_with_4_where_nothing_can_be_said(tmp_path, tiny_llama):
+    """As where the terminal is gone that the stop came from; it ended with 1."""
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "batchrun", "run", str(write_job(tmp_path, tiny_llama))]
+        process = subprocess.Popen(words, env=environment(), stderr=full, stdout=full)
+        wait_until(lambda: caught(process.pid, signal.SIGTERM))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 4
+
+
+def test_a_stop_that_an_import_turns_into_another_error_ends_with_4_and_one_line():
+    code = """if True:
+        import os, signal, sys, time
+        from batchrun.__main__ import main
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "batchrun.cli":
+                    try:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        time.sleep(5)
+                    except KeyboardInterrupt:
+                        raise ImportError("left by halves")
+        sys.meta_path.insert(0, Finder())
+        main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (4, "stopped\n")
+
+
 def caught(pid: int, number: signal.Signals) -> bool:
     """Whether the process handles the signal."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -223,6 +254,32 @@ def test_a_stop_while_the_process_already_leaves_keeps_its_code_its_output_and_s
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (3, "answers\n", "")
+
+
+def test_a_stop_in_a_finalizer_interrupts_what_ran_and_prints_no_traceback():
+    """Python drops what is raised there: the stop took its 4 seconds, and a traceback was shown."""
+    code = """if True:
+        import os, signal, sys, time
+        from batchrun import signals
+        signals.install()
+        class Finalized:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0)
+        began = time.monotonic()
+        try:
+            del_me = Finalized()
+            del del_me
+            time.sleep(3)
+            print("not interrupted")
+        except KeyboardInterrupt:
+            print("interrupted", time.monotonic() - began < 2, flush=True)
+        os._exit(0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("interrupted True\n", "")
 
 
 def test_a_tracker_that_was_killed_and_came_again_prints_no_traceback():

@@ -85,7 +85,7 @@ def test_a_local_cluster_starts_while_the_prompt_is_tried_and_ends_with_a_refuse
             loading.set()
 
     @contextmanager
-    def slow_cluster(settings, standby):
+    def slow_cluster(settings, standby, gpus):
         assert opened.wait(30), "nothing goes on meanwhile"
         states.append("up")
         yield Client()
@@ -172,8 +172,8 @@ def test_what_cannot_be_imported_ahead_is_not_told_by_the_thread_that_tried(
 
 def test_nobody_elses_workers_are_asked_for_ahead(tmp_path, tiny_llama, monkeypatch):
     job = load(write_job(tmp_path, tiny_llama), "cluster.slurm={queue: gpu}")
-    monkeypatch.setattr(worker_views, "refuse_unusable", lambda settings: None)
-    monkeypatch.setattr(worker_views, "connect", lambda settings, standby: pytest.fail("asked for"))
+    monkeypatch.setattr(worker_views, "refuse_unusable", lambda settings, gpus: None)
+    monkeypatch.setattr(worker_views, "connect", lambda settings, standby, gpus: pytest.fail("asked for"))
     with Workers(look(job), None, Milestones()) as workers:
         workers.begin()
 

@@ -169,6 +169,13 @@ def test_auto_is_paged_where_it_can_and_says_why_where_it_cannot(monkeypatch):
     assert "cannot be imported" in str(why_not_paged(llama))
 
 
+def test_auto_with_several_gpus_is_paged_or_refused(monkeypatch):
+    monkeypatch.setitem(choose.BUILT_IN, "paged", f"{__name__}:PagedForHalf")
+    assert isinstance(load_engine(spec(model_folder("llama"), "auto", gpus=2)), PagedForHalf)
+    with pytest.raises(ModelError, match=r"2 GPUs for one engine need the paged engine.* encoder-decoder"):
+        load_engine(spec(model_folder("t5"), "auto", gpus=2))
+
+
 def test_an_engine_says_that_torch_is_compiled_at_every_start_and_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))

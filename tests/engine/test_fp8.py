@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from batchrun.engine import fp8
+from batchrun.engine import fp8, fp8_model
 from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.loading import load_model
 from batchrun.engine.padded import PaddedEngine
@@ -76,7 +76,7 @@ def test_a_layers_product_is_that_of_its_dequantized_numbers() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_loading_converts_the_same_numbers_as_converting_what_was_loaded(name: str) -> None:
     loaded, converted = load_model(_spec(name)), load_model(_spec(name, quantization=None))
-    fp8.quantize(converted)
+    fp8_model.quantize(converted)
     ours, theirs = dict(loaded.named_parameters()), dict(converted.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from adapters import make_adapter
 from safetensors.torch import load_file, save_file
 
 from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.loading import load_model
+from batchrun.engine.lora import read_adapter
 from batchrun.engine.padded import PaddedEngine
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import EngineSpec, Request
 from batchrun.errors import ModelError
+from batchrun.model.adapter import check_adapter
+from batchrun.model.folder import ModelFolder
 
 BLOCK = 24
 CHANNELS: dict[str, Any] = {
@@ -116,6 +120,34 @@ def test_blocks_are_converted_where_the_job_asks_for_fp8(tmp_path: Path) -> None
         weight, scale = quantize_rows(means[f"{name}.weight"])
         assert torch.equal(layer.weight.float(), weight.float())
         assert torch.equal(layer.weight_scale, scale)
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_blocks_get_an_adapters_product_before_they_are_converted(
+    tmp_path: Path, quantization: str | None
+) -> None:
+    means = _checkpoint(tmp_path / "model", BLOCKS)
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "model", ["q_proj"])
+    q_proj = "model.layers.1.self_attn.q_proj"
+    lora = read_adapter(str(adapter))[q_proj]
+    model = load_model(_spec(tmp_path / "model", quantization=quantization, adapter=str(adapter)))
+    want = means[f"{q_proj}.weight"] + lora.b @ lora.a
+    layer = model.get_submodule(q_proj)
+    if quantization == "fp8":
+        assert torch.equal(layer.weight.float(), quantize_rows(want)[0].float())
+    else:
+        assert torch.equal(layer.weight, want)
+
+
+def test_channels_cannot_be_added_to(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", tiny_models.model_folder("llama"))
+    _checkpoint(tmp_path / "model", CHANNELS)
+    folder = str(tmp_path / "model")
+    with pytest.raises(ModelError, match="down_proj is in fp8 in the model's checkpoint"):
+        check_adapter(str(adapter), ModelFolder(folder, folder, ("model.safetensors",)))
+    for how in ({"adapter": str(adapter)}, {"adapters": (str(adapter),)}):
+        with pytest.raises(ModelError, match="is Fp8Linear here"):
+            load_model(_spec(tmp_path / "model", **how))
 
 
 def test_what_is_quantized_in_another_way_is_not_converted(tmp_path: Path) -> None:

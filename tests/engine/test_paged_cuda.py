@@ -12,7 +12,7 @@ import transformers
 
 pytest.importorskip("triton")
 
-from batchrun.engine.paged import PagedEngine, attention
+from batchrun.engine.paged import PagedEngine, attention, cascade, cascade_attention
 from batchrun.engine.paged.flash import FlashAttention
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.memory import Budget, affordable_pages
@@ -83,13 +83,14 @@ def test_what_only_a_gpu_runs_gives_the_answers_of_a_cpu(
     expected = _answers(_engine(name, sampling))
     cuda_stand_in.install(monkeypatch)
     monkeypatch.setattr(attention, "choose_backend", lambda *_: FlashAttention())
-    monkeypatch.setattr("batchrun.engine.paged.runner.CASCADE_MIN_BATCH", 2)
+    # Few rows and short keys, which are not worth it otherwise.
+    monkeypatch.setattr(cascade, "STEP_COST", 1)
+    monkeypatch.setattr(cascade, "GROUP_COST", 0)
+    monkeypatch.setattr(cascade, "MIN_PREFIX", 16)
     engine = _engine(name, sampling)
     merged = []
-    merge = FlashAttention._merge_shared_prefix
-    monkeypatch.setattr(
-        FlashAttention, "_merge_shared_prefix", lambda *call: merged.append(1) or merge(*call)
-    )
+    merge = cascade_attention.merge_prefixes
+    monkeypatch.setattr(cascade_attention, "merge_prefixes", lambda *call: merged.append(1) or merge(*call))
     assert _answers(engine) == expected
     assert cuda_stand_in.Graph.captured > 1
     assert engine.stats.attention == "triton and flash-attn 2"

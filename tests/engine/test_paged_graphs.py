@@ -16,7 +16,7 @@ from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine, last_layer
 from batchrun.engine.paged.graphs import DecodeGraphs
 from batchrun.engine.paged.memory import Budget
-from batchrun.engine.paged.shapes import round_tokens
+from batchrun.engine.paged.shapes import query_spans, round_tokens
 from batchrun.engine.protocol import EngineSpec, Request
 
 
@@ -107,6 +107,12 @@ def test_packs_have_few_different_numbers_of_tokens() -> None:
     assert all(tokens <= made < tokens * 1.04 + 8 for tokens, made in numbers.items())
     assert len({made for tokens, made in numbers.items() if tokens > 8192}) == 32
     assert numbers[16384] == 16384
+
+
+def test_documents_and_short_questions_are_computed_in_grids_of_their_own() -> None:
+    assert query_spans([4000, 2048, 600, 128, 127, 9, 300]) == [(0, 2, 4000), (2, 4, 600), (4, 7, 300)]
+    assert query_spans([600, 600, 8]) == [(0, 3, 600)]
+    assert query_spans([3, 0]) == [(0, 2, 3)]
 
 
 def test_one_trace_of_a_layer_serves_warm_up_prefills_and_decode_steps(

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.paged import decode_attention, kernels, prefill_attention
+from batchrun.engine.paged import cascade_attention, decode_attention, kernels, prefill_attention
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionMetadata
@@ -74,7 +74,9 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     reference = keys.clone(), values.clone()
     for pages in (keys, values):
         pages.flatten(0, 1)[slot_mapping] = float("nan")  # what was there before the new token is not read
-    out, lse = decode_attention.decode(query, *own, keys, values, slot_mapping, block_tables, seq_lens, layer)
+    out, lse = decode_attention.decode(
+        query, *own, keys, values, slot_mapping, block_tables, seq_lens, None, layer
+    )
     metadata = AttentionMetadata(slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens)
     expected = GatheredPages().decode(query, *own, *reference, metadata, layer, None)
     torch.testing.assert_close(out, expected, **CLOSE)
@@ -82,7 +84,9 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     assert torch.equal(values[:11], reference[1][:11])
     assert lse.shape == (5, layer.query_heads)
     monkeypatch.undo()
-    whole = decode_attention.decode(query, *own, keys, values, slot_mapping, block_tables, seq_lens, layer)[1]
+    whole = decode_attention.decode(
+        query, *own, keys, values, slot_mapping, block_tables, seq_lens, None, layer
+    )[1]
     torch.testing.assert_close(lse, whole, **CLOSE)
 
 
@@ -102,7 +106,13 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(layer: Lay
     reference = keys.clone(), values.clone()
     kernels.write_kv_cache(*own, keys, values, slot_mapping)
     if paged:
-        out = prefill_attention.prefill(query, keys, values, block_tables, cu_seqlens_q, seq_lens, 64, layer)
+        # As if the first two were of another length, and computed apart.
+        out = torch.empty_like(query)
+        for first, stop, longest in ((0, 2, 40), (2, 4, 64)):
+            prefill_attention.prefill(
+                query, keys, values, block_tables[first:stop], cu_seqlens_q[first : stop + 1], seq_lens[first:stop],
+                longest, layer, out,
+            )  # fmt: skip
     else:
         out = prefill_attention.prefill(query, *own, None, cu_seqlens_q, seq_lens, 64, layer)
     metadata = AttentionMetadata(
@@ -124,19 +134,48 @@ def test_a_copied_page_is_the_same_up_to_its_copied_tokens_in_every_plane() -> N
     assert torch.equal(memory, before)
 
 
-def test_attention_over_two_halves_joins_to_attention_over_the_whole() -> None:
-    query, keys, values = (_random(n, 4, 32).float() for n in (6, 31, 30))
-    keys = keys[:30]
-
-    def attend(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = torch.einsum("rhd,khd->rhk", query, keys)
-        return torch.einsum("rhk,khd->rhd", scores.softmax(-1), values).contiguous(), scores.logsumexp(-1)
-
-    whole, whole_lse = attend(keys, values)
-    (a, a_lse), (b, b_lse) = attend(keys[:11], values[:11]), attend(keys[11:], values[11:])
-    joined, lse = kernels.merge_attn_states(a, a_lse.t().contiguous(), b, b_lse.contiguous())
-    torch.testing.assert_close(joined, whole, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(lse, whole_lse, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("split", [None, 32], ids=["whole", "rows in chunks of 32 keys"])
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.window is None])
+def test_what_groups_read_together_and_rows_by_themselves_joins_to_attention_over_all_their_keys(
+    layer: Layer, split: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups, of 80 and 48 leading tokens, in pieces, and a row in neither; the first page of a group is that of
+    its leader alone, the others hold copies."""
+    if split is not None:
+        monkeypatch.setattr(decode_attention, "_split_size", lambda rows: split)
+    keys, values = _pages(layer)
+    block_tables = _int([[1, 2], [3, 4], [5, 11], [6, 7], [8, 9], [1, 10]])
+    for pages in (keys, values):
+        pages[3, :64], pages[4, :16] = pages[1, :64], pages[2, :16]
+        pages[6, :48] = pages[5, :48]
+        pages[10, :16] = pages[2, :16]
+    seq_lens = _int([90, 128, 49, 100, 70, 81])
+    slot_mapping = (_int([2, 4, 5, 7, 9, 10]) * 64 + _int([25, 63, 48, 35, 5, 16])).long()
+    query, own = _random(6, layer.query_heads, layer.head_dim), _own(layer, 6)
+    reference = keys.clone(), values.clone()
+    starts = _int([80, 80, 48, 48, 0, 80])
+    members = [[0, 0, 3, 2], [5, 1, 3, 2], [1, 2, 3, 2], [2, 6, 2, 1], [3, 7, 2, 1], [0, 0, 0, 0]]
+    # Blocks of two members, as if no more fitted.
+    items = [
+        [0, 2, 0, 0, 48, 0], [2, 1, 0, 0, 48, 2], [0, 2, 0, 48, 80, 3], [2, 1, 0, 48, 80, 5], [3, 2, 2, 0, 48, 6],
+        [0, 0, 0, 0, 0, 0],
+    ]  # fmt: skip
+    # Of at least the two sequences that each item has.
+    few_heads = layer.query_heads // layer.kv_heads <= 32
+    queries = cascade_attention.query_blocks(layer)[0 if few_heads and split else 1]
+    out, lse = decode_attention.decode(
+        query, *own, keys, values, slot_mapping, block_tables, seq_lens, starts, layer
+    )
+    cascade_attention.merge_prefixes(
+        query, keys, values, block_tables, _int(members), _int(items), queries, layer, out, lse
+    )
+    metadata = AttentionMetadata(slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens)
+    expected = GatheredPages().decode(query, *own, *reference, metadata, layer, None)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    whole = decode_attention.decode(
+        query, *own, keys, values, slot_mapping, block_tables, seq_lens, None, layer
+    )[1]
+    torch.testing.assert_close(lse, whole, **CLOSE)
 
 
 def test_the_top_p_bisection_keeps_what_sorting_keeps() -> None:
@@ -182,6 +221,15 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(one["gpu"], one["model"]) for one in told} == set(product(GPUS, [*SHAPES, "any"]))
-    assert {one["kernel"] for one in told} == {"_decode", "_combine", "_prefill", "_likeliest_allowed"}
+    attention = {
+        "_decode",
+        "_combine",
+        "_prefill",
+        "_attend_prefixes",
+        "_merge_prefixes",
+        "_likeliest_allowed",
+    }
+    experts = {"_route", "_count", "_scan", "_place", "_weigh", "_quantize", "_grouped_product"}
+    assert {one["kernel"] for one in told} == attention | experts
     for one in told:
         assert one["shared"] <= GPUS[one["gpu"]], one

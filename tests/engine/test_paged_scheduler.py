@@ -73,14 +73,13 @@ class Run:
 
     def decode(self, work: DecodeBatch) -> None:
         results = []
+        self.check_common(work)
         for sequence, table in zip(work.sequences, work.block_tables.tolist(), strict=True):
             new: list[int] = []
             known = sequence.request.token_ids.tolist() + self.said[sequence]
-            assert table[: work.prefix_pages] == work.block_tables[0, : work.prefix_pages].tolist()
             for _ in range(work.steps):
                 if sequence in self.stopped or len(known) > sequence.final_len:
                     break
-                assert len(known) - 1 >= work.prefix_pages * self.device.size
                 self.device.write(table, len(known) - 1, known[-1])
                 self.device.check(table, known)
                 new.append(self.say(sequence))
@@ -88,6 +87,16 @@ class Run:
             results.append((sequence, new))
         self.read()
         self.behind = results
+
+    def check_common(self, work: DecodeBatch) -> None:
+        """What neighbours in the order of prompts have in common is in the pages of both, before the step's token."""
+        assert sorted(work.prompt_order.tolist()) == list(range(len(work.sequences)))
+        pairs = itertools.pairwise(work.prompt_order.tolist())
+        for (one, other), common in zip(pairs, work.common[1:].tolist(), strict=True):
+            tokens = work.sequences[one].prompt[:common].tolist()
+            for row in (one, other):
+                assert common <= len(work.sequences[row].prompt)
+                self.device.check(work.block_tables[row].tolist(), tokens)
 
     def read(self) -> None:
         for sequence, tokens in self.behind:
@@ -372,6 +381,29 @@ def test_of_the_prompt_tokens_that_a_window_has_in_common_nearly_all_are_compute
     )
     assert scheduler.shared_tokens > 0.95 * common
     scheduler.check()
+
+
+def test_behind_a_document_the_few_words_that_questions_begin_with_are_computed_once_too() -> None:
+    """They are fewer than would be worth a copy by themselves, of which these questions have one anyway."""
+    rng = random.Random(2)
+    documents = [[rng.randrange(1000) for _ in range(700)] for _ in range(4)]
+    words = [[rng.randrange(1000) for _ in range(5)] for _ in range(40)]
+    prompts = [
+        rng.choice(documents) + rng.choice(words) + [1000 + number] + [7] * 12 for number in range(1200)
+    ]
+    scheduler = Scheduler(PagePool(2000, 256), 1000, 4096, 1024, OutputLengths(certain=True))
+    for number, prompt in enumerate(prompts):
+        scheduler.add(_request(number, prompt, 8))
+    computed = 0
+    while len(scheduler.queue) or scheduler.active:
+        while scheduler.should_prefill() and (chunks := scheduler.next_prefill()):
+            computed += sum(chunk.stop - chunk.start for chunk in chunks)
+            scheduler.prefill_launched()
+        scheduler.next_decode(8)
+    distinct = {
+        tuple(prompt[:stop]) for prompt in prompts for stop in range(len(prompt) - 18, len(prompt) + 1)
+    }
+    assert computed < 1.05 * (4 * 700 + len(distinct) - 4)
 
 
 def test_rows_of_the_oldest_stream_go_first_and_in_a_stream_the_longest() -> None:

@@ -15,6 +15,7 @@ for one key head ("multi-query") it passes too. The whole file takes 190 s.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,14 @@ import transformers as tf
 
 pytest.importorskip("triton")
 
-from batchrun.engine import fp8
+from batchrun.engine import fp8, fp8_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.architecture import Layer
+from batchrun.engine.paged.batches import DecodeBatch
+from batchrun.engine.paged.cascade import CascadePlanner
 from batchrun.engine.paged.flash import FlashAttention
 from batchrun.engine.paged.gathered import GatheredPages
-from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefix
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
 
 pytestmark = pytest.mark.gpu
@@ -122,7 +125,7 @@ def test_fp8_layers_choose_as_often_like_float32_as_unfused_ones(name: str) -> N
     """Float32 products of the same fp8 numbers against the engine and, after the same tokens, against transformers' own
     layers in bf16 around the same products."""
     model = _model(name)
-    fp8.quantize(model)
+    fp8_model.quantize(model)
     unfused, reference = copy.deepcopy(model), copy.deepcopy(model).float()
     for layer, exact in zip(unfused.modules(), reference.modules(), strict=True):
         if isinstance(layer, fp8.Fp8Linear):
@@ -170,7 +173,7 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, alone: bool
         pytest.skip("sinks need flash-attn")
     flash, plain = FlashAttention(), GatheredPages()
     if alone:
-        flash.supports_cascade = False
+        flash.supports_sinks = False
     rng = torch.Generator(DEVICE).manual_seed(rows)
 
     def random(*shape: int) -> torch.Tensor:
@@ -212,23 +215,28 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, alone: bool
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max(new),
+        query_spans=[(0, rows, max(new))],
         max_seqlen_k=1024,
     )
     agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), packed, packed)
-    if flash.supports_cascade and layer.window is None:
-        block_tables[:, :2] = block_tables[0, :2]
-        cu_seqlens_k = torch.tensor([0, 512], dtype=torch.int32, device=DEVICE)
-        cu_seqlens_q = torch.tensor([0, rows], dtype=torch.int32, device=DEVICE)
+    if layer.window is None:
+        # Every other row begins with the same 512 tokens, the others with the same 256.
+        block_tables[::2, :2], block_tables[1::2, :1] = block_tables[0, :2], block_tables[1, :1]
         step = AttentionMetadata(
             slot_mapping=slot_mapping([1] * rows), block_tables=block_tables, seq_lens=seq_lens
         )
-        own = AttentionMetadata(
-            slot_mapping=step.slot_mapping,
-            block_tables=block_tables[:, 2:].contiguous(),
-            seq_lens=seq_lens - 512,
-            shared_prefix=SharedPrefix(block_tables[:1, :2].contiguous(), cu_seqlens_k, cu_seqlens_q),
-        )
-        agree("decode", query, own, step)
+        order = np.array([*range(0, rows, 2), *range(1, rows, 2)], np.int32)
+        common = np.where(order % 2 == 0, 512, 256).astype(np.int32)
+        common[order < 2] = 0
+        planner = CascadePlanner(layer, flash.cascade_queries(layer) or (0, 0), 2)
+        planner._worth = 1
+        plan = planner.plan(DecodeBatch([], order, block_tables.cpu().numpy(), 1, order, common))
+        if plan is not None:
+            shared = SharedPrefixes(
+                *(torch.from_numpy(part).to(DEVICE) for part in (plan.starts, plan.members, plan.items)),
+                plan.block_queries,
+            )
+            agree("decode", query, replace(step, shared_prefixes=shared), step)
 
 
 def test_sampled_tokens_are_the_same_in_another_batch() -> None:

@@ -1,6 +1,6 @@
 """What the paged engine's host does for each decode step, while the device would compute: plan, upload, read back.
 
-    python -m tests.measure.host_work [--rows 1024] [--new-tokens 256] [--steps 8]
+    python -m tests.measure.host_work [--rows 1024] [--new-tokens 256] [--steps 8] [--documents 40]
 
 A tiny model whose device work is left out: every round gives back tokens at once, so that all time is the host's.
 """
@@ -17,6 +17,8 @@ import torch
 
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.architecture import Layer
+from batchrun.engine.paged.cascade import CascadePlanner
 from batchrun.engine.paged.runner import Pending
 from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk
 from batchrun.engine.protocol import EngineSpec, Request
@@ -29,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--documents", type=int, default=0, help="that prompts begin with, of 200 tokens")
     parser.add_argument("--steps", type=int, default=8, help="decode steps in a round")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,6 +51,8 @@ def seconds_per_step(folder: str, args: argparse.Namespace, known: bool) -> floa
     )
     engine = PagedEngine(spec, load_model(spec))
     runner, steps, begun = engine._runner, 0, 0.0
+    # As of a model whose keys are worth reading once, and of a GPU's blocks.
+    planner = CascadePlanner(Layer(query_heads=16, kv_heads=8, head_dim=128, scale=1.0), (64, 128), 2)
 
     def prefill(chunks: list[PrefillChunk]) -> Pending:
         sequences = [chunk.sequence for chunk in chunks if chunk.complete]
@@ -58,17 +63,20 @@ def seconds_per_step(folder: str, args: argparse.Namespace, known: bool) -> floa
         nonlocal steps, begun
         begun = begun or time.perf_counter()
         steps += batch.steps
-        size, tables = len(batch.sequences), batch.block_tables
-        runner._upload(runner._shape(size, tables.shape[1], 0), batch.slots, tables, 0)
-        tokens = torch.full((batch.steps, size), TOKEN, dtype=torch.int32)
+        plan = planner.plan(batch)
+        runner._upload(runner._shape(batch, plan), batch, plan)
+        tokens = torch.full((batch.steps, len(batch.sequences)), TOKEN, dtype=torch.int32)
         return Pending(batch.sequences, tokens, runner._mark(), runner._mark())
 
     runner.prefill, runner.decode = prefill, decode  # type: ignore[method-assign]
     rng = np.random.default_rng(0)
-    requests = [
-        Request(i, rng.integers(3, 200, int(rng.integers(20, 250))).astype(np.int32), args.new_tokens)
-        for i in range(args.rows)
+    documents = [rng.integers(3, 200, 200) for _ in range(args.documents)]
+    prompts = [
+        rng.integers(3, 200, int(rng.integers(20, 250 if not documents else 50))) for _ in range(args.rows)
     ]
+    if documents:
+        prompts = [np.append(documents[i % len(documents)], one) for i, one in enumerate(prompts)]
+    requests = [Request(i, one.astype(np.int32), args.new_tokens) for i, one in enumerate(prompts)]
     assert sum(len(c.token_ids) for c in engine.generate(iter(requests))) == args.rows * args.new_tokens
     return (time.perf_counter() - begun) / steps
 

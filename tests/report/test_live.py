@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,13 @@ def test_the_view_names_job_model_and_what_each_worker_does(view):
     ):  # fmt: skip
         assert expected in " ".join(words[5].split()), (expected, words[5])
     assert "waiting for a worker" in words[6]
+
+
+def test_one_row_is_not_called_rows(view):
+    engine = replace(COURSE[5].worker_views[0].engine, requests=8, completions=7)
+    one = replace(COURSE[5].worker_views[0], engine=engine)
+    words = " ".join(shown(view, replace(COURSE[5], worker_views=[one]), 110))
+    assert "1 row in hand" in words
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])

@@ -17,6 +17,7 @@ from json_schemas import (
     random_schema,
     random_tokens,
     random_value,
+    recursive_schema,
     with_whole_numbers,
     written,
 )
@@ -53,6 +54,34 @@ def test_every_answer_that_ends_is_valid_and_fits_its_column(seed: int) -> None:
     column = wanted.values(answers)
     column.validate(full=True)
     assert column.type == wanted.type
+    assert wanted.values(wanted.texts(column)).equals(column)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS)
+def test_every_answer_of_a_recursive_schema_is_valid_and_fits_its_column(seed: int) -> None:
+    r = random.Random(seed)
+    schema = recursive_schema(r)
+    try:
+        wanted = answer_format(schema=schema)
+        assert wanted is not None
+        assert wanted.automaton
+    except JobError:  # oneOf, options that overlap, or allow nothing
+        assume(False)
+    assume(wanted.levels is not None)
+    validator = jsonschema.Draft202012Validator(
+        schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+    tokens = token_automaton(wanted.automaton, VOCABULARY, [END], "model")
+    answers = [text.decode() for _ in range(5) if (text := random_answer(r, tokens)) is not None]
+    for answer in answers:
+        validator.validate(json.loads(answer))
+    column = wanted.values(answers)
+    column.validate(full=True)
+    assert (column.type, wanted.faults(answers, [True] * len(answers))) == (
+        wanted.type,
+        [None] * len(answers),
+    )
     assert wanted.values(wanted.texts(column)).equals(column)
 
 

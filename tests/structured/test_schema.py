@@ -152,7 +152,14 @@ def test_dates_are_days_that_there_are() -> None:
         ({"type": "number", "multipleOf": 0.01}, "/", "multipleOf", "integer"),
         ({"type": "strng"}, "/", "strng", "string"),
         ({"type": "string", "maxlength": 3}, "/", "maxLength", "correct"),
-        ({"$ref": "#"}, "/", "recursive", "levels"),
+        ({"$ref": "#"}, "/", "no value", "exclude"),
+        ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "/", "no value", "exclude"),
+        (
+            {"oneOf": [{"type": "null"}, {"properties": {"a": {"$ref": "#"}}}]},
+            "/oneOf",
+            "oneOf in a schema with a recursive $ref",
+            "anyOf",
+        ),
         ({"$ref": "other.json"}, "/", "out of the schema", "$defs"),
         ({"$ref": "#/$defs/x"}, "/", "not there", "$defs"),
         ({"properties": {"a": {"const": 1}}, "required": ["b"]}, "/", "'b'", "properties"),
@@ -173,6 +180,51 @@ def test_a_refusal_names_the_keyword_where_it_stands_and_what_to_do(
     assert "\n" not in message
     assert what in message
     assert fix in message
+
+
+TREE = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 9},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+            },
+            "required": ["name", "children"],
+        }
+    },
+    "$ref": "#/$defs/node",
+}
+
+
+def test_documents_of_a_recursive_schema_nest_as_deep_as_told_and_no_deeper() -> None:
+    wanted = answer_format(schema=TREE)
+    assert wanted is not None
+    assert wanted.levels is not None
+    assert wanted.levels >= 4
+
+    def tree(levels: int, children: int) -> dict[str, Any]:
+        below = [tree(levels - 1, children) for _ in range(children)] if levels > 1 else []
+        return {"name": f"n{levels}", "children": below}
+
+    for levels in range(1, wanted.levels + 3):
+        for children in (1, 2):
+            text = json.dumps(tree(levels, children))
+            assert wanted.automaton.matches(text.encode()) == (levels <= wanted.levels), levels
+    deepest = tree(wanted.levels, 1)
+    column = wanted.values([json.dumps(deepest), None])
+    assert column.to_pylist() == [deepest, None]
+    assert column.type.field("children").type.value_type.field("name").type == pa.string()
+
+
+def test_a_recursive_schema_whose_options_have_no_common_type_is_kept_as_json() -> None:
+    number = {"type": "number"}
+    pair = {"type": "array", "items": {"$ref": "#"}, "minItems": 2, "maxItems": 2}
+    wanted = answer_format(schema={"anyOf": [number, pair]})
+    assert wanted is not None
+    assert wanted.type == pa.string()
+    assert wanted.automaton.matches(b"[1, [2, 3]]")
+    assert not wanted.automaton.matches(b"[1, [2]]")
 
 
 def test_columns_have_the_types_of_the_schema() -> None:

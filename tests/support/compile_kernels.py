@@ -1,4 +1,4 @@
-"""Compiles the kernels of attention and of answers' masks for GPUs, on a machine that needs none.
+"""Compiles the kernels of attention, of experts and of answers' masks for GPUs, on a machine that needs none.
 
 It says what shared memory each takes.
 
@@ -13,12 +13,21 @@ import json
 from itertools import product
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchrun.engine.paged import decode_attention, online_softmax, prefill_attention
+from batchrun.engine import experts_kernels
+from batchrun.engine.paged import (
+    cascade,
+    cascade_attention,
+    decode_attention,
+    online_softmax,
+    prefill_attention,
+)
 from batchrun.engine.paged import kernels as small_kernels
+from batchrun.engine.paged.architecture import Layer
 
 # Compute capability, and bytes of shared memory that a block of threads may have there.
 GPUS = {80: 166912, 90: 232448}
@@ -32,11 +41,15 @@ SHAPES = {
 }
 POINTERS = {
     **dict.fromkeys(("query", "key", "value", "keys", "values", "key_cache", "value_cache", "out"), "bf16"),
-    **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens"), "i32"),
+    **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens", "starts"), "i32"),
     **{"logits": "bf16", "states": "i32", "mask_of": "i32", "masks": "i32", "tokens": "i64"},
+    **dict.fromkeys(("x", "weight", "bias", "parts", "gated"), "bf16"),
+    **dict.fromkeys(("order", "tiles", "counts", "totals"), "i32"),
+    **{"x_scale": "fp32", "weight_scale": "fp32", "weights": "fp32", "expert_ids": "i32"},
+    **{"members": "i32", "items": "i32", "prefix_out": "fp32", "prefix_lse": "fp32"},
     **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
 }
-NUMBERS = {"scale": "fp32", "softcap": "fp32"}
+NUMBERS = {"scale": "fp32", "softcap": "fp32", "alpha": "fp32", "limit": "fp32"}
 
 
 def main() -> None:
@@ -58,7 +71,7 @@ def main() -> None:
                 (True, decode_attention.SPLIT_BLOCKS),
             ):
                 block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, 2 * block_d, memory)
-                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split}
+                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": not window}
                 report(gpu, name, decode_attention._decode, {**constants, **own}, 4)
             own = {
                 "NUM_HEADS": heads,
@@ -66,8 +79,10 @@ def main() -> None:
                 "BLOCK_D": block_d,
                 "WINDOW": window,
                 "BLOCK_N": block_n,
+                "STARTS": not window,
             }
             report(gpu, name, decode_attention._combine, own, 1)
+            report_cascade(gpu, name, Layer(heads, num_kv_heads, head_dim, 1.0), shape, memory)
             constants = {
                 **shape,
                 "NUM_HEADS": heads,
@@ -79,13 +94,76 @@ def main() -> None:
                 own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
                 report(gpu, name, prefill_attention._prefill, {**constants, **own}, tile[-1])
         report(gpu, "any", small_kernels._likeliest_allowed, {"BLOCK": 4096}, 8)
+        report_experts(gpu, memory)
+
+
+def report_experts(gpu: int, memory: int) -> None:
+    """As in Qwen3-30B-A3B, in gpt-oss, whose weights are transposed, and in fp8."""
+    routed = {"EXPERTS": 128, "PER_TOKEN": 8, "BLOCK": 8, "AMONG_CHOSEN": True}
+    report(gpu, "any", experts_kernels._route, routed, 1)
+    report(gpu, "any", experts_kernels._count, {"EXPERTS": 128, "CHUNK": 128}, 4)
+    report(gpu, "any", experts_kernels._scan, {"BLOCK": 256}, 1)
+    report(gpu, "any", experts_kernels._place, {"EXPERTS": 128, "CHUNK": 128, "BLOCK_M": 64}, 4)
+    report(gpu, "any", experts_kernels._weigh, {"BLOCK": 1024}, 4)
+    for rows, transposed, fp8 in product((8, 32, 1000), (False, True), (False, True)):
+        if fp8 and (transposed or gpu < 89):
+            continue
+        dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+        tile = experts_kernels.tile_for(128 * rows, 128, dtype, memory)
+        gate = {"GATE": "clamped" if transposed else "silu", "INTERLEAVED": transposed, "BIAS": transposed}
+        constants = {
+            "SCALED": fp8,
+            "SWAPPED": tile.swapped,
+            "EVEN": True,
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.columns,
+            "BLOCK_K": tile.features,
+            "NUM_STAGES": tile.stages,
+            "PRECISION": "tf32",
+            "column_stride" if transposed else "feature_stride": 1,
+        }
+        types = {"x": "fp8e4nv", "weight": "fp8e4nv"} if fp8 else {}
+        kernel = experts_kernels._grouped_product
+        report(gpu, "any", kernel, {**constants, **gate}, tile.warps, types)
+        report(gpu, "any", kernel, {**constants, **gate, "GATE": ""}, tile.warps, types)
+    if gpu >= 89:
+        report(
+            gpu,
+            "any",
+            experts_kernels._quantize,
+            {"MOST": 448.0, "BLOCK": 1024},
+            4,
+            {"out": "fp8e4nv", "scale": "fp32"},
+        )
+
+
+def report_cascade(gpu: int, name: str, layer: Layer, shape: dict[str, Any], memory: int) -> None:
+    block_d = shape["BLOCK_D"]
+    common = {"HEAD_DIM": layer.head_dim, "BLOCK_D": block_d, "MEMBER": cascade.MEMBER_WIDTH}
+    for queries in cascade_attention.query_blocks(layer):
+        block_n, num_stages = online_softmax.fitting_blocks(
+            cascade_attention.CASCADE_BLOCKS, queries, 2 * block_d, memory
+        )
+        own = {
+            **common,
+            "GROUP_SIZE": shape["GROUP_SIZE"],
+            "SOFTCAP": shape["SOFTCAP"],
+            "NUM_KV_HEADS": layer.kv_heads,
+            "PAGE_SIZE": 256,
+            "BLOCK_M": queries,
+            "BLOCK_N": block_n,
+            "NUM_STAGES": num_stages,
+            "ITEM": cascade.ITEM_WIDTH,
+        }
+        report(gpu, name, cascade_attention._attend_prefixes, own, cascade_attention.CASCADE_WARPS)
+    report(gpu, name, cascade_attention._merge_prefixes, {**common, "NUM_HEADS": layer.query_heads}, 1)
 
 
 def check_names() -> None:
     """Triton ignores names that no argument has, and then compiles a variant for each value that it meets."""
     for kernel in [
         one
-        for module in (decode_attention, prefill_attention, small_kernels)
+        for module in (cascade_attention, decode_attention, prefill_attention, small_kernels, experts_kernels)
         for one in vars(module).values()
     ]:
         if isinstance(kernel, triton.JITFunction):
@@ -93,13 +171,21 @@ def check_names() -> None:
             assert named <= set(kernel.arg_names), (kernel.__name__, named)
 
 
-def report(gpu: int, model: str, kernel: Any, constants: dict[str, Any], warps: int) -> None:
+def report(
+    gpu: int,
+    model: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    warps: int,
+    types: dict[str, str] | None = None,
+) -> None:
+    pointers = POINTERS | (types or {})
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = f"*{POINTERS[name]}" if name in POINTERS else NUMBERS.get(name, "i32")
+        signature[name] = f"*{pointers[name]}" if name in pointers else NUMBERS.get(name, "i32")
         if name not in NUMBERS:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

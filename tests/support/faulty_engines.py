@@ -16,6 +16,7 @@ import numpy as np
 from engines import EchoEngine, waiting_now
 from tokenizers.pre_tokenizers import ByteLevel
 
+from batchrun.engine.instant import InstantEngine
 from batchrun.engine.protocol import Completion, EngineSpec, Request
 from batchrun.errors import FaultCode, RowFault
 
@@ -201,3 +202,20 @@ class BadMachineEngine(AbortingEngine):
 
     def answer(self, request: Request) -> Completion:
         return super().answer(request) if self.is_bad else NotedEngine.answer(self, request)
+
+
+class InstantOnGpus(InstantEngine):
+    """Notes how many GPUs it is told to use, and which ones its process sees."""
+
+    @classmethod
+    def load(cls, spec: EngineSpec) -> InstantOnGpus:
+        engine = cls()
+        # The other workers' engines have their share of the rows.
+        time.sleep(1.0)
+        engine.stats.notes.append(f"{spec.gpus} GPUs: {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        return engine
+
+    def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
+        for completion in super().generate(requests):
+            time.sleep(0.05)
+            yield completion

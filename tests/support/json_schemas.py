@@ -54,6 +54,30 @@ def random_schema(r: random.Random) -> dict[str, Any]:
     return schema
 
 
+def recursive_schema(r: random.Random) -> dict[str, Any]:
+    """Two definitions that refer to themselves and to each other, beside values of other kinds."""
+
+    def again() -> dict[str, Any]:
+        ref = {"$ref": f"#/$defs/D{r.randrange(2)}"}
+        return r.choice(
+            [
+                ref,
+                {"type": "array", "items": ref, "maxItems": r.randrange(1, 4)},
+                {"type": "array", "items": ref},
+                {"anyOf": [{"type": "null"}, ref]},
+                {"type": "object", "properties": {"x": ref, "y": _schema(r, 3)}, "required": ["y"]},
+            ]
+        )
+
+    def definition() -> dict[str, Any]:
+        members = [("f", _schema(r, 3)), ("g", again()), *([("h", again())] if r.random() < 0.3 else [])]
+        r.shuffle(members)
+        required = [name for name, _ in members if name == "f" or r.random() < 0.3]
+        return {"type": "object", "properties": dict(members), "required": required}
+
+    return {"$ref": "#/$defs/D0", "$defs": {"D0": definition(), "D1": definition()}}
+
+
 def closed(schema: Any) -> Any:
     """The same without properties and items that are not declared."""
     if isinstance(schema, list):

@@ -102,6 +102,18 @@ class Engine:
         self.fault = None
 
 
+def test_rows_with_the_same_prompt_and_other_adapters_are_generated_each() -> None:
+    known = KnownAnswers()
+    first, second = (Duplicates(known, GREEDY, is_merging_samples=True) for _ in range(2))
+    assert [first.admit(request(row, 1, 2, adapter=row % 3)) for row in range(6)] == [True] * 3 + [False] * 3
+    first.ended(answer(request(1, 1, 2, adapter=1)))
+    assert [copy.id for copy in first.take()] == [4]
+    # Nor are those of another partition taken for them.
+    assert not second.admit(request(7, 1, 2, adapter=1))
+    assert [copy.id for copy in second.take()] == [7]
+    assert second.admit(request(8, 1, 2, adapter=4))
+
+
 def test_of_rows_with_the_same_prompt_one_is_generated_and_each_has_its_own_place() -> None:
     one, engine = Partition([3, 4, 3, 3, 7, 4], KnownAnswers()), Engine()
     one.run(engine)

@@ -35,12 +35,14 @@ class PrefillChunk:
 class DecodeBatch:
     """`steps` decode steps for some sequences, those with most tokens in the pool first.
 
-    `block_tables` (sequences, pages) int32 are their pages, `prefix_pages` how many of the first ones all sequences
-    have in common.
+    `block_tables` (sequences, pages) int32 are their pages. `prompt_order` (sequences,) int32 are their numbers in the
+    order of their prompts, and `common` (sequences,) int32 how many leading tokens each of these has in common with the
+    one before it: tokens that are in the pages of both.
     """
 
     sequences: list[Sequence]
     slots: Ints
     block_tables: Ints
     steps: int
-    prefix_pages: int
+    prompt_order: Ints
+    common: Ints

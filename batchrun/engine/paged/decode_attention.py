@@ -26,30 +26,31 @@ and 8 key heads: 2.95 TB/s split, 2.59 not; 16 sequences 2.71 and 1.62; 4 sequen
 
 
 @triton.jit
-def _first_key(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where the blocks of keys begin that a sequence's last token sees."""
-    first = 0
+def _first_key(seq_len, start, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the blocks of keys begin that a sequence's last token sees, from its key `start` on."""
+    first = start
     if WINDOW > 0:
-        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
-    return first
+        first = tl.maximum(seq_len - WINDOW, start)
+    return first // BLOCK_N * BLOCK_N
 
 
 @triton.jit(
     do_not_specialize=["split_size", "block_table_stride", "num_seqs"],
-    do_not_specialize_on_alignment=["slot_mapping", "block_tables", "seq_lens"],
+    do_not_specialize_on_alignment=["slot_mapping", "block_tables", "seq_lens", "starts"],
 )
 def _decode(
-    query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, out, lse, scale, softcap,
+    query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, starts, out, lse, scale, softcap,
     split_size,
     query_seq_stride, query_head_stride, key_seq_stride, value_seq_stride, block_table_stride, num_seqs,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
-    SPLIT_KV: tl.constexpr,
+    SPLIT_KV: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
     seq, head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
     seq_len = tl.load(seq_lens + seq)
-    first = _first_key(seq_len, WINDOW, BLOCK_N)
+    seq_start = tl.load(starts + seq) if STARTS else 0
+    first = _first_key(seq_len, seq_start, WINDOW, BLOCK_N)
     stop = seq_len - 1
     split = tl.program_id(1)
     if SPLIT_KV:
@@ -89,6 +90,8 @@ def _decode(
         page = tl.load(block_tables + long_seq * block_table_stride + start // PAGE_SIZE).to(tl.int64)
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < seq_len - 1
+        if STARTS:
+            mask_n = mask_n & (offs_n >= seq_start)
         if WINDOW > 0:
             mask_n = mask_n & (offs_n >= seq_len - WINDOW)
         kv_offset = ((page * PAGE_SIZE + offs_n % PAGE_SIZE) * NUM_KV_HEADS + head) * HEAD_DIM
@@ -118,7 +121,7 @@ def _decode(
 def decode(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor,
     block_tables: Tensor,
-    seq_lens: Tensor, layer: Layer,
+    seq_lens: Tensor, starts: Tensor | None, layer: Layer,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes each sequence's new key and value to its pages as `write_kv_cache` does, and attends over them.
 
@@ -131,6 +134,7 @@ def decode(
         key_cache, value_cache: (pages, page size, kv heads, head size), contiguous.
         slot_mapping: (sequences,) int64, where the new ones go: the last of the sequence's tokens.
         block_tables: (sequences, pages) int32. seq_lens: (sequences,) int32, the new token included.
+        starts: (sequences,) int32, the first of each sequence's keys that are attended over; all of them without it.
 
     Returns:
         (sequences, query heads, head size), and the scores' log-sum-exp (sequences, query heads) float32.
@@ -155,31 +159,40 @@ def decode(
         split_lse = torch.empty((num_splits, num_seqs, heads), dtype=torch.float32, device=query.device)
     else:
         split_out, split_lse = out, lse
+    first_keys = seq_lens if starts is None else starts
     _decode[(num_seqs * layer.kv_heads, num_splits)](
-        query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, split_out, split_lse,
-        layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0, split_size,
+        query, key, value, key_cache, value_cache, slot_mapping, block_tables, seq_lens, first_keys,
+        split_out, split_lse, layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0, split_size,
         query.stride(0), query.stride(1), key.stride(0), value.stride(0), block_tables.stride(0), num_seqs,
         NUM_KV_HEADS=layer.kv_heads, GROUP_SIZE=group_size, BLOCK_M=block_m, HEAD_DIM=head_dim,
         PAGE_SIZE=key_cache.shape[1],
         WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None,
-        BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, SPLIT_KV=num_splits > 1, num_warps=4,
+        BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, SPLIT_KV=num_splits > 1,
+        STARTS=starts is not None, num_warps=4,
     )  # fmt: skip
     if num_splits > 1:
         _combine[(num_seqs, heads)](
-            split_out, split_lse, seq_lens, out, lse, split_size, num_seqs,
-            NUM_HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, WINDOW=layer.window or 0, BLOCK_N=block_n, num_warps=1,
+            split_out, split_lse, seq_lens, first_keys, out, lse, split_size, num_seqs,
+            NUM_HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, WINDOW=layer.window or 0, BLOCK_N=block_n,
+            STARTS=starts is not None, num_warps=1,
         )  # fmt: skip
     return out, lse
 
 
-@triton.jit(do_not_specialize=["split_size", "num_seqs"], do_not_specialize_on_alignment=["seq_lens"])
+@triton.jit(
+    do_not_specialize=["split_size", "num_seqs"], do_not_specialize_on_alignment=["seq_lens", "starts"]
+)
 def _combine(
-    split_out, split_lse, seq_lens, out, lse, split_size, num_seqs,
+    split_out, split_lse, seq_lens, starts, out, lse, split_size, num_seqs,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    STARTS: tl.constexpr,
 ):  # fmt: skip
     seq, head = tl.program_id(0), tl.program_id(1)
     seq_len = tl.load(seq_lens + seq)
-    num_splits = tl.maximum(tl.cdiv(seq_len - 1 - _first_key(seq_len, WINDOW, BLOCK_N), split_size), 1)
+    seq_start = tl.load(starts + seq) if STARTS else 0
+    num_splits = tl.maximum(
+        tl.cdiv(seq_len - 1 - _first_key(seq_len, seq_start, WINDOW, BLOCK_N), split_size), 1
+    )
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     head_row = seq.to(tl.int64) * NUM_HEADS + head

@@ -6,6 +6,7 @@ from typing import Any
 
 from batchrun.engine import stage
 from batchrun.engine.answer_mask import AnswerMask
+from batchrun.engine.experts import use_grouped_experts
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.architecture import check_positions
 from batchrun.engine.paged.attention import KVCache
@@ -44,6 +45,7 @@ def make_runner(
     cache = KVCache(model.requires_grad_(False), page_size, dtype, device)
     if devices.is_gpu(device):
         fuse_projections(model)
+        use_grouped_experts(model)
     sampler = Sampler(spec.sampling, AnswerMask.of(spec, model))
     if budget.compile:
         compile_layers(model, cache.modules)

@@ -1,4 +1,4 @@
-"""FlashAttention over pages on a GPU: Triton kernels of our own, and flash-attn 2 (Dao, 2023) where it is better.
+"""FlashAttention over pages on a GPU: Triton kernels of our own, and flash-attn 2 (Dao, 2023) for attention sinks.
 
 Measured on an H200 in bf16, microseconds, ours against flash-attn 2.8.3: decode of 1024 sequences of 20 to 1500
 tokens 271 : 369 (4.4 : 3.2 TB/s); of 300 sequences of 20 to 3300 tokens 261 : 322; prefill, 32 query heads, of 27
@@ -12,17 +12,21 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from batchrun.engine.paged import decode_attention, kernels, prefill_attention
+from batchrun.engine.paged import cascade_attention, decode_attention, kernels, prefill_attention
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.metadata import AttentionMetadata
 
 
 class FlashAttention:
-    """flash-attn, if installed, reads a shared prefix once, and gives what attention sinks need."""
+    """flash-attn, if installed, gives what attention sinks need."""
 
     def __init__(self) -> None:
-        self.supports_cascade = importlib.util.find_spec("flash_attn") is not None
-        self.name = "triton and flash-attn 2" if self.supports_cascade else "triton"
+        self.supports_sinks = importlib.util.find_spec("flash_attn") is not None
+        self.name = "triton and flash-attn 2" if self.supports_sinks else "triton"
+
+    def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
+        """See `AttentionBackend`."""
+        return cascade_attention.query_blocks(layer)
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
@@ -36,16 +40,20 @@ class FlashAttention:
             key_cache, value_cache, block_tables = (
                 (key, value, None) if metadata.no_context else (key_cache, value_cache, metadata.block_tables)
             )
-            return prefill_attention.prefill(
-                query,
-                key_cache,
-                value_cache,
-                block_tables,
-                metadata.cu_seqlens_q,
-                metadata.seq_lens,
-                metadata.max_seqlen_q,
-                layer,
-            )
+            out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+            for first, stop, longest in metadata.query_spans:
+                prefill_attention.prefill(
+                    query,
+                    key_cache,
+                    value_cache,
+                    None if block_tables is None else block_tables[first:stop],
+                    metadata.cu_seqlens_q[first : stop + 1],
+                    metadata.seq_lens[first:stop],
+                    longest,
+                    layer,
+                    out,
+                )
+            return out
         from flash_attn import flash_attn_varlen_func
 
         out, lse, _ = flash_attn_varlen_func(
@@ -59,7 +67,8 @@ class FlashAttention:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """See `AttentionBackend`: writing and attending in one kernel, a shared prefix read once."""
+        """See `AttentionBackend`: writing and attending in one kernel, shared prefixes read once."""
+        shared = metadata.shared_prefixes
         out, lse = decode_attention.decode(
             query,
             key,
@@ -69,33 +78,23 @@ class FlashAttention:
             metadata.slot_mapping,
             metadata.block_tables,
             metadata.seq_lens,
+            None if shared is None else shared.starts,
             layer,
         )
-        if metadata.shared_prefix is not None:
-            out, lse = self._merge_shared_prefix(query, key_cache, value_cache, metadata, layer, out, lse)
+        if shared is not None:
+            cascade_attention.merge_prefixes(
+                query,
+                key_cache,
+                value_cache,
+                metadata.block_tables,
+                shared.members,
+                shared.items,
+                shared.block_queries,
+                layer,
+                out,
+                lse,
+            )
         return out if sinks is None else _with_sinks(out, lse, sinks)
-
-    def _merge_shared_prefix(
-        self,
-        query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        metadata: AttentionMetadata,
-        layer: Layer,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Cascade attention: all queries are one long query over the shared pages, which are then read once."""
-        from flash_attn import flash_attn_varlen_func
-
-        assert metadata.shared_prefix is not None
-        prefix_out, prefix_lse, _ = flash_attn_varlen_func(
-            query, key_cache, value_cache, metadata.shared_prefix.cu_seqlens_q, metadata.shared_prefix.cu_seqlens_k,
-            len(query), metadata.shared_prefix.block_table.shape[1] * key_cache.shape[1],
-            block_table=metadata.shared_prefix.block_table, causal=False, return_attn_probs=True,
-            **_flash_kwargs(layer),
-        )  # fmt: skip
-        return kernels.merge_attn_states(prefix_out, prefix_lse, out.contiguous(), lse.contiguous())
 
 
 def _flash_kwargs(layer: Layer) -> dict[str, object]:

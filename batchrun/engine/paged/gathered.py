@@ -14,7 +14,10 @@ class GatheredPages:
     """Plain attention over a copy of each sequence's pages, on any device and for any dtype."""
 
     name = "sdpa over gathered pages"
-    supports_cascade = False
+
+    def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
+        """See `AttentionBackend`."""
+        return None
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,

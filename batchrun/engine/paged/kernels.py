@@ -1,5 +1,7 @@
-"""The engine's small GPU kernels, in Triton: writing and copying pages, merging attention states, a top-p threshold,
-the likeliest token that an answer may have."""
+"""The engine's small GPU kernels, in Triton.
+
+Writing and copying pages, a top-p threshold, the likeliest token that an answer may have.
+"""
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
 
@@ -76,49 +78,6 @@ def copy_pages(memory: Tensor, sources: Tensor, targets: Tensor, tokens: Tensor)
     _copy_pages[(len(sources), planes)](
         memory, sources, targets, tokens, pages, WIDTH=width, PAGE_SIZE=page_size, BLOCK=4096, num_warps=8
     )
-
-
-@triton.jit
-def _merge_attn_states(
-    prefix, prefix_lse, suffix, suffix_lse, out, lse, heads, lse_row_stride, lse_head_stride,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
-    a = tl.load(prefix_lse + head * lse_head_stride + row * lse_row_stride)
-    b = tl.load(suffix_lse + row * heads + head)
-    m_new = tl.maximum(a, b)
-    weight_a, weight_b = tl.exp(a - m_new), tl.exp(b - m_new)
-    column = tl.arange(0, BLOCK)
-    mask = column < HEAD_DIM
-    offset = (row * heads + head) * HEAD_DIM + column
-    x = tl.load(prefix + offset, mask=mask).to(tl.float32)
-    y = tl.load(suffix + offset, mask=mask).to(tl.float32)
-    merged = (x * weight_a + y * weight_b) / (weight_a + weight_b)
-    tl.store(out + offset, merged.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + row * heads + head, m_new + tl.log(weight_a + weight_b))
-
-
-def merge_attn_states(
-    prefix: Tensor, prefix_lse: Tensor, suffix: Tensor, suffix_lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from the attentions over each: a mean weighted by exp(log-sum-exp).
-
-    (Online softmax: Milakov and Gimelshein, 2018.)
-
-    Args:
-        prefix, suffix: (sequences, heads, head size), contiguous.
-        prefix_lse: (heads, sequences) float32. suffix_lse: (sequences, heads) float32, contiguous.
-
-    Returns:
-        (sequences, heads, head size) and the log-sum-exp over both, (sequences, heads) float32.
-    """
-    rows, heads, head_dim = prefix.shape
-    out, lse = torch.empty_like(suffix), torch.empty_like(suffix_lse)
-    _merge_attn_states[(rows, heads)](
-        prefix, prefix_lse, suffix, suffix_lse, out, lse, heads, prefix_lse.stride(1), prefix_lse.stride(0),
-        HEAD_DIM=head_dim, BLOCK=triton.next_power_of_2(head_dim), num_warps=1,
-    )  # fmt: skip
-    return out, lse
 
 
 @triton.jit

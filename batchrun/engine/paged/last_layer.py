@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from batchrun.engine.paged.architecture import decoder_layers
 from batchrun.engine.paged.compiling import compiled
+from batchrun.engine.row_adapters import TokenAdapters
 
 COMPILED_FROM = 4096
 """Prefills from which on the last layer is compiled for itself: two seconds, in which the GPU waits, against tenths
@@ -32,12 +33,13 @@ class LastLayer:
         last = attention[-1]
         layers = [layer for layer in decoder_layers(model, attention) if last in layer.modules()]
         self._parts: list[tuple[nn.Module, str, nn.Module, _SelectedTokens]] = []
+        adapters = TokenAdapters.of(model)
         if not layers:
             return
         self._layer = layers[0]
         for owner, name in ((last, "o_proj"), (self._layer, "mlp")):
             if isinstance(part := getattr(owner, name, None), nn.Module):
-                self._parts.append((owner, name, part, _SelectedTokens(part)))
+                self._parts.append((owner, name, part, _SelectedTokens(part, adapters)))
         self._usual = self._layer.__dict__.get("forward")
         forward = MethodType(type(self._layer).forward, self._layer)
         self._own, self._compiled = forward, compiled(forward) if self._usual else forward
@@ -69,9 +71,9 @@ class LastLayer:
 class _SelectedTokens(nn.Module):
     """A part of a layer that computes chosen tokens alone, and puts them in their places among zeros."""
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, adapters: TokenAdapters | None) -> None:
         super().__init__()
-        self.part = part
+        self.part, self.adapters = part, adapters
         self.tokens = torch.zeros(0, dtype=torch.long)
         self._marked = False
 
@@ -82,7 +84,13 @@ class _SelectedTokens(nn.Module):
         self.tokens = tokens
 
     def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
-        made = self.part(x[:, self.tokens], *arguments, **named)
+        if self.adapters is None:
+            made = self.part(x[:, self.tokens], *arguments, **named)
+        else:
+            everyones = self.adapters.tokens
+            self.adapters.tokens = everyones[self.tokens]
+            made = self.part(x[:, self.tokens], *arguments, **named)
+            self.adapters.tokens = everyones
         out = made[0] if isinstance(made, tuple) else made
         spread = out.new_zeros(x.shape[0], x.shape[1], out.shape[-1])
         spread[:, self.tokens] = out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -11,17 +11,17 @@ from batchrun.engine.paged.architecture import Layer
 
 
 @dataclass(frozen=True, slots=True)
-class SharedPrefix:
-    """Pages that begin every sequence of a decode step; the step's own `block_tables` and `seq_lens` start after
-    them.
+class SharedPrefixes:
+    """What groups of a decode step's sequences begin with, to be read once for each group.
 
-    `block_table` (1, pages) int32; `cu_seqlens_k` (2,) int32: 0 and how many tokens the shared prefix has;
-    `cu_seqlens_q` (2,) int32: 0 and how many sequences there are.
+    `starts` (sequences,) int32: how many leading tokens of a sequence those are, 0 without a group. `members` and
+    `items`: see `CascadePlan`, filled up with zeros, and so `block_queries`.
     """
 
-    block_table: Tensor
-    cu_seqlens_k: Tensor
-    cu_seqlens_q: Tensor
+    starts: Tensor
+    members: Tensor
+    items: Tensor
+    block_queries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class AttentionMetadata:
     (sequences, pages) int32 and `seq_lens` (sequences,) int32 are each sequence's pages and tokens, this call's
     included. A decode step has one token per sequence. A prefill has `cu_seqlens_q` (sequences + 1,) int32, where
     each sequence's tokens begin in the prefill batch, `cu_seqlens_k` (sequences + 1,) int32, the running sum of
-    `seq_lens`, and the longest of both; `no_context` when no sequence has older tokens.
+    `seq_lens`, and the longest of both; `query_spans` are sequences to compute together, see `shapes.query_spans`;
+    `no_context` when no sequence has older tokens.
     """
 
     slot_mapping: Tensor
@@ -42,8 +43,9 @@ class AttentionMetadata:
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 1
     max_seqlen_k: int = 0
+    query_spans: list[tuple[int, int, int]] = field(default_factory=list)
     no_context: bool = False
-    shared_prefix: SharedPrefix | None = None
+    shared_prefixes: SharedPrefixes | None = None
 
 
 class AttentionBackend(Protocol):
@@ -55,7 +57,11 @@ class AttentionBackend(Protocol):
     """
 
     name: str
-    supports_cascade: bool
+
+    def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
+        """Queries of sequences that read a shared prefix together: of a small and a large block of threads, no fewer
+        than query heads for a key head. None where each sequence reads its own."""
+        ...
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,

@@ -16,23 +16,26 @@ from batchrun.engine.protocol import TokenIds
 NULL_PAGE = 0
 """The page that finished sequences and padding write to; never handed out, never read for a result."""
 
-MIN_COPIED_TOKENS = 16
-"""Tokens. Computing fewer again costs less than a copy and a prefill batch cut short."""
+MIN_COPIED_TOKENS, MIN_MORE_TOKENS = 16, 2
+"""Tokens. Computing fewer again costs less than a copy and a prefill batch cut short; behind others that are shared,
+which make the copy and the detour through the pages needed anyway, that is so of fewer still."""
 
-_ROOT_HASH = b""
+NO_ROOT = b""
+"""What prompts begin with in place of the digest of a page before them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
     """The start of a prompt that the pool holds: whole `pages`, then `copied` tokens at the start of `copy_from`.
 
-    `wait`: a sequence of the prefill batch now being put together will hold more of it, once that is computed.
+    `wait`: a sequence of the prefill batch now being put together will hold so many tokens more of it, once that is
+    computed; 0 where those are not worth waiting for.
     """
 
     pages: tuple[int, ...] = ()
     copy_from: int = NULL_PAGE
     copied: int = 0
-    wait: bool = False
+    wait: int = 0
 
 
 class PagePool:
@@ -51,6 +54,7 @@ class PagePool:
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._full_pages: dict[bytes, int] = {}
         self._page_hash: dict[int, bytes] = {}
+        self._hashes = _PageHashes(page_size)
         self._copyable = _Tails()
         self._pending = _Tails()
         self.copy_sources: list[int] = []
@@ -106,13 +110,13 @@ class PagePool:
                 else:
                     self._free_pages.append(page)
 
-    def match_prefix(self, tokens: TokenIds, computed: int = 1) -> PrefixMatch:
-        """What is held of a prompt; its last `computed` tokens never are, because their logits are wanted."""
+    def match_prefix(self, tokens: TokenIds, computed: int = 1, root: bytes = NO_ROOT) -> PrefixMatch:
+        """What is held of a prompt; its last `computed` tokens never are, because their logits are wanted. Prompts of
+        different roots have nothing in common."""
         size, most = self.page_size, len(tokens) - computed
         pages: list[int] = []
-        prefix_hash = _ROOT_HASH
-        while (len(pages) + 1) * size <= most:
-            page_hash = self._hash_page(prefix_hash, tokens, len(pages))
+        prefix_hash = root
+        for page_hash in self._hashes.of(tokens, most // size, root):
             if page_hash not in self._full_pages:
                 break
             pages.append(self._full_pages[page_hash])
@@ -121,20 +125,23 @@ class PagePool:
         rest = tokens[len(pages) * size : min((len(pages) + 1) * size - 1, most)]
         copied, copy_from = self._copyable.nearest(prefix_hash, rest)
         pending, _ = self._pending.nearest(prefix_hash, rest)
-        if pending >= copied + MIN_COPIED_TOKENS:
-            return PrefixMatch(tuple(pages), wait=True)
-        if copied < MIN_COPIED_TOKENS:
+        least = MIN_MORE_TOKENS if pages else MIN_COPIED_TOKENS
+        if copied < least:
             copied, copy_from = 0, NULL_PAGE
-        return PrefixMatch(tuple(pages), copy_from, copied)
+        more = pending - copied
+        wait = more if more >= (MIN_MORE_TOKENS if copied else least) else 0
+        return PrefixMatch(tuple(pages), copy_from, copied, wait)
 
-    def insert(self, tokens: TokenIds, pages: list[int], start: int, stop: int) -> None:
+    def insert(
+        self, tokens: TokenIds, pages: list[int], start: int, stop: int, root: bytes = NO_ROOT
+    ) -> None:
         """Says that the prefill batch being put together computes `tokens[start:stop]` into a sequence's `pages`.
 
         Whole pages can be shared from now on, by sequences of the same prefill batch too: each layer writes all of a
         prefill batch's keys and values before it reads any. A page can be copied from only after `launched`.
         """
         size = self.page_size
-        prefix_hash = _ROOT_HASH
+        prefix_hash, hashes = root, self._hashes.of(tokens, stop // size, root)
         for number in range(self.pages_for(stop)):
             page = pages[number]
             begin, end = number * size, min((number + 1) * size, stop)
@@ -142,7 +149,7 @@ class PagePool:
                 self._pending.add(prefix_hash, page, tokens[begin:end])
             if end - begin < size:
                 break
-            prefix_hash = self._hash_page(prefix_hash, tokens, number)
+            prefix_hash = hashes[number]
             if end > start and prefix_hash not in self._full_pages and page not in self._page_hash:
                 self._full_pages[prefix_hash], self._page_hash[page] = page, prefix_hash
 
@@ -175,15 +182,41 @@ class PagePool:
         assert not set(self._free_pages) & set(self._evictable), "a page is free and evictable"
         assert held + self.available == self.num_pages, "pages have leaked"
 
-    def _hash_page(self, parent_hash: bytes, tokens: TokenIds, number: int) -> bytes:
-        block = tokens[number * self.page_size : (number + 1) * self.page_size]
-        return blake2b(parent_hash + block.tobytes(), digest_size=16).digest()
-
     def _invalidate(self, page: int) -> None:
         page_hash = self._page_hash.pop(page, None)
         if page_hash is not None:
             del self._full_pages[page_hash]
         self._copyable.remove(page)
+
+
+class _PageHashes:
+    """Digests of a prompt's pages, each of every token up to the page's end.
+
+    Prompts come in an order in which those that begin alike follow each other: what one has in common with the one
+    before is not digested again.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._size = page_size
+        self._tokens: TokenIds = np.empty(0, np.int32)
+        self._root = NO_ROOT
+        self._hashes: list[bytes] = []
+
+    def of(self, tokens: TokenIds, pages: int, root: bytes) -> list[bytes]:
+        """Those of the first so many pages, all of them whole."""
+        if root != self._root:
+            self._root = root
+            self._hashes.clear()
+        if tokens is not self._tokens:
+            common = common_prefix(tokens, self._tokens[: len(self._hashes) * self._size])
+            del self._hashes[common // self._size :]
+            self._tokens = tokens
+        while len(self._hashes) < pages:
+            first = len(self._hashes) * self._size
+            parent = self._hashes[-1] if self._hashes else root
+            block = tokens[first : first + self._size].tobytes()
+            self._hashes.append(blake2b(parent + block, digest_size=16).digest())
+        return self._hashes[:pages]
 
 
 class _Tails:

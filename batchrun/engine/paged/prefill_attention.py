@@ -11,6 +11,7 @@ from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory
+from batchrun.engine.paged.shapes import LONG_SEQLEN
 
 # Numbers and addresses that differ from call to call and make no code faster are not compiled for: each variant would
 # cost a run that meets it first about two seconds.
@@ -22,10 +23,10 @@ PREFILL_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
 # Queries in a block of threads, and its warps.
 PREFILL_BLOCK_M, PREFILL_WARPS = 64, 4
 
-LONG_SEQLEN, LONG_BLOCK_M, LONG_BLOCK_N, LONG_WARPS, LONG_MEMORY = 2048, 128, 128, 8, 232448
-"""Prefills with a sequence of so many tokens take larger blocks, where one may have so many bytes of shared memory
-(Hopper). On an H100, two sequences of 8,000 and 16 query heads: 489 instead of 449 TFLOP/s; a continued sequence,
-over its pages, 462 instead of 401. Sequences of 600 would lose a fifth."""
+LONG_BLOCK_M, LONG_BLOCK_N, LONG_WARPS, LONG_MEMORY = 128, 128, 8, 232448
+"""Prefills with a sequence of `LONG_SEQLEN` tokens take larger blocks, where one may have so many bytes of shared
+memory (Hopper). On an H100, two sequences of 8,000 and 16 query heads: 489 instead of 449 TFLOP/s; a continued
+sequence, over its pages, 462 instead of 401. Sequences of 600 would lose a fifth."""
 
 
 @triton.jit(
@@ -130,7 +131,7 @@ def _prefill(
 
 def prefill(
     query: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor | None, cu_seqlens_q: Tensor, seq_lens: Tensor,
-    max_seqlen_q: int, layer: Layer,
+    max_seqlen_q: int, layer: Layer, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of packed sequences, over their pages or, without `block_tables`, over the prefill batch
     itself.
@@ -141,12 +142,14 @@ def prefill(
         int32. cu_seqlens_q: (sequences + 1,) int32, where each sequence's queries begin. seq_lens: (sequences,)
             int32,
             each sequence's keys; its queries stand at the last of them. max_seqlen_q: queries of the longest sequence.
+        out: (tokens, query heads, head size), contiguous, where the result goes if it is part of another.
 
     Returns:
         (tokens, query heads, head size).
     """
     tokens, heads, head_dim = query.shape
-    out = torch.empty((tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty((tokens, heads, head_dim), dtype=query.dtype, device=query.device)
     block_d = triton.next_power_of_2(head_dim)
     block_m, block_n, num_stages, warps = prefill_tile(
         head_dim, query.itemsize, shared_memory(query), max_seqlen_q, paged=block_tables is not None

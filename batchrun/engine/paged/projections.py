@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from batchrun.engine.fp8 import Fp8Linear, fp8_linear
+from batchrun.engine.row_adapters import AdaptedLinear
 
-_Linear = nn.Linear | Fp8Linear
+_Linear = nn.Linear | Fp8Linear | AdaptedLinear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names that transformers' models give to such layers, in the order in which they are called."""
@@ -23,14 +24,20 @@ class _FusedProjection:
     def __init__(self, layers: list[_Linear]) -> None:
         """Joins the layers' parameters, each of which becomes a view."""
         self.sizes = [layer.out_features for layer in layers]
-        self.weight = _joined([layer.weight for layer in layers])
-        self.bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers])
-        scales = [layer.weight_scale for layer in layers if isinstance(layer, Fp8Linear)]
-        self.weight_scale = _joined(scales) if scales else None
         self.input: Tensor | None = None
         self.parts: tuple[Tensor, ...] = ()
+        self.adapted: AdaptedLinear | None = None
+        if any(isinstance(layer, AdaptedLinear) for layer in layers):
+            self.adapted = AdaptedLinear.joined(layers)  # type: ignore[arg-type]
+            return
+        self.weight = _joined([layer.weight for layer in layers])
+        self.bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers])  # type: ignore[misc]
+        scales = [layer.weight_scale for layer in layers if isinstance(layer, Fp8Linear)]
+        self.weight_scale = _joined(scales) if scales else None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.adapted is not None:
+            return cast(Tensor, self.adapted(x))
         if self.weight_scale is None:
             return functional.linear(x, self.weight, self.bias)
         return fp8_linear(x, self.weight, self.weight_scale, self.bias)
@@ -51,6 +58,8 @@ class FusedLinear(nn.Module):
         if self._number == 0:
             product.input = x
             product.parts = torch.split(product(x), product.sizes, dim=-1)
+        if product.input is not x and product.adapted is not None:
+            return torch.split(product(x), product.sizes, dim=-1)[self._number]
         if product.input is not x:
             return cast(Tensor, self._own(x))
         part = product.parts[self._number]
@@ -77,12 +86,11 @@ def fuse_projections(model: nn.Module) -> int:
 
 
 def _fusable(layers: list[nn.Module | None]) -> bool:
-    first = layers[0]
-    if type(first) not in (nn.Linear, Fp8Linear):
+    first, kinds = layers[0], {type(layer) for layer in layers}
+    if kinds != {Fp8Linear} and not kinds <= {nn.Linear, AdaptedLinear}:
         return False
     return all(
-        type(layer) is type(first)
-        and layer.in_features == first.in_features  # type: ignore[union-attr]
+        layer.in_features == first.in_features  # type: ignore[union-attr]
         and layer.weight.dtype == first.weight.dtype  # type: ignore[union-attr]
         and (layer.bias is None) == (first.bias is None)  # type: ignore[union-attr]
         for layer in layers

@@ -16,19 +16,29 @@ from torch import Tensor, nn
 from batchrun.engine import row_sampling
 from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.paged import devices
-from batchrun.engine.paged.attention import CASCADE_MIN_BATCH, KVCache, forward_context
-from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
+from batchrun.engine.paged.attention import KVCache, forward_context
+from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
+from batchrun.engine.paged.cascade import MAX_ITEMS
 from batchrun.engine.paged.graphs import DecodeGraphs, Graph
 from batchrun.engine.paged.last_layer import LastLayer
-from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefix
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.pending import Mark, Pending
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.scored_chunks import ScoredChunks
-from batchrun.engine.paged.shapes import Shape, bucket, input_size, power_of_two, views
+from batchrun.engine.paged.shapes import (
+    Inputs,
+    Shape,
+    bucket,
+    input_size,
+    item_bucket,
+    power_of_two,
+    query_spans,
+)
 from batchrun.engine.paged.work import DecodeWork, PrefillWork, Starts, Work
 from batchrun.engine.protocol import Request
+from batchrun.engine.row_adapters import TokenAdapters
 from batchrun.engine.scoring import ScoringHead
 from batchrun.engine.token_values import ValuesOfTokens
 
@@ -90,11 +100,14 @@ class Runner:
         self._sampled = zeros(torch.int32, decode_steps, widest)
         # Captured steps read it, so it is as large as it can ever be from the start.
         pages = power_of_two(-(-max_context // cache.page_size))
-        self._largest_shape = Shape(bucket(max_sequences), pages, 0)
-        self._inputs = zeros(torch.int32, input_size(Shape(bucket(max_sequences), pages, pages)))
+        self._largest_shape = Shape(bucket(max_sequences), pages)
+        self._inputs = zeros(torch.int32, input_size(Shape(bucket(max_sequences), pages, MAX_ITEMS)))
+        self._cascade = cache.cascade_planner()
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
         self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
+        self._adapters = TokenAdapters.of(model)
+        self._adapter = None if self._adapters is None else zeros(torch.int32, slots)
         self._own = zeros(torch.float32, slots, row_sampling.WIDTH) if sampler.has_own else None
         # Like `_sampled`, of every step of a decode batch.
         self._values = {
@@ -117,7 +130,8 @@ class Runner:
 
     def decode(self, batch: DecodeBatch) -> Pending:
         """Runs a decode batch and gives its tokens."""
-        return replace(self._launch(DecodeWork.of(batch)), sequences=batch.sequences)
+        plan = None if self._cascade is None else self._cascade.plan(batch)
+        return replace(self._launch(DecodeWork.of(batch, plan)), sequences=batch.sequences)
 
     def _launch(self, work: Work) -> Pending:
         return self.run(work) if self._everywhere is None else self._everywhere(work, self.run)
@@ -139,8 +153,11 @@ class Runner:
             cu_seqlens_k=self._to_device(np.concatenate([[0], np.cumsum(work.seq_lens)]), np.int32),
             max_seqlen_q=int(work.query_lens.max()),
             max_seqlen_k=int(work.seq_lens.max()),
+            query_spans=query_spans(work.query_lens.tolist()),
             no_context=work.no_context,
         )
+        if self._adapters is not None:
+            self._choose_adapters(self._to_device(np.repeat(work.adapters, work.query_lens), np.int32))
         self.computed_tokens += len(work.tokens)
         starts = work.starts
         logits_to_keep = self._to_device([0] if starts is None else starts.last_tokens, np.int64)
@@ -164,11 +181,9 @@ class Runner:
         return replace(self._to_host(token[None], began, values), logprobs=logprobs)
 
     def _decode(self, work: DecodeWork) -> Pending:
-        rows, pages = work.block_tables.shape
-        prefix_pages = work.prefix_pages if self.cache.supports_cascade and rows >= CASCADE_MIN_BATCH else 0
-        shape = self._shape(rows, pages - prefix_pages, prefix_pages)
+        shape = self._shape(work)
         step = self._graph(shape) if self._use_graphs else None
-        self._upload(shape, work.slots, work.block_tables, prefix_pages)
+        self._upload(shape, work)
         began = self._mark()
         for _ in range(work.steps):
             if step is None:
@@ -179,13 +194,15 @@ class Runner:
         values = {name: column[: work.steps, : shape.batch_size] for name, column in self._values.items()}
         return self._to_host(self._sampled[: work.steps, : shape.batch_size], began, values)
 
-    def _shape(self, batch_size: int, pages: int, prefix_pages: int) -> Shape:
+    def _shape(self, work: DecodeWork) -> Shape:
         """Few different shapes. The width matters only to few sequences, whose pages are split over several blocks."""
+        (batch_size, pages), plan = work.block_tables.shape, work.plan
         self._max_pages = max(self._max_pages, pages)
         return Shape(
             batch_size=bucket(batch_size),
             pages=power_of_two(pages if batch_size <= NARROW_BATCH else self._max_pages),
-            prefix_pages=power_of_two(prefix_pages) if prefix_pages else 0,
+            items=0 if plan is None else item_bucket(len(plan.items)),
+            block_queries=0 if plan is None else plan.block_queries,
         )
 
     @torch.no_grad()
@@ -213,44 +230,49 @@ class Runner:
         """The captured decode step of a shape; captured, on sequences of the null slot, when it is first wanted."""
         graph = self._graphs.find(shape, self.cache.memory)
         if graph is None:
-            self._upload(shape, np.zeros(0, np.int32), np.zeros((0, 0), np.int32), 0)
+            self._upload(shape)
             graph = self._graphs.capture(shape, lambda: self._decode_step(shape))
         return graph
 
-    def _upload(self, shape: Shape, slots: Ints, block_tables: Ints, prefix_pages: int) -> None:
-        """One copy for all that a decode batch needs, laid out as `views` reads it."""
+    def _upload(self, shape: Shape, work: DecodeWork | None = None) -> None:
+        """One copy for all that a decode batch needs, laid out as `Inputs` reads it; the null slot without one."""
         flat = torch.full((input_size(shape),), NULL_PAGE, dtype=torch.int32)
-        batch_slots, prefix_inputs, own = (part.numpy() for part in views(flat, shape))
-        batch_slots[:] = self._null_slot
-        batch_slots[: len(slots)] = slots
-        prefix_inputs[:4] = (0, prefix_pages * self.cache.page_size, 0, shape.batch_size)
-        if len(slots):
-            prefix_inputs[4 : 4 + prefix_pages] = block_tables[0, :prefix_pages]
-            own[: len(slots), : block_tables.shape[1] - prefix_pages] = block_tables[:, prefix_pages:]
+        inputs = Inputs.of(flat, shape)
+        inputs.slots.fill_(self._null_slot)
+        if work is not None:
+            rows, pages = work.block_tables.shape
+            inputs.slots.numpy()[:rows] = work.slots
+            inputs.block_tables.numpy()[:rows, :pages] = work.block_tables
+        if work is not None and (plan := work.plan) is not None:
+            inputs.starts.numpy()[: len(plan.starts)] = plan.starts
+            inputs.members.numpy()[: len(plan.members)] = plan.members
+            inputs.items.numpy()[: len(plan.items)] = plan.items
         self._inputs[: len(flat)].copy_(self._pin(flat), non_blocking=True)
         self._step.zero_()
 
     def _decode_step(self, shape: Shape) -> None:
         """One token for each sequence that still runs; runs under capture, so nothing is read back."""
-        slots, prefix_inputs, block_tables = views(self._inputs, shape)
-        slots = slots.long()
-        size = self.cache.page_size
-        shared_prefix = (
-            SharedPrefix(prefix_inputs[None, 4:], prefix_inputs[:2], prefix_inputs[2:4])
-            if shape.prefix_pages
+        inputs = Inputs.of(self._inputs[: input_size(shape)], shape)
+        slots, block_tables = inputs.slots.long(), inputs.block_tables
+        shared = (
+            SharedPrefixes(inputs.starts, inputs.members, inputs.items, shape.block_queries)
+            if shape.items
             else None
         )
-        prefix_tokens = prefix_inputs[1]  # tokens of the shared prefix
+        size = self.cache.page_size
         running, seq_len = self._running[slots], self._seq_len[slots]
-        position = torch.where(running, seq_len, prefix_tokens)
-        page_index = ((position - prefix_tokens) // size)[:, None]
-        page = torch.where(running, block_tables.gather(1, page_index)[:, 0], NULL_PAGE)
+        # A sequence that has ended attends to as little as there can be, and writes to the null page.
+        position = torch.where(running, seq_len, 0 if shared is None else shared.starts)
+        page = block_tables.gather(1, (position // size)[:, None])[:, 0]
+        page = torch.where(running, page, NULL_PAGE)
         metadata = AttentionMetadata(
             slot_mapping=page.long() * size + position % size,
             block_tables=block_tables,
-            seq_lens=(position + 1 - prefix_tokens).int(),
-            shared_prefix=shared_prefix,
+            seq_lens=(position + 1).int(),
+            shared_prefixes=shared,
         )
+        if self._adapter is not None:
+            self._choose_adapters(self._adapter[slots])
         logits = self._forward(self._last_token[slots], position, metadata, 0)
         seen = None if self._seen is None else self._seen[slots]
         states = None if self._states is None else self._states[slots]
@@ -290,6 +312,8 @@ class Runner:
         if self._own is not None and starts.own is not None:
             own = self._to_device(starts.own, np.float32)
             self._own[slots] = own
+        if self._adapter is not None:
+            self._adapter[slots] = self._to_device(starts.adapters, np.int32)
         if starts.states is not None:
             states = self._to_device(starts.states, np.int32)
         token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, own, states)
@@ -320,6 +344,12 @@ class Runner:
         self._running[slots] = running
         if self._seen is not None:
             self._seen.index_put_((slots, token), self._true)  # a plain True comes from the host
+
+    def _choose_adapters(self, tokens: Tensor) -> None:
+        """Has the coming model call use these adapters: (tokens,) int32."""
+        if self._adapters is not None:
+            torch._dynamo.mark_dynamic(tokens, 0)
+            self._adapters.tokens = tokens
 
     def _score(
         self,

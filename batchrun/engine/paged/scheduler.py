@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 
 from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.output_lengths import OutputLengths
-from batchrun.engine.paged.page_pool import NULL_PAGE, PagePool, PrefixMatch
+from batchrun.engine.paged.page_pool import MIN_COPIED_TOKENS, NULL_PAGE, PagePool, PrefixMatch
+from batchrun.engine.paged.prompt_order import PromptOrder
 from batchrun.engine.paged.queue import Sequence, WaitingQueue
 from batchrun.engine.protocol import Request
 
 MIN_PREFILL_TOKENS = 16
 """Tokens. Where the device has no memory even for these, the sequence itself does not fit."""
 
-MAX_DEFERRED = 256
+MAX_DEFERRED = 1024
 """Sequences deferred to the next prefill, in which they can copy what this one computes, before it is cut short."""
 
 EVEN_SEQUENCES, EVEN_STEP, EVEN_SLACK = 256, 32, 1.2
@@ -62,6 +63,9 @@ class Scheduler:
         self._admitted = np.zeros(max_sequences, np.int64)
         self._occupied = np.zeros(max_sequences, bool)
         self._decoding = np.zeros(max_sequences, bool)
+        self._prompt_order = PromptOrder(max_sequences)
+        # A decoding sequence's number in its batch, by its slot.
+        self._rows = np.zeros(max_sequences, np.int32)
         self._admissions = 0
         self._partial_sequence: Sequence | None = None
         self._ending: list[Sequence] = []
@@ -114,9 +118,12 @@ class Scheduler:
             chunks.append(self._chunk(sequence, sequence.computed_tokens, tokens))
             tokens -= chunks[-1].stop - chunks[-1].start
         deferred: list[Sequence] = []
-        while tokens > 0 and len(self.queue) and self.active < most and self._partial_sequence is None:
+        while tokens > 0 and len(self.queue) and self._partial_sequence is None:
+            # Deferred ones keep their slots: no later sequence takes them.
+            if self.active + len(deferred) >= most:
+                break
             sequence = self.queue.peek()
-            match = self.pool.match_prefix(sequence.prompt, sequence.states)
+            match = self.pool.match_prefix(sequence.prompt, sequence.states, sequence.root)
             if match.wait and len(deferred) < MAX_DEFERRED:
                 deferred.append(self.queue.pop())
                 continue
@@ -125,7 +132,8 @@ class Scheduler:
                 match = replace(match, copy_from=NULL_PAGE, copied=0)
                 needed = self._pages_needed(sequence, match)
             start = len(match.pages) * self.pool.page_size + match.copied
-            if match.wait or (chunks and len(sequence.prompt) - start > tokens):
+            # For a few tokens it is not worth cutting the prefill short.
+            if match.wait >= MIN_COPIED_TOKENS or (chunks and len(sequence.prompt) - start > tokens):
                 break
             if needed > spare and self.active:
                 break
@@ -166,16 +174,18 @@ class Scheduler:
         steps = int(min(steps, (self._final_lens[slots] - self._seq_lens[slots]).max()))
         self._seq_lens[slots] = np.minimum(self._seq_lens[slots] + steps, self._final_lens[slots])
         sequences = [self._sequences[slot] for slot in slots.tolist()]
+        self._rows[slots] = np.arange(len(slots))
+        prompt_order, common = self._rows[self._prompt_order.slots], self._prompt_order.common.copy()
         for slot in slots[self._seq_lens[slots] == self._final_lens[slots]].tolist():
             self._end(slot)
         width = int(self._num_pages[slots].max())
-        block_tables = self._block_tables[slots, :width]
         return DecodeBatch(
             sequences,  # type: ignore[arg-type]
             slots,  # type: ignore[arg-type]
-            block_tables,
+            self._block_tables[slots, :width],
             steps,
-            self._shared_prefix_pages(slots, block_tables),  # type: ignore[arg-type]
+            prompt_order,
+            common,
         )
 
     def finish(self, sequence: Sequence) -> None:
@@ -315,7 +325,7 @@ class Scheduler:
         self, sequence: Sequence, start: int, tokens: int, copy_from: int = NULL_PAGE, copied: int = 0
     ) -> PrefillChunk:
         stop = min(len(sequence.prompt), start + tokens)
-        self.pool.insert(sequence.prompt, sequence.pages, start, stop)
+        self.pool.insert(sequence.prompt, sequence.pages, start, stop, sequence.root)
         sequence.computed_tokens = stop
         self._seq_lens[sequence.slot] = stop
         copy_to = sequence.pages[start // self.pool.page_size] if copied else NULL_PAGE
@@ -326,6 +336,7 @@ class Scheduler:
             self._end(sequence.slot)
         else:
             self._decoding[sequence.slot] = True
+            self._prompt_order.add(sequence.slot, sequence.prompt, sequence.root)
         return chunk
 
     def _missing_pages(self, slots: NDArray[np.intp] | Ints, steps: int) -> Ints:
@@ -339,14 +350,6 @@ class Scheduler:
         sequence.pages += pages
         self._block_tables[slot, num_pages : num_pages + len(pages)] = pages
         self._num_pages[slot] += len(pages)
-
-    def _shared_prefix_pages(self, slots: Ints, block_tables: Ints) -> int:
-        """Leading pages that all sequences share; never a sequence's last page, which is still written to."""
-        if len(slots) < 2:
-            return 0
-        most = int(self._num_pages[slots].min()) - 1
-        different = np.flatnonzero((block_tables[:, :most] != block_tables[0, :most]).any(axis=0))
-        return int(different[0]) if len(different) else most
 
     def _preempt(self) -> None:
         """The youngest sequence goes back to the queue. The oldest never leaves, so that the run goes on."""
@@ -370,8 +373,12 @@ class Scheduler:
         """No step after the coming one is needed; what the sequence holds is, until that one has been handed over."""
         sequence = self._sequences[slot]
         assert sequence is not None
-        self._decoding[slot] = False
+        self._stop_decoding(slot)
         self._ending.append(sequence)
+
+    def _stop_decoding(self, slot: int) -> None:
+        self._decoding[slot] = False
+        self._prompt_order.remove(slot)
 
     def _release_ended(self) -> None:
         for sequence in self._ending:
@@ -380,7 +387,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.free(sequence.pages)
-        self._decoding[sequence.slot] = self._occupied[sequence.slot] = False
+        self._stop_decoding(sequence.slot)
+        self._occupied[sequence.slot] = False
         self._sequences[sequence.slot] = None
         self._free_slots.append(sequence.slot)
         sequence.slot, sequence.pages = -1, []

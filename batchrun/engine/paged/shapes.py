@@ -2,32 +2,74 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from batchrun.engine.paged.cascade import ITEM_WIDTH, MAX_ITEMS, MEMBER_WIDTH
+
+FEW_ITEMS = 32
+LONG_SEQLEN, SHORT_SEQLEN = 2048, 128
+"""Tokens: attention of prefills works in larger blocks from the one on, and grids are made for the longest sequence."""
 
 _BATCH_SIZES = (2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a captured decode step is made for: sequences, pages of each, and pages that all of them share."""
+    """What a captured decode step is made for: sequences, pages of each, and pieces of prefixes that are read once for
+    several sequences, if there are any, in blocks of so many queries."""
 
     batch_size: int
     pages: int
-    prefix_pages: int
+    items: int = 0
+    block_queries: int = 0
 
 
-def views(flat: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """A decode batch's inputs: slots (sequences,); 0, the shared prefix's tokens, 0, sequences, and the prefix's pages;
-    block tables (sequences, pages)."""
-    begin, end = shape.batch_size, shape.batch_size + 4 + shape.prefix_pages
-    return flat[:begin], flat[begin:end], flat[end : input_size(shape)].view(shape.batch_size, shape.pages)
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A decode batch's inputs, all of them int32: slots (sequences,); block tables (sequences, pages); and where there
+    are shared prefixes, `SharedPrefixes` in members and items of fixed numbers."""
+
+    slots: Tensor
+    block_tables: Tensor
+    starts: Tensor
+    members: Tensor
+    items: Tensor
+
+    @classmethod
+    def of(cls, flat: Tensor, shape: Shape) -> Inputs:
+        """Views of one buffer."""
+        parts = torch.split(flat, _counts(shape))
+        return cls(*(part.view(size) for part, size in zip(parts, _sizes(shape), strict=True)))
 
 
 def input_size(shape: Shape) -> int:
-    """Numbers that `views` lays out."""
-    return shape.batch_size + 4 + shape.prefix_pages + shape.batch_size * shape.pages
+    """Numbers that `Inputs` lays out."""
+    return sum(_counts(shape))
+
+
+def _sizes(shape: Shape) -> list[tuple[int, ...]]:
+    grouped = shape.batch_size if shape.items else 0
+    return [
+        (shape.batch_size,),
+        (shape.batch_size, shape.pages),
+        (grouped,),
+        (grouped, MEMBER_WIDTH),
+        (shape.items, ITEM_WIDTH),
+    ]
+
+
+def _counts(shape: Shape) -> list[int]:
+    return [math.prod(size) for size in _sizes(shape)]
+
+
+def item_bucket(items: int) -> int:
+    """Pieces of prefixes that a captured step is made for: empty ones take next to no time, a capture does."""
+    return FEW_ITEMS if items <= FEW_ITEMS else MAX_ITEMS
 
 
 def bucket(batch_size: int) -> int:
@@ -35,6 +77,18 @@ def bucket(batch_size: int) -> int:
     few different numbers."""
     fitting = [size for size in _BATCH_SIZES if size >= batch_size]
     return fitting[0] if fitting else -(-batch_size // 128) * 128
+
+
+def query_spans(query_lens: list[int]) -> list[tuple[int, int, int]]:
+    """Sequences that attention computes together, as the first, the one behind the last, and the tokens of the longest.
+
+    Documents and short questions about them in one grid would have each question take a document's blocks, nearly all
+    of them for nothing. `query_lens` are in falling order but for the last, which is padding.
+    """
+    kinds = [(tokens >= SHORT_SEQLEN) + (tokens >= LONG_SEQLEN) for tokens in query_lens[:-1]]
+    changes = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    bounds = itertools.pairwise([0, *changes, len(query_lens)])
+    return [(first, stop, max(query_lens[first:stop])) for first, stop in bounds]
 
 
 def round_tokens(tokens: int) -> int:

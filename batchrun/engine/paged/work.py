@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
+from batchrun.engine.paged.cascade import CascadePlan
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import Sampler
@@ -25,7 +26,8 @@ Longs = NDArray[np.int64]
 class Starts:
     """Sequences whose prompts a prefill batch completes, and what their slots are to hold.
 
-    `last_tokens` are the places of their last tokens in the batch; all (sequences,) int64. `seen_slots` and
+    `last_tokens` are the places of their last tokens in the batch; all (sequences,) int64. `adapters` (sequences,)
+    int32 are the numbers of their adapters, 0 for none. `seen_slots` and
     `seen_tokens` are every token so far, of which slot, where repetition is penalized; `own` (sequences, WIDTH)
     float32 their own numbers for sampling, `states` (sequences,) int32 where in the mask's automaton they begin.
     """
@@ -36,6 +38,7 @@ class Starts:
     final_lens: Longs
     prompt_lens: Longs
     seeds: Longs
+    adapters: Ints
     seen_slots: Longs | None
     seen_tokens: Longs | None
     own: NDArray[np.float32] | None
@@ -68,6 +71,7 @@ class Starts:
             final_lens=longs([one.final_len for one in sequences]),
             prompt_lens=longs([len(one.request.token_ids) for one in sequences]),
             seeds=longs([signed(one.request.row_seed) for one in sequences]),
+            adapters=np.array([one.request.adapter for one in sequences], np.int32),
             seen_slots=seen_slots,
             seen_tokens=seen_tokens,
             own=own,
@@ -78,8 +82,9 @@ class Starts:
 @dataclass(frozen=True, slots=True)
 class PrefillWork:
     """A prefill batch: `copies` (3, copies) int64 are pages to copy first, from where, to where and how many tokens;
-    the others are as in `AttentionMetadata`, `tokens` and `positions` (tokens,) int64. `scored` has no names of
-    sequences."""
+    the others are as in `AttentionMetadata`, `tokens` and `positions` (tokens,) int64. The longest
+    chunks come first and padding last. `adapters` (sequences,) int32 are numbers of adapters, 0 for none.
+    `scored` has no names of sequences."""
 
     copies: Longs | None
     tokens: Longs
@@ -89,12 +94,14 @@ class PrefillWork:
     query_lens: Longs
     seq_lens: Longs
     no_context: bool
+    adapters: Ints
     starts: Starts | None
     scored: ScoredChunks | None
 
     @classmethod
     def of(cls, chunks: list[PrefillChunk], page_size: int, sampler: Sampler) -> tuple[Self, list[Sequence]]:
         """The batch, and the sequences whose first new tokens come out of it."""
+        chunks = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
         copies = [(chunk.copy_from, chunk.copy_to, chunk.copied) for chunk in chunks if chunk.copied]
         query_lens = [s.stop - s.start for s in chunks]
         # Padding, up to one of few numbers of tokens, belongs to a sequence of its own on the null page.
@@ -125,6 +132,7 @@ class PrefillWork:
             query_lens=np.array(query_lens, np.int64),
             seq_lens=np.array([*(s.stop for s in chunks), padding], np.int64),
             no_context=all(s.start == 0 for s in chunks),
+            adapters=np.array([*(s.sequence.request.adapter for s in chunks), 0], np.int32),
             starts=Starts.of(sequences, stops, last_tokens, sampler) if sequences else None,
             scored=ScoredChunks.of(chunks, np.concatenate([[0], ends])),
         )
@@ -137,17 +145,17 @@ class PrefillWork:
 
 @dataclass(frozen=True, slots=True)
 class DecodeWork:
-    """A decode batch, see `DecodeBatch`, without its sequences' names."""
+    """A decode batch, see `DecodeBatch`, without its sequences' names, and which of their prefixes are read once."""
 
     slots: Ints
     block_tables: Ints
     steps: int
-    prefix_pages: int
+    plan: CascadePlan | None
 
     @classmethod
-    def of(cls, batch: DecodeBatch) -> Self:
+    def of(cls, batch: DecodeBatch, plan: CascadePlan | None) -> Self:
         """The batch as arrays of its own, which nobody changes later."""
-        return cls(batch.slots, batch.block_tables, batch.steps, batch.prefix_pages)
+        return cls(batch.slots, batch.block_tables, batch.steps, plan)
 
     def for_ranks(self) -> Self:
         """As other ranks get it."""

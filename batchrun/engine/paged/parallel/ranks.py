@@ -33,7 +33,7 @@ from batchrun.engine.paged.parallel.sharding import Sharding
 from batchrun.engine.paged.pending import Pending
 from batchrun.engine.paged.work import Work
 from batchrun.engine.protocol import EngineSpec
-from batchrun.errors import EngineError, one_line
+from batchrun.errors import EngineError, ModelError, one_line
 
 WORK_SECONDS = 50
 """On a GPU no batch takes so long to begin with or to be done: a collective waits for a rank that will not come."""
@@ -52,7 +52,12 @@ class Ranks:
 
         Raises:
             Unsupported: the model cannot be divided over `spec.gpus`, or there are fewer.
+            ModelError: it has adapters, which are not divided.
         """
+        if spec.adapter or spec.adapters:
+            raise ModelError(
+                "adapters are not divided over several GPUs", spec.model_path, "set engine.gpus: 1"
+            )
         if spec.device.startswith("cuda") and torch.cuda.device_count() < spec.gpus:
             raise Unsupported(f"only {torch.cuda.device_count()} of {spec.gpus} GPUs are visible")
         # What cannot be divided is told here, before any process is started.

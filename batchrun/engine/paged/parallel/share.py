@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from batchrun.engine import fp8
+from batchrun.engine.fp8_model import quantize
 from batchrun.engine.launch import available_cores
 from batchrun.engine.loading import load_config, load_model
 from batchrun.engine.paged.parallel.group import Group
@@ -34,7 +34,7 @@ def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
         with torch.device(group.device):
             model = AutoModelForCausalLM.from_config(sharding.config, dtype=getattr(torch, spec.dtype)).eval()
         if spec.quantization:
-            fp8.quantize(model)
+            quantize(model)
     group.join()
     sharding.finish(model)
     return model

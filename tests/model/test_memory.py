@@ -10,7 +10,7 @@ import tiny_models
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import EngineSpec
-from batchrun.estimate.memory import ModelMemory, model_memory
+from batchrun.model.memory import ModelMemory, model_memory
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])

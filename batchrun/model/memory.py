@@ -1,0 +1,102 @@
+"""What a model takes of GPUs' memory, as its files and its config tell it: weights, and a token's keys and values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchrun.model.check import tensor_shapes
+
+# What keeps its format, by how models name it: embeddings, the layer that gives the logits, and routers.
+_KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
+_FP8_MULTIPLE = 16
+# What each of several GPUs holds whole, beside biases and norms; the layer that gives the logits is divided by tokens.
+_WHOLE = ("embed", "wte", "wpe", ".gate.", ".router.")
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """Bytes of the weights as a job runs them on a GPU, without and with `model.quantization: fp8`, and of a token's
+    keys and values in all layers.
+
+    `whole` are the bytes among the weights that each of several GPUs holds, `heads` and `key_heads` the attention heads
+    of a layer that several GPUs share out.
+    """
+
+    weights: int
+    fp8_weights: int
+    token: int
+    whole: int = 0
+    heads: int = 1
+    key_heads: int = 1
+
+    def weights_of(self, gpus: int, fp8: bool) -> int:
+        """Bytes of weights on each of so many GPUs."""
+        weights = self.fp8_weights if fp8 else self.weights
+        return self.whole + -(-(weights - self.whole) // gpus)
+
+    def rows(self, memory: float, tokens: float, fp8: bool, gpus: int = 1) -> int:
+        """Rows of so many tokens that so many GPUs hold at once, each in `memory` bytes, beside the weights."""
+        left = memory - self.weights_of(gpus, fp8)
+        return max(0, int(left / (self.token / gpus * max(1.0, tokens))))
+
+    def is_divided_by(self, gpus: int) -> bool:
+        """Whether so many GPUs get as many heads each."""
+        return self.heads % gpus == 0 and self.key_heads % gpus == 0
+
+
+def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory | None:
+    """Of the model in `folder` whose weights are in `files`; None where they or its config do not tell.
+
+    Args:
+        dtype: as in the job file; "auto" is half precision, as on a GPU.
+    """
+    config = json.loads((Path(folder) / "config.json").read_bytes())
+    text = config.get("text_config") or config
+    token, heads = _token_numbers(text), attention_heads(text)
+    shapes = [
+        (name, shape)
+        for file in files
+        if file.endswith(".safetensors")
+        for name, shape in tensor_shapes(Path(folder) / file).items()
+    ]
+    if token is None or heads is None or not shapes:
+        return None
+    number = _BYTES.get(dtype, 2)
+    weights = fp8_weights = whole = 0
+    for name, shape in shapes:
+        count = 1
+        for length in shape:
+            count *= length
+        weights += number * count
+        if len(shape) < 2 or any(word in name for word in _WHOLE):
+            whole += number * count
+        # A number a byte, and a float32 scale a row.
+        fp8_weights += count + 4 * shape[0] if _becomes_fp8(name, shape) else number * count
+    return ModelMemory(weights, fp8_weights, number * token, whole, *heads)
+
+
+def attention_heads(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Query heads, and key and value heads, of a text model's config; None for a config of other names."""
+    config = config.get("text_config") or config
+    heads = config.get("num_attention_heads")
+    return (int(heads), int(config.get("num_key_value_heads") or heads)) if heads else None
+
+
+def _becomes_fp8(name: str, shape: list[int]) -> bool:
+    kept = any(word in name for word in _KEPT)
+    return len(shape) == 2 and not kept and all(length % _FP8_MULTIPLE == 0 for length in shape)
+
+
+def _token_numbers(config: dict[str, Any]) -> int | None:
+    """Numbers in a token's keys and values; None for a config of other names."""
+    layers, heads, hidden = (
+        config.get(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    if not (layers and heads and hidden):
+        return None
+    kv_heads = config.get("num_key_value_heads") or heads
+    return int(2 * layers * kv_heads * (config.get("head_dim") or hidden // heads))
