@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO, cast
+
+PR_SET_PDEATHSIG = 1
 
 
 def start(descriptor: int, env: dict[str, str], kind: str = "") -> subprocess.Popen[bytes]:
@@ -18,7 +22,7 @@ def start(descriptor: int, env: dict[str, str], kind: str = "") -> subprocess.Po
     # Not multiprocessing: a Dask worker may be daemonic, and its children would import the user's __main__ again.
     process = subprocess.Popen(
         [sys.executable, "-m", "batchrun.engine.server", str(descriptor), str(os.getpid()), kind],
-        env=_environment() | env,
+        env=environment() | env,
         pass_fds=[descriptor],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -28,7 +32,7 @@ def start(descriptor: int, env: dict[str, str], kind: str = "") -> subprocess.Po
     return process
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The worker's own, less what a Dask nanny sets for a worker's sake and costs a model dearly: one thread for
     each library, and an allocator that hands every large tensor's memory back to the kernel."""
     threads = str(available_cores())
@@ -50,3 +54,11 @@ def available_cores() -> int:
         # "max" is no number: no quota.
         cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
     return cores
+
+
+def die_with_parent(parent: int) -> None:
+    """The kernel kills this process when the thread that started it ends (Linux, prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)

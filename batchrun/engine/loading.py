@@ -40,12 +40,15 @@ def load_config(spec: EngineSpec) -> Any:
         raise _model_error(error, spec) from error
 
 
-def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
+def load_model(
+    spec: EngineSpec, attention: str | None = None, source: tuple[Any, dict[str, Any]] | None = None
+) -> Any:
     """The model for text generation in `spec.model_path`, on `spec.device`, with `spec.adapter` in its weights and
     `spec.adapters` beside them, ready for inference.
 
     Args:
         attention: a name that transformers' attention interface knows; by default the best that torch has.
+        source: a config and tensors, or slices of files, in place of those in the folder.
 
     Raises:
         ModelError: it is no model that generates text, its weights are missing, incomplete or pickled (unless
@@ -55,7 +58,7 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
     """
     # The progress bars would be all that is left in the short memory of the process's output.
     transformers_logging.disable_progress_bar()
-    config = load_config(spec)
+    config, tensors = source or (load_config(spec), None)
     merge = Merge.of(spec.adapter)
     fp8 = _fp8_config(spec, config, merge)
     auto: Any = (
@@ -64,8 +67,8 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
     # Only with accelerate can transformers read weights straight into the device's memory.
     straight = importlib.util.find_spec("accelerate") is not None
     try:
-        model, report = auto.from_pretrained(
-            spec.model_path,
+        model, report = (auto if tensors is None else auto._model_mapping[type(config)]).from_pretrained(
+            spec.model_path if tensors is None else None,
             config=config,
             dtype=choose_dtype(spec, config),
             attn_implementation=attention,
@@ -76,6 +79,7 @@ def load_model(spec: EngineSpec, attention: str | None = None) -> Any:
             output_loading_info=True,
             **({"quantization_config": fp8} if fp8 else {}),
             **({"device_map": {"": spec.device}} if straight else {}),
+            **({} if tensors is None else {"state_dict": tensors}),
         )
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # the machine's fault, not the model's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import queue
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection
 from batchrun.engine import ahead, stage
 from batchrun.engine.choose import load_engine, preload
 from batchrun.engine.last_words import error_line, lines_of
+from batchrun.engine.launch import die_with_parent
 from batchrun.engine.protocol import NO_TOKENS, Completion, Engine, EngineSpec, EngineStats, Request
 from batchrun.engine.wire import (
     PLACE_BITS,
@@ -37,7 +37,6 @@ SIGN_SECONDS = 2.0
 PACK_ROWS = 1024
 # The sender lets a burst gather for so long: a pack costs some 100 us on both sides, whatever is in it.
 GATHER_SECONDS = 0.002
-PR_SET_PDEATHSIG = 1
 
 
 class Server:
@@ -244,18 +243,10 @@ def _named(error: BaseException) -> str:
     return error_line(lines_of("".join(traceback.format_exception(error, limit=1, chain=False))))
 
 
-def _die_with_parent(parent: int) -> None:
-    """The kernel kills this process when the thread that started it ends (Linux, prctl(2))."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
-
-
 def main() -> None:
     """Serves the engine over the socket that is the first argument, while the parent (the second) lives."""
     descriptor, parent = map(int, sys.argv[1:3])
-    _die_with_parent(parent)
+    die_with_parent(parent)
     # Ctrl-C and a service manager's SIGTERM reach the whole group. Whether to drain or to stop is the parent's
     # decision, and what the rows are so far is lost with this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -13,8 +13,8 @@ from batchrun.model.check import tensor_shapes
 # What keeps its format, by how models name it: embeddings, the layer that gives the logits, and routers.
 _KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
 _FP8_MULTIPLE = 16
-# What each of several GPUs is taken to hold whole, beside biases and norms.
-_WHOLE = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
+# What each of several GPUs holds whole, beside biases and norms; the layer that gives the logits is divided by tokens.
+_WHOLE = ("embed", "wte", "wpe", ".gate.", ".router.")
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 

@@ -59,6 +59,11 @@ class KVCache:
         return CascadePlanner(layer, queries, self._dtype.itemsize)
 
     @property
+    def name(self) -> str:
+        """How attention is computed, and over what if that is not the model's format."""
+        return self.backend.name + (", keys and values in fp8" if self._dtype == FP8 else "")
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers, keys and values together."""
         layer = self.layers[0]

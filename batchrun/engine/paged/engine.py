@@ -5,35 +5,33 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 
-from batchrun.engine import stage
 from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.experts import use_grouped_experts
-from batchrun.engine.fp8 import format_of, unsupported_device
+from batchrun.engine.fp8 import format_of
 from batchrun.engine.loading import load_model
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged import devices
-from batchrun.engine.paged.architecture import Unsupported, check_positions, unsupported
-from batchrun.engine.paged.attention import KVCache
+from batchrun.engine.paged.architecture import Unsupported, unsupported
 from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
-from batchrun.engine.paged.compiling import compile_layers, compile_sampler
-from batchrun.engine.paged.memory import Budget, affordable_pages
+from batchrun.engine.paged.device_side import allocate_pages, budget_of, make_runner
 from batchrun.engine.paged.output_lengths import OutputLengths
 from batchrun.engine.paged.page_pool import PagePool
+from batchrun.engine.paged.parallel.ranks import Ranks
+from batchrun.engine.paged.parallel.share import load_share
 from batchrun.engine.paged.pending import Pending
-from batchrun.engine.paged.projections import fuse_projections
 from batchrun.engine.paged.queue import Sequence
-from batchrun.engine.paged.runner import SETTLED, Runner
-from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler
+from batchrun.engine.paged.runner import SETTLED
+from batchrun.engine.paged.sampler import INVALID_TOKEN
 from batchrun.engine.paged.scheduler import Scheduler
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request, TokenValues
 from batchrun.engine.scoring import score_completion
 from batchrun.engine.stopping import StopStrings
-from batchrun.engine.token_values import ValuesOfTokens, first, join
+from batchrun.engine.token_values import first, join
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256
@@ -51,56 +49,26 @@ class PagedEngine:
     Results are read one round behind, so that the device never waits for the host.
     """
 
-    def __init__(self, spec: EngineSpec, model: Any, page_size: int = PAGE_SIZE) -> None:
-        """Takes over `model`, on its device and ready for inference; see `load`.
+    def __init__(
+        self, spec: EngineSpec, model: Any, page_size: int = PAGE_SIZE, ranks: Ranks | None = None
+    ) -> None:
+        """Takes over `model`, on its device and ready for inference; see `load`. With `ranks` it is rank 0's share.
 
         Raises:
             Unsupported: see `unsupported`. ModelError: keys and values cannot be in fp8 on the device.
         """
-        device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        budget = Budget.of(spec.options, device, sum(weight.numel() for weight in model.parameters()))
-        check_positions(model.config, spec.max_context)
-        fp8_cache = spec.cache_dtype == "fp8"
-        if fp8_cache and (reason := unsupported_device(device)):
-            raise ModelError(
-                f"keys and values in fp8 cannot run here, since {reason}",
-                "engine.cache_dtype",
-                "leave the key out",
-            )
-        cache = KVCache(model.requires_grad_(False), page_size, dtype, device, fp8_cache)
-        if devices.is_gpu(device):
-            fuse_projections(model)
-            use_grouped_experts(model)
-        self._answer_mask = AnswerMask.of(spec, model)
-        sampler = Sampler(spec.sampling, self._answer_mask)
-        if budget.compile:
-            compile_layers(model, cache.modules)
-            if not sampler.greedy:
-                compile_sampler(sampler)
+        device = next(model.parameters()).device
+        group = ranks.group if ranks else None
+        budget = budget_of(spec, model, group)
+        self._runner = make_runner(spec, model, budget, page_size, group, ranks.launch if ranks else None)
+        self._answer_mask = self._runner.mask
         self._stop_ids = frozenset(spec.stop_token_ids)
         self._stop_strings = StopStrings(spec)
         self._round_stop_strings = StopStrings(spec, 1 + budget.decode_steps)
         self._cancel_checked = 0.0
         self._window, self._steps = budget.window_rows, budget.decode_steps
-        self._runner = Runner(
-            model,
-            cache,
-            sampler,
-            sorted(self._stop_ids),
-            budget.max_rows,
-            spec.max_context,
-            self._steps,
-            device,
-            ValuesOfTokens(spec.sampling),
-        )
-
-        def warm_up() -> None:
-            if budget.compile:
-                stage.enter("compiling")
-            self._runner.warm_up(budget.prefill_tokens)
-
-        pages = affordable_pages(cache, budget, spec.max_context, device, warm_up)
-        cache.allocate(pages)
+        self._ranks = ranks
+        pages = allocate_pages(spec, self._runner, budget, group)
         output_lengths = OutputLengths(certain=not self._stop_ids and not self._stop_strings)
         pool = PagePool(pages, page_size)
         self._scheduler = Scheduler(
@@ -109,7 +77,7 @@ class PagedEngine:
         self._never_run = 0
         self.stats = EngineStats(
             engine="paged",
-            attention=cache.backend.name + (", keys and values in fp8" if fp8_cache else ""),
+            attention=self._runner.cache.name,
             device=torch.cuda.get_device_name(device) if devices.is_gpu(device) else str(device),
             dtype=format_of(model),
             gauges={"pool_tokens": pool.num_pages * page_size},
@@ -123,14 +91,15 @@ class PagedEngine:
             ModelError: the model cannot be loaded, or not by this engine: `unsupported` says why.
         """
         started = time.perf_counter()
-        model = load_model(spec)
         try:
-            engine = cls(spec, model)
+            # Before the model, so that all ranks load at the same time.
+            ranks = Ranks(spec, PAGE_SIZE) if spec.gpus > 1 else None
+            engine = cls(spec, load_share(spec, ranks.group) if ranks else load_model(spec), ranks=ranks)
         except Unsupported as reason:
             raise ModelError(
                 f"the paged engine cannot run this model, since {reason}",
                 spec.model_path,
-                "set engine.kind: padded",
+                "set engine.kind: padded" if spec.gpus == 1 else "set engine.gpus: 1, or use another model",
             ) from reason
         engine.stats.load_seconds = time.perf_counter() - started
         return engine
@@ -200,7 +169,8 @@ class PagedEngine:
         """Reads results back, the oldest first, until so many are left; yields the sequences that have ended."""
         while len(pending) > leaving:
             results = pending.popleft()
-            columns = results.read()
+            with self._ranks.waiting() if self._ranks else nullcontext():
+                columns = results.read()
             self.stats.busy_seconds += results.seconds
             running: list[tuple[Sequence, list[int]]] = []
             ended: dict[Sequence, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batchrun.engine import row_sampling
-from batchrun.engine.noise import signed
+from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.attention import KVCache, forward_context
 from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
-from batchrun.engine.paged.cascade import MAX_ITEMS, CascadePlan
+from batchrun.engine.paged.cascade import MAX_ITEMS
 from batchrun.engine.paged.graphs import DecodeGraphs, Graph
 from batchrun.engine.paged.last_layer import LastLayer
 from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
@@ -34,8 +35,8 @@ from batchrun.engine.paged.shapes import (
     item_bucket,
     power_of_two,
     query_spans,
-    round_tokens,
 )
+from batchrun.engine.paged.work import DecodeWork, PrefillWork, Starts, Work
 from batchrun.engine.protocol import Request
 from batchrun.engine.row_adapters import TokenAdapters
 from batchrun.engine.scoring import ScoringHead
@@ -48,6 +49,9 @@ SETTLED = -3
 """`SETTLED - token` is a token behind which just one ending is left, see `AnswerMask.rest`: the sequence ends there."""
 
 NARROW_BATCH = 128
+
+Launch = Callable[[Work, Callable[[Work], Pending]], Pending]
+"""Has every rank run a batch, this one by the function that it is given."""
 
 
 class Runner:
@@ -64,11 +68,13 @@ class Runner:
         decode_steps: int,
         device: torch.device,
         values_of_tokens: ValuesOfTokens,
+        launch: Launch | None = None,
     ) -> None:
         self.cache = cache
         self.computed_tokens = 0
         self.launches = 0
-        self._model, self._sampler, self._device = model, sampler, device
+        self._model, self._sampler, self.device = model, sampler, device
+        self._everywhere = launch
         self._last_layer = LastLayer(model, cache.modules)
         self._scoring = ScoringHead(model)
         self._graphs = DecodeGraphs(device)
@@ -112,93 +118,85 @@ class Runner:
         }
         self._true = torch.ones((), dtype=torch.bool, device=device)
 
-    @torch.no_grad()
+    @property
+    def mask(self) -> AnswerMask | None:
+        """What answers are kept to."""
+        return self._sampler.mask
+
     def prefill(self, chunks: list[PrefillChunk]) -> Pending:
         """Computes a prefill batch; gives the first new token of every sequence that it completes."""
-        size = self.cache.page_size
-        chunks = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
-        copies = [chunk for chunk in chunks if chunk.copied]
-        if copies:
-            self.cache.copy_pages(
-                self._to_device([s.copy_from for s in copies], np.int64),
-                self._to_device([s.copy_to for s in copies], np.int64),
-                self._to_device([s.copied for s in copies], np.int64),
-            )
-        query_lens = [s.stop - s.start for s in chunks]
-        # Padding, up to one of few numbers of tokens, belongs to a sequence of its own on the null page.
-        padding = round_tokens(sum(query_lens)) - sum(query_lens)
-        query_lens.append(padding)
-        seq_lens = [*(s.stop for s in chunks), padding]
-        positions = np.concatenate([*(np.arange(s.start, s.stop) for s in chunks), np.arange(padding)])
-        tokens = np.concatenate(
-            [*(s.sequence.prompt[s.start : s.stop] for s in chunks), np.zeros(padding, np.int32)]
-        )
-        width = max(-(-padding // size), *(len(s.sequence.pages) for s in chunks))
-        block_tables = np.full((len(query_lens), width), NULL_PAGE, np.int32)
-        for number, chunk in enumerate(chunks):
-            block_tables[number, : len(chunk.sequence.pages)] = chunk.sequence.pages
-        seq_ids = np.repeat(np.arange(len(query_lens)), query_lens)
-        slot_mapping = block_tables[seq_ids, positions // size].astype(np.int64) * size + positions % size
-        cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)])
-        scored = ScoredChunks.of(chunks, cu_seqlens_q)
-        completed = [
-            i for i, chunk in enumerate(chunks) if chunk.complete and chunk.sequence.request.scored is None
-        ]
-        sequences = [chunks[i].sequence for i in completed]
+        work, sequences = PrefillWork.of(chunks, self.cache.page_size, self._sampler)
+        return replace(self._launch(work), sequences=sequences, scored=work.scored)
+
+    def decode(self, batch: DecodeBatch) -> Pending:
+        """Runs a decode batch and gives its tokens."""
+        plan = None if self._cascade is None else self._cascade.plan(batch)
+        return replace(self._launch(DecodeWork.of(batch, plan)), sequences=batch.sequences)
+
+    def _launch(self, work: Work) -> Pending:
+        return self.run(work) if self._everywhere is None else self._everywhere(work, self.run)
+
+    @torch.no_grad()
+    def run(self, work: Work) -> Pending:
+        """What every rank does for a batch. Its results have no names of sequences."""
+        self.launches += 1
+        return self._decode(work) if isinstance(work, DecodeWork) else self._prefill(work)
+
+    def _prefill(self, work: PrefillWork) -> Pending:
+        if work.copies is not None:
+            self.cache.copy_pages(*(self._to_device(row, np.int64) for row in work.copies))
         metadata = AttentionMetadata(
-            slot_mapping=self._to_device(slot_mapping, np.int64),
-            block_tables=self._to_device(block_tables, np.int32),
-            seq_lens=self._to_device(seq_lens, np.int32),
-            cu_seqlens_q=self._to_device(cu_seqlens_q, np.int32),
-            cu_seqlens_k=self._to_device(np.concatenate([[0], np.cumsum(seq_lens)]), np.int32),
-            max_seqlen_q=max(query_lens),
-            max_seqlen_k=max(seq_lens),
-            query_spans=query_spans(query_lens),
-            no_context=all(s.start == 0 for s in chunks),
+            slot_mapping=self._to_device(work.slot_mapping, np.int64),
+            block_tables=self._to_device(work.block_tables, np.int32),
+            seq_lens=self._to_device(work.seq_lens, np.int32),
+            cu_seqlens_q=self._to_device(np.concatenate([[0], np.cumsum(work.query_lens)]), np.int32),
+            cu_seqlens_k=self._to_device(np.concatenate([[0], np.cumsum(work.seq_lens)]), np.int32),
+            max_seqlen_q=int(work.query_lens.max()),
+            max_seqlen_k=int(work.seq_lens.max()),
+            query_spans=query_spans(work.query_lens.tolist()),
+            no_context=work.no_context,
         )
         if self._adapters is not None:
-            adapters = [chunk.sequence.request.adapter for chunk in chunks]
-            self._choose_adapters(self._to_device(np.repeat([*adapters, 0], query_lens), np.int32))
-        self.computed_tokens += len(tokens)
-        self.launches += 1
-        logits_to_keep = self._to_device([cu_seqlens_q[i + 1] - 1 for i in completed] or [0], np.int64)
-        token_ids, position_ids = self._to_device(tokens, np.int64), self._to_device(positions, np.int64)
-        began = self._mark()
-        if scored is not None:
-            logits, logprobs = self._score(token_ids, position_ids, metadata, logits_to_keep, scored)
+            self._choose_adapters(self._to_device(np.repeat(work.adapters, work.query_lens), np.int32))
+        self.computed_tokens += len(work.tokens)
+        starts = work.starts
+        logits_to_keep = self._to_device([0] if starts is None else starts.last_tokens, np.int64)
+        token_ids, position_ids = (
+            self._to_device(work.tokens, np.int64),
+            self._to_device(work.positions, np.int64),
+        )
+        began, logprobs = self._mark(), None
+        if work.scored is not None:
+            logits, logprobs = self._score(token_ids, position_ids, metadata, logits_to_keep, work.scored)
         else:
-            logits, logprobs = self._forward(token_ids, position_ids, metadata, logits_to_keep), None
-        if not sequences:
+            logits = self._forward(token_ids, position_ids, metadata, logits_to_keep)
+        if starts is None:
             nothing = torch.empty(1, 0, dtype=torch.int32)
-            return Pending([], nothing, began, self._mark(), scored=scored, logprobs=logprobs)
-        token = self._start(sequences, [chunks[i].stop for i in completed], logits)
+            return Pending([], nothing, began, self._mark(), logprobs=logprobs)
+        token = self._start(starts, logits)
         values = {
             name: column[None]
             for name, column in self._values_of_tokens.compute(logits, token.long()).items()
         }
-        return replace(self._to_host(sequences, token[None], began, values), scored=scored, logprobs=logprobs)
+        return replace(self._to_host(token[None], began, values), logprobs=logprobs)
 
-    @torch.no_grad()
-    def decode(self, batch: DecodeBatch) -> Pending:
-        """Runs a decode batch and gives its tokens."""
-        plan = None if self._cascade is None else self._cascade.plan(batch)
-        shape = self._shape(batch, plan)
+    def _decode(self, work: DecodeWork) -> Pending:
+        shape = self._shape(work)
         step = self._graph(shape) if self._use_graphs else None
-        self._upload(shape, batch, plan)
+        self._upload(shape, work)
         began = self._mark()
-        for _ in range(batch.steps):
+        for _ in range(work.steps):
             if step is None:
                 self._decode_step(shape)
             else:
                 step.replay()
-        self.computed_tokens += shape.batch_size * batch.steps
-        self.launches += 1
-        values = {name: column[: batch.steps, : shape.batch_size] for name, column in self._values.items()}
-        return self._to_host(batch.sequences, self._sampled[: batch.steps, : shape.batch_size], began, values)
+        self.computed_tokens += shape.batch_size * work.steps
+        values = {name: column[: work.steps, : shape.batch_size] for name, column in self._values.items()}
+        return self._to_host(self._sampled[: work.steps, : shape.batch_size], began, values)
 
-    def _shape(self, batch: DecodeBatch, plan: CascadePlan | None) -> Shape:
+    def _shape(self, work: DecodeWork) -> Shape:
         """Few different shapes. The width matters only to few sequences, whose pages are split over several blocks."""
-        batch_size, pages = batch.block_tables.shape
+        (batch_size, pages), plan = work.block_tables.shape, work.plan
         self._max_pages = max(self._max_pages, pages)
         return Shape(
             batch_size=bucket(batch_size),
@@ -223,7 +221,7 @@ class Runner:
                 [NULL_PAGE] * -(-len(prompt) // self.cache.page_size),
             )
             chunks.append(PrefillChunk(sequence, 0, len(prompt)))
-        self.prefill(chunks).read()
+        self.run(PrefillWork.of(chunks, self.cache.page_size, self._sampler)[0]).read()
         self._graph(self._largest_shape)
         self._graphs.clear()
         self.computed_tokens = self.launches = 0
@@ -236,18 +234,16 @@ class Runner:
             graph = self._graphs.capture(shape, lambda: self._decode_step(shape))
         return graph
 
-    def _upload(
-        self, shape: Shape, batch: DecodeBatch | None = None, plan: CascadePlan | None = None
-    ) -> None:
+    def _upload(self, shape: Shape, work: DecodeWork | None = None) -> None:
         """One copy for all that a decode batch needs, laid out as `Inputs` reads it; the null slot without one."""
         flat = torch.full((input_size(shape),), NULL_PAGE, dtype=torch.int32)
         inputs = Inputs.of(flat, shape)
         inputs.slots.fill_(self._null_slot)
-        if batch is not None:
-            rows, pages = batch.block_tables.shape
-            inputs.slots.numpy()[:rows] = batch.slots
-            inputs.block_tables.numpy()[:rows, :pages] = batch.block_tables
-        if plan is not None:
+        if work is not None:
+            rows, pages = work.block_tables.shape
+            inputs.slots.numpy()[:rows] = work.slots
+            inputs.block_tables.numpy()[:rows, :pages] = work.block_tables
+        if work is not None and (plan := work.plan) is not None:
             inputs.starts.numpy()[: len(plan.starts)] = plan.starts
             inputs.members.numpy()[: len(plan.members)] = plan.members
             inputs.items.numpy()[: len(plan.items)] = plan.items
@@ -295,33 +291,31 @@ class Runner:
         running = running if goes_on is None else running & goes_on
         self._update(slots, token, running & self._continues(token, seq_len, self._final_len[slots]))
 
-    def _start(self, sequences: list[Sequence], seq_lens: list[int], logits: Tensor) -> Tensor:
+    def _start(self, starts: Starts, logits: Tensor) -> Tensor:
         """Puts sequences whose prompts are computed into their slots and chooses their first tokens."""
-        slots = self._to_device([sequence.slot for sequence in sequences], np.int64)
-        seq_len = self._to_device(seq_lens, np.int64)
-        final_len = self._to_device([sequence.final_len for sequence in sequences], np.int64)
-        prompt_len = self._to_device([len(sequence.request.token_ids) for sequence in sequences], np.int64)
-        seed = self._to_device([signed(sequence.request.row_seed) for sequence in sequences], np.int64)
-        seen = None
-        if self._seen is not None:
-            seq_ids = np.repeat(np.arange(len(sequences)), [len(sequence.prompt) for sequence in sequences])
-            tokens = self._to_device(np.concatenate([sequence.prompt for sequence in sequences]), np.int64)
+        slots, seq_len, final_len, prompt_len, seed = (
+            self._to_device(numbers, np.int64)
+            for numbers in (
+                starts.slots,
+                starts.seq_lens,
+                starts.final_lens,
+                starts.prompt_lens,
+                starts.seeds,
+            )
+        )
+        seen = own = states = None
+        if self._seen is not None and starts.seen_slots is not None and starts.seen_tokens is not None:
             self._seen[slots] = False
-            self._seen[slots[self._to_device(seq_ids, np.int64)], tokens] = True
+            seen_slots = self._to_device(starts.seen_slots, np.int64)
+            self._seen[seen_slots, self._to_device(starts.seen_tokens, np.int64)] = True
             seen = self._seen[slots]
-        own = None
-        if self._own is not None:
-            numbers = row_sampling.numbers_of([one.request for one in sequences], self._sampler.sampling)
-            own = self._to_device(np.array(numbers), np.float32)
+        if self._own is not None and starts.own is not None:
+            own = self._to_device(starts.own, np.float32)
             self._own[slots] = own
         if self._adapter is not None:
-            adapters = [sequence.request.adapter for sequence in sequences]
-            self._adapter[slots] = self._to_device(adapters, np.int32)
-        states = None
-        if self._sampler.mask is not None:
-            answers = [sequence.prompt[len(sequence.request.token_ids) :] for sequence in sequences]
-            begun = self._sampler.mask.begin([sequence.request for sequence in sequences], answers)
-            states = self._to_device(begun, np.int32)
+            self._adapter[slots] = self._to_device(starts.adapters, np.int32)
+        if starts.states is not None:
+            states = self._to_device(starts.states, np.int32)
         token = self._sampler.sample(logits, seed, seq_len - prompt_len, seen, own, states)
         self._seq_len[slots], self._final_len[slots] = seq_len, final_len
         self._prompt_len[slots], self._seed[slots] = prompt_len, seed
@@ -396,29 +390,27 @@ class Runner:
             ).logits[0]
             return logits
 
-    def _to_host(
-        self, sequences: list[Sequence], tokens: Tensor, began: Mark, values: dict[str, Tensor]
-    ) -> Pending:
+    def _to_host(self, tokens: Tensor, began: Mark, values: dict[str, Tensor]) -> Pending:
         tokens = self._copied(tokens)
         values = {name: self._copied(column) for name, column in values.items()}
-        return Pending(sequences, tokens, began, self._mark(), values)
+        return Pending([], tokens, began, self._mark(), values)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """On its way to the host; there once the device has come so far."""
-        if not devices.is_gpu(self._device):
+        if not devices.is_gpu(self.device):
             return tensor.clone()
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return pinned.copy_(tensor, non_blocking=True)
 
     def _mark(self) -> Mark:
-        if not devices.is_gpu(self._device):
+        if not devices.is_gpu(self.device):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def _to_device(self, values: list[int] | NDArray[Any], dtype: type) -> Tensor:
-        return self._pin(torch.from_numpy(np.asarray(values, dtype))).to(self._device, non_blocking=True)
+        return self._pin(torch.from_numpy(np.asarray(values, dtype))).to(self.device, non_blocking=True)
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if devices.is_gpu(self._device) else tensor
+        return tensor.pin_memory() if devices.is_gpu(self.device) else tensor

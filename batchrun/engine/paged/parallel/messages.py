@@ -1,0 +1,41 @@
+"""What rank 0 and another rank of an engine tell each other; pickled, since they are one program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from batchrun.engine.protocol import EngineSpec
+
+PULSE_SECONDS = 2
+SILENT_SECONDS = 40
+"""Both send a sign of life every PULSE_SECONDS, by a thread of their own. One that has stopped, or whose machine has,
+is given up before a minute has passed; importing and compiling let threads run far more often than that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """To a rank, first of all: what it is part of, and the model's config if its weights are random."""
+
+    spec: EngineSpec
+    page_size: int
+    rank: int
+    store: str
+    config: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A sign of life, either way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """From a rank: a batch has been launched on its device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """From a rank, as its last word."""
+
+    reason: str

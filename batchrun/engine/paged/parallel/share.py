@@ -1,0 +1,40 @@
+"""A rank's share of a model, loaded and joined to the others'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from batchrun.engine.fp8_model import quantize
+from batchrun.engine.launch import available_cores
+from batchrun.engine.loading import load_config, load_model
+from batchrun.engine.paged.parallel.group import Group
+from batchrun.engine.paged.parallel.loading import read_shares
+from batchrun.engine.paged.parallel.sharding import Sharding
+from batchrun.engine.protocol import EngineSpec
+
+
+def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
+    """This rank's share of the model in `spec.model_path`, on `spec.device`; returns once all ranks have theirs. With
+    the `config` of a whole model it gets random weights, in `spec.dtype`.
+
+    Raises:
+        Unsupported: the model cannot be divided. Otherwise as `load_model`.
+    """
+    if group.device.type == "cpu":
+        torch.set_num_threads(max(1, available_cores() // group.size))
+    sharding = Sharding(config or load_config(spec), group.rank, group.size)
+    if config is None:
+        model = load_model(spec, source=(sharding.config, read_shares(spec.model_path, sharding)))
+    else:
+        # Alike on all ranks, since embeddings and norms have to be.
+        torch.manual_seed(0)
+        with torch.device(group.device):
+            model = AutoModelForCausalLM.from_config(sharding.config, dtype=getattr(torch, spec.dtype)).eval()
+        if spec.quantization:
+            quantize(model)
+    group.join()
+    sharding.finish(model)
+    return model

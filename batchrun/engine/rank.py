@@ -1,0 +1,27 @@
+"""A further process of an engine over several GPUs: `python -m batchrun.engine.rank <socket> <parent's pid>`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from batchrun.engine.choose import preload
+from batchrun.engine.launch import die_with_parent
+
+
+def main() -> None:
+    """Runs the rank that it is told over the socket to be, while the engine's process lives."""
+    descriptor, parent = map(int, sys.argv[1:3])
+    die_with_parent(parent)
+    # As in the engine's process: whether to stop is the worker's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    preload("paged")
+    from batchrun.engine.paged.member import serve
+
+    serve(Connection(descriptor), parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""An engine over two ranks ends as one, whichever of them dies or stops, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import MAX_CONTEXT
+
+from batchrun.engine.process import EngineProcess
+from batchrun.engine.protocol import Completion, EngineSpec, Request
+from batchrun.errors import EngineError
+
+NEW = 200
+
+
+def _requests(count: int) -> list[Request]:
+    rng = np.random.default_rng(1)
+    return [Request(i, rng.integers(3, 259, 20).astype(np.int32), NEW) for i in range(count)]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(n) for task in Path(f"/proc/{pid}/task").glob("*/children") for n in task.read_text().split()]
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.fixture
+def process(tiny_llama: Path):
+    options = {"max_rows": 4, "decode_steps": 2}
+    folder = str(tiny_llama)
+    engine = EngineProcess(
+        EngineSpec("paged", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
+    )
+    yield engine
+    engine.stop()
+
+
+@pytest.mark.parametrize(("rank", "sign", "limit"), [
+    (1, signal.SIGKILL, 15), (0, signal.SIGKILL, 15), (1, signal.SIGSTOP, 60), (0, signal.SIGSTOP, 60),
+])  # fmt: skip
+def test_the_group_ends_with_any_of_its_ranks_and_is_started_again(
+    process: EngineProcess, rank: int, sign: signal.Signals, limit: float
+) -> None:
+    answered: list[Completion] = []
+    error: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answered.extend(c for c in process.generate(iter(_requests(400))) if c is not None)
+        except EngineError as raised:
+            error.append(raised)
+
+    caller = threading.Thread(target=run)
+    caller.start()
+    while not process.stats().output_tokens and caller.is_alive():
+        time.sleep(0.05)
+    assert not error
+    engine = process.stats().pid
+    (other,) = _children(engine)
+    began = time.monotonic()
+    os.kill((engine, other)[rank], sign)
+    caller.join(limit)
+    assert not caller.is_alive(), "nobody noticed"
+    assert error
+    if rank == 1 and sign == signal.SIGKILL:
+        assert "rank 1 of 2" in str(error[0]) or "Connection" in str(error[0]), error
+    while not (_gone(engine) and _gone(other)):
+        assert time.monotonic() - began < limit, "a process is left"
+        time.sleep(0.05)
+    if sign == signal.SIGKILL:
+        rows = [c for c in process.generate(iter(_requests(2))) if c is not None]
+        assert [len(c.token_ids) for c in rows] == [NEW, NEW]
+        assert process.stats().pid != engine
