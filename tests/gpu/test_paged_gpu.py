@@ -216,7 +216,10 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int) 
     agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), packed, packed)
     if layer.window is None:
         # Every other row begins with the same 512 tokens, the others with the same 256.
-        block_tables[::2, :2], block_tables[1::2, :1] = block_tables[0, :2], block_tables[1, :1]
+        block_tables[::2, :2], block_tables[1::2, :1] = (
+            block_tables[0, :2].clone(),
+            block_tables[1, :1].clone(),
+        )
         step = AttentionMetadata(
             slot_mapping=slot_mapping([1] * rows), block_tables=block_tables, seq_lens=seq_lens
         )
