@@ -16,7 +16,7 @@ from batchrun.worker.order import TaskReceipt
 # input, the prompts; of them, what two calls take; the weight of the newest attempt's.
 TAKING_OVER, CALLS, NEWEST = 0.5, 0.1, 0.3
 # What a handover has to save, in seconds and as a share of what its owner has left: estimates are no better than that.
-WORTH_SECONDS, WORTH_SHARE = 0.2, 0.1
+WORTH_SECONDS, WORTH_SHARE = 0.1, 0.05
 # A worker of less than this share of another one's speed is slower.
 SLOWER = 0.9
 # Rows go to a worker that has to load its engine first only if the rest takes so many times as long as loading.
@@ -194,7 +194,7 @@ class Tail:
     def _speeds(self, workers: Collection[str]) -> dict[str, float]:
         """Work a second of each worker, where nothing is known of it as of the others; empty if of none."""
         known = {
-            worker: self._done[worker] / self._busy[worker]
+            worker: (self._done[worker] + self._under_way[worker]) / self._busy[worker]
             for worker in workers
             if self._busy[worker] >= KNOWN and self._done.get(worker)
         }
