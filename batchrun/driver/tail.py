@@ -16,7 +16,7 @@ from batchrun.worker.order import TaskReceipt
 # input, the prompts; of them, what two calls take; the weight of the newest attempt's.
 TAKING_OVER, CALLS, NEWEST = 0.5, 0.1, 0.3
 # What a handover has to save, in seconds and as a share of what its owner has left: estimates are no better than that.
-WORTH_SECONDS, WORTH_SHARE = 0.2, 0.1
+WORTH_SECONDS, WORTH_SHARE = 0.1, 0.05
 # A worker of less than this share of another one's speed is slower.
 SLOWER = 0.9
 # Rows go to a worker that has to load its engine first only if the rest takes so many times as long as loading.
@@ -55,7 +55,8 @@ class _Attempt:
 
 
 class Tail:
-    """What each worker has left and how fast it is, from heartbeats and receipts.
+    """What each worker has left and how fast it is, from heartbeats and receipts. Tokens of answers under way
+    count as done, of an engine that tells them.
 
     All of them would end together after the sum of what is left by the sum of speeds. Those that take longer give rows
     to those that take less and have a free slot, as long as it is worth it. `rows` is how many each partition has.
@@ -68,6 +69,8 @@ class Tail:
         self._attempts: dict[str, _Attempt] = {}
         # Of each worker: what those that have ended had left at the last look.
         self._ended: dict[str, float] = defaultdict(float)
+        # Of each worker: tokens of answers that are not whole, so work that is done and still among what is left.
+        self._under_way: dict[str, float] = defaultdict(float)
         self._whole: set[int] = set()
         self._refused: dict[str, float] = {}
         self._asked: list[Handover] = []
@@ -96,6 +99,9 @@ class Tail:
         self._rows_done = beats.total.rows
         loaded = [(worker, stats) for worker, stats in beats.engines if stats.pid]
         self._loaded = {worker for worker, _ in loaded}
+        self._under_way.clear()
+        for worker, stats in loaded:
+            self._under_way[worker] += stats.gauges.get("active_output_tokens", 0.0)
         self._load_seconds = max((stats.load_seconds for _, stats in loaded), default=0.0) or LOAD_SECONDS
         self._ended.clear()
         before = self._attempts
@@ -188,7 +194,7 @@ class Tail:
     def _speeds(self, workers: Collection[str]) -> dict[str, float]:
         """Work a second of each worker, where nothing is known of it as of the others; empty if of none."""
         known = {
-            worker: self._done[worker] / self._busy[worker]
+            worker: (self._done[worker] + self._under_way[worker]) / self._busy[worker]
             for worker in workers
             if self._busy[worker] >= KNOWN and self._done.get(worker)
         }
@@ -197,7 +203,7 @@ class Tail:
 
     def _left(self, now: float, speeds: Mapping[str, float]) -> dict[str, float]:
         """Of each worker, as it should be by now: it has gone on since the last look."""
-        left = {worker: self._ended[worker] for worker in speeds}
+        left = {worker: self._ended[worker] - self._under_way[worker] for worker in speeds}
         for attempt in self._attempts.values():
             if attempt.worker in left:
                 left[attempt.worker] += attempt.left

@@ -159,11 +159,13 @@ class Child:
         """Whether any stream was ever opened."""
         return self._opened > 0
 
-    def open_stream(self) -> Stream:
-        """A stream for one more caller."""
+    def open_stream(self, is_first: bool = False) -> Stream:
+        """A stream for one more caller; whether its rows go before those of all streams that are there."""
         with self.changed:
             self._opened += 1
-            stream = self.streams[self._opened] = Stream(self, self._opened)
+            # The lowest number goes first.
+            number = -self._opened if is_first else self._opened
+            stream = self.streams[number] = Stream(self, number)
             return stream
 
     def send(self, message: RequestPack | Cancel | Recall) -> None:

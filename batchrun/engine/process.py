@@ -49,6 +49,7 @@ class EngineProcess:
         requests: Iterator[Request | None],
         wanted: Callable[[], bool] = lambda: True,
         recalls: Recalls | None = None,
+        is_first: bool = False,
     ) -> Generator[Completion | None, None, None]:
         """A completion for each request exactly once, in any order; may run in several threads at once.
 
@@ -56,13 +57,14 @@ class EngineProcess:
         None when nothing has finished for half a second. Once `wanted()` is false, pulls no more, and gives back
         what is in flight as it is ("cancelled"), as far as that comes in two seconds. Closing the generator drops
         the requests not yet answered. `recalls` asks for requests back: `wake` has it looked at.
+        With `is_first` the engine begins with these before it begins with more of other calls'.
 
         Raises:
             EngineDied: the engine's process ended by itself; the next call starts a new one.
             EngineNotLoaded: it ended, or failed, before its model was loaded.
             EngineError, ModelError: what the engine raised while loading or generating.
         """
-        while (stream := self._open_stream()) is None:
+        while (stream := self._open_stream(is_first)) is None:
             if not wanted():
                 return
             time.sleep(PATIENCE_SECONDS)
@@ -157,7 +159,7 @@ class EngineProcess:
             if self._child:
                 self._child.stop()
 
-    def _open_stream(self) -> Stream | None:
+    def _open_stream(self, is_first: bool) -> Stream | None:
         """A stream of a living process; None while one that is to be replaced still works for others."""
         with self._lock:
             if self._child and self._child.pid == self._tired and not self._child.failure:
@@ -168,7 +170,7 @@ class EngineProcess:
             if self._child is None or (self._child.failure and self._child.used):
                 self._launch()
             assert self._child is not None
-            return self._child.open_stream()
+            return self._child.open_stream(is_first)
 
     def _launch(self) -> None:
         self.launches += 1

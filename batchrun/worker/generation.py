@@ -23,6 +23,7 @@ from batchrun.output.attempt import Attempt, PartialAnswer
 from batchrun.prompt.codec import PromptCodec, request_of
 from batchrun.prompt.scoring import ChoiceScoring
 from batchrun.prompt.tokens import Prompt
+from batchrun.worker.answer_lengths import AnswerLengths
 from batchrun.worker.answers import answered, failed
 from batchrun.worker.duplicates import Duplicates
 from batchrun.worker.handover import Handover
@@ -76,7 +77,8 @@ class Generation:
     at the end, unless `rows_to_blame` said before that a fresh engine changes nothing; it says so now, if none of the
     rows came right. `begun` holds what rows are so far that the engine let go of when they were not wanted any more, by
     the number of its request: the row's, or row * samples + sample. With `duplicates`, of rows with the same prompt one
-    goes to the engine.
+    goes to the engine. `lengths` learns from the answers. With `is_first` the engine begins with these rows before it
+    begins with more of other attempts'.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Generation:
         rows_to_blame: bool = False,
         samples: int = 1,
         duplicates: Duplicates | None = None,
+        lengths: AnswerLengths | None = None,
+        is_first: bool = False,
     ) -> None:
         self.rows_to_blame = rows_to_blame
         self.begun: dict[int, PartialAnswer] = {}
@@ -111,7 +115,8 @@ class Generation:
         self._choices: dict[int, ChoiceScoring] = {}
         # Rows that the engine finished and the attempt has taken.
         self.answered = 0
-        self.handover = Handover(rows, counters, duplicates)
+        self.handover = Handover(rows, counters, duplicates, lengths or AnswerLengths())
+        self._is_first = is_first
         self._doubtful: dict[int, list[Completion]] = {}
         # By row: samples that are out, while others of their row are not.
         self._waiting: dict[int, list[Completion]] = {}
@@ -158,7 +163,7 @@ class Generation:
     def _once(self, engine: EngineProcess, still_wanted: Callable[[], bool]) -> None:
         try:
             with contextlib.closing(
-                engine.generate(self._requests(), still_wanted, self.handover)
+                engine.generate(self._requests(), still_wanted, self.handover, self._is_first)
             ) as completions:
                 for completion in completions:
                     if completion is not None and self._codec.builder.is_scored:
@@ -281,7 +286,7 @@ class Generation:
         if len(samples) < np.count_nonzero(self._wanted[row]):
             self._waiting[row] = samples
             return
-        self.handover.ended(row)
+        self.handover.ended(row, sum(len(one.token_ids) for one in samples))
         samples.sort(key=lambda one: one.id)
         doubtful = any(one.fault is not None and one.fault.code in SECOND_TRY for one in samples)
         if self._second or not doubtful:

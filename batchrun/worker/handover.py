@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchrun.engine.protocol import Request
+from batchrun.worker.answer_lengths import AnswerLengths
 from batchrun.worker.duplicates import Duplicates
 
 # Tokens of a prompt that take an engine about as long as one new token.
 PROMPT_TOKENS = 8
+# Seconds for which what is left needs no new reckoning, unless somebody asks.
+RECKONED = 0.2
 
 Recall = Callable[[Sequence[Sequence[int]], Sequence[float], float], None]
 Given = tuple[list[int], float]
@@ -36,28 +41,35 @@ class Handover:
     """What has become of the rows of one attempt, and which of them are given up when the driver asks for some.
 
     First those whose prompts have not been made, from the end; then those that the engine has not begun with, by their
-    work. A row goes with all of its requests. Rows whose answer others wait for stay, and so do rows
-    that wait. `ask` is the event loop's; all else is called by the attempt's own thread. `rows` (bool, by row of the
-    partition) are the attempt's: those given up are taken out of them.
+    work: tokens of their prompts, and of their answers as `lengths` has them by now. A row goes with all of its
+    requests. Rows whose answer others wait for stay, and so do rows that wait. `ask` is the event loop's; all else is
+    called by the attempt's own thread. `rows` (bool, by row of the partition) are the attempt's: those given up are
+    taken out of them.
     """
 
     def __init__(
-        self, rows: NDArray[np.bool_], counters: WorkCounters, duplicates: Duplicates | None
+        self,
+        rows: NDArray[np.bool_],
+        counters: WorkCounters,
+        duplicates: Duplicates | None,
+        lengths: AnswerLengths,
     ) -> None:
         # Has the attempt's thread come here soon.
         self.wake: Callable[[], None] = lambda: None
-        self._rows, self._counters, self._duplicates = rows, counters, duplicates
+        self._rows, self._counters, self._duplicates, self._lengths = rows, counters, duplicates, lengths
         self._reached = -1
-        # By row: the ids of its requests, their work, the tokens of its prompt and its own limit.
         self._in_engine: dict[int, _Sent] = {}
         self._lock = threading.Lock()
         self._asked: tuple[float, bool, Future[Given]] | None = None
         self._answering: Future[Given] | None = None
-        self._recalled: Collection[int] = ()
+        # By row, the work of those that may come back.
+        self._recalled: dict[int, float] = {}
         self._given: list[int] = []
         self._given_work = 0.0
-        # Of rows in the engine, of rows that are done, and how many rows these are.
-        self._work, self._work_done, self._rows_done = 0.0, 0.0, 0
+        # Of rows in the engine and of all that have been there, the last reckoning; of rows that are done; how many
+        # rows these are.
+        self._work, self._mean_work, self._reckoned = 0.0, 1.0, -RECKONED
+        self._work_done, self._rows_done = 0.0, 0
         self._closed = False
 
     def ask(self, share: float, is_longest_first: bool) -> Future[Given]:
@@ -79,16 +91,17 @@ class Handover:
 
     def sent(self, row: int, requests: Sequence[Request], limit: int) -> None:
         """The row's requests go to the engine."""
-        work = sum(one.remaining + len(one.token_ids) / PROMPT_TOKENS for one in requests)
-        ids = [one.id for one in requests]
-        self._in_engine[row] = _Sent(ids, work, len(requests[0].token_ids), limit)
-        self._work += work
+        ids, begun = [one.id for one in requests], sum(len(one.generated) for one in requests)
+        most = max(one.max_new_tokens for one in requests)
+        self._in_engine[row] = _Sent(ids, len(requests[0].token_ids), limit, most, begun)
 
-    def ended(self, row: int) -> None:
-        """The engine is done with the row."""
+    def ended(self, row: int, tokens: int) -> None:
+        """The engine is done with the row; `tokens` are those of all its answers."""
         if sent := self._in_engine.pop(row, None):
-            self._work -= sent.work
-            self._work_done += sent.work
+            # Of scored rows some more come back.
+            tokens = min(tokens, sent.most * len(sent.ids))
+            self._lengths.add(sent.prompt_tokens, tokens / len(sent.ids))
+            self._work_done += max(0, tokens - sent.begun) + sent.prompt_work
             self._rows_done += 1
 
     def came_back(self, row: int) -> bool:
@@ -101,15 +114,16 @@ class Handover:
         self._counters.sent_limits -= sent.limit
         if self._duplicates is not None:
             self._duplicates.let_go(row)
-        self._work -= sent.work
-        self._give([row], sent.work)
+        self._give([row], self._recalled[row])
         return True
 
     def serve(self, recall: Recall) -> None:
         """See `engine.process.Recalls`."""
         self._counters.work_done = self._work_done
-        unsent = np.count_nonzero(self._rows[self._reached + 1 :])
-        self._counters.work_left = self._work + self._mean_work * int(unsent)
+        now = time.monotonic()
+        if now - self._reckoned >= RECKONED or self._asked is not None:
+            self._reckoned = now
+            self._reckon()
         if self._answering is not None:
             self._answer()
         if self._asked is None:
@@ -121,13 +135,14 @@ class Handover:
             self._answering = None
             return
         left = self._give_unsent(share)
-        candidates = {row: sent for row, sent in self._in_engine.items() if self._is_free(row)}
+        works = zip(self._in_engine, self._works().tolist(), strict=True)
+        candidates = {row: work for row, work in works if self._is_free(row)}
         if left <= 0 or not candidates:
             self._answer()
             return
-        order = sorted(candidates, key=lambda row: candidates[row].work, reverse=is_longest_first)
-        self._recalled = candidates.keys()
-        recall([candidates[row].ids for row in order], [candidates[row].work for row in order], left)
+        order = sorted(candidates, key=lambda row: candidates[row], reverse=is_longest_first)
+        self._recalled = candidates
+        recall([self._in_engine[row].ids for row in order], [candidates[row] for row in order], left)
 
     def close(self) -> None:
         """Nothing is given up any more."""
@@ -149,11 +164,25 @@ class Handover:
         # Half a row more or less is as near as it gets.
         return wanted - mean * (count + 0.5)
 
-    @property
-    def _mean_work(self) -> float:
-        """Of a row, by those that have been sent."""
+    def _reckon(self) -> None:
+        """What is left, by what is known now of answers' lengths."""
+        self._work = float(self._works().sum())
         rows = len(self._in_engine) + self._rows_done
-        return (self._work + self._work_done) / rows if rows else 1.0
+        self._mean_work = (self._work + self._work_done) / rows if rows else 1.0
+        unsent = np.count_nonzero(self._rows[self._reached + 1 :])
+        self._counters.work_left = self._work + self._mean_work * int(unsent)
+
+    def _works(self) -> NDArray[np.float64]:
+        """Of the rows in the engine, in order."""
+        sent = self._in_engine.values()
+        if not sent:
+            return np.zeros(0)
+        prompts, limits, samples, begun = np.array(
+            [(one.prompt_tokens, one.most, len(one.ids), one.begun) for one in sent]
+        ).T
+        answers = self._lengths.expected(prompts, limits) * samples - begun
+        works: NDArray[np.float64] = np.maximum(answers, samples) + prompts * samples / PROMPT_TOKENS
+        return works
 
     def _is_free(self, row: int) -> bool:
         return self._duplicates is None or not self._duplicates.is_waited_for(row)
@@ -166,17 +195,25 @@ class Handover:
 
     def _answer(self) -> None:
         given = sorted(self._given), self._given_work
-        self._given, self._given_work, self._recalled = [], 0.0, ()
+        self._given, self._given_work, self._recalled = [], 0.0, {}
         with self._lock:
             answer, self._answering = self._answering, None
         assert answer is not None
         answer.set_result(given)
 
 
+@dataclass(slots=True)
 class _Sent:
-    """A row in the engine."""
+    """A row in the engine: the ids of its requests, the tokens of its prompt, its own limit of new tokens, if it has
+    one, the limit in force, and how many tokens earlier attempts had generated of all its answers."""
 
-    __slots__ = ("ids", "limit", "prompt_tokens", "work")
+    ids: list[int]
+    prompt_tokens: int
+    limit: int
+    most: int
+    begun: int
 
-    def __init__(self, ids: list[int], work: float, prompt_tokens: int, limit: int) -> None:
-        self.ids, self.work, self.prompt_tokens, self.limit = ids, work, prompt_tokens, limit
+    @property
+    def prompt_work(self) -> float:
+        """That of all its requests."""
+        return len(self.ids) * self.prompt_tokens / PROMPT_TOKENS

@@ -14,6 +14,7 @@ from batchrun.errors import ChangedError
 from batchrun.model.folder import resolve
 from batchrun.prompt.codec import PromptCodec, open_codec
 from batchrun.storage import Folder, deadline
+from batchrun.worker.answer_lengths import AnswerLengths
 from batchrun.worker.duplicates import KnownAnswers
 from batchrun.worker.engine_health import EngineHealth
 from batchrun.worker.generation import AttemptCounters
@@ -31,6 +32,7 @@ class WorkerState:
         # Of the engines, by the same keys.
         self._health: dict[str, EngineHealth] = {}
         self._answers: dict[str, KnownAnswers] = {}
+        self._lengths: dict[str, AnswerLengths] = {}
         self._attempts: dict[int, AttemptCounters] = {}
         # By task: where the driver may ask for rows.
         self._handovers: dict[str, Handover] = {}
@@ -144,6 +146,13 @@ class WorkerState:
             if run not in self._answers:
                 self._answers = {run: KnownAnswers()}
             return self._answers[run]
+
+    def answer_lengths(self, run: str) -> AnswerLengths:
+        """What the run's partitions have shown of how long answers are; that of other runs is forgotten."""
+        with self._lock:
+            if run not in self._lengths:
+                self._lengths = {run: AnswerLengths()}
+            return self._lengths[run]
 
     def stop_engines(self) -> None:
         """Ends the engines' processes."""

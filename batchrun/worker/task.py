@@ -175,6 +175,9 @@ def _generate(
             health.rows_to_blame,
             order.job.generation.samples,
             _duplicates(order, codec.engine.sampling),
+            worker_state.answer_lengths(order.run),
+            # They are the longest ones that were left, as a rule.
+            is_first=task.is_shared,
         )
         try:
             sharing = worker_state.sharing(counters.task, generation.handover)

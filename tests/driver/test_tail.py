@@ -275,3 +275,27 @@ def test_whatever_dies_every_row_is_done_and_no_slot_is_taken_twice(partitions, 
     assert all(len(done) == rows for done in one.staged)
     if not deaths:
         assert one.twice == 0
+
+
+def test_tokens_of_answers_under_way_are_not_left():
+    """Two attempts with the same rows left, one of which is nearly done with those that its engine is at."""
+    tail = Tail(lambda index: 10)
+    for now in (1.0, 11.0):
+        beats = Heartbeats(Counters(rows=20))
+        for name, under_way in (("behind", 0.0), ("ahead", 900.0)):
+            task = AttemptCounters(
+                run="run",
+                partition=0,
+                task=name,
+                doing="generating",
+                pulled=10,
+                work_done=1000.0,
+                work_left=1000.0,
+            )
+            beats.worker_views.append(WorkerView(name, "host", 1, 2, 0, "generating", None))
+            gauges = {"active_output_tokens": under_way}
+            beats.engines.append((name, EngineStats(pid=1, load_seconds=20.0, gauges=gauges)))
+            beats.activity.append((name, task, 0))
+        tail.see(now, beats, {"behind", "ahead"})
+    (one,) = tail.handovers(11.0, {"behind": 2, "ahead": 2}, {"behind", "ahead"})
+    assert (one.owner, one.taker) == ("behind", "ahead")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tiny_models import model_folder
 from batchrun.engine.launch import available_cores
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, Request
-from batchrun.engine.wire import CompletionPack, RequestPack
+from batchrun.engine.wire import PLACE_MASK, CompletionPack, RequestPack
 from batchrun.errors import EngineDied, EngineError, FaultCode, JobError, ModelError, RowFault
 
 
@@ -52,8 +52,10 @@ def rows(count: int, length: int = 10) -> list[Request]:
     return [request(i, *range(i, i + length)) for i in range(count)]
 
 
-def run(engine: EngineProcess, requests: list[Request | None]) -> dict[int, Completion]:
-    completions = [c for c in engine.generate(iter(requests)) if c is not None]
+def run(
+    engine: EngineProcess, requests: Iterable[Request | None], is_first: bool = False
+) -> dict[int, Completion]:
+    completions = [c for c in engine.generate(iter(requests), is_first=is_first) if c is not None]
     assert len({c.id for c in completions}) == len(completions)
     return {c.id: c for c in completions}
 
@@ -81,6 +83,17 @@ def test_every_request_is_answered_once_with_its_own_answer(process):
         assert answers[r.id].finish_reason == "length"
 
 
+def test_a_call_that_goes_first_has_the_lowest_stream_of_all(process):
+    for _ in process.generate(iter(rows(1))):
+        pass
+    opened = [process._child.open_stream(is_first) for is_first in (False, True, False, True)]
+    (last,) = RequestPack.pack(opened[-1].number, 0, rows(1)).unpack()
+    assert last.stream < min(stream.number for stream in opened[:-1])
+    assert last.id & PLACE_MASK == 0
+    for stream in opened:
+        stream.close()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     streams=st.lists(
@@ -100,7 +113,9 @@ def test_streams_with_the_same_ids_never_get_each_others_answers(shared, streams
 
     unique = [list({row[0]: row for row in stream}.values()) for stream in streams]
     with ThreadPoolExecutor(len(streams)) as pool:
-        answers = list(pool.map(lambda numbered: run(shared, feed(*numbered)), enumerate(unique)))
+        answers = list(
+            pool.map(lambda numbered: run(shared, feed(*numbered), numbered[0] % 2 == 1), enumerate(unique))
+        )
     for number, (stream, found) in enumerate(zip(unique, answers, strict=True)):
         assert {id: c.token_ids.tolist() for id, c in found.items()} == {
             id: [number, *range(length)][:8] for id, length, _ in stream

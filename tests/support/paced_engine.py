@@ -57,6 +57,7 @@ class PacedEngine(EchoEngine):
             due = due + self.step if now - due < 1 else now + self.step
             time.sleep(max(0.0, due - now))
             self.stats.steps += 1
+            self.stats.gauges["active_output_tokens"] = float(sum(length for _, length in running.values()))
             for number, (request, length) in list(running.items()):
                 running[number] = request, length + 1
                 if request.cancelled:

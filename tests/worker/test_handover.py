@@ -45,7 +45,11 @@ class Engine:
         pass
 
     def generate(
-        self, requests: Iterator[Request | None], wanted: Callable[[], bool], recalls: Handover
+        self,
+        requests: Iterator[Request | None],
+        wanted: Callable[[], bool],
+        recalls: Handover,
+        is_first: bool,
     ) -> Iterator[Completion | None]:
         taken: list[Request] = []
         answered, more = 0, True

@@ -46,7 +46,7 @@ class Engine:
         self.stops, self.bad, self.answers, self.prompts, self.renewed = stops, bad or {}, 0, [], 0
 
     def generate(
-        self, requests: Iterator[Request | None], wanted: Callable[[], bool], recalls: object
+        self, requests: Iterator[Request | None], wanted: Callable[[], bool], recalls: object, is_first: bool
     ) -> Iterator[Completion | None]:
         taken = [request for request in requests if request is not None]
         self.prompts += [request.id for request in taken]

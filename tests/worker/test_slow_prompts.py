@@ -49,7 +49,11 @@ class SlowRun:
             self.signs.append(self.now)
 
     def generate(
-        self, requests: Iterator[Request | None], still_wanted: Callable[[], bool], recalls: object
+        self,
+        requests: Iterator[Request | None],
+        still_wanted: Callable[[], bool],
+        recalls: object,
+        is_first: bool,
     ) -> Iterator[Completion | None]:
         """As an engine's process takes requests, one after another."""
         for request in requests:
