@@ -158,6 +158,7 @@ def _memory(prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
         "convertible": job.model.adapters is None,
         "weights": found.weights,
         "fp8_weights": found.fp8_weights,
+        "stored": found.stored,
         "token": found.token,
         "row_tokens": round(tokens),
         "rows": found.rows(usable, tokens, fp8=False),
@@ -178,6 +179,11 @@ def _memory_lines(found: dict[str, Any]) -> list[RenderableType]:
         f"memory: weights {size(memory[ours])}, a token's keys and values {size(memory['token'])}; at most about "
         f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}"
     ]
+    if memory["stored"] is not None:
+        shown.append(
+            f"the checkpoint's quantized weights are expanded while loading: {size(memory[ours])} in memory, "
+            f"{size(memory['stored'])} in its files"
+        )
     if not memory["convertible"]:
         return shown
     return [

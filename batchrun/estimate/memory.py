@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchrun.model.check import tensor_shapes
+from batchrun.engine.packed_format import packed_format
+from batchrun.model.check import model_shapes
 
 # What keeps its format, by how models name it: embeddings, the layer that gives the logits, routers and experts.
 _KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.", "experts.")
@@ -18,11 +19,12 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
     """Bytes of the weights as a job runs them on a GPU, without and with `model.quantization: fp8`, and of a token's
-    keys and values in all layers."""
+    keys and values in all layers. `stored`: bytes of the files, where their weights are expanded while loading."""
 
     weights: int
     fp8_weights: int
     token: int
+    stored: int | None = None
 
     def rows(self, memory: float, tokens: float, fp8: bool) -> int:
         """Rows of so many tokens that are in `memory` bytes at once, beside the weights."""
@@ -38,24 +40,24 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
     """
     config = json.loads((Path(folder) / "config.json").read_bytes())
     token = _token_numbers(config.get("text_config") or config)
-    shapes = [
-        (name, shape)
-        for file in files
-        if file.endswith(".safetensors")
-        for name, shape in tensor_shapes(Path(folder) / file).items()
-    ]
+    shapes = model_shapes(folder, files)
     if token is None or not shapes:
         return None
     number = _BYTES.get(dtype, 2)
     weights = fp8_weights = 0
-    for name, shape in shapes:
+    for name, shape in shapes.items():
         count = 1
         for length in shape:
             count *= length
         weights += number * count
         # A number a byte, and a float32 scale a row.
         fp8_weights += count + 4 * shape[0] if _becomes_fp8(name, shape) else number * count
-    return ModelMemory(weights, fp8_weights, number * token)
+    settings = config.get("quantization_config") or {}
+    form = packed_format(settings)
+    expands = form.expands if form is not None else bool(settings.get("weight_block_size"))
+    sizes = ((Path(folder) / file).stat().st_size for file in files if file.endswith(".safetensors"))
+    stored = sum(sizes) if expands else None
+    return ModelMemory(weights, fp8_weights, number * token, stored)
 
 
 def _becomes_fp8(name: str, shape: list[int]) -> bool:
