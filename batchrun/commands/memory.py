@@ -40,6 +40,7 @@ def of(job: Job, prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
         "cache_dtype": job.engine.cache_dtype,
         "token": found.token,
         "fp8_token": found.fp8_token,
+        "stored": found.stored,
         "row_tokens": round(tokens),
         "rows": found.rows(budget, tokens, False, gpus, fp8_cache),
         "fp8_rows": found.rows(budget, tokens, True, gpus, fp8_cache),
@@ -71,6 +72,11 @@ def lines(memory: dict[str, Any] | None) -> list[str]:
         f"{memory[rows]:,} rows of {memory['row_tokens']:,} tokens at once on {where}",
         *_gpu_lines(memory, memory[rows]),
     ]
+    if memory["stored"] is not None:
+        shown.append(
+            f"the checkpoint's quantized weights are expanded while loading: {size(memory[ours])} in memory, "
+            f"{size(memory['stored'])} in its files"
+        )
     if memory["convertible"]:
         shown.append(
             f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"

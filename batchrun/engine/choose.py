@@ -81,6 +81,7 @@ def load_engine(spec: EngineSpec) -> Engine:
             "the checkpoint's fp8 weights, a scale for each block, are expanded and take twice their files' size: "
             "model.quantization: fp8 converts them to what this engine multiplies"
         )
+    engine.stats.notes += _packed_notes(spec)
     if compiles_at_every_start():
         engine.stats.notes.append(
             "torch came without bytecode and PYTHONDONTWRITEBYTECODE keeps Python from writing it, so that every start "
@@ -94,6 +95,22 @@ def _in_fp8(spec: EngineSpec) -> bool:
     from batchrun.engine.loading import load_config
 
     return fp8_checkpoint(spec.model_path, load_config(spec)) is not None
+
+
+def _packed_notes(spec: EngineSpec) -> list[str]:
+    from batchrun.engine.loading import load_config
+    from batchrun.engine.packed_format import packed_format
+
+    form = packed_format(getattr(load_config(spec), "quantization_config", None))
+    if form is None:
+        return []
+    if not form.expands:
+        return ["the checkpoint's fixed scales of activations are not used: each token gets its own scale"]
+    what = "fp8" if spec.quantization else "the model's dtype"
+    files = sum(file.stat().st_size for file in Path(spec.model_path).glob("*.safetensors"))
+    return [
+        f"the checkpoint's {form.name} weights ({files / 1e9:.2f} GB) are expanded to {what} while loading"
+    ]
 
 
 def _load(kind: str, spec: EngineSpec) -> Engine:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from batchrun.engine.fp8 import FP8, Fp8Linear
 from batchrun.engine.lora import Merge
+from batchrun.engine.packed_format import channels_and_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def fp8_checkpoint(folder: str, config: Any) -> Fp8Checkpoint | None:
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict):
         return None
-    if settings.get("quant_method") == "compressed-tensors" and _channels_and_tokens(settings):
+    if settings.get("quant_method") == "compressed-tensors" and channels_and_tokens(settings):
         block = None
     elif settings.get("quant_method") == "fp8" and settings.get("weight_block_size"):
         rows, columns = settings["weight_block_size"]
@@ -48,26 +49,6 @@ def fp8_checkpoint(folder: str, config: Any) -> Fp8Checkpoint | None:
         with safe_open(file, "pt") as tensors:
             layers |= {name.removesuffix(suffix) for name in tensors.keys() if name.endswith(suffix)}  # noqa: SIM118
     return Fp8Checkpoint(tuple(sorted(layers)), block)
-
-
-def _channels_and_tokens(settings: dict[str, Any]) -> bool:
-    groups = list((settings.get("config_groups") or {}).values())
-    return bool(groups) and all(
-        _is(group.get("weights"), "channel", dynamic=False)
-        and _is(group.get("input_activations"), "token", dynamic=True)
-        and not group.get("output_activations")
-        for group in groups
-    )
-
-
-def _is(scheme: dict[str, Any] | None, strategy: str, dynamic: bool) -> bool:
-    return (
-        scheme is not None
-        and (scheme.get("num_bits"), scheme.get("type")) == (8, "float")
-        and scheme.get("strategy") == strategy
-        and bool(scheme.get("dynamic")) == dynamic
-        and scheme.get("symmetric", True)
-    )
 
 
 def prepare(model: nn.Module, checkpoint: Fp8Checkpoint) -> None:

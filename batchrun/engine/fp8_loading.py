@@ -15,6 +15,7 @@ from batchrun.engine.fp8_checkpoint import Fp8Checkpoint, expand_blocks, prepare
 from batchrun.engine.fp8_experts import PARAMETERS, Fp8Experts
 from batchrun.engine.fp8_model import with_fp8_layers
 from batchrun.engine.lora import Merge
+from batchrun.engine.packed_checkpoint import PackedCheckpoint
 
 METHOD = "batchrun-fp8"
 """The name under which transformers finds the quantizer; no checkpoint has it."""
@@ -22,10 +23,12 @@ METHOD = "batchrun-fp8"
 
 @register_quantization_config(METHOD)
 class Fp8Config(QuantizationConfigMixin):
-    """Asks `from_pretrained` for the quantizer below: to read a checkpoint in fp8, to convert weights, or both. What
+    """Asks `from_pretrained` for the quantizer below: to read a quantized checkpoint, to convert weights, or both. What
     is converted gets an adapter's product before, since it loses most of one afterwards."""
 
-    def __init__(self, checkpoint: Fp8Checkpoint | None, convert: bool, merge: Merge | None = None) -> None:
+    def __init__(
+        self, checkpoint: Fp8Checkpoint | PackedCheckpoint | None, convert: bool, merge: Merge | None = None
+    ) -> None:
         self.quant_method = METHOD
         self.checkpoint, self.convert, self.merge = checkpoint, convert, merge
 
@@ -36,7 +39,9 @@ class Fp8Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         checkpoint = self.quantization_config.checkpoint
-        if checkpoint is not None:
+        if isinstance(checkpoint, PackedCheckpoint):
+            checkpoint.prepare(model)
+        elif checkpoint is not None:
             prepare(model, checkpoint)
         elif not with_fp8_layers(model):
             raise ValueError("it has no linear layers that could be converted to fp8")
@@ -67,7 +72,12 @@ class Fp8Quantizer(HfQuantizer):
         # Its layers are as good as any others: nothing else needs to know.
         self.remove_quantization_config(model)
         dtype = model.get_input_embeddings().weight.dtype
-        expand_blocks(model, dtype, self.quantization_config.convert, self.quantization_config.merge)
+        checkpoint = self.quantization_config.checkpoint
+        how = (dtype, self.quantization_config.convert, self.quantization_config.merge)
+        if isinstance(checkpoint, PackedCheckpoint):
+            checkpoint.expand(model, *how)
+        else:
+            expand_blocks(model, *how)
         return model
 
     def is_serializable(self, **_: Any) -> bool:

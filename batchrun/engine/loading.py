@@ -104,17 +104,18 @@ def load_model(
 
 
 def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None) -> Any:
-    """Makes transformers convert the weights to fp8 while it reads them, or read those of a checkpoint in fp8.
+    """Makes transformers convert the weights to fp8 while it reads them, or read those of a quantized checkpoint.
 
-    None where nothing is in fp8. Raises ModelError where that cannot be.
+    None where nothing is quantized. Raises ModelError where that cannot be.
     """
     if spec.quantization is None and getattr(config, "quantization_config", None) is None:
         return None
     from batchrun.engine.fp8 import unsupported_device
     from batchrun.engine.fp8_checkpoint import fp8_checkpoint
     from batchrun.engine.fp8_loading import Fp8Config
+    from batchrun.engine.packed_checkpoint import PackedCheckpoint, packed_checkpoint
 
-    checkpoint = fp8_checkpoint(spec.model_path, config)
+    checkpoint = fp8_checkpoint(spec.model_path, config) or packed_checkpoint(spec.model_path, config)
     if checkpoint is not None:
         # From here on it is ours to read, and not the packages' that transformers would ask for.
         del config.quantization_config
@@ -123,7 +124,11 @@ def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None) -> Any:
     where, fix = "model.quantization", "leave the key out"
     if spec.quantization is None:
         where, fix = spec.model_path, "use the checkpoint in bfloat16"
-    stays_fp8 = spec.quantization is not None or (checkpoint is not None and checkpoint.block is None)
+    if isinstance(checkpoint, PackedCheckpoint):
+        as_it_is = not checkpoint.format.expands
+    else:
+        as_it_is = checkpoint is not None and checkpoint.block is None
+    stays_fp8 = spec.quantization is not None or as_it_is
     if stays_fp8 and (reason := unsupported_device(torch.device(spec.device))):
         raise ModelError(f"fp8 cannot run here, since {reason}", where, fix)
     if config.is_encoder_decoder:

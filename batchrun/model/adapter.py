@@ -10,7 +10,7 @@ from typing import Self
 
 from batchrun.engine.lora_config import WEIGHTS, LoraConfig, matrices_by_layer
 from batchrun.errors import ModelError
-from batchrun.model.check import tensor_shapes
+from batchrun.model.check import model_shapes, tensor_shapes
 from batchrun.model.folder import ModelFolder
 
 
@@ -36,12 +36,7 @@ def check_adapter(folder: str, model: ModelFolder) -> AdapterFacts:
     config = LoraConfig.read(folder)
     file = Path(folder) / WEIGHTS
     shapes = tensor_shapes(file)
-    known = _Checkpoint.of(
-        item
-        for name in model.used
-        if name.endswith(".safetensors")
-        for item in tensor_shapes(Path(model.path) / name).items()
-    )
+    known = _Checkpoint.of(model_shapes(model.path, model.used).items())
     layers = matrices_by_layer(shapes, str(file))
     for layer, (a, b) in layers.items():
         _refuse_unfit(layer, shapes[a], shapes[b], known, str(file), config)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from batchrun.engine.packed_format import FIX, described, packed_format, read_as_fp8
 from batchrun.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -31,7 +32,9 @@ def check_model(folder: str) -> None:
     """
     path = Path(folder)
     with suppress(OSError, ValueError, AttributeError):  # finding the model tells of these
-        _refuse_other_models(json.loads((path / "config.json").read_bytes()), folder)
+        config = json.loads((path / "config.json").read_bytes())
+        _refuse_other_models(config, folder)
+        _refuse_other_formats(config.get("quantization_config"), folder)
     _refuse_damaged_weights(path)
 
 
@@ -41,6 +44,11 @@ def _refuse_other_models(config: Mapping[str, Any], where: str) -> None:
         raise ModelError(
             f"{', '.join(names)} does not generate text", where, "use a model that does (...ForCausalLM)"
         )
+
+
+def _refuse_other_formats(settings: Mapping[str, Any] | None, where: str) -> None:
+    if settings and not read_as_fp8(settings) and packed_format(settings) is None:
+        raise ModelError(f"quantized weights of this kind are not read ({described(settings)})", where, FIX)
 
 
 def _generates(architecture: str, model_type: str) -> bool:
@@ -65,6 +73,21 @@ def _refuse_damaged_weights(path: Path) -> None:
     if lost := sorted(name for name, file in index.items() if name not in held[file]):
         what = f"lacks {len(lost)} weights that the index names, such as {lost[0]}"
         raise ModelError(what, str(path / index[lost[0]]), "copy the whole model")
+
+
+def model_shapes(folder: str, files: Sequence[str]) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in those of a folder's files that are safetensors: of weights that are expanded
+    while loading as they are afterwards.
+
+    Raises:
+        ModelError: see `tensor_shapes`.
+    """
+    weights = [Path(folder) / file for file in files if file.endswith(".safetensors")]
+    shapes = {name: shape for file in weights for name, shape in tensor_shapes(file).items()}
+    config = Path(folder) / "config.json"
+    settings = json.loads(config.read_bytes()).get("quantization_config") if config.is_file() else None
+    form = packed_format(settings)
+    return form.expanded(shapes) if form is not None and form.expands else shapes
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchrun.model.check import tensor_shapes
+from batchrun.engine.packed_format import packed_format
+from batchrun.model.check import model_shapes
 
 # What keeps its format, by how models name it: embeddings, the layer that gives the logits, and routers.
 _KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
@@ -24,7 +25,7 @@ class ModelMemory:
     keys and values in all layers, without and with `engine.cache_dtype: fp8`.
 
     `whole` are the bytes among the weights that each of several GPUs holds, `heads` and `key_heads` the attention heads
-    of a layer that several GPUs share out.
+    of a layer that several GPUs share out. `stored` are bytes of the files, where weights are expanded while loading.
     """
 
     weights: int
@@ -34,6 +35,7 @@ class ModelMemory:
     whole: int = 0
     heads: int = 1
     key_heads: int = 1
+    stored: int | None = None
 
     def weights_of(self, gpus: int, fp8: bool) -> int:
         """Bytes of weights on each of so many GPUs."""
@@ -60,18 +62,13 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
     config = json.loads((Path(folder) / "config.json").read_bytes())
     text = config.get("text_config") or config
     kept, heads = _token_heads(text), attention_heads(text)
-    shapes = [
-        (name, shape)
-        for file in files
-        if file.endswith(".safetensors")
-        for name, shape in tensor_shapes(Path(folder) / file).items()
-    ]
+    shapes = model_shapes(folder, files)
     if kept is None or heads is None or not shapes:
         return None
     count, size = kept
     number = _BYTES.get(dtype, 2)
     weights = fp8_weights = whole = 0
-    for name, shape in shapes:
+    for name, shape in shapes.items():
         numbers = math.prod(shape)
         weights += number * numbers
         if len(shape) < 2 or any(word in name for word in _WHOLE):
@@ -80,7 +77,12 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
         fp8_weights += numbers + 4 * shape[0] if _becomes_fp8(name, shape) else number * numbers
     # Likewise, a scale for each head.
     token, fp8_token = number * count * size, count * (size + 4)
-    return ModelMemory(weights, fp8_weights, token, fp8_token, whole, *heads)
+    settings = config.get("quantization_config") or {}
+    form = packed_format(settings)
+    expands = form.expands if form is not None else bool(settings.get("weight_block_size"))
+    sizes = ((Path(folder) / file).stat().st_size for file in files if file.endswith(".safetensors"))
+    stored = sum(sizes) if expands else None
+    return ModelMemory(weights, fp8_weights, token, fp8_token, whole, *heads, stored)
 
 
 def attention_heads(config: dict[str, Any]) -> tuple[int, int] | None:

@@ -153,7 +153,7 @@ def test_channels_cannot_be_added_to(tmp_path: Path) -> None:
 def test_what_is_quantized_in_another_way_is_not_converted(tmp_path: Path) -> None:
     tiny_models.make_model("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    settings = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(config | settings))
     with pytest.raises(ModelError, match="quantized already, in another way"):
         load_model(_spec(tmp_path, quantization="fp8"))

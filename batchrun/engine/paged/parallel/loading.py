@@ -62,6 +62,8 @@ def read_shares(folder: str, sharding: Sharding) -> dict[str, Slice]:
             if name.endswith("weight_scale_inv"):
                 raise Unsupported("fp8 weights with a scale for each block are not divided over GPUs")
             whole = opened.get_slice(name)
+            if whole.get_dtype() in ("I8", "U8", "I32"):
+                raise Unsupported("weights that are expanded while loading are not divided over GPUs")
             shares[name] = Slice(whole, sharding.share(name, tuple(whole.get_shape())))
     return shares
 

@@ -1,0 +1,170 @@
+"""Checkpoints in published formats of quantized weights are read without the packages that made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import transformers
+from adapters import make_adapter
+from packers import SETTINGS, configure, repack
+from safetensors.torch import load_file, save_file
+
+from batchrun.engine.choose import load_engine
+from batchrun.engine.fp8 import Fp8Linear, quantize_rows
+from batchrun.engine.loading import load_model
+from batchrun.engine.lora import read_adapter
+from batchrun.engine.packed_checkpoint import expanded
+from batchrun.engine.packed_format import PackedFormat
+from batchrun.engine.protocol import EngineSpec, Request
+from batchrun.errors import ModelError
+from batchrun.model.adapter import check_adapter
+from batchrun.model.check import check_model
+from batchrun.model.folder import ModelFolder
+from batchrun.model.memory import model_memory
+
+EXPANDED = [kind for kind in SETTINGS if kind != "static_fp8"]
+
+
+def _spec(folder: Path, **changes: Any) -> EngineSpec:
+    places = {"model_path": str(folder), "tokenizer_path": str(folder)}
+    return EngineSpec(**{"kind": "paged", **places, "max_context": 128, **changes})
+
+
+def _tokens(folder: Path, kind: str) -> dict[int, list[int]]:
+    requests = [Request(i, np.arange(5 + i, 25 + i, dtype=np.int32), 12) for i in range(3)]
+    engine = load_engine(_spec(folder, kind=kind, device="cpu"))
+    return {c.id: c.token_ids.tolist() for c in engine.generate(iter(requests))}
+
+
+@pytest.mark.parametrize("kind", EXPANDED)
+def test_weights_are_what_the_numbers_stand_for_and_give_the_plain_models_tokens(
+    tmp_path: Path, kind: str
+) -> None:
+    tiny_models.make_model("llama", tmp_path / "packed")
+    tiny_models.make_model("llama", tmp_path / "plain")
+    meant = repack(tmp_path / "packed", kind)
+    save_file(
+        {k: v.contiguous() for k, v in meant.items()}, tmp_path / "plain/model.safetensors", {"format": "pt"}
+    )
+    held = dict(load_model(_spec(tmp_path / "packed")).named_parameters())
+    assert {parameter.dtype for parameter in held.values()} == {torch.float32}
+    assert held.keys() == dict(load_model(_spec(tmp_path / "plain")).named_parameters()).keys()
+    assert all(torch.equal(parameter, meant[name]) for name, parameter in held.items())
+    for engine in ("paged", "padded"):
+        assert _tokens(tmp_path / "packed", engine) == _tokens(tmp_path / "plain", engine)
+
+
+def test_fixed_scales_of_activations_give_way_to_a_scale_for_each_token(tmp_path: Path) -> None:
+    tiny_models.make_model("llama", tmp_path)
+    meant = repack(tmp_path, "static_fp8")
+    layers = {n: m for n, m in load_model(_spec(tmp_path)).named_modules() if isinstance(m, Fp8Linear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight.float() * layer.weight_scale, meant[f"{name}.weight"])
+    assert _tokens(tmp_path, "paged") == _tokens(tmp_path, "padded")
+    notes = load_engine(_spec(tmp_path, device="cpu")).stats.notes
+    assert any("fixed scales of activations are not used" in note for note in notes)
+
+
+@pytest.mark.parametrize("kind", ["awq", "w8a8"])
+def test_they_are_converted_where_the_job_asks_for_fp8(tmp_path: Path, kind: str) -> None:
+    tiny_models.make_model("llama", tmp_path)
+    meant = repack(tmp_path, kind)
+    model = load_model(_spec(tmp_path, quantization="fp8"))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Fp8Linear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight.float(), quantize_rows(meant[f"{name}.weight"])[0].float())
+
+
+def test_mxfp4_is_what_transformers_makes_of_it() -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = torch.randint(0, 256, (3, 10, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 140, (3, 10, 2), dtype=torch.uint8)
+    ours = expanded(PackedFormat("MXFP4", 4), {"blocks": blocks, "scales": scales})
+    assert torch.equal(ours, convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+
+
+def test_experts_in_mxfp4_give_the_plain_models_tokens(tmp_path: Path) -> None:
+    config = transformers.GptOssConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+        max_position_embeddings=256, initializer_range=0.4, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    for folder in (packed, plain):
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        tiny_models.make_tokenizer().save_pretrained(folder)
+    held = load_file(packed / "model.safetensors")
+    meant = dict(held)
+    for name in [name for name in held if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = held.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(122, 127, (experts, rows, columns // 32), dtype=torch.uint8)
+        held |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        meant[name] = expanded(PackedFormat("MXFP4", 4), {"blocks": blocks, "scales": scales})
+    save_file(held, packed / "model.safetensors", {"format": "pt"})
+    save_file(meant, plain / "model.safetensors", {"format": "pt"})
+    configure(packed, {"quant_method": "mxfp4", "modules_to_not_convert": []})
+    parameters = dict(load_model(_spec(packed)).named_parameters())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in meant.items())
+    assert _tokens(packed, "padded") == _tokens(plain, "padded")
+
+
+@pytest.mark.parametrize("kind", EXPANDED)
+def test_memory_is_that_of_the_expanded_weights(tmp_path: Path, kind: str) -> None:
+    tiny_models.make_model("llama", tmp_path)
+    plain = model_memory(str(tmp_path), ("model.safetensors",), "auto")
+    repack(tmp_path, kind)
+    found = model_memory(str(tmp_path), ("model.safetensors",), "auto")
+    assert plain is not None
+    assert found is not None
+    assert (found.weights, found.fp8_weights, found.token) == (plain.weights, plain.fp8_weights, plain.token)
+    assert found.stored == (tmp_path / "model.safetensors").stat().st_size
+    assert plain.stored is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "awq", "bits": 4, "version": "gemv"},
+        {"quant_method": "gptq", "bits": 3},
+    ],
+)
+def test_other_formats_are_refused_before_anything_is_loaded(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    tiny_models.make_model("llama", tmp_path)
+    configure(tmp_path, settings)
+    with pytest.raises(ModelError, match=rf"not read \({settings['quant_method']}.*AWQ, GPTQ"):
+        check_model(str(tmp_path))
+
+
+def test_groups_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    tiny_models.make_model("llama", tmp_path)
+    repack(tmp_path, "awq")
+    held = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    for part in ("qzeros", "scales"):
+        held[f"{name}.{part}"] = held[f"{name}.{part}"].repeat(2, 1)[:3].contiguous()
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="32 input features cannot be 3 groups of one size"):
+        load_model(_spec(tmp_path))
+
+
+def test_an_adapter_is_merged_into_expanded_weights(tmp_path: Path) -> None:
+    tiny_models.make_model("llama", tmp_path / "model")
+    meant = repack(tmp_path / "model", "gptq")
+    adapter = str(make_adapter(tmp_path / "adapter", tiny_models.model_folder("llama"), ["q_proj"]))
+    folder, q_proj = str(tmp_path / "model"), "model.layers.1.self_attn.q_proj"
+    assert check_adapter(adapter, ModelFolder(folder, folder, ("model.safetensors",))).layers > 0
+    lora = read_adapter(adapter)[q_proj]
+    layer = load_model(_spec(tmp_path / "model", adapter=adapter)).get_submodule(q_proj)
+    assert torch.equal(layer.weight, meant[f"{q_proj}.weight"] + lora.b @ lora.a)
