@@ -92,7 +92,9 @@ def test_a_column_that_cannot_hold_names_is_refused(job):
 def test_the_plan_describes_each_adapter(job):
     found = preview(load(job, "model.adapters={short: a, long: b}", "model.adapter_column=which"))
     shown = [line for line in lines(found) if str(line).startswith("adapter ")]
-    assert not [line for line in lines(found) if "fp8" in str(line)], "which they do not go with"
+    assert not [line for line in lines(found) if "model.quantization" in str(line)], (
+        "which they do not go with"
+    )
     # Of the same prompts, those for one adapter.
     assert found["prompt_tokens"]["duplicates"] == _duplicates(NAMES)
     assert shown == [

@@ -52,14 +52,16 @@ def needs(path: Path) -> tuple[ModelMemory, float]:
 
 
 def test_auto_takes_the_smallest_power_of_two_at_which_the_weights_and_64_rows_fit() -> None:
-    memory = ModelMemory(weights=1000, fp8_weights=600, token=10, whole=200, heads=8, key_heads=8)
+    memory = ModelMemory(
+        weights=1000, fp8_weights=600, token=10, fp8_token=5, whole=200, heads=8, key_heads=8
+    )
     cache = 64 * 10 * 1.0
     for count, each in ((1, 1000 + cache), (2, 600 + cache / 2), (4, 400 + cache / 4), (8, 300 + cache / 8)):
         assert smallest(memory, each, 1.0, False, 8) == count
         assert smallest(memory, each - 1, 1.0, False, 8) == (2 * count if count < 8 else None)
     assert smallest(memory, 600 + cache, 1.0, True, 8) == 1, "of weights in fp8 fewer hold them"
     assert smallest(memory, 400 + cache / 4, 1.0, False, 2) is None, "a machine has so many"
-    uneven = ModelMemory(weights=1000, fp8_weights=600, token=10, heads=12, key_heads=3)
+    uneven = ModelMemory(weights=1000, fp8_weights=600, token=10, fp8_token=5, heads=12, key_heads=3)
     assert smallest(uneven, 999, 1.0, False, 8) is None, "three key heads are not shared out to two"
 
 
