@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -103,7 +104,7 @@ class Renderer:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, _out_of_a_terminals_reach():
             # Not multiprocessing: a Dask worker may be daemonic, and its children would import the user's __main__.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "batchrun.prompt.render_server", str(theirs.fileno())],
@@ -124,6 +125,17 @@ class Renderer:
         if status == -signal.SIGPROF:
             return "rendering takes too much CPU time"
         return KILLED if status == -signal.SIGKILL else f"rendering ended its process (status {status})"
+
+
+@contextmanager
+def _out_of_a_terminals_reach() -> Iterator[None]:
+    """A process that starts inside never hears Ctrl-C or that its terminal was closed, not even before it can ignore
+    them: Python would print a traceback then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 RENDERER = Renderer()

@@ -255,3 +255,18 @@ def test_a_renderer_whose_parent_was_killed_ends_without_a_word():
     connection.close()
     said = process.communicate(timeout=60)[1]
     assert (process.returncode, said) == (0, "")
+
+
+def test_a_stop_that_hits_a_renderer_while_it_starts_prints_no_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C goes to every process of a terminal."""
+    renderer = Renderer()
+    renderer._start()
+    assert renderer._process is not None
+    for _ in range(20):
+        os.kill(renderer._process.pid, signal.SIGINT)
+        time.sleep(0.01)
+    assert renderer.rows(["{{ a }}"], ["a"], [("text",)]) == [["text"]]
+    renderer._process.kill()
+    assert "Traceback" not in capfd.readouterr().err
