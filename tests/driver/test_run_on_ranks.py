@@ -1,0 +1,63 @@
+"""Jobs whose engine has two ranks, by the real command: the answers of one rank, whatever happens to a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from batchrun.commands.verify import verify
+from jobs import answers, batchrun, load, start, wait_until, write_job
+
+ROWS = 40
+
+
+def _job(folder: Path, model: Path) -> Path:
+    folder.mkdir()
+    return write_job(
+        folder,
+        model,
+        rows=ROWS,
+        engine={"kind": "paged", "compile": False},
+        generation={"max_new_tokens": 48, "temperature": 0},
+    )
+
+
+def _ranks(pid: int) -> list[psutil.Process]:
+    found = psutil.Process(pid).children(recursive=True)
+    return [one for one in found if one.is_running() and "batchrun.engine.rank" in one.cmdline()]
+
+
+def test_two_ranks_write_what_one_writes(tmp_path: Path, tiny_llama: Path) -> None:
+    told = {}
+    for gpus in (1, 2):
+        job = _job(tmp_path / str(gpus), tiny_llama)
+        code, _, err = batchrun(
+            "run", str(job), "--set", "model.dtype=float32", "--set", f"engine.gpus={gpus}"
+        )
+        assert code == 0, err
+        told[gpus] = answers(job.parent / "out")
+    assert told[1].num_rows == ROWS
+    assert told[1].select(["text", "answer"]).equals(told[2].select(["text", "answer"]))
+
+
+def test_a_rank_that_is_killed_during_a_run_costs_no_row(tmp_path: Path, tiny_llama: Path) -> None:
+    job = _job(tmp_path / "job", tiny_llama)
+    words = ("--set", "model.dtype=float32", "--set", "engine.gpus=2", "--set", "engine.max_rows=4")
+    process = start("run", str(job), *words, "--set", "output.flush_seconds=0.2")
+    output = job.parent / "out"
+    wait_until(lambda: any(output.glob("_job/stage/*/*.chunk")), process)
+    (rank,) = _ranks(process.pid)
+    rank.kill()
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert not rank.is_running()
+    table = answers(output)
+    assert table.num_rows == ROWS
+    alone = _job(tmp_path / "alone", tiny_llama)
+    code, _, err = batchrun("run", str(alone), "--set", "model.dtype=float32")
+    assert code == 0, err
+    assert table.select(["text", "answer"]).equals(
+        answers(alone.parent / "out").select(["text", "answer"])
+    )
+    assert verify(load(job)).found.passed
