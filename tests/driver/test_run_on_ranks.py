@@ -57,7 +57,5 @@ def test_a_rank_that_is_killed_during_a_run_costs_no_row(tmp_path: Path, tiny_ll
     alone = _job(tmp_path / "alone", tiny_llama)
     code, _, err = batchrun("run", str(alone), "--set", "model.dtype=float32")
     assert code == 0, err
-    assert table.select(["text", "answer"]).equals(
-        answers(alone.parent / "out").select(["text", "answer"])
-    )
+    assert table.select(["text", "answer"]).equals(answers(alone.parent / "out").select(["text", "answer"]))
     assert verify(load(job)).found.passed
