@@ -56,8 +56,11 @@ def explain(error: Any, job: type[BaseModel]) -> str:
 
 def keys_of(error: Any) -> list[str | int]:
     """Where one of pydantic's errors is: keys and places in lists. Forms that a value may have are named in
-    parentheses, and are none."""
-    return [part for part in error["loc"] if not str(part).startswith("(")]
+    parentheses, and are none; a key that nobody knows may begin with one."""
+    found = [part for part in error["loc"] if not str(part).startswith("(")]
+    if error["type"] == "extra_forbidden" and str(error["loc"][-1]).startswith("("):
+        found.append(error["loc"][-1])
+    return found
 
 
 def _keys(section: type[BaseModel]) -> list[str]:

@@ -48,6 +48,7 @@ output: {path: s3://bucket/out}
         (BASE + "generation: {temperature: -1}", "generation.temperature"),
         (BASE + "generation: {stop: ['']}", "empty stop text"),
         (BASE + "output2: 1", "unknown key output2, did you mean 'output'?"),
+        (BASE + "(output: 1", "unknown key (output, did you mean 'output'?"),
         ("a: [", "not valid YAML"),
         ("- 1", "a job file is a mapping"),
         ("", "a job file is a mapping"),
