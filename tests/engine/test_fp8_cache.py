@@ -145,7 +145,7 @@ def test_what_prompts_have_in_common_is_computed_once_and_copied_with_its_scales
     engine = _engine(folders["qwen3"], page_size=64)
     _check(models["qwen3"], requests, _run(engine, requests))
     assert engine.stats.shared_tokens >= 19 * 150
-    monkeypatch.setattr(PagePool, "match_prefix", lambda pool, tokens, computed=0: PrefixMatch())
+    monkeypatch.setattr(PagePool, "match_prefix", lambda *_: PrefixMatch())
     alone = _engine(folders["qwen3"], page_size=64)
     _check(models["qwen3"], requests, _run(alone, requests))
     assert alone.stats.shared_tokens == 0
@@ -237,7 +237,7 @@ def test_a_planted_key_is_found_in_a_long_context_as_with_exact_keys(
 
         exact_fp8.use()
         out, _ = decode_attention.decode(
-            query, keys[-1:], values[-1:], key_cache, value_cache, slot, table, seq_lens, layer, scales
+            query, keys[-1:], values[-1:], key_cache, value_cache, slot, table, seq_lens, None, layer, scales
         )
     else:
         out = GatheredPages().decode(
@@ -278,5 +278,5 @@ def test_where_keys_cannot_be_in_fp8_a_job_is_refused_in_a_line(
     assert "cannot run this model, since" in refused(t5)
     # Without a wish for fp8 it would be the padded one here.
     assert load_engine(kinds["auto"]).stats.engine == "paged"
-    monkeypatch.setattr("batchrun.engine.paged.engine.unsupported_device", lambda device: "it is too old")
+    monkeypatch.setattr("batchrun.engine.paged.device_side.unsupported_device", lambda device: "it is too old")
     assert "keys and values in fp8 cannot run here, since it is too old" in refused(kinds["auto"])

@@ -2,4 +2,6 @@
 
 Rank 0 is the engine's process, with the scheduler, the queue and the pages. The others are its children: each holds its
 share of the weights and of the pages' heads, and runs whatever rank 0 runs, told as arrays.
+
+Used by the processes of engines alone; may import what `batchrun.engine` may.
 """
