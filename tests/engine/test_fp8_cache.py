@@ -278,5 +278,7 @@ def test_where_keys_cannot_be_in_fp8_a_job_is_refused_in_a_line(
     assert "cannot run this model, since" in refused(t5)
     # Without a wish for fp8 it would be the padded one here.
     assert load_engine(kinds["auto"]).stats.engine == "paged"
-    monkeypatch.setattr("batchrun.engine.paged.device_side.unsupported_device", lambda device: "it is too old")
+    monkeypatch.setattr(
+        "batchrun.engine.paged.device_side.unsupported_device", lambda device: "it is too old"
+    )
     assert "keys and values in fp8 cannot run here, since it is too old" in refused(kinds["auto"])
