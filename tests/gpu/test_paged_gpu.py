@@ -191,8 +191,8 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int) 
         assert torch.equal(results[0][2], results[1][2])
 
     def slot_mapping(new: list[int]) -> torch.Tensor:
-        cu_seqlens_k = seq_lens.tolist()
-        tokens = [torch.arange(end - n, end, device=DEVICE) for end, n in zip(cu_seqlens_k, new, strict=True)]
+        ends = seq_lens.tolist()
+        tokens = [torch.arange(end - n, end, device=DEVICE) for end, n in zip(ends, new, strict=True)]
         return torch.cat([block_tables[row, t // 256].long() * 256 + t % 256 for row, t in enumerate(tokens)])
 
     query = random(rows, layer.query_heads, layer.head_dim)
@@ -202,16 +202,12 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int) 
     agree("decode", query, step, step)
     new = [1 + 37 * row % 500 for row in range(rows)]
     cu_seqlens_q = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=DEVICE)
-    cu_seqlens_k = torch.nn.functional.pad(seq_lens.cumsum(0), (1, 0)).int()
     packed = AttentionMetadata(
         slot_mapping=slot_mapping(new),
         block_tables=block_tables,
         seq_lens=seq_lens,
         cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max(new),
         query_spans=[(0, rows, max(new))],
-        max_seqlen_k=1024,
     )
     agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), packed, packed)
     if layer.window is None:

@@ -31,18 +31,14 @@ class AttentionMetadata:
     `slot_mapping` (tokens,) int64 is where each token's key and value go, page * page size + offset. `block_tables`
     (sequences, pages) int32 and `seq_lens` (sequences,) int32 are each sequence's pages and tokens, this call's
     included. A decode step has one token per sequence. A prefill has `cu_seqlens_q` (sequences + 1,) int32, where
-    each sequence's tokens begin in the prefill batch, `cu_seqlens_k` (sequences + 1,) int32, the running sum of
-    `seq_lens`, and the longest of both; `query_spans` are sequences to compute together, see `shapes.query_spans`;
-    `no_context` when no sequence has older tokens.
+    each sequence's tokens begin in the prefill batch; `query_spans` are sequences to compute together, see
+    `shapes.query_spans`; `no_context` when no sequence has older tokens.
     """
 
     slot_mapping: Tensor
     block_tables: Tensor
     seq_lens: Tensor
     cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    max_seqlen_q: int = 1
-    max_seqlen_k: int = 0
     query_spans: list[tuple[int, int, int]] = field(default_factory=list)
     no_context: bool = False
     shared_prefixes: SharedPrefixes | None = None

@@ -150,9 +150,6 @@ class Runner:
             block_tables=self._to_device(work.block_tables, np.int32),
             seq_lens=self._to_device(work.seq_lens, np.int32),
             cu_seqlens_q=self._to_device(np.concatenate([[0], np.cumsum(work.query_lens)]), np.int32),
-            cu_seqlens_k=self._to_device(np.concatenate([[0], np.cumsum(work.seq_lens)]), np.int32),
-            max_seqlen_q=int(work.query_lens.max()),
-            max_seqlen_k=int(work.seq_lens.max()),
             query_spans=query_spans(work.query_lens.tolist()),
             no_context=work.no_context,
         )
