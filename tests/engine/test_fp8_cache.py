@@ -18,7 +18,18 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_paged_engine import MODELS, NEVER, NO_SHRINKING, _others, _requests, _run, _tokens
+from test_paged_engine import (
+    BATCHES,
+    MODELS,
+    NEVER,
+    NO_SHRINKING,
+    _logits,
+    _long_requests,
+    _others,
+    _requests,
+    _run,
+    _tokens,
+)
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -81,26 +92,15 @@ def _check(model: Any, requests: list[Request], completions: dict[int, Completio
     for request in requests:
         answer = completions[request.id].token_ids
         assert len(answer) == request.max_new_tokens
-        whole = torch.tensor(np.concatenate([request.token_ids, answer])[None].astype(np.int64))
-        with torch.no_grad():
-            logits = model(input_ids=whole, use_cache=False).logits[0, len(request.token_ids) - 1 : -1]
-        chosen = logits.gather(1, whole[0, len(request.token_ids) :, None])[:, 0]
+        logits = _logits(model, request, answer)
+        chosen = logits.gather(1, torch.from_numpy(answer.astype(np.int64))[:, None])[:, 0]
         assert ((logits.amax(-1) - chosen) <= NEAR * logits.std(-1)).all()
         same += (chosen == logits.amax(-1)).tolist()
     assert np.mean(same) > 0.98 or same.count(False) < 2
 
 
 @settings(max_examples=12, deadline=None, phases=NO_SHRINKING)
-@given(
-    name=st.sampled_from(MODELS),
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 20),
-    prefix=st.sampled_from([0, 5, 16, 37, 64]),
-    cache_tokens=st.sampled_from([160, 256, 400, 4096]),
-    prefill_tokens=st.sampled_from([8, 50, 300]),
-    decode_steps=st.integers(1, 16),
-    max_rows=st.sampled_from([1, 3, 16, 64]),
-)
+@given(name=st.sampled_from(MODELS), **BATCHES)
 def test_greedy_tokens_do_not_depend_on_batch_pool_prefix_or_steps(
     folders: dict[str, Path],
     models: dict[str, Any],
@@ -129,9 +129,7 @@ def test_rows_preempted_in_a_small_pool_keep_their_answers(
     folders: dict[str, Path], models: dict[str, Any]
 ) -> None:
     engine = _engine(folders["llama"], options={"cache_tokens": 320, "max_rows": 16}, stop_token_ids=(NEVER,))
-    requests = [
-        Request(r.id, r.token_ids, max_new_tokens=100) for r in _requests(seed=3, rows=12, longest=16)
-    ]
+    requests = _long_requests()
     completions = _run(engine, requests)
     assert engine.stats.gauges["preemptions"] > 0
     _check(models["llama"], requests, completions)

@@ -28,6 +28,16 @@ from batchrun.errors import FaultCode, ModelError
 # A smaller failing case is not worth minutes of the suite.
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 MODELS = ["llama", "qwen3", "mistral", "gemma2", "gpt2", "opt"]
+BATCHES: dict[str, Any] = {
+    "seed": st.integers(0, 10**6),
+    "rows": st.integers(1, 20),
+    "prefix": st.sampled_from([0, 5, 16, 37, 64]),
+    "cache_tokens": st.sampled_from([160, 256, 400, 4096]),
+    "prefill_tokens": st.sampled_from([8, 50, 300]),
+    "decode_steps": st.integers(1, 16),
+    "max_rows": st.sampled_from([1, 3, 16, 64]),
+}
+
 NEVER = 10**6  # a stop token that no model has: the engine then learns how long answers are
 
 
@@ -74,6 +84,19 @@ def _requests(seed: int, rows: int, longest: int = 60, most_new: int = 24, prefi
     ]
 
 
+def _long_requests() -> list[Request]:
+    """Of which a small pool cannot hold as many as it hoped."""
+    return [Request(r.id, r.token_ids, max_new_tokens=100) for r in _requests(seed=3, rows=12, longest=16)]
+
+
+def _logits(model: Any, request: Request, answer: np.ndarray) -> torch.Tensor:
+    """(answer's tokens, vocabulary), from which each of them was chosen: in one forward pass."""
+    whole = torch.tensor(np.concatenate([request.token_ids, answer])[None].astype(np.int64))
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=whole, use_cache=False).logits
+    return logits[0, len(request.token_ids) - 1 : -1]
+
+
 def _run(engine: PagedEngine, requests: list[Request]) -> dict[int, Completion]:
     """Every request completes exactly once, and afterwards no page is held."""
     completions = list(engine.generate(iter(requests)))
@@ -95,9 +118,7 @@ def _check_greedy(model: Any, requests: list[Request], completions: dict[int, Co
         answer = completions[request.id].token_ids
         assert len(answer) == request.max_new_tokens
         assert completions[request.id].finish_reason == "length"
-        whole = torch.tensor(np.concatenate([request.token_ids, answer])[None].astype(np.int64))
-        with torch.no_grad():
-            logits = model(input_ids=whole, use_cache=False).logits[0, len(request.token_ids) - 1 : -1]
+        logits = _logits(model, request, answer)
         assert answer.tolist() == logits.argmax(dim=-1).tolist()
 
 
@@ -117,16 +138,7 @@ def test_greedy_tokens_equal_generate_row_by_row(
 
 
 @settings(max_examples=20, deadline=None, phases=NO_SHRINKING)
-@given(
-    name=st.sampled_from(MODELS),
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 20),
-    prefix=st.sampled_from([0, 5, 16, 37, 64]),
-    cache_tokens=st.sampled_from([160, 256, 400, 4096]),
-    prefill_tokens=st.sampled_from([8, 50, 300]),
-    decode_steps=st.integers(1, 16),
-    max_rows=st.sampled_from([1, 3, 16, 64]),
-)
+@given(name=st.sampled_from(MODELS), **BATCHES)
 def test_greedy_tokens_do_not_depend_on_batch_pool_prefix_or_steps(
     folders: dict[str, Path],
     models: dict[str, Any],
@@ -146,9 +158,7 @@ def test_rows_preempted_in_a_small_pool_keep_their_answers(
 ) -> None:
     # Hoping for short answers, it admits too many rows.
     engine = _engine(folders["llama"], options={"cache_tokens": 320, "max_rows": 16}, stop_token_ids=(NEVER,))
-    requests = [
-        Request(r.id, r.token_ids, max_new_tokens=100) for r in _requests(seed=3, rows=12, longest=16)
-    ]
+    requests = _long_requests()
     completions = _run(engine, requests)
     assert engine.stats.gauges["preemptions"] > 0
     _check_greedy(models["llama"], requests, completions)
