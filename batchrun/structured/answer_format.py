@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from batchrun.errors import JobError
 from batchrun.structured.arrow import Kind, from_values, kind_of, to_array, to_texts
-from batchrun.structured.automaton import Automaton, TooLarge, build, either, literal
+from batchrun.structured.automaton import MAX_STATES, Automaton, TooLarge, build, either, literal
 from batchrun.structured.document import document
 from batchrun.structured.nodes import Node, is_never
 from batchrun.structured.regex import NotRegular, pattern
@@ -28,7 +28,8 @@ class AnswerFormat:
     """Answers that are documents of a schema (`node`), or plain texts (`node` None).
 
     `kind` is what their column holds. With `probabilities`, those of its texts are a column beside it, those of texts
-    that each row has of its own as lists. Documents of a recursive schema nest at most `levels` deep.
+    that each row has of its own as lists. Documents of a recursive schema nest at most `levels` deep. The
+    automaton of a document has `max_states` at most.
     """
 
     node: Node | None
@@ -36,6 +37,7 @@ class AnswerFormat:
     expression: str | None = None
     probabilities: bool = False
     levels: int | None = None
+    max_states: int = MAX_STATES
 
     @cached_property
     def automaton(self) -> Automaton:
@@ -45,7 +47,7 @@ class AnswerFormat:
             JobError: it is too large, or no text is an answer.
         """
         if self.node is not None:
-            return document(self.node)
+            return document(self.node, self.max_states)
         if self.expression is None:
             return build(either(*(literal(text.encode()) for text in self.kind.texts)))
         return _regex(self.expression)
@@ -174,18 +176,22 @@ def _of_recursive(schema: Any) -> AnswerFormat:
         node, _ = read_schema(schema, levels)
         if is_never(node):
             continue
-        made = AnswerFormat(node, kind_of(node), levels=levels)
-        if found is None:
-            found = made
-            continue
-        try:
-            made.__dict__["automaton"] = document(node, MAX_LEVEL_STATES)
-        except JobError:
+        room = MAX_STATES if found is None else MAX_LEVEL_STATES
+        made = AnswerFormat(node, kind_of(node), levels=levels, max_states=room)
+        if found is not None and not _fits(made):
             break
         found = made
     if found is None:
         raise no_value()
     return found
+
+
+def _fits(made: AnswerFormat) -> bool:
+    """Whether it has an automaton, which is built for good."""
+    try:
+        return made.automaton is not None
+    except JobError:
+        return False
 
 
 @cache
