@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.gathered import GatheredPages, _write
+from batchrun.engine.paged.gathered import GatheredPages, _read, _write
 from batchrun.engine.paged.metadata import AttentionMetadata
 
 
@@ -28,8 +28,7 @@ class PlainCascade(GatheredPages):
     ) -> Tensor:  # fmt: skip
         if metadata.shared_prefixes is None:
             return super().decode(query, key, value, key_cache, value_cache, metadata, layer, sinks, scales)
-        assert scales is None
-        _write(key, value, key_cache, value_cache, None, metadata)
+        _write(key, value, key_cache, value_cache, scales, metadata)
         shared, out = metadata.shared_prefixes, torch.empty_like(query)
         items = [item for item in shared.items.tolist() if item[1]]
         members = [member for member in shared.members.tolist() if member[3]]
@@ -40,7 +39,7 @@ class PlainCascade(GatheredPages):
                 assert result + number not in results
                 results[result + number] = attention(
                     query[members[first + number][0]], key_cache, value_cache, metadata.block_tables[leader],
-                    begin, stop, layer,
+                    begin, stop, layer, scales,
                 )  # fmt: skip
         assert max(results) < max(2 * len(query), 1024)
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {row: [] for row in range(len(query))}
@@ -62,6 +61,7 @@ class PlainCascade(GatheredPages):
                     start,
                     length,
                     layer,
+                    scales,
                 )
             )
             weights = torch.stack([lse for _, lse in own]).softmax(0)
@@ -72,13 +72,14 @@ class PlainCascade(GatheredPages):
 
 
 def attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, pages: Tensor, first: int, stop: int, layer: Layer
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, pages: Tensor, first: int, stop: int, layer: Layer,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One query (heads, size) over some keys of a sequence; and the log-sum-exp of the scores (heads,)."""
     group = query.shape[0] // layer.kv_heads
     keys, values = (
-        x[pages.long()].flatten(0, 1)[first:stop].float().repeat_interleave(group, dim=1)
-        for x in (key_cache, value_cache)
+        x.flatten(0, 1)[first:stop].float().repeat_interleave(group, dim=1)
+        for x in _read(key_cache, value_cache, scales, pages.long(), query.dtype)
     )
     scores = torch.einsum("hd,khd->hk", query.float(), keys) * layer.scale
     if layer.softcap is not None:
