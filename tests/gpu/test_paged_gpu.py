@@ -115,7 +115,8 @@ def test_every_token_is_the_references_choice_or_next_to_it(
         divergence.append(same.index(False) if False in same else len(same))
     print(
         f"{name} {rows} rows, prefix {prefix}, cache {cache_dtype}: {np.mean(equal):.1%} equal, "
-        f"worst gap {max(gaps):.3f} at a spread of {np.mean(spread):.2f}, first divergence {np.median(divergence):.0f}, {engine.stats.attention}"
+        f"worst gap {max(gaps):.3f} at a spread of {np.mean(spread):.2f}, "
+        f"first divergence {np.median(divergence):.0f}, {engine.stats.attention}"
     )
     assert np.mean(equal) > 0.9
     assert max(gaps) < 0.3 * np.mean(spread)
