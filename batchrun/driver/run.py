@@ -128,13 +128,13 @@ def finish(
         limits.on_progress(now)
 
     with ExitStack() as stack:
-        if dispatch.todo:
+        if dispatch.partitions.todo:
             run = dispatch.order.run
             dispatch.on_progress = stack.enter_context(
                 observed(prepared, run, dispatch.on_progress, dispatch.milestones)
             )
             limits = Limits(prepared.job, _spent(prepared), count_rows=dispatch.order.retry is None)
-            limits.check(dispatch.rows_committed)
+            limits.check(dispatch.partitions.rows_committed)
             dispatch.guard = guard
             try:
                 dispatch.execute(workers.client)
@@ -150,7 +150,7 @@ def finish(
 
 def _conclude(job: Job, output: Output, dispatch: Dispatch) -> Manifest:
     # A retry's parts may be replaced again at the same length: only a run's are what they were for good.
-    receipts = dispatch.receipts if dispatch.order.retry is None else {}
+    receipts = dispatch.partitions.receipts if dispatch.order.retry is None else {}
     if job.output.failed is not None:
         found, _ = manifest.summaries(output, receipts)
         output.failed_rows.complete(found, places_in(job, output.plan))
