@@ -48,8 +48,8 @@ class Partitions:
         return {index: self._plan.partitions[index].rows for index in partitions}
 
     def take(self, window: int) -> list[int]:
-        """Those of the next task, out of `todo`: one as a rule, several tiny ones, fewer of these again towards the end,
-        which is near where little more than `window` tasks is left."""
+        """Those of the next task, out of `todo`: one as a rule, several tiny ones, fewer of these again once little
+        more than `window` tasks are left."""
         members = [self.todo.popleft()]
         size = min(TASK_SECONDS / self._pace, len(self.todo) / (2 * window))
         while len(members) < size and not self._single.intersection((members[0], self.todo[0])):

@@ -17,9 +17,8 @@ from batchrun.counters import Counters
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
-from batchrun.driver.gpus import settle
 from batchrun.driver.limits import Limits
-from batchrun.driver.prepare import Prepared, look, try_prompt
+from batchrun.driver.prepare import Prepared, look, settle, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.supervise import supervised
 from batchrun.driver.workers import Workers
@@ -59,7 +58,7 @@ def run(
         client: a Dask client to run on; otherwise the job's own `cluster` section decides.
         force: run although another driver seems to be at work, which stops once it sees that. Exact either way.
         stop: set it (from a signal handler, say) to let tasks stage what they hold and end the run.
-        watch: called about once a second with the run's progress.
+        on_progress: called about once a second with the run's progress.
         milestones: where to note what was reached when; from this call on by default.
         progress: show a progress bar where this is a notebook.
         standby: engines' processes that were started for this job before, which end with whoever started them.
