@@ -18,15 +18,8 @@ from batchrun.job.job import Job
 from batchrun.report.summary import CUT, money, number, size
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import counted, printable
-from batchrun.telemetry.progress import (
-    Progress,
-    ProgressCallback,
-    Rates,
-    WorkerView,
-    duration,
-    line,
-    log_lines,
-)
+from batchrun.telemetry.progress import Progress, ProgressCallback, WorkerView, duration
+from batchrun.telemetry.rates import Rates, line, log_lines
 
 SHOWN_WORKERS = 8
 UNKNOWN = "–"

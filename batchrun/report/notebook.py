@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from batchrun.telemetry.progress import Progress, ProgressCallback, Rates, duration
+from batchrun.telemetry.progress import Progress, ProgressCallback, duration
+from batchrun.telemetry.rates import Rates
 
 
 def in_notebook() -> bool:

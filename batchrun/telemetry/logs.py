@@ -12,7 +12,8 @@ from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
 
 if TYPE_CHECKING:
-    from batchrun.telemetry.progress import Progress, Rates
+    from batchrun.telemetry.progress import Progress
+    from batchrun.telemetry.rates import Rates
 
 log = logging.getLogger("batchrun")
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchrun.telemetry.progress import Progress
 from batchrun.telemetry.remaining_tokens import RemainingByTokens, thin_out
-
-if TYPE_CHECKING:
-    from batchrun.telemetry.progress import Progress
 
 STRETCHES = 24  # of equal time, that the work so far is cut into
 USUAL_POWER = 0.8  # of a prompt's length that a row's time grows with

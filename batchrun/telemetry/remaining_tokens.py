@@ -7,16 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
-
-if TYPE_CHECKING:
-    from batchrun.telemetry.progress import Progress, WorkerView
+from batchrun.telemetry.progress import Progress, WorkerView
 
 STRETCHES = 24  # of equal time, that the work so far is cut into
 MOST_POINTS = 2048  # that these are cut from
