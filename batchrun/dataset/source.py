@@ -153,7 +153,7 @@ def _key_fields(
                 hive.scalar_of(value, kind)
             except pa.ArrowException:
                 raise InputError(
-                    f"the folder {name}={value} is no {kind}",
+                    f"the folder {name}={value} is not of type {kind}",
                     file.path,
                     f"set input.cast: {{{name}: string}}",
                 ) from None
@@ -343,7 +343,7 @@ def _cast_type(name: str, text: str) -> pa.DataType:
         return parse_type(text)
     except ValueError:
         raise InputError(
-            f"column {name!r}: {text!r} is no type",
+            f"column {name!r}: {text!r} is not a type",
             "input.cast",
             "use pyarrow's names: string, int64, timestamp[us]",
         ) from None

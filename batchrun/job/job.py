@@ -301,7 +301,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise JobError(f"{override!r} is no override", "--set", "write --set key.path=value")
+        raise JobError(f"{override!r} is not an override", "--set", "write --set key.path=value")
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
