@@ -28,7 +28,8 @@ def kubernetes_cluster(settings: ClusterSettings, gpus: int = 1) -> Iterator[Any
         cluster = module.KubeCluster(
             custom_cluster_spec=spec, namespace=namespace, resource_timeout=SCHEDULER_POD, quiet=True
         )
-    except Exception as error:  # kr8s, httpx and the operator's own: all mean that there is no cluster
+    except Exception as error:
+        # kr8s, httpx and the operator's own: all mean that there is no cluster.
         fix = "check kubectl's context and that the Dask operator is installed"
         what = one_line(error)
         raise ClusterError(what, "cluster.kubernetes", fix) from None

@@ -47,7 +47,8 @@ def slurm_cluster(settings: ClusterSettings, gpus: int = 1) -> Iterator[Any]:
             cluster.sync(submitted)
         except RuntimeError as error:
             for job in cluster.workers.values():
-                job.status = Status.failed  # a job left as created makes closing the cluster fail
+                # A job left as created makes closing the cluster fail.
+                job.status = Status.failed
             reason = " ".join(str(error).partition("stderr:")[2].split()) or first_line(error)
             raise ClusterError(
                 f"sbatch refused ({reason})", "cluster.slurm", "try the options with sbatch"

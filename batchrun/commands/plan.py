@@ -32,11 +32,14 @@ from batchrun.telemetry.gpu import local_workers, visible_gpus
 from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 
-SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read
-TRIAL_SAMPLE_SHARE = 0.25  # of a trial's time, for a sample as large as what an engine looks ahead at
+# Seconds after which a plan makes do with what it has read.
+SAMPLE_SECONDS = 4.0
+# Share of a trial's time for a sample as large as what an engine looks ahead at.
+TRIAL_SAMPLE_SHARE = 0.25
 BARS = 12
 BAR_WIDTH = 40
-PROMPT_SHOWN = 400  # characters of a rendered prompt
+# Characters of a rendered prompt.
+PROMPT_SHOWN = 400
 
 
 def preview(
@@ -173,7 +176,8 @@ def _tried(
     prepared: Prepared, sampled: Sample, seconds: float, opening: float
 ) -> tuple[Throughput, dict[str, int]]:
     """A trial's throughput, which is remembered on this machine, and how its answers ended."""
-    from batchrun.estimate.trial import trial  # it imports torch
+    # It imports torch.
+    from batchrun.estimate.trial import trial
 
     known, endings = trial(prepared, sampled, seconds, opening)
     known = replace(known, device=device_name())
@@ -190,7 +194,8 @@ def _comparison(
     workers: int,
 ) -> dict[str, Any]:
     """The other way's estimate, from a trial of its own, and how far its answers agree with the job's."""
-    from batchrun.estimate.comparison import compare  # it imports torch
+    # It imports torch.
+    from batchrun.estimate.comparison import compare
 
     found = compare(prepared, sampled, quantization, trial)
     agreement.remember(prepared.model.fingerprint, found)

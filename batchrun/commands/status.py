@@ -22,7 +22,8 @@ from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import RunRecord
 
-READERS = 16  # partitions whose chunks are read at a time
+# Partitions whose chunks are read at a time.
+READERS = 16
 SHOWN_RUNS = 5
 SHOWN_OF_RUN = (
     "run", "started", "outcome", "message", "seconds", "workers", "gpus_per_worker", "worker_seconds", "worker_time",

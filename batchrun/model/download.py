@@ -87,7 +87,8 @@ def _downloaded(url: str, settings: ModelSettings, part: Part) -> str:
             deadline.UNSIZED,
             lambda: _listing(fs, root, settings, part) if fs.isdir(root) else {},
         )
-    except Exception as error:  # every store's client has errors of its own
+    except Exception as error:
+        # Every store's client has errors of its own.
         raise ModelError(
             f"cannot be listed ({type(error).__name__}: {error})", url, "check path and access"
         ) from None
@@ -110,7 +111,8 @@ def _downloaded(url: str, settings: ModelSettings, part: Part) -> str:
                 if (size := (copy / name).stat().st_size) != info["size"]:
                     raise OSError(f"{name} arrived with {size} of {info['size']} bytes")
             copy.rename(target)
-        except Exception as error:  # every store's client has errors of its own
+        except Exception as error:
+            # Every store's client has errors of its own.
             # Another process was first: a rename never replaces a folder with files in it.
             if not target.is_dir():
                 reason = f"{type(error).__name__}: {error}"

@@ -43,7 +43,8 @@ def load_tokenizer(folder: ModelFolder, settings: ModelSettings) -> PreTrainedTo
             )
         # Of a folder without one, transformers makes an empty tokenizer: no text would have any token.
         found = not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
-    except Exception as error:  # whatever a tokenizer's files make transformers and its helpers raise
+    except Exception as error:
+        # Whatever a tokenizer's files make transformers and its helpers raise.
         if chosen(os.listdir(folder.tokenizer_path), _VOCABULARIES):
             raise ModelError(
                 f"its tokenizer cannot be loaded ({first_line(error)})",

@@ -15,7 +15,8 @@ from batchrun.prompt.columns import holds_text, values
 
 Tools = list[dict[str, Any]]
 
-DEEPEST = 64  # levels of lists and mappings in a row's tools; those of a JSON Schema are a few
+# Levels of lists and mappings in a row's tools; those of a JSON Schema are a few.
+DEEPEST = 64
 
 
 def check_tools_column(name: str, kind: pa.DataType) -> None:

@@ -55,7 +55,8 @@ class View:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.rates = Rates()
-        self._workers = 1  # lines for them, as many as there ever were
+        # Lines for them, as many as there ever were.
+        self._workers = 1
 
     def render(self, now: Progress | None) -> RenderableType:
         """The view of the run now; None stands for the time before its first look."""

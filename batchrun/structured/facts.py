@@ -257,7 +257,8 @@ def _items(place: Place) -> tuple[tuple[tuple[Place, ...], ...], tuple[Place, ..
     schema = place.schema
     prefix, rest = "prefixItems", "items"
     if isinstance(schema.get("items"), list):
-        prefix, rest = "items", "additionalItems"  # until draft 2019-09
+        # Until draft 2019-09.
+        prefix, rest = "items", "additionalItems"
     first = schema.get(prefix, [])
     if not isinstance(first, list):
         raise refusal(f"{prefix} is not a list", place.where, "give a list of schemas")

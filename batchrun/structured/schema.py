@@ -27,8 +27,10 @@ from batchrun.structured.nodes import (
 )
 from batchrun.structured.strings import FORMATS, matches
 
-MAX_NODES = 20_000  # of the tree, all refs followed
-MAX_OPTIONS = 256  # of one value, anyOf inside of anyOf and allOf multiplied out
+# Nodes of the tree, all refs followed.
+MAX_NODES = 20_000
+# Options of one value, anyOf inside of anyOf and allOf multiplied out.
+MAX_OPTIONS = 256
 MAX_MULTIPLE = 1000
 
 
