@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from batchrun.errors import JobError
 from batchrun.job.job import Job
+from batchrun.model.files import read_json
 from batchrun.model.folder import ModelFolder
 from batchrun.model.memory import ModelMemory, attention_heads, model_memory
 from batchrun.telemetry.gpu import gpu_now, visible_gpus
@@ -110,7 +110,7 @@ def _refuse_adapters(job: Job) -> None:
 
 
 def _refuse_uneven(model: ModelFolder, gpus: int) -> None:
-    config = json.loads((Path(model.path) / "config.json").read_bytes())
+    config = read_json(Path(model.path) / "config.json")
     heads = attention_heads(config)
     if heads is not None and any(count % gpus for count in heads):
         what = f"{gpus} GPUs cannot share out {heads[0]} attention heads and {heads[1]} of keys and values"
