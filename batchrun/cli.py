@@ -17,7 +17,7 @@ from batchrun.commands.usage import Commands
 from batchrun.errors import JobError, OutputError, Refused
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
-from batchrun.telemetry.printable import printable
+from batchrun.telemetry.printable import counted, printable
 
 if TYPE_CHECKING:
     from batchrun.report.result import RunResult
@@ -59,7 +59,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it and leave")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and exit"),
     ] = False,
 ) -> None:
     pass
@@ -75,7 +76,9 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs")] = None,
     compare: Annotated[
         Literal["fp8"] | None,
-        typer.Option(help="with --trial: try converted weights too, and tell how far the answers agree"),
+        typer.Option(
+            help="with --trial: run sampled rows with and without fp8, and tell how far the answers agree"
+        ),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -126,7 +129,9 @@ def retry(
     ] = [],
     allow: Annotated[
         list[str],
-        typer.Option(metavar="KEY", help="a setting that may differ, as prompt.template", show_default=False),
+        typer.Option(
+            metavar="KEY", help="a setting that may differ, such as prompt.template", show_default=False
+        ),
     ] = [],
     overrides: Overrides = [],
     address: Address = None,
@@ -218,7 +223,7 @@ def clean(
         from batchrun.commands.clean import clean as clean_output
 
         deleted = clean_output(job, everything, None if yes else _ask)
-        reply.print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"])
+        reply.print({"deleted": len(deleted)}, [f"{counted(len(deleted), 'object')} deleted"])
 
 
 @app.command(epilog="Example: batchrun bench --model tiny --workload extract --rows 20 --engine padded")
@@ -246,7 +251,7 @@ def bench(
     ] = None,
     quantization: Annotated[
         str | None,
-        typer.Option(help="convert the shape's or folder's weights: fp8", show_default="none; the job's"),
+        typer.Option(help="of the shape's or folder's weights: fp8", show_default="none; the job's"),
     ] = None,
     cache_dtype: Annotated[
         Literal["auto", "fp8"],

@@ -122,7 +122,8 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
     if found["levels"] is not None:
         shown.append(f"answers: of a recursive schema, nested at most {found['levels']} deep")
     if found["skipped"]:
-        shown.append(f"{len(found['skipped'])} unreadable files left out: {', '.join(found['skipped'][:5])}")
+        left_out = counted(len(found["skipped"]), "unreadable file")
+        shown.append(f"{left_out} left out: {', '.join(found['skipped'][:5])}")
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
@@ -302,12 +303,14 @@ def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
     shown: list[RenderableType] = []
     new = f" with {found['max_new_tokens']:,} new tokens" if found["max_new_tokens"] else ""
     if tokens:
+        repeated = tokens["duplicates"]
+        same = f"; {counted(repeated, 'sampled prompt')} the same as another" if repeated else ""
         shown += [
             f"prompt tokens of {sampled:,} sampled rows: half have at most {tokens['p50']:,}, 90% {tokens['p90']:,}, "
             f"99% {tokens['p99']:,}, all {tokens['max']:,}; context {found['context']:,}{new}",
             _bars(tokens["histogram"]),
             f"about {tokens['estimated_total']:,} prompt tokens in all; {tokens['shared_prefix']:.0%} of them repeat "
-            f"how another prompt begins; {tokens['duplicates']:,} sampled prompts are the same as another",
+            f"how another prompt begins{same}",
         ]
     shown += found["orders"]["lines"] if found["orders"] else []
     long = problems["too_long"]

@@ -113,7 +113,8 @@ def try_store(folder: Folder) -> None:
     """Writes and deletes an object before anything costs time. Raises OutputError where that is refused."""
     if not folder.probe():
         log.warning(
-            "%s ignores conditional puts: two drivers at once may write a part twice, alike", folder.name
+            "%s ignores conditional puts: two drivers at once may write a part twice, with the same rows",
+            folder.name,
         )
 
 
