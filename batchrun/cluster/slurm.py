@@ -28,7 +28,11 @@ _GPUS = re.compile(
 @contextmanager
 def slurm_cluster(settings: ClusterSettings, gpus: int = 1) -> Iterator[Any]:
     """As many one-worker Slurm jobs as the job asks for, each with so many `gpus`; those that end before the run are
-    submitted again."""
+    submitted again.
+
+    Raises:
+        ClusterError: dask-jobqueue is not installed, its options do not fit, or sbatch refuses the jobs.
+    """
     module = slurm_module()
     jobs = settings.workers or 1
     try:

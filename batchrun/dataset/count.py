@@ -82,7 +82,7 @@ class Counter:
             yield from counted
 
     def cut(self, piece: Piece, rows: int) -> Piece:
-        """The piece up to the physical row that is its `rows`-th to pass."""
+        """The piece up to the physical row that is its `rows`-th to pass. Raises InputError where fewer pass by now."""
         left = rows
         with self._open(self.files[piece.file]) as parquet:
             for positions in self._matches(parquet, piece):

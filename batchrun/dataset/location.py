@@ -103,7 +103,8 @@ def version_of(info: Mapping[str, Any]) -> str:
 
 
 def filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path inside it."""
+    """The file system of a path or URL, and the path inside it. Raises InputError where its protocol or options do not
+    work here."""
     refuse_unknown(path, InputError)
     try:
         fs, inner = fsspec.url_to_fs(path, **storage_options)

@@ -171,7 +171,7 @@ class Job(Settings):
     def parse(
         cls, text: str, overrides: Sequence[str] = (), where: str = "job", base: Path | None = None
     ) -> Job:
-        """The same from YAML text; `base` is the folder that relative paths start from."""
+        """The same from YAML text; `base` is the folder that relative paths start from. Raises JobError likewise."""
         tree = parse_yaml(text, where)
         if not isinstance(tree, dict):
             raise JobError(
