@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from batchrun.engine.packed_format import packed_format
 from batchrun.model.check import model_shapes
+from batchrun.model.files import read_json
 
 # What keeps its format, by how models name it: embeddings, the layer that gives the logits, and routers.
 _KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
@@ -59,7 +59,7 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
     Args:
         dtype: as in the job file; "auto" is half precision, as on a GPU.
     """
-    config = json.loads((Path(folder) / "config.json").read_bytes())
+    config = read_json(Path(folder) / "config.json")
     text = config.get("text_config") or config
     kept, heads = _token_heads(text), attention_heads(text)
     shapes = model_shapes(folder, files)

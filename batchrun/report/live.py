@@ -18,15 +18,8 @@ from batchrun.job.job import Job
 from batchrun.report.summary import CUT, money, number, size
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import counted, printable
-from batchrun.telemetry.progress import (
-    Progress,
-    ProgressCallback,
-    Rates,
-    WorkerView,
-    duration,
-    line,
-    log_lines,
-)
+from batchrun.telemetry.progress import Progress, ProgressCallback, WorkerView, duration
+from batchrun.telemetry.rates import Rates, line, log_lines
 
 SHOWN_WORKERS = 8
 UNKNOWN = "–"
@@ -62,7 +55,8 @@ class View:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.rates = Rates()
-        self._workers = 1  # lines for them, as many as there ever were
+        # Lines for them, as many as there ever were.
+        self._workers = 1
 
     def render(self, now: Progress | None) -> RenderableType:
         """The view of the run now; None stands for the time before its first look."""

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchrun.telemetry.progress import Progress
 from batchrun.telemetry.remaining_tokens import RemainingByTokens, thin_out
 
-if TYPE_CHECKING:
-    from batchrun.telemetry.progress import Progress
-
-STRETCHES = 24  # of equal time, that the work so far is cut into
-USUAL_POWER = 0.8  # of a prompt's length that a row's time grows with
-UNTOLD = (
-    0.05  # square of the spread of lengths (natural logarithms) below which the stretches tell little of it
-)
-NEAR = 0.6  # difference of lengths, likewise, up to which stretches say most of what is to come
-SMOOTHED = 0.1  # of the work so far: the time in which a new estimate takes the last one's place
-AT_ONCE = 0.6  # of which at most so much with a single burst of rows
+# Stretches of equal time that the work so far is cut into.
+STRETCHES = 24
+# Power of a prompt's length that a row's time grows with.
+USUAL_POWER = 0.8
+# Square of the spread of lengths (natural logarithms) below which the stretches tell little of it.
+UNTOLD = 0.05
+# Difference of lengths, likewise, up to which stretches say most of what is to come.
+NEAR = 0.6
+# Share of the work so far in which a new estimate takes the last one's place.
+SMOOTHED = 0.1
+# The most of its place that it takes with a single burst of rows.
+AT_ONCE = 0.6
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from simulated_run import ON_CPU, Rows, simulate
 from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
 from batchrun.telemetry import remaining_tokens
-from batchrun.telemetry.progress import Progress, Rates, WorkerView
+from batchrun.telemetry.progress import Progress, WorkerView
+from batchrun.telemetry.rates import Rates
 from batchrun.telemetry.remaining import Remaining
 from batchrun.telemetry.remaining_tokens import _Active, _Answers, _samples
 
