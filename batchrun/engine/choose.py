@@ -98,19 +98,26 @@ def _in_fp8(spec: EngineSpec) -> bool:
 
 
 def _packed_notes(spec: EngineSpec) -> list[str]:
-    from batchrun.engine.loading import load_config
-    from batchrun.engine.packed_format import packed_format
+    from batchrun.engine.loading import choose_dtype, load_config
+    from batchrun.engine.packed_checkpoint import packed_checkpoint
 
-    form = packed_format(getattr(load_config(spec), "quantization_config", None))
-    if form is None:
+    config = load_config(spec)
+    checkpoint = packed_checkpoint(spec.model_path, config)
+    if checkpoint is None:
         return []
-    if not form.expands:
+    if not checkpoint.format.expands:
         return ["the checkpoint's fixed scales of activations are not used: each token gets its own scale"]
     what = "fp8" if spec.quantization else "the model's dtype"
+    memory = checkpoint.memory(choose_dtype(spec, config), spec.quantization is not None)
     files = sum(file.stat().st_size for file in Path(spec.model_path).glob("*.safetensors"))
     return [
-        f"the checkpoint's {form.name} weights ({files / 1e9:.2f} GB) are expanded to {what} while loading"
+        f"the checkpoint's {checkpoint.format.name} weights are expanded to {what} while loading: "
+        f"{_gib(memory)} in memory, {_gib(files)} in its files"
     ]
+
+
+def _gib(count: float) -> str:
+    return f"{count / (1 << 30):.3g} GiB"
 
 
 def _load(kind: str, spec: EngineSpec) -> Engine:
