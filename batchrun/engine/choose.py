@@ -72,10 +72,7 @@ def load_engine(spec: EngineSpec) -> Engine:
         engine.stats.notes.append(f"the adapter {Path(spec.adapter).name} is merged into the weights")
     if spec.adapters:
         engine.stats.notes.append(f"{len(spec.adapters)} adapters, of which each row has its own or none")
-    if spec.quantization and spec.device == "cpu":
-        engine.stats.notes.append(
-            "a CPU has no fp8 products: it multiplies the same numbers in float32, slower than without quantization"
-        )
+    engine.stats.notes += _cpu_notes(spec)
     if spec.quantization is None and "fp8" not in engine.stats.dtype and _in_fp8(spec):
         engine.stats.notes.append(
             "the checkpoint's fp8 weights, a scale for each block, are expanded and take twice their files' size: "
@@ -88,6 +85,25 @@ def load_engine(spec: EngineSpec) -> Engine:
             "compiles it anew (10 s on an H200 machine): unset it, or run python -m compileall once"
         )
     return engine
+
+
+def _cpu_notes(spec: EngineSpec) -> list[str]:
+    """What a CPU only does in the place of GPUs, for trying it out."""
+    if spec.device != "cpu":
+        return []
+    notes = []
+    if spec.quantization:
+        notes.append(
+            "a CPU has no fp8 products: it multiplies the same numbers in float32, slower than without quantization"
+        )
+    if spec.cache_dtype == "fp8":
+        notes.append(
+            "a CPU has no use for keys and values in fp8: it widens the same numbers to float32, slower than without "
+            "engine.cache_dtype"
+        )
+    if spec.gpus > 1:
+        notes.append(f"engine.gpus: {spec.gpus} are {spec.gpus} processes on the CPU here, slower than one")
+    return notes
 
 
 def _in_fp8(spec: EngineSpec) -> bool:

@@ -288,6 +288,15 @@ def test_the_page_is_called_by_its_job_and_says_at_the_top_what_ran(finished):
         assert expected in top, expected
 
 
+def test_the_page_tells_in_order_when_a_run_came_how_far(finished):
+    (run,) = record.read_all(Folder(str(finished / "out")))
+    reached = sorted(run.milestones, key=lambda name: run.milestones[name])
+    text = Page((finished / "out" / REPORT).read_text()).text
+    places = [text.index(f"{name} {run.milestones[name]}") for name in reached]
+    assert len(places) > 3
+    assert places == sorted(places)
+
+
 def test_failed_rows_are_shown_with_their_prompts(finished):
     html = (finished / "out" / REPORT).read_text()
     failures = html[html.index("Failed rows") : html.index("Rows to read")]
