@@ -29,13 +29,14 @@ def settle(prepared: Prepared) -> Prepared:
     """The same with a job whose `engine.gpus` is a number.
 
     Raises:
-        JobError: it does not divide the model's attention heads, the model has adapters, or what "auto" chooses by is
-            not known.
+        JobError: it does not divide the model's attention heads, the model has adapters or weights that are expanded
+            while loading, or what "auto" chooses by is not known.
     """
     asked = prepared.job.engine.gpus
     gpus = _choose(prepared) if asked == "auto" else asked
     if gpus > 1 and ":" not in prepared.job.engine.kind:
         _refuse_adapters(prepared)
+        _refuse_expanded(prepared)
         _refuse_uneven(prepared, gpus)
     return prepared if gpus == asked else replace(prepared, job=with_gpus(prepared.job, gpus))
 
@@ -123,6 +124,14 @@ def _refuse_adapters(prepared: Prepared) -> None:
     if prepared.job.model.adapter or prepared.job.model.adapters:
         what = "adapters are not divided over several GPUs"
         raise JobError(what, "engine.gpus", "set engine.gpus: 1, or merge the adapter into the model")
+
+
+def _refuse_expanded(prepared: Prepared) -> None:
+    memory = model_memory(prepared.model.path, prepared.model.used, prepared.job.model.dtype)
+    if memory is not None and memory.stored is not None:
+        what = "quantized weights that are expanded while loading are not divided over several GPUs"
+        fix = "set engine.gpus: 1, or use the model's bfloat16 checkpoint, or one in compressed-tensors' fp8"
+        raise JobError(what, "engine.gpus", fix)
 
 
 def _refuse_uneven(prepared: Prepared, gpus: int) -> None:
