@@ -115,7 +115,9 @@ def test_weights_that_one_gpu_alone_expands_are_refused_while_planning(tmp_path:
     make_model("llama", tmp_path / "model")
     repack(tmp_path / "model", kind)
     job = write_job(tmp_path, tmp_path / "model", engine={"kind": "paged", "gpus": 2})
-    with pytest.raises(JobError, match=r"engine\.gpus: quantized weights that are expanded .* set engine\.gpus: 1"):
+    with pytest.raises(
+        JobError, match=r"engine\.gpus: quantized weights that are expanded .* set engine\.gpus: 1"
+    ):
         preview(load(job))
 
 
