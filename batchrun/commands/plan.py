@@ -345,7 +345,9 @@ def _bars(histogram: list[dict[str, int]]) -> Table:
 def _estimate_lines(found: dict[str, Any]) -> list[RenderableType]:
     left = found["rows_left"]
     if not left:
-        return ["nothing is left to do: every part is there"]
+        return [
+            "nothing is left to do: every part is there" if found["rows"] else "there is nothing to generate"
+        ]
     about = found["estimate"]
     if about is None:
         return [

@@ -27,8 +27,7 @@ def gpus_of(job: Job, model: ModelFolder, row_tokens: Callable[[], float]) -> in
         row_tokens: gives the tokens of a row, prompt and answer; asked only where "auto" needs them.
 
     Raises:
-        JobError: it does not divide the model's attention heads, the model has adapters, or what "auto" chooses by is
-            not known.
+        JobError: it does not divide the model's attention heads, the model has adapters, or what "auto" chooses by is not known.
     """
     gpus = job.engine.gpus
     if gpus == "auto":

@@ -92,7 +92,7 @@ class Prepared:
             job_hash=stable_hash([settings, fingerprint]),
             settings=written,
             from_environment=identity.digests(settings, written),
-            model=self.job.as_written()["model"]["name"],
+            model=_model_as_written(self.job),
             model_fingerprint=fingerprint,
             batchrun_version=__version__,
         )
@@ -250,3 +250,10 @@ def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -
     for adapter in model.all_adapters:
         check_adapter(adapter, model)
     return Prepared(job, plans, known, model, pinned)
+
+
+def _model_as_written(job: Job) -> str:
+    """Its name, and those of what is merged into it or stands beside it."""
+    written = job.as_written()["model"]
+    adapters = {"adapter": written.get("adapter"), **(written.get("adapters") or {})}
+    return ", ".join([written["name"], *(f"{name} {place}" for name, place in adapters.items() if place)])

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from batchrun.counters import Counters
 from batchrun.job.job import Job
 from batchrun.report.summary import CUT, money, number, size
 from batchrun.telemetry import logs
@@ -143,7 +144,7 @@ class View:
             held = worker.engine.requests - worker.engine.completions
             facts += [
                 f"{number(self.rates.of_worker(worker.address))} tokens/s",
-                f"{counted(held, 'row')} in hand",
+                f"{counted(held, _held(worker.counts))} in hand",
             ]
         facts.append(size(worker.memory))
         if worker.gpu:
@@ -173,7 +174,12 @@ def _batches(now: Progress) -> str:
     facts = [] if fill is None else [f"padding efficiency {fill:.3f}"]
     if now.pool_fill is not None:
         facts.append(f"key/value pages {now.pool_fill:.0%} full")
-    return ", ".join([*facts, f"{counted(now.waiting, 'row')} in engines"]) if facts else UNKNOWN
+    return ", ".join([*facts, f"{counted(now.waiting, _held(now.counts))} in engines"]) if facts else UNKNOWN
+
+
+def _held(counts: Counters) -> str:
+    """What an engine holds one of for each answer that it is asked for."""
+    return "sample" if counts.more_samples else "row"
 
 
 def _doing(worker_views: Sequence[WorkerView]) -> str:

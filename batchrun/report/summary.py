@@ -134,9 +134,7 @@ def _answer_lines(result: RunResult) -> Iterator[str]:
         return
     cut, empty = result.finish_reasons.get("length", 0), result.empty
     shares = [f"{count:,} ({count / answered:.1%}) {what}" for count, what in ((cut, CUT), (empty, "empty"))]
-    # As many as rows, or as samples of all rows.
-    answers = sum(result.finish_reasons.values())
-    yield f"answers: {result.output_tokens / answers:,.0f} tokens on average, {', '.join(shares)}"
+    yield f"answers: {result.output_tokens / answered:,.0f} tokens on average, {', '.join(shares)}"
     if cut > NOTABLE * answered:
         yield f"warning: {cut / answered:.1%} of the answers are {CUT}; raise it if they end in mid-sentence"
     if empty > NOTABLE * answered:

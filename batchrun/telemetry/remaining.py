@@ -75,7 +75,8 @@ class RemainingByLength:
         self._now = now
         # Where rows have limits of their own, these are part of their lengths.
         point = _Point(_busy(now), now.counts.rows, now.counts.prompt_tokens + now.counts.limits)
-        if len(self._points) < 2 and not point.rows:
+        # Rows that fail without a prompt are through at once, and tell nothing of the others.
+        if len(self._points) < 2 and not now.counts.prompt_tokens:
             self._points = self._points or [point]
         elif not self._points or point.rows > self._points[-1].rows:
             self._points = self._points or [_Point(0.0, 0, 0)]

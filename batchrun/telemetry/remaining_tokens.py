@@ -74,7 +74,8 @@ class RemainingByTokens:
         each = (_Active.of([view], samples).rows for view in now.worker_views)
         self._most_active = max([self._most_active, *each])
         counts, last = now.counts, self._points[-1]
-        if not counts.rows:
+        # Rows that fail without a prompt are through at once, and tell nothing of the others.
+        if not counts.prompt_tokens:
             return
         point = _Point(
             max(0.0, _busy(now) - sum(pending.values())),
@@ -260,7 +261,9 @@ class _Answers:
         finished = counts.output_tokens / counts.rows
         # Rows that are begun are half through on average, whatever their lengths.
         begun = (counts.output_tokens + 2 * active.output) / (counts.rows + active.rows)
-        return cls(cut * finished + (1 - cut) * begun, counts.prompt_tokens / counts.rows, slope, cut)
+        without = counts.finish_reasons.get("error", 0) / _samples(counts)
+        length = counts.prompt_tokens / max(1.0, counts.rows - without)
+        return cls(cut * finished + (1 - cut) * begun, length, slope, cut)
 
     def for_the_rest(self, counts: Counters) -> _Answers:
         """The same for rows that are still to come, which have other limits of their own than those that are done."""

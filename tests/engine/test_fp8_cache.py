@@ -259,7 +259,9 @@ def test_where_keys_cannot_be_in_fp8_a_job_is_refused_in_a_line(
     t5 = EngineSpec("auto", *[str(folders["t5"])] * 2, cache_dtype="fp8")
     assert "cannot run this model, since" in refused(t5)
     # Without a wish for fp8 it would be the padded one here.
-    assert load_engine(kinds["auto"]).stats.engine == "paged"
+    stats = load_engine(kinds["auto"]).stats
+    assert stats.engine == "paged"
+    assert any(note.startswith("a CPU has no use for keys and values in fp8") for note in stats.notes)
     monkeypatch.setattr(
         "batchrun.engine.paged.device_side.unsupported_device", lambda device: "it is too old"
     )

@@ -127,6 +127,8 @@ class PagedEngine:
                     # Launching all prompts that there is room for takes a second, and rows without decode steps go on
                     # for as long as there are any: what is finished cannot wait for that.
                     yield from self._read(pending, leaving=PREFILLS_AHEAD)
+                    # Where rows end with their prompts, there is nothing but prefills from the first row to the last.
+                    self._count()
                     yield from self._abort_cancelled(pending)
                     yield from self._pull(feed)
                 if scheduler.must_preempt(self._steps) or self._may_have_settled(pending):
