@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged.device_side import allocate_pages, budget_of, make_runner
 from batchrun.engine.paged.parallel.group import Group, device_of
 from batchrun.engine.paged.parallel.messages import (
@@ -26,35 +27,35 @@ from batchrun.engine.paged.parallel.messages import (
     Member,
     Pulse,
 )
+from batchrun.engine.paged.parallel.progress import Progress
 from batchrun.engine.paged.parallel.share import load_share
 from batchrun.engine.paged.runner import Runner
 from batchrun.engine.paged.work import Work
+from batchrun.errors import one_line
 
 
 def serve(connection: Connection, parent: int) -> None:
     """Runs until rank 0 is gone, which it ends if it says nothing for too long."""
     member: Member = connection.recv()
     inbox: SimpleQueue[Work] = SimpleQueue()
-    link = _Link(connection, parent, inbox)
+    group = Group(member.rank, member.spec.gpus, member.store, device_of(member.spec, member.rank))
+    link = _Link(connection, parent, inbox, group.progress)
     try:
-        runner = _load(member)
+        runner = _load(member, group)
         while True:
             runner.run(inbox.get())
             link.send(Done())
     except BaseException as error:
         traceback.print_exc()
-        link.send(Failure(f"{type(error).__name__}: {error}"))
+        link.send(Failure(one_line(error), is_out_of_memory(error)))
         # Rank 0 may be about to fail of the same, in its own words, and ends this process when it does.
         threading.Event().wait()
 
 
-def _load(member: Member) -> Runner:
-    spec = member.spec
-    device = device_of(spec, member.rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    spec = replace(spec, device=str(device))
-    group = Group(member.rank, spec.gpus, member.store, device)
+def _load(member: Member, group: Group) -> Runner:
+    if group.device.type == "cuda":
+        torch.cuda.set_device(group.device)
+    spec = replace(member.spec, device=str(group.device))
     model = load_share(spec, group, member.config)
     budget = budget_of(spec, model, group)
     runner = make_runner(spec, model, budget, member.page_size, group)
@@ -65,8 +66,11 @@ def _load(member: Member) -> Runner:
 class _Link:
     """To rank 0: a thread that receives, so that rank 0 need not wait for this one, and one that shows it is alive."""
 
-    def __init__(self, connection: Connection, parent: int, inbox: SimpleQueue[Work]) -> None:
+    def __init__(
+        self, connection: Connection, parent: int, inbox: SimpleQueue[Work], progress: Progress
+    ) -> None:
         self._connection, self._parent, self._inbox = connection, parent, inbox
+        self._progress = progress
         self._sending = threading.Lock()
         self._silent = 0
         threading.Thread(target=self._receive, daemon=True).start()
@@ -93,7 +97,7 @@ class _Link:
     def _pulse(self) -> None:
         # Counted, not measured: while this process itself is paused, rank 0's silence is not.
         while self._silent <= SILENT_SECONDS:
-            self.send(Pulse())
+            self.send(Pulse(self._progress.look()))
             time.sleep(PULSE_SECONDS)
             self._silent += PULSE_SECONDS
         # It has stopped, so that nobody else would end it.

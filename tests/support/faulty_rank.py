@@ -1,0 +1,59 @@
+"""A rank of an engine that fails as a real one may, while the others go on; `FAULTS` says how."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import torch
+
+from batchrun.engine import rank
+from batchrun.engine.paged.runner import Runner
+from batchrun.engine.paged.work import DecodeWork
+
+FAULTS = "BATCHRUN_TEST_RANK_FAULTS"
+"""Words, each with a number: "rows 2" are the most that there is memory for to decode, "slow 3" the seconds that a
+prompt takes that begins with SLOW."""
+SLOW, STUCK = 257, 258
+"""Tokens. The rank never takes part in the batch of a prompt that begins with STUCK."""
+
+
+class Faults:
+    """What may happen before a batch."""
+
+    def __init__(self) -> None:
+        words = os.environ.get(FAULTS, "").split()
+        self.numbers = dict(zip(words[::2], map(float, words[1::2]), strict=True))
+
+    def before(self, work: Any) -> None:
+        if isinstance(work, DecodeWork):
+            if len(work.slots) > self.numbers.get("rows", len(work.slots)):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return
+        if STUCK in work.tokens[work.positions == 0]:
+            threading.Event().wait()
+        if SLOW in work.tokens[work.positions == 0]:
+            until = time.monotonic() + self.numbers["slow"]
+            while time.monotonic() < until:
+                time.sleep(0.01)
+
+
+def main() -> None:
+    """As `batchrun.engine.rank`, with the faults."""
+    from batchrun.engine.paged.parallel import messages
+
+    faults, run = Faults(), Runner.run
+
+    def faulty(runner: Runner, work: Any) -> Any:
+        faults.before(work)
+        return run(runner, work)
+
+    Runner.run = faulty  # type: ignore[method-assign]
+    messages.PULSE_SECONDS = 0.2  # type: ignore[assignment]
+    rank.main()
+
+
+if __name__ == "__main__":
+    main()
