@@ -29,13 +29,11 @@ def settle(prepared: Prepared) -> Prepared:
     """The same with a job whose `engine.gpus` is a number.
 
     Raises:
-        JobError: it does not divide the model's attention heads, the model has adapters, or what "auto" chooses by is
-            not known.
+        JobError: it does not divide the model's attention heads, or what "auto" chooses by is not known.
     """
     asked = prepared.job.engine.gpus
     gpus = _choose(prepared) if asked == "auto" else asked
     if gpus > 1 and ":" not in prepared.job.engine.kind:
-        _refuse_adapters(prepared)
         _refuse_uneven(prepared, gpus)
     return prepared if gpus == asked else replace(prepared, job=with_gpus(prepared.job, gpus))
 
@@ -117,12 +115,6 @@ def _row_tokens(prepared: Prepared) -> float:
             break
     longest = codec.engine.max_context
     return min(sum(lengths) / len(lengths) + new, float(longest)) if lengths else float(longest)
-
-
-def _refuse_adapters(prepared: Prepared) -> None:
-    if prepared.job.model.adapter or prepared.job.model.adapters:
-        what = "adapters are not divided over several GPUs"
-        raise JobError(what, "engine.gpus", "set engine.gpus: 1, or merge the adapter into the model")
 
 
 def _refuse_uneven(prepared: Prepared, gpus: int) -> None:

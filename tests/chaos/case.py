@@ -27,13 +27,15 @@ COLUMNS = ["id", "text", "tags", "place", "kind", "at"]
 @dataclass
 class Case:
     """`codes` are the errors of the rows that must fail, by row number (`place.x`). One with a `tail` takes seconds
-    over its last partitions, which two workers share out between them."""
+    over its last partitions, which two workers share out between them. With several `ranks` engines are groups of
+    them."""
 
     seed: str
     folder: Path
     model: Path
     rows: int
     tail: bool = False
+    ranks: int = 1
     codes: dict[int, str] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
     days: list[str] = field(default_factory=list)
@@ -82,6 +84,8 @@ class Case:
             },
             "cluster": {"workers": self.workers, "slots": self.slots},
         }
+        if self.ranks > 1:
+            job["engine"] = {"kind": "mirror_ranks:MirrorRanks", "gpus": self.ranks, "decode_steps": 4}
         if self.each > 1:
             job["generation"].update(temperature=1.0, samples=self.each)
             job["output"]["samples"] = "rows"

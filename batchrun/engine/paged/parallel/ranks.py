@@ -35,7 +35,7 @@ from batchrun.engine.paged.parallel.sharding import Sharding
 from batchrun.engine.paged.pending import Pending
 from batchrun.engine.paged.work import Work
 from batchrun.engine.protocol import EngineSpec
-from batchrun.errors import EngineDied, EngineError, EngineOutOfMemory, ModelError, one_line
+from batchrun.errors import EngineDied, EngineError, EngineOutOfMemory, one_line
 
 PROGRAM = "batchrun.engine.rank"
 """What the other ranks run."""
@@ -57,12 +57,7 @@ class Ranks:
 
         Raises:
             Unsupported: the model cannot be divided over `spec.gpus`, or there are fewer.
-            ModelError: it has adapters, which are not divided.
         """
-        if spec.adapter or spec.adapters:
-            raise ModelError(
-                "adapters are not divided over several GPUs", spec.model_path, "set engine.gpus: 1"
-            )
         if spec.device.startswith("cuda") and torch.cuda.device_count() < spec.gpus:
             raise Unsupported(f"only {torch.cuda.device_count()} of {spec.gpus} GPUs are visible")
         # What cannot be divided is told here, before any process is started.
