@@ -58,6 +58,9 @@ class Case:
         self.failed = rng.choice([None, "failed"])
         self.threshold = rng.choice([None, None, None, self.rows // 8])
         self.deadly = rng.random() < 0.08
+        if self.ranks > 1:
+            # Which costs many loads of engines.
+            self.deadly = False
         if self.tail:
             self.workers, self.slots, self.threshold, self.deadly = 2, rng.choice([1, 2]), None, False
             self.rows_per_part, self.delay = self.rows // 8 + 1, rng.choice([0.01, 0.02])

@@ -62,7 +62,7 @@ class Run:
             self.strike_if_due()
             if self.stopped and not self.unhooked and now - self.first_stop > HANGS:
                 raise Violation(f"it runs {HANGS} s after {self.stopped}: {self.command.last_line}")
-            if now - self.command.started > CALM + NOTICED * len(self.paused):
+            if now - self.command.started > CALM * self.case.ranks + NOTICED * len(self.paused):
                 raise Violation(f"it hangs after {self.kills}: {self.command.last_line}")
             time.sleep(0.002)
         ended = time.monotonic()

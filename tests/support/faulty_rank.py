@@ -7,12 +7,10 @@ import threading
 import time
 from typing import Any
 
-import torch
+from batchrun.engine import rank, rank_link
 
-from batchrun.engine import rank
-from batchrun.engine.paged.runner import Runner
-from batchrun.engine.paged.work import DecodeWork
-
+SILENT_SECONDS = "BATCHRUN_TEST_SILENT_SECONDS"
+"""After which a rank and rank 0 give each other up."""
 FAULTS = "BATCHRUN_TEST_RANK_FAULTS"
 """Words, each with a number: "rows 2" are the most that there is memory for to decode, "slow 3" the seconds that a
 prompt takes that begins with SLOW."""
@@ -28,6 +26,10 @@ class Faults:
         self.numbers = dict(zip(words[::2], map(float, words[1::2]), strict=True))
 
     def before(self, work: Any) -> None:
+        import torch
+
+        from batchrun.engine.paged.work import DecodeWork
+
         if isinstance(work, DecodeWork):
             if len(work.slots) > self.numbers.get("rows", len(work.slots)):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -42,16 +44,23 @@ class Faults:
 
 def main() -> None:
     """As `batchrun.engine.rank`, with the faults."""
-    from batchrun.engine.paged.parallel import messages
+    seconds = float(os.environ.get(SILENT_SECONDS, rank_link.SILENT_SECONDS))
+    rank_link.SILENT_SECONDS, rank_link.PULSE_SECONDS = seconds, 0.2  # type: ignore[assignment]
+    preload = rank.preload
 
-    faults, run = Faults(), Runner.run
+    def preload_faulty(kind: str) -> None:
+        preload(kind)
+        from batchrun.engine.paged.runner import Runner
 
-    def faulty(runner: Runner, work: Any) -> Any:
-        faults.before(work)
-        return run(runner, work)
+        faults, run = Faults(), Runner.run
 
-    Runner.run = faulty  # type: ignore[method-assign]
-    messages.PULSE_SECONDS = 0.2  # type: ignore[assignment]
+        def faulty(runner: Any, work: Any) -> Any:
+            faults.before(work)
+            return run(runner, work)
+
+        Runner.run = faulty  # type: ignore[method-assign]
+
+    rank.preload = preload_faulty
     rank.main()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -22,7 +23,11 @@ from batchrun.engine.loading import load_config
 from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged.architecture import Unsupported
 from batchrun.engine.paged.parallel.group import Group, device_of, place_to_meet
-from batchrun.engine.paged.parallel.messages import (
+from batchrun.engine.paged.parallel.sharding import Sharding
+from batchrun.engine.paged.pending import Pending
+from batchrun.engine.paged.work import Work
+from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.rank_messages import (
     PULSE_SECONDS,
     SILENT_SECONDS,
     STUCK_SECONDS,
@@ -31,10 +36,6 @@ from batchrun.engine.paged.parallel.messages import (
     Member,
     Pulse,
 )
-from batchrun.engine.paged.parallel.sharding import Sharding
-from batchrun.engine.paged.pending import Pending
-from batchrun.engine.paged.work import Work
-from batchrun.engine.protocol import EngineSpec
 from batchrun.errors import EngineDied, EngineError, EngineOutOfMemory, one_line
 
 PROGRAM = "batchrun.engine.rank"
@@ -69,8 +70,9 @@ class Ranks:
         self._is_waiting = False
         self._work: Work | None = None
         self._others: list[_Rank] = []
+        pickled = pickle.dumps(config) if config else None
         for rank in range(1, spec.gpus):
-            self._others.append(_Rank(self, Member(spec, page_size, rank, store, config), self._meeting))
+            self._others.append(_Rank(self, Member(spec, page_size, rank, store, pickled), self._meeting))
         threading.Thread(target=self._watch, daemon=True).start()
 
     def launch(self, work: Work, run: Callable[[Work], Pending]) -> Pending:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from batchrun.engine.protocol import EngineSpec
 
@@ -18,13 +17,14 @@ compiler, take far less."""
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """To a rank, first of all: what it is part of, and the model's config if its weights are random."""
+    """To a rank, first of all: what it is part of. The model's `config` is there if its weights are random; pickled,
+    since what it needs is not imported where this is received."""
 
     spec: EngineSpec
     page_size: int
     rank: int
     store: str
-    config: Any = None
+    config: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
