@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
 from faulty_rank import SILENT_SECONDS
 from tiny_models import MAX_CONTEXT
 
+from batchrun.engine.paged.parallel import ranks
 from batchrun.engine.paged.parallel.ranks import GRACE_SECONDS
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, Request
@@ -53,6 +55,26 @@ def process(tiny_llama: Path) -> Iterator[EngineProcess]:
 def test_what_says_nothing_is_given_up_within_a_minute() -> None:
     assert SILENT + 2 * PULSE_SECONDS + GRACE_SECONDS < 60
     assert STUCK_SECONDS + 2 * PULSE_SECONDS + GRACE_SECONDS < 60
+
+
+def test_a_paused_rank_is_noticed_while_a_batch_that_it_does_not_read_is_sent(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: SimpleQueue[EngineError] = SimpleQueue()
+
+    def end(error: EngineError) -> None:
+        ended.put(error)
+        threading.Event().wait()
+
+    for name, value in {
+        "PROGRAM": "silent_rank", "PULSE_SECONDS": 0.1, "SILENT_SECONDS": 1, "GRACE_SECONDS": 0.1, "abort": end,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(ranks, name, value)
+    group = ranks.Ranks(EngineSpec("paged", str(tiny_llama), str(tiny_llama), gpus=2), 16)
+    batch = bytes(1 << 22)
+    threading.Thread(target=group._others[0].send, args=(batch,), daemon=True).start()
+    assert "rank 1 of 2 has said nothing" in str(ended.get(timeout=30))
+    group.close()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])

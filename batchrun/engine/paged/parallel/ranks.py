@@ -110,6 +110,10 @@ class Ranks:
         """Whether their end is no failure."""
         return self._closed.is_set()
 
+    def wait_closed(self, seconds: float) -> bool:
+        """Waits for that, at most so long; whether it is so."""
+        return self._closed.wait(seconds)
+
     def close(self) -> None:
         """Ends them."""
         self._closed.set()
@@ -148,7 +152,6 @@ class Ranks:
         stuck, before = 0, [0]
         while not self._closed.wait(PULSE_SECONDS):
             for other in self._others:
-                other.send(Pulse())
                 other.silent += PULSE_SECONDS
                 if other.silent > SILENT_SECONDS:
                     self.fail(EngineDied(f"{other.name} has said nothing for {SILENT_SECONDS} s"))
@@ -178,11 +181,13 @@ class _Rank:
                 pass_fds=[theirs.fileno(), meeting],
                 stdin=subprocess.DEVNULL,
             )
+        threading.Thread(target=self._pulse, daemon=True).start()
         self.send(member)
         threading.Thread(target=self._hear, daemon=True).start()
 
     def send(self, message: Any) -> None:
-        """One caller at a time. What a process that has ended would have been sent is dropped: its end is heard of."""
+        """One caller at a time, which may wait for as long as the process reads nothing. What one that has ended would
+        have been sent is dropped: its end is heard of."""
         with self._sending, suppress(OSError):
             self._connection.send(message)
 
@@ -195,6 +200,11 @@ class _Rank:
         self._process.kill()
         self._process.wait(STOP_SECONDS)
         self._connection.close()
+
+    def _pulse(self) -> None:
+        # Apart from `_watch`, which must not wait for a process that reads nothing.
+        while not self._ranks.wait_closed(PULSE_SECONDS):
+            self.send(Pulse())
 
     def _hear(self) -> None:
         try:
