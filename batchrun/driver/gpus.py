@@ -27,13 +27,12 @@ def gpus_of(job: Job, model: ModelFolder, row_tokens: Callable[[], float]) -> in
         row_tokens: gives the tokens of a row, prompt and answer; asked only where "auto" needs them.
 
     Raises:
-        JobError: it does not divide the model's attention heads, the model has adapters, or what "auto" chooses by is not known.
+        JobError: it does not divide the model's attention heads, or what "auto" chooses by is not known.
     """
     gpus = job.engine.gpus
     if gpus == "auto":
         gpus = _choose(job, model, row_tokens)
     if gpus > 1 and ":" not in job.engine.kind:
-        _refuse_adapters(job)
         _refuse_uneven(model, gpus)
     return gpus
 
@@ -100,12 +99,6 @@ def _choose(job: Job, model: ModelFolder, row_tokens: Callable[[], float]) -> in
             "use a larger machine or model.quantization: fp8, or set engine.gpus to a number",
         )
     return chosen
-
-
-def _refuse_adapters(job: Job) -> None:
-    if job.model.adapter or job.model.adapters:
-        what = "adapters are not divided over several GPUs"
-        raise JobError(what, "engine.gpus", "set engine.gpus: 1, or merge the adapter into the model")
 
 
 def _refuse_uneven(model: ModelFolder, gpus: int) -> None:

@@ -20,6 +20,7 @@ from batchrun.engine.fp8 import MULTIPLE, Fp8Linear
 from batchrun.engine.fp8_model import ROUTERS
 from batchrun.engine.lora import Merge
 from batchrun.engine.packed_format import PackedFormat, packed_format
+from batchrun.engine.part import Part
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column, of eight, that each four bits of an int32 hold, from the lowest."""
@@ -73,9 +74,16 @@ class PackedCheckpoint:
         )
         return sum(numbers * size for numbers, size in sizes)
 
-    def expand(self, model: nn.Module, dtype: torch.dtype, convert: bool, merge: Merge | None) -> None:
-        """Makes each weight of its tensors, which are freed before the next one's turn: with an adapter's product if it
-        has one, and then in fp8, if wanted. Those in fp8 stay as they are.
+    def expand(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        convert: bool,
+        merge: Merge | None,
+        part: Part | None = None,
+    ) -> None:
+        """Makes each weight, or a rank's part of it, of its tensors, which are freed before the next one's turn: with
+        an adapter's product if it has one, and then in fp8, if wanted. Those in fp8 stay as they are.
 
         Raises:
             ValueError: the tensors of a weight do not fit each other or the model.
@@ -88,11 +96,19 @@ class PackedCheckpoint:
                 held[what] = getattr(owner, full.rpartition(".")[2]).data
                 delattr(owner, full.rpartition(".")[2])
             if not self.format.expands:
+                if part is not None:
+                    held["weight_scale"] = _column(held["weight_scale"]).expand(len(held["weight"]), 1)
+                    held = {
+                        what: part.of_weight(f"{path}.{what}", held[what])
+                        for what in ("weight", "weight_scale")
+                    }
                 _replace(model, path, _in_fp8(owner, held))
                 continue
             if isinstance(owner, nn.Linear) and owner.bias is not None and not owner.bias.any():
                 owner.register_parameter("bias", None)
             numbers = expanded(self.format, held)
+            if part is not None:
+                numbers = part.of_weight(weight, numbers)
             if merge is not None and isinstance(owner, nn.Linear):
                 numbers = merge.merged(path, numbers)
             _hold_shape(owner, path, numbers)

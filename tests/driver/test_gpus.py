@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packers import repack
-from tiny_models import make_model, model_folder
+from tiny_models import model_folder
 
 from batchrun.cluster import local
 from batchrun.commands import plan as plan_command
@@ -108,17 +107,6 @@ def test_what_cannot_be_is_refused_while_planning(job: Path, overrides: list[str
     with pytest.raises(BatchrunError, match=what) as caught:
         prepare(load(job, *overrides))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ["awq", "w4a16"])
-def test_weights_that_one_gpu_alone_expands_are_refused_while_planning(tmp_path: Path, kind: str) -> None:
-    make_model("llama", tmp_path / "model")
-    repack(tmp_path / "model", kind)
-    job = write_job(tmp_path, tmp_path / "model", engine={"kind": "paged", "gpus": 2})
-    with pytest.raises(
-        JobError, match=r"engine\.gpus: quantized weights that are expanded .* set engine\.gpus: 1"
-    ):
-        preview(load(job))
 
 
 def test_heads_of_a_multimodal_config_are_those_of_its_text() -> None:

@@ -69,6 +69,8 @@ class PagedEngine:
         self._window, self._steps = budget.window_rows, budget.decode_steps
         self._ranks = ranks
         pages = allocate_pages(spec, self._runner, budget, group)
+        if ranks:
+            ranks.cache_tokens = (pages - 1) * page_size
         output_lengths = OutputLengths(certain=not self._stop_ids and not self._stop_strings)
         pool = PagePool(pages, page_size)
         self._scheduler = Scheduler(

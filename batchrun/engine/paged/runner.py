@@ -68,12 +68,13 @@ class Runner:
         device: torch.device,
         values_of_tokens: ValuesOfTokens,
         launch: Launch | None = None,
+        mark_progress: Callable[[], None] | None = None,
     ) -> None:
         self.cache = cache
         self.computed_tokens = 0
         self.launches = 0
         self._model, self._sampler, self.device = model, sampler, device
-        self._everywhere = launch
+        self._everywhere, self._mark_progress = launch, mark_progress
         self._last_layer = LastLayer(model, cache.modules)
         self._scoring = ScoringHead(model)
         self._graphs = DecodeGraphs(device)
@@ -188,6 +189,8 @@ class Runner:
                 self._decode_step(shape)
             else:
                 step.replay()
+            if self._mark_progress is not None:
+                self._mark_progress()
         self.computed_tokens += shape.batch_size * work.steps
         values = {name: column[: work.steps, : shape.batch_size] for name, column in self._values.items()}
         return self._to_host(self._sampled[: work.steps, : shape.batch_size], began, values)

@@ -16,6 +16,7 @@ from batchrun.engine.paged.cascade import CascadePlan
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import Sampler
+from batchrun.engine.paged.scheduler import MIN_PREFILL_TOKENS
 from batchrun.engine.paged.scored_chunks import ScoredChunks
 from batchrun.engine.paged.shapes import Spans, query_spans, round_tokens
 from batchrun.engine.paged.widened_pages import WidenedPages
@@ -150,6 +151,13 @@ class PrefillWork:
         )
         return work, sequences
 
+    @property
+    def smaller(self) -> dict[str, int] | None:
+        """Engine options under which no prefill batch is so large; None where one sequence has no room to be split."""
+        half = int(self.query_lens[:-1].sum()) // 2
+        splits = half >= MIN_PREFILL_TOKENS or (half and len(self.query_lens) > 2)
+        return {"prefill_tokens": half} if splits else None
+
     def for_ranks(self) -> Self:
         """As other ranks get it: they need not know whose scored tokens are which."""
         return self if self.scored is None else replace(self, scored=replace(self.scored, parts=[]))
@@ -168,6 +176,12 @@ class DecodeWork:
     def of(cls, batch: DecodeBatch, plan: CascadePlan | None) -> Self:
         """The batch as arrays of its own, which nobody changes later."""
         return cls(batch.slots, batch.block_tables, batch.steps, plan)
+
+    @property
+    def smaller(self) -> dict[str, int] | None:
+        """Engine options under which no decode batch has so many sequences; None where it has one."""
+        half = len(self.slots) // 2
+        return {"max_rows": half} if half else None
 
     def for_ranks(self) -> Self:
         """As other ranks get it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from batchrun.engine.paged.parallel.progress import Progress
 from batchrun.engine.protocol import EngineSpec
 
 _JOIN_SECONDS = 1800.0
@@ -23,12 +24,17 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One rank's view of all. `store` is a file through which they find each other, see `place_to_meet`."""
+    """One rank's view of all, made by the thread that computes. `store` is a file through which they find each other,
+    see `place_to_meet`; `progress` is this rank's."""
 
     rank: int
     size: int
     store: str
     device: torch.device
+    progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "progress", Progress(self.device))
 
     def join(self) -> None:
         """Waits until all ranks are there. Once a process; before any other method."""
