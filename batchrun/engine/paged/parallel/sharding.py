@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from batchrun.engine.paged.architecture import Unsupported
-from batchrun.engine.paged.parallel.group import columns_of_ranks, sum_of_ranks
+from batchrun.engine.paged.parallel.sums import columns_of_ranks, sum_of_ranks, summed_linear
 
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size",
             "shared_expert_intermediate_size")  # fmt: skip
@@ -128,7 +128,10 @@ class Summed(nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """What the part gives, summed over the ranks."""
-        made: Tensor = self.part(*arguments, **named).contiguous()
+        part = self.part
+        if type(part) is nn.Linear:
+            return summed_linear(arguments[0], part.weight, part.bias)
+        made: Tensor = part(*arguments, **named).contiguous()
         sum_of_ranks(made)
         return made
 
