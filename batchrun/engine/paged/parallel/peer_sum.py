@@ -17,7 +17,7 @@ BLOCKS = 128
 """Of threads, each with a flag of its own for each other rank: nearly all that an H100 runs at once."""
 CAPACITY = 16 << 20
 """Bytes of one sum at most."""
-_BLOCK = 4096
+BLOCK = 4096
 _FLAG_BYTES = 64 << 10
 MAX_RANKS = _FLAG_BYTES // (4 * BLOCKS)
 MEMORY_BYTES = _FLAG_BYTES + 2 * CAPACITY
@@ -94,5 +94,5 @@ class PeerSum:
         if x.numel():
             _sum[(BLOCKS,)](
                 x, self._addresses, self._epochs, x.numel(), RANK=self._rank, SIZE=self._size, BLOCKS=BLOCKS,
-                FLAG_BYTES=_FLAG_BYTES, CAPACITY=CAPACITY, BLOCK=_BLOCK, num_warps=16,
+                FLAG_BYTES=_FLAG_BYTES, CAPACITY=CAPACITY, BLOCK=BLOCK, num_warps=16,
             )  # fmt: skip
