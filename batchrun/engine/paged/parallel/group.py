@@ -40,7 +40,6 @@ class Group:
             world_size=self.size,
             timeout=timedelta(seconds=_JOIN_SECONDS),
             device_id=self.device if gpu else None,
-            pg_options=_options() if gpu else None,
         )
 
     def leave(self) -> None:
@@ -66,8 +65,3 @@ def place_to_meet() -> tuple[int, str]:
     inherit, and its name to them all."""
     descriptor = os.memfd_create("batchrun-ranks")
     return descriptor, f"/proc/self/fd/{descriptor}"
-
-
-def _options() -> Any:
-    """Sums begin before what else the device has to do: nothing could go on without them."""
-    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
