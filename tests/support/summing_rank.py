@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from batchrun.engine.fp8 import quantize_rows
 from batchrun.engine.paged.parallel import peer_sum, sums
 from batchrun.engine.paged.parallel.group import Group
 
@@ -30,25 +31,34 @@ def check_sums(peers: peer_sum.PeerSum, rank: int, counts: list[int], dtypes: li
             assert torch.equal(x, want.to(dtype)), (count, dtype)
 
 
-def check_linear(rank: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Few rows, and enough to be summed chunk by chunk, the last one shorter; with and without a bias."""
+def check_linear(rank: int, dtype: torch.dtype) -> None:
+    """Few rows, and enough to be summed chunk by chunk, the last one shorter; with and without a bias, and in fp8."""
+    everyone = range(dist.get_world_size())
     for rows in (5, sums.CHUNKED_ROWS + 72):
-        layers = [
-            (
-                _numbers(1, other, rows * 64).view(1, rows, 64).to(dtype),
-                _numbers(2, other, 32 * 64).view(32, 64).to(dtype),
-            )
-            for other in range(dist.get_world_size())
-        ]
-        bias = torch.ones(32, dtype=dtype, device=device)
-        for mine in (None, bias if rank == 0 else torch.zeros_like(bias)):
-            x, weight = layers[rank]
-            made = sums.summed_linear(x, weight, mine)
-            want = sum(functional.linear(one.double(), other.double()) for one, other in layers)
-            near = 1e-5 if dtype == torch.float32 else 0.01
-            assert made.shape == (1, rows, 32)
-            assert torch.allclose(made.double(), want + (mine is not None), rtol=near, atol=32 * near)
-            _check_the_same(made)
+        inputs = [_numbers(1, other, rows * 64).view(rows, 64).to(dtype) for other in everyone]
+        weights = [_numbers(2, other, 32 * 64).view(32, 64).to(dtype) for other in everyone]
+        x, weight = inputs[rank], weights[rank]
+        bias = torch.full((32,), 0.0 if rank else 1.0, dtype=dtype, device=_device)
+        want = sum(
+            functional.linear(*pair) for pair in zip(map(_exact, inputs), map(_exact, weights), strict=True)
+        )
+        _check(sums.summed_linear(x, weight, None), want)
+        _check(sums.summed_linear(x, weight, bias), want + 1)
+        fp8 = quantize_rows(x), quantize_rows(weight)
+        want = sum(functional.linear(*(_exact(*quantize_rows(one)) for one in pair))
+                   for pair in zip(inputs, weights, strict=True))  # fmt: skip
+        _check(sums.summed_fp8_linear(*fp8[0], *fp8[1], bias, dtype), want + 1)
+
+
+def _exact(numbers: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    return numbers.double() * scale
+
+
+def _check(made: Tensor, want: Tensor) -> None:
+    near = 1e-5 if made.dtype == torch.float32 else 0.01
+    assert made.shape == want.shape
+    assert torch.allclose(made.double(), want, rtol=near, atol=32 * near)
+    _check_the_same(made)
 
 
 def check_captured(peers: peer_sum.PeerSum, rank: int) -> None:
@@ -107,11 +117,11 @@ def main() -> None:
         assert sums._peers is not None, "these GPUs do not read each other's memory"
         most = peer_sum.CAPACITY // 4
         check_sums(sums._peers, rank, [8, 4096, 4104, most], [torch.bfloat16, torch.float16, torch.float32])
-        check_linear(rank, _device, torch.bfloat16)
+        check_linear(rank, torch.bfloat16)
         check_captured(sums._peers, rank)
     else:
         assert sums._peers is None
-        check_linear(rank, _device, torch.float32)
+        check_linear(rank, torch.float32)
         check_sums(_over_files(rank, size, folder), rank, [5, 64, 300, 1000], [torch.float32, torch.float16])
     dist.barrier()
 

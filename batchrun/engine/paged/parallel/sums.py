@@ -4,13 +4,14 @@ layer stays whole."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
+from batchrun.engine.fp8 import scaled_product_into
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.parallel.group import Group
 
@@ -56,32 +57,61 @@ def _(x: Tensor) -> None:
 
 @torch.library.custom_op("batchrun::summed_linear", mutates_args=())
 def summed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer of this rank's part of the inputs, x (..., in features), summed over all ranks, the same on each:
-    (..., out features). Of many rows those that are multiplied are summed while the next ones are multiplied."""
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) < CHUNKED_ROWS:
-        made = functional.linear(rows, weight, bias)
-        _sum(made)
-    else:
-        made = rows.new_empty(len(rows), len(weight))
-        # Few different sizes, in whole blocks of products.
-        size = -(-len(rows) // (CHUNKS * 128)) * 128
-        sums = []
-        for begin in range(0, len(rows), size):
-            part = slice(begin, begin + size)
-            if bias is None:
-                torch.mm(rows[part], weight.t(), out=made[part])
-            else:
-                torch.addmm(bias, rows[part], weight.t(), out=made[part])
-            sums.append(dist.all_reduce(made[part], async_op=True))
-        for one in sums:
-            one.wait()
-    return made.view(*x.shape[:-1], len(weight))
+    """A linear layer of this rank's part of the inputs, x (rows, in features), summed over all ranks, the same on each:
+    (rows, out features)."""
+
+    def multiply(part: slice, out: Tensor) -> None:
+        if bias is None:
+            torch.mm(x[part], weight.t(), out=out)
+        else:
+            torch.addmm(bias, x[part], weight.t(), out=out)
+
+    return _summed(multiply, x.new_empty(len(x), len(weight)))
 
 
 @summed_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("batchrun::summed_fp8_linear", mutates_args=())
+def summed_fp8_linear(
+    rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same of numbers in fp8, see `scaled_product`, in `dtype`."""
+
+    def multiply(part: slice, out: Tensor) -> None:
+        scaled_product_into(rows[part], scale[part], weight, weight_scale, out)
+        if bias is not None:
+            out += bias
+
+    return _summed(multiply, rows.new_empty(len(rows), len(weight), dtype=dtype))
+
+
+@summed_fp8_linear.register_fake
+def _(
+    rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0], dtype=dtype)
+
+
+def _summed(multiply: Callable[[slice, Tensor], None], made: Tensor) -> Tensor:
+    """`made`, filled by `multiply` and summed. Of many rows some are multiplied at a time, and summed while the next
+    ones are multiplied."""
+    if len(made) < CHUNKED_ROWS:
+        multiply(slice(None), made)
+        _sum(made)
+        return made
+    # Few different sizes, in whole blocks of products.
+    size = -(-len(made) // (CHUNKS * 128)) * 128
+    sums = []
+    for begin in range(0, len(made), size):
+        part = slice(begin, begin + size)
+        multiply(part, made[part])
+        sums.append(dist.all_reduce(made[part], async_op=True))
+    for one in sums:
+        one.wait()
+    return made
 
 
 @torch.library.custom_op("batchrun::columns_of_ranks", mutates_args=())
