@@ -34,7 +34,7 @@ def check_sums(peers: peer_sum.PeerSum, rank: int, counts: list[int], dtypes: li
 def check_linear(rank: int, dtype: torch.dtype) -> None:
     """Few rows, and enough to be summed chunk by chunk, the last one shorter; with and without a bias, and in fp8."""
     everyone = range(dist.get_world_size())
-    for rows in (5, sums.CHUNKED_ROWS + 72):
+    for rows in (5, sums.CHUNK_ROWS + 72):
         inputs = [_numbers(1, other, rows * 64).view(rows, 64).to(dtype) for other in everyone]
         weights = [_numbers(2, other, 32 * 64).view(32, 64).to(dtype) for other in everyone]
         x, weight = inputs[rank], weights[rank]

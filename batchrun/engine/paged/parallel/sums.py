@@ -15,10 +15,8 @@ from batchrun.engine.fp8 import scaled_product_into
 from batchrun.engine.paged import devices
 from batchrun.engine.paged.parallel.group import Group
 
-CHUNKS = 4
-"""In which a product of many rows is summed: all but the last while the next one is multiplied."""
-CHUNKED_ROWS = 4096
-"""From which on."""
+CHUNK_ROWS = 4096
+"""A product of more rows is summed chunk by chunk of at most so many, all but the last while the next is multiplied."""
 
 # Its name since torch 2.13.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -98,12 +96,12 @@ def _(
 def _summed(multiply: Callable[[slice, Tensor], None], made: Tensor) -> Tensor:
     """`made`, filled by `multiply` and summed. Of many rows some are multiplied at a time, and summed while the next
     ones are multiplied."""
-    if len(made) < CHUNKED_ROWS:
+    if len(made) <= CHUNK_ROWS:
         multiply(slice(None), made)
         _sum(made)
         return made
-    # Few different sizes, in whole blocks of products.
-    size = -(-len(made) // (CHUNKS * 128)) * 128
+    # Of about the same size, in whole blocks of products.
+    size = -(-len(made) // (-(-len(made) // CHUNK_ROWS) * 128)) * 128
     sums = []
     for begin in range(0, len(made), size):
         part = slice(begin, begin + size)
