@@ -25,14 +25,19 @@ _peers: Any = None
 """How this rank sums few numbers with the others: a `PeerSum`, where the ranks can read each other's memory."""
 
 
+_pair: Any = None
+"""And products of many rows, where there are two ranks: a `PeerProduct`."""
+
+
 def connect(group: Group) -> None:
     """Called by all ranks of a group that has come together, before any of them sums."""
-    global _peers
-    _peers = None
+    global _pair, _peers
+    _pair = _peers = None
     if devices.is_gpu(group.device) and importlib.util.find_spec("triton"):
-        from batchrun.engine.paged.parallel import peer_memory
+        from batchrun.engine.paged.parallel import peer_memory, peer_product
 
         _peers = peer_memory.connect(group)
+        _pair = peer_product.PeerProduct(group) if _peers is not None and group.size == 2 else None
 
 
 def _sum(x: Tensor) -> None:
@@ -57,6 +62,9 @@ def _(x: Tensor) -> None:
 def summed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer of this rank's part of the inputs, x (rows, in features), summed over all ranks, the same on each:
     (rows, out features)."""
+    if _pair is not None and len(x) > CHUNK_ROWS and not torch.cuda.is_current_stream_capturing():
+        made: Tensor = _pair.linear(x, weight, bias)
+        return made
 
     def multiply(part: slice, out: Tensor) -> None:
         if bias is None:
