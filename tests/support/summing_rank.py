@@ -5,6 +5,7 @@ Ends with 0 where every sum was right and the same bits on all ranks. On a CPU t
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,23 @@ from torch.nn import functional
 from batchrun.engine.fp8 import quantize_rows
 from batchrun.engine.paged.parallel import peer_sum, sums
 from batchrun.engine.paged.parallel.group import Group
+
+
+def run_ranks(ranks: int, folder: Path, kind: str) -> None:
+    """Starts them all, and fails with what they said if one does."""
+    command = [sys.executable, __file__]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(folder), kind], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(said)
 
 
 def check_sums(peers: peer_sum.PeerSum, rank: int, counts: list[int], dtypes: list[torch.dtype]) -> None:
