@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from batchrun.engine.fp8 import Fp8Linear, quantize_rows
 from batchrun.engine.lora import Lora
 from batchrun.engine.paged.architecture import Unsupported
-from batchrun.engine.paged.parallel.group import columns_of_ranks, sum_of_ranks
+from batchrun.engine.paged.parallel.sums import (
+    columns_of_ranks,
+    sum_of_ranks,
+    summed_fp8_linear,
+    summed_linear,
+)
 
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size",
             "shared_expert_intermediate_size")  # fmt: skip
@@ -171,9 +177,19 @@ class Summed(nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """What the part gives, summed over the ranks."""
-        made: Tensor = self.part(*arguments, **named).contiguous()
-        sum_of_ranks(made)
-        return made
+        part = self.part
+        if not isinstance(part, nn.Linear | Fp8Linear):
+            made: Tensor = part(*arguments, **named).contiguous()
+            sum_of_ranks(made)
+            return made
+        x: Tensor = arguments[0]
+        rows = x.reshape(-1, part.in_features)
+        if isinstance(part, Fp8Linear):
+            numbers, scale = quantize_rows(rows)
+            made = summed_fp8_linear(numbers, scale, part.weight, part.weight_scale, part.bias, x.dtype)
+        else:
+            made = summed_linear(rows, part.weight, part.bias)
+        return made.view(*x.shape[:-1], part.out_features)
 
 
 class DividedHead(nn.Module):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from batchrun.engine.fp8_model import quantize
 from batchrun.engine.launch import available_cores
 from batchrun.engine.loading import load_config, load_model
+from batchrun.engine.paged.parallel import sums
 from batchrun.engine.paged.parallel.group import Group
 from batchrun.engine.paged.parallel.loading import read_shares
 from batchrun.engine.paged.parallel.sharding import Sharding
@@ -37,5 +38,6 @@ def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
         if spec.quantization:
             quantize(model)
     group.join()
+    sums.connect(group)
     sharding.finish(model)
     return model
