@@ -23,11 +23,13 @@ class Groups:
         order: (pairs,) int32, the pairs (token * experts per token + number) one expert after the other. Pairs of
             experts that are not here are left out, and what is behind the last one is undefined.
         tiles: (3, tiles) int32: a tile's expert, its first place in `order`, and where the expert's places end. Tiles
-            that are not needed begin where they end.
+            that are not needed are the last, and begin where they end.
+        needed: (1,) int32, tiles that are needed.
     """
 
     order: Tensor
     tiles: Tensor
+    needed: Tensor
 
 
 @triton.jit(do_not_specialize=["pairs", "chunks"])
@@ -56,7 +58,7 @@ def _scan(counts, totals, chunks, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pairs", "chunks", "num_experts", "num_tiles"])
 def _place(
-    expert_ids, counts, totals, order, tiles, pairs, chunks, num_experts, num_tiles,
+    expert_ids, counts, totals, order, tiles, tiles_needed, pairs, chunks, num_experts, num_tiles,
     EXPERTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     program, number, experts = tl.program_id(0), tl.arange(0, CHUNK), tl.arange(0, EXPERTS)
@@ -71,21 +73,22 @@ def _place(
         place = tl.load(counts + expert * chunks + program, mask=mask, other=0)
         earlier = (expert[:, None] == expert[None, :]) & (number[None, :] < number[:, None])
         place += tl.sum(earlier.to(tl.int32), axis=1)
-        place += tl.sum(tl.where(expert[:, None] == experts[None, :], begin[None, :], 0), axis=1)
+        place += tl.gather(begin, tl.where(mask, expert, 0), 0)
         tl.store(order + place, pair, mask=mask)
     tile = program * CHUNK + number
     if program * CHUNK < num_tiles:
         needed = (total + BLOCK_M - 1) // BLOCK_M
         tile_end = tl.cumsum(needed, axis=0)
         expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-        own = experts[None, :] == expert[:, None]
-        first = begin - (tile_end - needed) * BLOCK_M
-        row = tl.sum(tl.where(own, first[None, :], 0), axis=1) + tile * BLOCK_M
-        stop = tl.sum(tl.where(own, end[None, :], 0), axis=1)
+        found = expert < num_experts
+        expert = tl.where(found, expert, 0)
+        row = tl.gather(begin - (tile_end - needed) * BLOCK_M, expert, 0) + tile * BLOCK_M
         mask = tile < num_tiles
-        tl.store(tiles + tile, tl.where(stop > 0, expert, 0), mask=mask)
-        tl.store(tiles + num_tiles + tile, tl.where(stop > 0, row, 0), mask=mask)
-        tl.store(tiles + 2 * num_tiles + tile, stop, mask=mask)
+        tl.store(tiles + tile, expert, mask=mask)
+        tl.store(tiles + num_tiles + tile, tl.where(found, row, 0), mask=mask)
+        tl.store(tiles + 2 * num_tiles + tile, tl.where(found, tl.gather(end, expert, 0), 0), mask=mask)
+        if program == 0:
+            tl.store(tiles_needed, tl.sum(needed, axis=0))
 
 
 def group_by_expert(expert_ids: Tensor, experts: int, tile_rows: int) -> Groups:
@@ -106,11 +109,12 @@ def group_by_expert(expert_ids: Tensor, experts: int, tile_rows: int) -> Groups:
     groups = Groups(
         torch.empty(pairs, dtype=torch.int32, device=device),
         torch.empty((3, num_tiles), dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
     )
     _count[(chunks,)](expert_ids, counts, pairs, chunks, EXPERTS=padded, CHUNK=chunk, num_warps=4)
     _scan[(padded,)](counts, totals, chunks, BLOCK=256, num_warps=1)
     _place[(max(chunks, triton.cdiv(num_tiles, chunk)),)](
-        expert_ids, counts, totals, groups.order, groups.tiles, pairs, chunks, experts, num_tiles,
-        EXPERTS=padded, CHUNK=chunk, BLOCK_M=tile_rows, num_warps=16,
+        expert_ids, counts, totals, groups.order, groups.tiles, groups.needed, pairs, chunks, experts, num_tiles,
+        EXPERTS=padded, CHUNK=chunk, BLOCK_M=tile_rows, num_warps=4,
     )  # fmt: skip
     return groups

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from batchrun.engine.expert_groups import Groups
+from batchrun.engine.experts_persistent import persistent_product
 from batchrun.engine.fp8 import FP8, FP8_MAX
 
 
@@ -137,7 +138,7 @@ def _multiply(
     source = pair // per_token if GATED else place
     number = block * BLOCK_N + tl.arange(0, BLOCK_N)
     column = number % columns
-    if GATED and DESCRIBED:
+    if DESCRIBED:
         # A block of gates, then that of the other half: what one descriptor loads.
         column = tl.arange(0, BLOCK_N) // HALF * (columns // 2)
         column += tl.minimum(block * HALF + tl.arange(0, BLOCK_N) % HALF, columns // 2 - 1)
@@ -154,7 +155,7 @@ def _multiply(
         mask = (start + offs_k < features)[None, :]
         a = tl.load(x_ptrs) if EVEN else tl.load(x_ptrs, mask=mask, other=0.0)
         if DESCRIBED:
-            w = weight.load([expert, 0, block * (HALF if GATED else BLOCK_N), start])
+            w = weight.load([expert, 0, block * HALF, start])
             w = tl.reshape(w, (BLOCK_N, BLOCK_K))
         else:
             w = tl.load(weight_ptrs) if EVEN else tl.load(weight_ptrs, mask=mask, other=0.0)
@@ -256,9 +257,16 @@ def grouped_product(
     """
     _, columns, features = weight.shape
     num_tiles = groups.tiles.shape[1]
-    described = not (gate and interleaved) and _describable(weight, tile)
+    described = not interleaved and _describable(weight, tile)
+    if described and not gate and _describable(x, tile):
+        blocks = _descriptor(weight, tile, 1)
+        persistent_product(
+            x, weight, blocks, bias, out, groups, tile.rows, tile.warps, tile.stages, x_scale, weight_scale
+        )
+        return
+    described = described and gate != ""
     _grouped_product[(num_tiles * triton.cdiv(columns, tile.columns),)](
-        x, x_scale, _descriptor(weight, tile, gate) if described else weight, weight_scale, bias, out, groups.order,
+        x, x_scale, _descriptor(weight, tile, 2) if described else weight, weight_scale, bias, out, groups.order,
         groups.tiles, num_tiles, per_token, columns, features, x.stride(0), out.stride(0), *weight.stride(), alpha,
         limit,
         GATE=gate, INTERLEAVED=interleaved, SCALED=weight_scale is not None, BIAS=bias is not None,
@@ -268,18 +276,17 @@ def grouped_product(
     )  # fmt: skip
 
 
-def _describable(weight: Tensor, tile: Tile) -> bool:
-    """Whether a GPU copies blocks of these weights by itself (tensor memory accelerator, Hopper), which spares the
-    threads their addresses; weights whose features are apart it would not."""
-    if weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] < 9:
+def _describable(numbers: Tensor, tile: Tile) -> bool:
+    """Whether a GPU copies blocks of them by itself (Hopper's tensor memory accelerator), which spares the threads
+    their addresses: it wants those of a row side by side."""
+    if numbers.is_cuda and torch.cuda.get_device_capability(numbers.device)[0] != 9:
         return False
-    apart = (stride * weight.itemsize % 16 for stride in weight.stride()[:-1])
-    return not tile.swapped and weight.stride(-1) == 1 and not any(apart) and weight.data_ptr() % 16 == 0
+    apart = (stride * numbers.itemsize % 16 for stride in numbers.stride()[:-1])
+    return not tile.swapped and numbers.stride(-1) == 1 and not any(apart) and numbers.data_ptr() % 16 == 0
 
 
-def _descriptor(weight: Tensor, tile: Tile, gate: str) -> TensorDescriptor:
-    """Of blocks of an expert's columns; of a gated product, half of them gates and half what they are for."""
-    parts = 2 if gate else 1
+def _descriptor(weight: Tensor, tile: Tile, parts: int) -> TensorDescriptor:
+    """Of blocks of an expert's columns, made of as many from each part: of gates and of what they are for."""
     blocks = [1, parts, tile.columns // parts, tile.features]
     return TensorDescriptor.from_tensor(weight.unflatten(1, (parts, -1)), blocks)
 

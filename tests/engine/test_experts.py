@@ -101,6 +101,8 @@ def test_pairs_come_in_the_order_of_experts_and_tiles_cover_each_once(
         assert all(flat[wanted[place]] == expert for place in rows)
         covered += rows
     assert covered == list(range(len(wanted)))
+    _, row, stop = groups.tiles
+    assert groups.needed.tolist() == [int((row < stop).sum())]
 
 
 @pytest.mark.parametrize("tile", TILES)

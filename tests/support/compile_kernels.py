@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchrun.engine import expert_groups, experts_kernels
+from batchrun.engine import expert_groups, experts_kernels, experts_persistent
 from batchrun.engine.paged import (
     cascade,
     cascade_attention,
@@ -45,7 +45,7 @@ POINTERS = {
     **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens", "starts"), "i32"),
     **{"logits": "bf16", "states": "i32", "mask_of": "i32", "masks": "i32", "tokens": "i64"},
     **dict.fromkeys(("x", "weight", "bias", "parts", "gated"), "bf16"),
-    **dict.fromkeys(("order", "tiles", "counts", "totals"), "i32"),
+    **dict.fromkeys(("order", "tiles", "tiles_needed", "counts", "totals"), "i32"),
     **{"x_scale": "fp32", "weight_scale": "fp32", "weights": "fp32", "expert_ids": "i32"},
     **{"members": "i32", "items": "i32", "prefix_out": "fp32", "prefix_lse": "fp32"},
     **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
@@ -147,11 +147,17 @@ def report_experts(gpu: int, memory: int) -> None:
         }
         types = {"x": "fp8e4nv", "weight": "fp8e4nv"} if fp8 else {}
         kernel = experts_kernels._grouped_product
-        for own, parts in ((gate, 2), ({**gate, "GATE": ""}, 1)):
-            if described:
-                block = f"[1, {parts}, {tile.columns // parts}, {tile.features}]"
-                types["weight"] = f"tensordesc<{'fp8e4nv' if fp8 else 'bf16'}{block}>"
-            report(gpu, "any", kernel, {**constants, **own}, tile.warps, types)
+        if described:
+            element = "fp8e4nv" if fp8 else "bf16"
+            types["weight"] = f"tensordesc<{element}[1, 2, {tile.columns // 2}, {tile.features}]>"
+            report(gpu, "any", kernel, {**constants, **gate}, tile.warps, types)
+            types["weight"] = f"tensordesc<{element}[1, 1, {tile.columns}, {tile.features}]>"
+            types["x"] = f"tensordesc<{element}[{tile.rows}, {tile.features}]>"
+            own = {**constants, "BIAS": False, "BLOCKS": 132}
+            report(gpu, "any", experts_persistent._persistent_product, own, tile.warps, types)
+        else:
+            report(gpu, "any", kernel, {**constants, **gate}, tile.warps, types)
+            report(gpu, "any", kernel, {**constants, **gate, "GATE": ""}, tile.warps, types)
     if gpu >= 89:
         report(
             gpu,
@@ -197,6 +203,7 @@ def check_names() -> None:
             small_kernels,
             experts_kernels,
             expert_groups,
+            experts_persistent,
         )
         for one in vars(module).values()
     ]:
