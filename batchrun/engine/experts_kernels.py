@@ -258,10 +258,10 @@ def grouped_product(
     _, columns, features = weight.shape
     num_tiles = groups.tiles.shape[1]
     described = not interleaved and _describable(weight, tile)
-    if described and not gate and _describable(x, tile):
+    if described and not gate and bias is None and _describable(x, tile):
         blocks = _descriptor(weight, tile, 1)
         persistent_product(
-            x, weight, blocks, bias, out, groups, tile.rows, tile.warps, tile.stages, x_scale, weight_scale
+            x, weight, blocks, out, groups, tile.rows, tile.warps, tile.stages, x_scale, weight_scale
         )
         return
     described = described and gate != ""

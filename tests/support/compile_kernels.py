@@ -153,7 +153,7 @@ def report_experts(gpu: int, memory: int) -> None:
             report(gpu, "any", kernel, {**constants, **gate}, tile.warps, types)
             types["weight"] = f"tensordesc<{element}[1, 1, {tile.columns}, {tile.features}]>"
             types["x"] = f"tensordesc<{element}[{tile.rows}, {tile.features}]>"
-            own = {**constants, "BIAS": False, "BLOCKS": 132}
+            own = {**constants, "BLOCKS": 132, "FEATURES": 768}
             report(gpu, "any", experts_persistent._persistent_product, own, tile.warps, types)
         else:
             report(gpu, "any", kernel, {**constants, **gate}, tile.warps, types)
