@@ -106,6 +106,7 @@ def _forward(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     return out
 
 
+@torch.library.custom_op("batchrun::experts", mutates_args=())
 def experts(
     x: Tensor,
     expert_ids: Tensor,
@@ -122,7 +123,8 @@ def experts(
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum of what each token's experts make of it.
+    """The weighted sum of what each token's experts make of it; an operator of its own, so that a compiled layer may
+    run with any number of tokens.
 
     Args:
         x: (tokens, features).
@@ -138,66 +140,22 @@ def experts(
     Returns:
         (tokens, features).
     """
-    expert_ids, weights = expert_ids.contiguous(), weights.contiguous()
-    parts = expert_parts(
-        x, expert_ids, gate_up, gate_up_bias, down, down_bias, transposed, gate, interleaved, alpha, limit,
-        gate_up_scale, down_scale,
-    )  # fmt: skip
-    return add_up(parts, expert_ids, weights, len(gate_up))
-
-
-@torch.library.custom_op("batchrun::expert_parts", mutates_args=())
-def expert_parts(
-    x: Tensor,
-    expert_ids: Tensor,
-    gate_up: Tensor,
-    gate_up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    transposed: bool,
-    gate: str,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-) -> Tensor:
-    """What each token's experts make of it, (pairs of token and expert, features), where the expert is here: see
-    `experts`. An operator of its own, so that a compiled layer may run with any number of tokens."""
     if transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     if not len(x):
         return torch.zeros_like(x)
-    x = x.contiguous()
+    x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
     first = Product(gate_up, gate_up_bias, gate_up_scale)
     second = Product(down, down_bias, down_scale)
     made = Gate(gate, interleaved, alpha, limit)
     if gate_up_scale is not None and not x.is_cuda:
-        return _one_by_one(x, expert_ids, first, second, made)
-    return grouped(x, expert_ids, first, second, made)
+        return _one_by_one(x, expert_ids, weights, first, second, made)
+    return grouped(x, expert_ids, weights, first, second, made)
 
 
-@expert_parts.register_fake
-def _(x: Tensor, expert_ids: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((expert_ids.numel(), x.shape[1]))
-
-
-def add_up(parts: Tensor, expert_ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """See `experts_kernels.weigh`: by that kernel, or in torch, where a compiled layer adds what follows in the same
-    pass over memory, or there is no GPU."""
-    if parts.is_cuda and not torch.compiler.is_compiling():
-        from batchrun.engine import experts_kernels
-
-        return experts_kernels.weigh(parts, expert_ids, weights, experts)
-    here = (expert_ids >= 0) & (expert_ids < experts)
-    of_token = parts.view(*expert_ids.shape, -1)
-    total = torch.zeros_like(of_token[:, 0], dtype=torch.float32)
-    # One by one: a sum over the experts' axis would be compiled as a reduction, which takes five times as long.
-    for number in range(expert_ids.shape[1]):
-        weighted = weights[:, number, None].float() * of_token[:, number].float()
-        # What stands in the place of an expert that is elsewhere need not be a number.
-        total = total + torch.where(here[:, number, None], weighted, 0.0)
-    return total.to(parts.dtype)
+@experts.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class Product(NamedTuple):
@@ -209,8 +167,10 @@ class Product(NamedTuple):
     scale: Tensor | None
 
 
-def grouped(x: Tensor, expert_ids: Tensor, first: Product, second: Product, gate: Gate) -> Tensor:
-    """`expert_parts` by our kernels; all tensors but the weights contiguous."""
+def grouped(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, first: Product, second: Product, gate: Gate
+) -> Tensor:
+    """`experts` by our kernels; all tensors but the weights contiguous."""
     from batchrun.engine import experts_kernels as kernels
     from batchrun.engine.expert_groups import group_by_expert
 
@@ -229,17 +189,20 @@ def grouped(x: Tensor, expert_ids: Tensor, first: Product, second: Product, gate
         rows, second.weight, second.bias, parts, groups, tile, per_token,
         x_scale=scale, weight_scale=second.scale,
     )  # fmt: skip
-    return parts
+    return kernels.weigh(parts, expert_ids, weights, held)
 
 
-def _one_by_one(x: Tensor, expert_ids: Tensor, first: Product, second: Product, gate: Gate) -> Tensor:
+def _one_by_one(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, first: Product, second: Product, gate: Gate
+) -> Tensor:
     """The same numbers on a CPU, which has no products of fp8."""
-    parts = x.new_zeros(expert_ids.numel(), x.shape[1])
+    out = torch.zeros_like(x, dtype=torch.float32)
     for expert in range(len(first.weight)):
-        pairs = (expert_ids.flatten() == expert).nonzero()[:, 0]
-        columns = gate(_product(x[pairs // expert_ids.shape[1]], first, expert)).to(x.dtype)
-        parts[pairs] = _product(columns, second, expert).to(x.dtype)
-    return parts
+        tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
+        columns = gate(_product(x[tokens], first, expert)).to(x.dtype)
+        part = _product(columns, second, expert) * weights[tokens, places, None].float()
+        out.index_add_(0, tokens, part)
+    return out.to(x.dtype)
 
 
 def _product(x: Tensor, product: Product, expert: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchrun.engine.experts import Gate, expert_layers, experts, find_gate
+from batchrun.engine.experts import expert_layers, experts, find_gate
 from batchrun.engine.fp8 import MULTIPLE, quantize_rows
 
 PARAMETERS = ("gate_up_proj", "down_proj")
@@ -18,13 +18,7 @@ class Fp8Experts(nn.Module):
     """Takes the place of transformers' module: `gate_up_proj` (experts, 2 * width, features) and `down_proj`
     (experts, features, width), with scales (experts, columns, 1) float32."""
 
-    gate: Gate
-    gate_up_proj: Tensor
-    gate_up_proj_scale: Tensor
-    down_proj: Tensor
-    down_proj_scale: Tensor
-
-    def __init__(self, layer: Any, gate: Gate) -> None:
+    def __init__(self, layer: Any, gate: Any) -> None:
         """Takes over the layer's own parameters, which `quantize` or a loader then converts."""
         super().__init__()
         self.gate = gate

@@ -21,7 +21,6 @@ from batchrun.engine.expert_routers import FusedRouter, use_fused_routers
 from batchrun.engine.experts import (
     IMPLEMENTATION,
     Product,
-    add_up,
     expert_layers,
     grouped,
     use_grouped_experts,
@@ -181,17 +180,6 @@ def test_experts_that_are_elsewhere_add_nothing() -> None:
     torch.testing.assert_close(sum(by_width), whole, atol=1e-4, rtol=1e-4)
 
 
-def test_what_experts_give_is_added_up_alike_by_the_kernel_and_in_torch() -> None:
-    generator = torch.Generator().manual_seed(6)
-    parts = torch.randn(21, 48, generator=generator).to(DEVICE)
-    weights, ids = torch.rand(7, 11, generator=generator).to(DEVICE).topk(3, dim=-1)
-    # Of experts that are elsewhere there is no part.
-    parts[(ids >= 8).flatten()] = float("nan")
-    compiled = torch.compile(add_up, backend="eager")(parts, ids, weights, 8)
-    torch.testing.assert_close(experts_kernels.weigh(parts, ids, weights, 8), compiled)
-    assert not compiled.isnan().any()
-
-
 def test_experts_of_a_kind_that_the_kernels_do_not_know_stay_with_transformers() -> None:
     model = _model("qwen3_moe")
     before = model.config._experts_implementation
@@ -292,12 +280,12 @@ def test_experts_in_fp8_give_what_their_dequantized_numbers_give(
             Product(getattr(layer, name), None, getattr(layer, f"{name}_scale"))
             for name in ("gate_up_proj", "down_proj")
         ]
-        kernels = add_up(grouped(x, ids, *products, layer.gate), ids, weights, 11)
+        kernels = grouped(x, ids, weights, *products, layer.gate)
     # A hidden number at the middle between two of fp8 may become either.
     assert (plain - kernels).abs().mean() < 2e-3 * wanted.std()
     assert (plain - wanted).abs().mean() < 0.06 * wanted.std()
     ids[0] = 99
-    assert not add_up(grouped(x, ids, *products, layer.gate), ids, weights, 11)[0].any()
+    assert not grouped(x, ids, weights, *products, layer.gate)[0].any()
 
 
 @pytest.mark.parametrize("name", FP8_CONFIGS)
