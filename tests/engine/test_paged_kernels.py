@@ -302,7 +302,16 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_merge_prefixes",
         "_likeliest_allowed",
     }
-    experts = {"_route", "_count", "_scan", "_place", "_weigh", "_quantize", "_grouped_product"}
+    experts = {
+        "_route",
+        "_count",
+        "_scan",
+        "_place",
+        "_weigh",
+        "_quantize",
+        "_grouped_product",
+        "_persistent_product",
+    }
     assert {one["kernel"] for one in told} == attention | experts
     for one in told:
         assert one["shared"] <= GPUS[one["gpu"]], one
