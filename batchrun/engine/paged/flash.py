@@ -34,7 +34,8 @@ class FlashAttention:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages."""
+        """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages,
+        shared prefixes once."""
         assert metadata.cu_seqlens_q is not None
         if scales is None:
             kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
@@ -50,6 +51,9 @@ class FlashAttention:
             else (key_cache, value_cache, metadata.block_tables, scales)
         )
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        shared, lse = metadata.shared_prefixes, None
+        if shared is not None:
+            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         for first, stop, longest in metadata.query_spans:
             prefill_attention.prefill(
                 query,
@@ -63,6 +67,12 @@ class FlashAttention:
                 sinks,
                 scales,
                 out,
+                None if shared is None else shared.starts[first:stop],
+                lse,
+            )
+        if shared is not None and lse is not None:
+            cascade_attention.merge_prefixes(
+                query, key_cache, value_cache, metadata.block_tables, shared, layer, out, lse
             )
         return out
 
@@ -87,16 +97,7 @@ class FlashAttention:
         )
         if shared is not None:
             cascade_attention.merge_prefixes(
-                query,
-                key_cache,
-                value_cache,
-                metadata.block_tables,
-                shared.members,
-                shared.items,
-                shared.block_queries,
-                layer,
-                out,
-                lse,
+                query, key_cache, value_cache, metadata.block_tables, shared, layer, out, lse
             )
         return out if sinks is None else _with_sinks(out, lse, sinks)
 
