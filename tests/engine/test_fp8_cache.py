@@ -6,11 +6,11 @@ The reference is transformers' own attention, to whose keys and values a convers
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
 import exact_fp8
+import fp8_reference  # noqa: F401
 import numpy as np
 import pytest
 import tiny_models
@@ -30,8 +30,6 @@ from test_paged_engine import (
     _run,
     _tokens,
 )
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from batchrun.engine import fp8
 from batchrun.engine.choose import load_engine
@@ -49,20 +47,6 @@ from batchrun.errors import FaultCode, ModelError
 # Below the best, in standard deviations of a token's logits: where a number is at the edge between two of fp8, the last
 # bit of float32 decides which it becomes.
 NEAR = 0.15
-
-
-def _in_fp8(x: torch.Tensor) -> torch.Tensor:
-    rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-    return (rows.float() * scale).view_as(x)
-
-
-def _attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **needs: Any) -> Any:
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, _in_fp8(key), _in_fp8(value), mask, **needs)
-
-
-AttentionInterface.register("fp8_reference", _attention)
-AttentionMaskInterface.register("fp8_reference", eager_mask)
 
 
 @pytest.fixture(scope="module")

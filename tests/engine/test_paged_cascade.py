@@ -322,20 +322,31 @@ def test_answers_are_those_of_rows_that_read_their_prefixes_themselves(
     assert got == expected
 
 
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize(("cache_tokens", "groups", "preempts"), [(4096, 3, False), (900, 2, True)])
 def test_several_groups_of_a_step_are_read_once_each_also_where_rows_are_preempted(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, cache_tokens: int, groups: int, preempts: bool
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    cache_tokens: int,
+    groups: int,
+    preempts: bool,
+    cache_dtype: str,
 ) -> None:
     rng = np.random.default_rng(1)
     texts = [rng.integers(3, 259, tokens) for tokens in (37, 50, 64)]
     requests = [
         Request(n, np.append(texts[n % 3], rng.integers(3, 259, 5)).astype(np.int32), 60) for n in range(24)
     ]
-    changes: dict[str, Any] = {"options": {"cache_tokens": cache_tokens}, "stop_token_ids": (NEVER,)}
+    changes: dict[str, Any] = {
+        "options": {"cache_tokens": cache_tokens},
+        "stop_token_ids": (NEVER,),
+        "cache_dtype": cache_dtype,
+    }
     expected, _ = _answers(folders["qwen3"], requests, attention.GatheredPages(), monkeypatch, **changes)
     backend = PlainCascade()
     got, engine = _answers(folders["qwen3"], requests, backend, monkeypatch, **changes)
-    assert got == expected
+    # A number at the edge of another of fp8 can become that, after which a row may go on otherwise.
+    assert sum(got[row] == expected[row] for row in expected) >= len(expected) - (cache_dtype == "fp8")
     assert backend.groups >= groups
     assert backend.prefills
     assert bool(engine.stats.gauges["preemptions"]) == preempts

@@ -28,7 +28,6 @@ from batchrun.engine.paged import (
     decode_attention,
     fp8_pages,
     kernels,
-    prefill_attention,
 )
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.cascade import CascadePlanner
@@ -36,6 +35,7 @@ from batchrun.engine.paged.flash import FlashAttention
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
 from batchrun.engine.paged.sampler import top_p_threshold
+from batchrun.engine.paged.widened_pages import WidenedPages
 from batchrun.engine.protocol import TokenTables
 
 exact_fp8.use()
@@ -168,22 +168,22 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(
         for row, (n, b) in enumerate(zip(new, old, strict=True))
     ])  # fmt: skip
     reference = pages.copy()
-    _write(pages, *own, slot_mapping)
-    if paged:
-        # As if the first two were of another length, and computed apart.
-        out = torch.empty_like(query)
-        for first, stop, longest in ((0, 2, 40), (2, 4, 64)):
-            prefill_attention.prefill(
-                query, pages.keys, pages.values, block_tables[first:stop], cu_seqlens_q[first : stop + 1],
-                seq_lens[first:stop], longest, layer, sinks, pages.scales, out,
-            )  # fmt: skip
-    else:
-        out = prefill_attention.prefill(
-            query, *own, None, cu_seqlens_q, seq_lens, 64, layer, sinks, pages.scales
-        )
     metadata = AttentionMetadata(
         slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
     )
+    # As if the first two were of another length, and computed apart.
+    told = replace(metadata, query_spans=[(0, 2, 40), (2, 4, 64)], no_context=not paged)
+    if pages.scales is not None:
+        plan = WidenedPages.of(
+            told.query_spans, block_tables.cpu().numpy(), new, seq_lens.cpu().numpy(), page_size=64
+        )
+        told = replace(
+            told,
+            block_tables=_int(plan.block_tables),
+            widened=torch.from_numpy(plan.pages).to(DEVICE),
+            widened_spans=plan.page_spans,
+        )
+    out = FlashAttention().prefill(query, *own, pages.keys, pages.values, told, layer, sinks, pages.scales)
     expected = GatheredPages().prefill(
         query, *own, reference.keys, reference.values, metadata, layer, sinks, reference.scales
     )
@@ -239,24 +239,27 @@ def test_a_copied_page_is_the_same_up_to_its_copied_tokens_in_every_plane() -> N
 
 @pytest.mark.parametrize("split", [None, 32], ids=["whole", "rows in chunks of 32 keys"])
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.window is None])
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 def test_what_groups_read_together_and_rows_by_themselves_joins_to_attention_over_all_their_keys(
-    layer: Layer, split: int | None, monkeypatch: pytest.MonkeyPatch
+    layer: Layer, split: int | None, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two groups, of 80 and 48 leading tokens, in pieces, and a row in neither; the first page of a group is that of
     its leader alone, the others hold copies."""
     if split is not None:
         monkeypatch.setattr(decode_attention, "_split_size", lambda rows: split)
-    twelve = Pages(layer, fp8=False)
-    keys, values = twelve.keys, twelve.values
+    twelve = Pages(layer, fp8)
+    keys, values, scales = twelve.keys, twelve.values, twelve.scales
     block_tables = _int([[1, 2], [3, 4], [5, 11], [6, 7], [8, 9], [1, 10]])
-    for pages in (keys, values):
-        pages[3, :64], pages[4, :16] = pages[1, :64], pages[2, :16]
-        pages[6, :48] = pages[5, :48]
-        pages[10, :16] = pages[2, :16]
+    for source, target, tokens in ((1, 3, 64), (2, 4, 16), (5, 6, 48), (2, 10, 16)):
+        for pages in (keys, values):
+            pages = pages.view(torch.uint8) if fp8 else pages
+            pages[target, :tokens] = pages[source, :tokens]
+        if scales is not None:
+            scales[:, target, :, :tokens] = scales[:, source, :, :tokens]
     seq_lens = _int([90, 128, 49, 100, 70, 81])
     slot_mapping = (_int([2, 4, 5, 7, 9, 10]) * 64 + _int([25, 63, 48, 35, 5, 16])).long()
     query, own = _random(6, layer.query_heads, layer.head_dim), _own(layer, 6)
-    reference = keys.clone(), values.clone()
+    reference = twelve.copy()
     starts = _int([80, 80, 48, 48, 0, 80])
     members = [[0, 0, 3, 2], [5, 1, 3, 2], [1, 2, 3, 2], [2, 6, 2, 1], [3, 7, 2, 1], [0, 0, 0, 0]]
     # Blocks of two members, as if no more fitted.
@@ -268,15 +271,17 @@ def test_what_groups_read_together_and_rows_by_themselves_joins_to_attention_ove
     few_heads = layer.query_heads // layer.kv_heads <= 32
     queries = cascade_attention.query_blocks(layer)[0 if few_heads and split else 1]
     out, lse = decode_attention.decode(
-        query, *own, keys, values, slot_mapping, block_tables, seq_lens, starts, layer
+        query, *own, keys, values, slot_mapping, block_tables, seq_lens, starts, layer, scales
     )
     shared = SharedPrefixes(starts, _int(members), _int(items), queries, 8)
-    cascade_attention.merge_prefixes(query, keys, values, block_tables, shared, layer, out, lse)
+    cascade_attention.merge_prefixes(query, keys, values, block_tables, shared, layer, out, lse, scales)
     metadata = AttentionMetadata(slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens)
-    expected = GatheredPages().decode(query, *own, *reference, metadata, layer, None)
+    expected = GatheredPages().decode(
+        query, *own, reference.keys, reference.values, metadata, layer, None, reference.scales
+    )
     torch.testing.assert_close(out, expected, **CLOSE)
     whole = decode_attention.decode(
-        query, *own, keys, values, slot_mapping, block_tables, seq_lens, None, layer
+        query, *own, keys, values, slot_mapping, block_tables, seq_lens, None, layer, scales
     )[1]
     torch.testing.assert_close(lse, whole, **CLOSE)
 
@@ -329,6 +334,7 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_combine",
         "_prefill",
         "_write_quantized",
+        "_widen",
         "_attend_prefixes",
         "_merge_prefixes",
         "_likeliest_allowed",

@@ -18,6 +18,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import fp8_reference  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,7 @@ from batchrun.engine.paged.cascade import CascadePlanner, max_results
 from batchrun.engine.paged.flash import FlashAttention
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.widened_pages import WidenedPages
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
 
 pytestmark = pytest.mark.gpu
@@ -79,16 +81,24 @@ def _requests(rows: int, prefix: int, seed: int = 0) -> list[Request]:
     return [Request(i, p.astype(np.int32), 40, i) for i, p in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("rows", "prefix"), [(1, 0), (20, 0), (60, 600)])
-def test_every_token_is_the_references_choice_or_next_to_it(name: str, rows: int, prefix: int) -> None:
+FP8_CASES = [(name, 60, 600, "fp8") for name in ("llama", "qwen3", "gemma2", "gpt_oss")]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "prefix", "cache_dtype"),
+    [(name, *batch, "auto") for batch in ((1, 0), (20, 0), (60, 600)) for name in CONFIGS] + FP8_CASES,
+)
+def test_every_token_is_the_references_choice_or_next_to_it(
+    name: str, rows: int, prefix: int, cache_dtype: str
+) -> None:
+    """With a cache in fp8 the reference's keys and values are converted to fp8 and back."""
     model = _model(name)
     reference = copy.deepcopy(model).float()
-    reference.set_attn_implementation("eager")
-    engine = PagedEngine(
-        EngineSpec("paged", name, name, device=DEVICE, options={"max_rows": 256, "cache_tokens": 200_000}),
-        model,
-    )
+    reference.set_attn_implementation("fp8_reference" if cache_dtype == "fp8" else "eager")
+    # Small batches, so that most of a row's prompt is computed over pages of its beginning.
+    options: dict[str, object] = {"max_rows": 256, "cache_tokens": 200_000, "prefill_tokens": 4096}
+    spec = EngineSpec("paged", name, name, device=DEVICE, options=options, cache_dtype=cache_dtype)
+    engine = PagedEngine(spec, model)
     requests = _requests(rows, prefix)
     equal, gaps, divergence, spread = [], [], [], []
     for completion in engine.generate(iter(requests)):
@@ -104,8 +114,9 @@ def test_every_token_is_the_references_choice_or_next_to_it(name: str, rows: int
         spread.append(float(logits.std()))
         divergence.append(same.index(False) if False in same else len(same))
     print(
-        f"{name} {rows} rows, prefix {prefix}: {np.mean(equal):.1%} equal, worst gap {max(gaps):.3f} at a spread of "
-        f"{np.mean(spread):.2f}, first divergence {np.median(divergence):.0f}, {engine.stats.attention}"
+        f"{name} {rows} rows, prefix {prefix}, cache {cache_dtype}: {np.mean(equal):.1%} equal, "
+        f"worst gap {max(gaps):.3f} at a spread of {np.mean(spread):.2f}, "
+        f"first divergence {np.median(divergence):.0f}, {engine.stats.attention}"
     )
     assert np.mean(equal) > 0.9
     assert max(gaps) < 0.3 * np.mean(spread)
@@ -164,9 +175,10 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("in_fp8", [False, True], ids=["plain", "fp8"])
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("name", LAYERS)
-def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int) -> None:
+def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int, in_fp8: bool) -> None:
     layer = LAYERS[name]
     flash, plain = FlashAttention(), GatheredPages()
     rng = torch.Generator(DEVICE).manual_seed(rows)
@@ -176,6 +188,11 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int) 
 
     sinks = random(layer.query_heads) if layer.sinks else None
     key_cache, value_cache = (random(4 * rows, 256, layer.kv_heads, layer.head_dim) for _ in range(2))
+    scales = None
+    if in_fp8:
+        quantized = [fp8.quantize_rows(cache.flatten(0, 2)) for cache in (key_cache, value_cache)]
+        key_cache, value_cache = (rows.view_as(key_cache) for rows, _ in quantized)
+        scales = torch.stack([s.view(4 * rows, 256, -1).transpose(1, 2) for _, s in quantized]).contiguous()
     block_tables = torch.randperm(4 * rows, device=DEVICE, generator=rng).int().view(rows, 4)
     seq_lens = torch.randint(513, 1025, (rows,), device=DEVICE, generator=rng).int()
 
@@ -184,8 +201,9 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int) 
         results = []
         for backend, metadata in ((flash, ours), (plain, theirs)):
             pages = key_cache.clone(), value_cache.clone()
-            out = getattr(backend, what)(query, *own, *pages, metadata, layer, sinks)
-            results.append((out.float(), *pages))
+            own_scales = None if scales is None else scales.clone()
+            out = getattr(backend, what)(query, *own, *pages, metadata, layer, sinks, own_scales)
+            results.append((out.float(), *(page.float() for page in pages)))
         torch.testing.assert_close(results[0][0], results[1][0], atol=2e-2, rtol=2e-2)
         assert torch.equal(results[0][1], results[1][1])
         assert torch.equal(results[0][2], results[1][2])
@@ -209,7 +227,18 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int) 
         cu_seqlens_q=cu_seqlens_q,
         query_spans=[(0, rows, max(new))],
     )
-    agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), packed, packed)
+    ours = packed
+    if in_fp8:
+        tables, ends = block_tables.cpu().numpy(), seq_lens.cpu().numpy()
+        widened = WidenedPages.of(packed.query_spans, tables, new, ends, page_size=256)
+        ours = replace(
+            packed,
+            query_spans=widened.spans,
+            block_tables=torch.from_numpy(widened.block_tables).to(DEVICE),
+            widened=torch.from_numpy(widened.pages).to(DEVICE),
+            widened_spans=widened.page_spans,
+        )
+    agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), ours, packed)
     if layer.window is None:
         # Every other row begins with the same 512 tokens, the others with the same 256.
         block_tables[::2, :2], block_tables[1::2, :1] = (

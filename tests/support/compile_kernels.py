@@ -47,7 +47,7 @@ POINTERS = {
     **dict.fromkeys(("x", "weight", "bias", "parts", "gated"), "bf16"),
     **dict.fromkeys(("order", "tiles", "counts", "totals"), "i32"),
     **{"x_scale": "fp32", "weight_scale": "fp32", "weights": "fp32", "expert_ids": "i32"},
-    **{"members": "i32", "items": "i32", "prefix_out": "fp32", "prefix_lse": "fp32"},
+    **{"members": "i32", "items": "i32", "pages": "i64", "prefix_out": "fp32", "prefix_lse": "fp32"},
     **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
     **dict.fromkeys(("key_back", "value_back", "sinks"), "bf16"),
 }
@@ -108,16 +108,16 @@ def main() -> None:
                 tile = prefill_attention.prefill_tile(head_dim, 2, memory, longest, paged)
                 own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
                 own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
-                whole = {**constants, **own, "starts": None, "lse": None}
-                report(gpu, name, prefill_attention._prefill, {**whole, **PLAIN}, tile[-1])
+                whole = {**constants, **own, **PLAIN, "starts": None, "lse": None}
+                report(gpu, name, prefill_attention._prefill, whole, tile[-1])
                 if paged and not window:
                     report(gpu, name, prefill_attention._prefill, {**constants, **own, **PLAIN}, tile[-1])
-                if gpu >= FIRST_WITH_FP8 and paged:
-                    report(gpu, name, prefill_attention._prefill, whole, tile[-1], FP8)
             if gpu >= FIRST_WITH_FP8:
                 own = {"NUM_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "PAGE_SIZE": 256, "BLOCK_D": block_d}
                 own["BLOCK_H"] = triton.next_power_of_2(num_kv_heads)
+                own["BLOCK_ROWS"] = fp8_pages.WIDENED_ROWS
                 report(gpu, name, fp8_pages._write_quantized, own, 4, FP8)
+                report(gpu, name, fp8_pages._widen, own, 4, FP8)
         report(gpu, "any", small_kernels._likeliest_allowed, {"BLOCK": 4096}, 8)
         report_experts(gpu, memory)
 
@@ -180,7 +180,10 @@ def report_cascade(gpu: int, name: str, layer: Layer, shape: dict[str, Any], mem
             "NUM_STAGES": num_stages,
             "ITEM": cascade.ITEM_WIDTH,
         }
-        report(gpu, name, cascade_attention._attend_prefixes, own, cascade_attention.CASCADE_WARPS)
+        warps = cascade_attention.CASCADE_WARPS
+        report(gpu, name, cascade_attention._attend_prefixes, {**own, **PLAIN}, warps)
+        if gpu >= FIRST_WITH_FP8:
+            report(gpu, name, cascade_attention._attend_prefixes, own, warps, FP8)
     report(gpu, name, cascade_attention._merge_prefixes, {**common, "NUM_HEADS": layer.query_heads}, 1)
 
 
@@ -213,8 +216,6 @@ def report(
 ) -> None:
     signature, attributes = {}, {}
     pointers = POINTERS | (types or {})
-    if types and "keys" in kernel.arg_names:
-        pointers |= dict.fromkeys(("keys", "values"), "fp8e4nv")
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:

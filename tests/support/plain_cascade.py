@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.gathered import GatheredPages, _write
+from batchrun.engine.paged.gathered import GatheredPages, _read, _write
 from batchrun.engine.paged.metadata import AttentionMetadata
 
 
@@ -30,12 +30,11 @@ class PlainCascade(GatheredPages):
     ) -> Tensor:  # fmt: skip
         if metadata.shared_prefixes is None:
             return super().decode(query, key, value, key_cache, value_cache, metadata, layer, sinks, scales)
-        assert scales is None
-        _write(key, value, key_cache, value_cache, None, metadata)
-        sequences = range(len(query))
+        _write(key, value, key_cache, value_cache, scales, metadata)
         out, groups = _joined(
-            query, key_cache, value_cache, metadata, layer, list(sequences), metadata.seq_lens.tolist()
-        )
+            query, key_cache, value_cache, metadata, layer, list(range(len(query))), metadata.seq_lens.tolist(),
+            scales,
+        )  # fmt: skip
         self.groups = max(self.groups, groups)
         self.steps += 1
         return out
@@ -60,7 +59,7 @@ class PlainCascade(GatheredPages):
 
 def _joined(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, layer: Layer,
-    sequences: list[int], lengths: list[int],
+    sequences: list[int], lengths: list[int], scales: Tensor | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Attention of tokens of these sequences over so many keys each, and how many groups there are."""
     shared, out = metadata.shared_prefixes, torch.empty_like(query)
@@ -74,7 +73,7 @@ def _joined(
             assert result + number not in results
             results[result + number] = attention(
                 query[members[first + number][0]], key_cache, value_cache, metadata.block_tables[leader],
-                begin, stop, layer,
+                begin, stop, layer, scales,
             )  # fmt: skip
     assert max(results) < shared.results
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {token: [] for token in range(len(query))}
@@ -88,20 +87,22 @@ def _joined(
         pages, start = metadata.block_tables[sequences[token]], int(shared.starts[sequences[token]])
         assert bool(start) == bool(own)
         assert start < lengths[token]
-        own.append(attention(query[token], key_cache, value_cache, pages, start, lengths[token], layer))
+        mine = query[token], key_cache, value_cache, pages, start, lengths[token], layer, scales
+        own.append(attention(*mine))
         weights = torch.stack([lse for _, lse in own]).softmax(0)
         out[token] = sum(w[:, None] * o for w, (o, _) in zip(weights, own, strict=True))
     return out, len({leader for _, _, leader, *_ in items})
 
 
 def attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, pages: Tensor, first: int, stop: int, layer: Layer
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, pages: Tensor, first: int, stop: int, layer: Layer,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One query (heads, size) over some keys of a sequence; and the log-sum-exp of the scores (heads,)."""
     group = query.shape[0] // layer.kv_heads
     keys, values = (
-        x[pages.long()].flatten(0, 1)[first:stop].float().repeat_interleave(group, dim=1)
-        for x in (key_cache, value_cache)
+        x.flatten(0, 1)[first:stop].float().repeat_interleave(group, dim=1)
+        for x in _read(key_cache, value_cache, scales, pages.long(), query.dtype)
     )
     scores = torch.einsum("hd,khd->hk", query.float(), keys) * layer.scale
     if layer.softcap is not None:

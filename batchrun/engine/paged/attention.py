@@ -17,6 +17,7 @@ from batchrun.engine.paged.architecture import Layer, attention_layers
 from batchrun.engine.paged.cascade import CascadePlanner
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionBackend, AttentionMetadata
+from batchrun.engine.paged.widened_pages import WIDENED_TOKENS
 
 IMPLEMENTATION = "batchrun_paged"
 """The name under which transformers finds the attention function."""
@@ -41,7 +42,7 @@ class KVCache:
         self.modules = [module for module, _ in found]
         self.page_size = page_size
         self.backend = choose_backend(self.layers, dtype, device)
-        self._dtype, self._device = FP8 if fp8 else dtype, device
+        self._model_dtype, self._dtype, self._device = dtype, FP8 if fp8 else dtype, device
         for number, module in enumerate(self.modules):
             # A tensor, not a number: one compiled layer then serves all of them.
             module.batchrun_layer = torch.tensor(number)
@@ -53,8 +54,7 @@ class KVCache:
         # What is in a window of one sequence is not in that of another. Blocks have to do for all layers.
         layer = max(self.layers, key=lambda layer: layer.query_heads)
         queries = self.backend.cascade_queries(layer)
-        # The kernel that does it reads no scales.
-        if queries is None or self._dtype == FP8 or any(other.window for other in self.layers):
+        if queries is None or any(other.window for other in self.layers):
             return None
         return CascadePlanner(layer, queries, self._dtype.itemsize)
 
@@ -62,6 +62,19 @@ class KVCache:
     def name(self) -> str:
         """How attention is computed, and over what if that is not the model's format."""
         return self.backend.name + (", keys and values in fp8" if self._dtype == FP8 else "")
+
+    @property
+    def widens_pages(self) -> bool:
+        """Whether a prefill brings pages back to the model's format before it attends over them."""
+        return self._dtype == FP8 and self.backend.widens_pages
+
+    def widened_bytes(self, max_context: int) -> int:
+        """Of what a prefill brings back at once, with sequences of `max_context` tokens."""
+        if not self.widens_pages:
+            return 0
+        layer, tokens = self.layers[0], max(WIDENED_TOKENS, max_context)
+        pages = -(-tokens // self.page_size) + 1
+        return 2 * pages * self.page_size * layer.kv_heads * layer.head_dim * self._model_dtype.itemsize
 
     @property
     def page_bytes(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.cascade import ITEM_WIDTH, MEMBER_WIDTH
+from batchrun.engine.paged.fp8_pages import normalized
 from batchrun.engine.paged.metadata import SharedPrefixes
 from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory
 
@@ -30,7 +31,7 @@ CASCADE_BLOCK_QUERIES, CASCADE_WARPS = (64, 128), 4
     do_not_specialize_on_alignment=["block_tables", "members", "items"],
 )
 def _attend_prefixes(
-    query, key_cache, value_cache, block_tables, members, items, out, lse, scale, softcap,
+    query, key_cache, value_cache, key_scales, value_scales, block_tables, members, items, out, lse, scale, softcap,
     query_token_stride, query_head_stride, block_table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -60,21 +61,34 @@ def _attend_prefixes(
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if key_scales is not None:
+        q, scale = normalized(q, scale)
     pages = block_tables + leader.to(tl.int64) * block_table_stride
     # Blocks without a mask are faster by far; the last one may have fewer keys.
     whole_stop = stop // BLOCK_N * BLOCK_N
     for start in tl.range(first, whole_stop, BLOCK_N, num_stages=NUM_STAGES):
-        kv_token = tl.load(pages + start // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + start % PAGE_SIZE
+        page = tl.load(pages + start // PAGE_SIZE).to(tl.int64)
+        kv_token = page * PAGE_SIZE + start % PAGE_SIZE
         kv_offset = ((kv_token + offs_n) * NUM_KV_HEADS + head) * HEAD_DIM
+        k_scale, v_scale = None, None
+        if key_scales is not None:
+            scale_offset = (page * NUM_KV_HEADS + head) * PAGE_SIZE + start % PAGE_SIZE + offs_n
+            k_scale, v_scale = tl.load(key_scales + scale_offset), tl.load(value_scales + scale_offset)
         k = tl.load(key_cache + kv_offset[None, :] + offs_d[:, None], mask=mask_d[:, None], other=0.0)
         v = tl.load(value_cache + kv_offset[:, None] + offs_d[None, :], mask=mask_d[None, :], other=0.0)
         m_i, l_i, acc = attend(
-            q, k, v, None, None, mask_m[:, None], m_i, l_i, acc, scale, softcap, SOFTCAP, False
-        )
+            q, k, v, k_scale, v_scale, mask_m[:, None], m_i, l_i, acc, scale, softcap, SOFTCAP, False
+        )  # fmt: skip
     if whole_stop < stop:
-        kv_token = tl.load(pages + whole_stop // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + whole_stop % PAGE_SIZE
+        page = tl.load(pages + whole_stop // PAGE_SIZE).to(tl.int64)
+        kv_token = page * PAGE_SIZE + whole_stop % PAGE_SIZE
         kv_offset = ((kv_token + offs_n) * NUM_KV_HEADS + head) * HEAD_DIM
         mask_n = whole_stop + offs_n < stop
+        k_scale, v_scale = None, None
+        if key_scales is not None:
+            scale_offset = (page * NUM_KV_HEADS + head) * PAGE_SIZE + whole_stop % PAGE_SIZE + offs_n
+            k_scale = tl.load(key_scales + scale_offset, mask=mask_n, other=0.0)
+            v_scale = tl.load(value_scales + scale_offset, mask=mask_n, other=0.0)
         k = tl.load(
             key_cache + kv_offset[None, :] + offs_d[:, None],
             mask=mask_n[None, :] & mask_d[:, None],
@@ -86,8 +100,8 @@ def _attend_prefixes(
             other=0.0,
         )
         m_i, l_i, acc = attend(
-            q, k, v, None, None, mask_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, True
-        )
+            q, k, v, k_scale, v_scale, mask_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, True
+        )  # fmt: skip
     place = (result + number).to(tl.int64) * NUM_KV_HEADS * GROUP_SIZE + query_head
     tl.store(
         out + place[:, None] * HEAD_DIM + offs_d[None, :],
@@ -126,7 +140,7 @@ def _merge_prefixes(
 
 def merge_prefixes(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, shared: SharedPrefixes,
-    layer: Layer, out: Tensor, lse: Tensor,
+    layer: Layer, out: Tensor, lse: Tensor, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attends over the prefixes of a plan's groups and merges that into what their tokens have of their own.
 
@@ -138,6 +152,7 @@ def merge_prefixes(
         out: (tokens, query heads, head size), contiguous: attention over the keys behind each token's prefix; then
             over all of its keys.
         lse: (tokens, query heads) float32, contiguous: the log-sum-exp of the scores; likewise.
+        scales: (2, pages, kv heads, page size) float32, of keys and values where the cache is in fp8.
     """
     _, heads, head_dim = query.shape
     group_size, block_d = heads // layer.kv_heads, triton.next_power_of_2(head_dim)
@@ -147,7 +162,8 @@ def merge_prefixes(
     prefix_out = torch.empty((shared.results, heads, head_dim), dtype=torch.float32, device=query.device)
     prefix_lse = torch.empty((shared.results, heads), dtype=torch.float32, device=query.device)
     _attend_prefixes[(len(shared.items) * layer.kv_heads,)](
-        query, key_cache, value_cache, block_tables, shared.members, shared.items, prefix_out, prefix_lse,
+        query, key_cache, value_cache, *(scales if scales is not None else (None, None)), block_tables,
+        shared.members, shared.items, prefix_out, prefix_lse,
         layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), block_tables.stride(0),
         NUM_KV_HEADS=layer.kv_heads, GROUP_SIZE=group_size, HEAD_DIM=head_dim, PAGE_SIZE=key_cache.shape[1],

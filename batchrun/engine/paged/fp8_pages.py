@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -127,3 +128,57 @@ def write_quantized(
             BLOCK_H=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
         )  # fmt: skip
     return back
+
+
+@triton.jit(do_not_specialize_on_alignment=["pages"])
+def _widen(
+    key_cache, value_cache, key_scales, value_scales, pages, keys, values,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    page = tl.load(pages + tl.program_id(0)).to(tl.int64)
+    # A row is a token's head.
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    rows: tl.constexpr = PAGE_SIZE * NUM_HEADS
+    mask_row = row < rows
+    mask = mask_row[:, None] & (column < HEAD_DIM)
+    source = (page * rows + row)[:, None] * HEAD_DIM + column
+    target = (tl.program_id(0).to(tl.int64) * rows + row)[:, None] * HEAD_DIM + column
+    scale = (page * NUM_HEADS + row % NUM_HEADS) * PAGE_SIZE + row // NUM_HEADS
+    k_scale = tl.load(key_scales + scale, mask=mask_row, other=0.0)[:, None]
+    v_scale = tl.load(value_scales + scale, mask=mask_row, other=0.0)[:, None]
+    k = tl.load(key_cache + source, mask=mask, other=0.0).to(tl.float32) * k_scale
+    v = tl.load(value_cache + source, mask=mask, other=0.0).to(tl.float32) * v_scale
+    tl.store(keys + target, k.to(keys.dtype.element_ty), mask=mask)
+    tl.store(values + target, v.to(values.dtype.element_ty), mask=mask)
+
+
+WIDENED_ROWS = 32
+"""Heads of tokens in a block of threads."""
+
+
+def widened(
+    key_cache: Tensor, value_cache: Tensor, scales: Tensor, pages: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Some pages' keys and values in `dtype`.
+
+    Args:
+        key_cache, value_cache: (all pages, page size, heads, head size) fp8, contiguous.
+        scales: (2, all pages, heads, page size) float32, of keys and values.
+        pages: (pages,) int64, which ones.
+
+    Returns:
+        Keys and values, each (pages, page size, heads, head size), contiguous.
+    """
+    _, page_size, heads, head_dim = key_cache.shape
+    keys, values = (
+        torch.empty((len(pages), page_size, heads, head_dim), dtype=dtype, device=key_cache.device)
+        for _ in range(2)
+    )
+    _widen[(len(pages), triton.cdiv(page_size * heads, WIDENED_ROWS))](
+        key_cache, value_cache, scales[0], scales[1], pages, keys, values,
+        NUM_HEADS=heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
+        BLOCK_ROWS=WIDENED_ROWS, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+    )  # fmt: skip
+    return keys, values

@@ -15,6 +15,7 @@ class GatheredPages:
     """Plain attention over a copy of each sequence's pages, on any device and for any dtype."""
 
     name = "sdpa over gathered pages"
+    widens_pages = False
 
     def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
         """See `AttentionBackend`."""

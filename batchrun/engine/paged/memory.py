@@ -70,7 +70,8 @@ def affordable_pages(
         reserved = torch.cuda.memory_reserved(device)
         others = total - free - reserved
         peak = max(reserved, torch.cuda.max_memory_reserved(device))
-        most = int(budget.memory_fraction * total - others - peak) // cache.page_bytes
+        own = budget.memory_fraction * total - others - peak - cache.widened_bytes(max_context)
+        most = int(own) // cache.page_bytes
         # The warm-up's memory, which the pool takes in part and captured steps in part, is nobody's until then.
         torch.cuda.empty_cache()
     else:

@@ -43,7 +43,9 @@ class AttentionMetadata:
     (sequences, pages) int32 and `seq_lens` (sequences,) int32 are each sequence's pages and tokens, this call's
     included. A decode step has one token per sequence. A prefill has `cu_seqlens_q` (sequences + 1,) int32, where
     each sequence's tokens begin in the prefill batch; `query_spans` are sequences to compute together, see
-    `shapes.query_spans`; `no_context` when no sequence has older tokens.
+    `shapes.query_spans`; `no_context` when no sequence has older tokens. Where pages are brought back to the model's
+    format for it, `block_tables` count among `widened` (pages,) int64, those of each span by themselves: they are
+    `widened_spans` of it.
     """
 
     slot_mapping: Tensor
@@ -53,6 +55,8 @@ class AttentionMetadata:
     query_spans: list[tuple[int, int, int]] = field(default_factory=list)
     no_context: bool = False
     shared_prefixes: SharedPrefixes | None = None
+    widened: Tensor | None = None
+    widened_spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 class AttentionBackend(Protocol):
@@ -65,6 +69,7 @@ class AttentionBackend(Protocol):
     """
 
     name: str
+    widens_pages: bool
 
     def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
         """Queries of sequences that read a shared prefix together: of a small and a large block of threads, no fewer

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.fp8_pages import normalized
 from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory
 from batchrun.engine.paged.shapes import LONG_SEQLEN
 
@@ -35,8 +34,7 @@ sequence, over its pages, 462 instead of 401. Sequences of 600 would lose a fift
     do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "seq_lens", "starts"],
 )
 def _prefill(
-    query, keys, values, key_scales, value_scales, sinks, block_tables, cu_seqlens_q, seq_lens, starts, out, lse,
-    scale, softcap,
+    query, keys, values, sinks, block_tables, cu_seqlens_q, seq_lens, starts, out, lse, scale, softcap,
     query_token_stride, query_head_stride, key_token_stride, value_token_stride, block_table_stride,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, PACKED_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -73,8 +71,6 @@ def _prefill(
     )
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
-    if key_scales is not None:
-        q, scale = normalized(q, scale)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if sinks is not None:
         # A key without a value.
@@ -104,18 +100,14 @@ def _prefill(
             mask=mask_d[:, None],
             other=0.0,
         )
-        k_scale, v_scale = None, None
-        if key_scales is not None:
-            scale_offset = (page * (NUM_HEADS // GROUP_SIZE) + kv_head) * PAGE_SIZE + offs_n % PAGE_SIZE
-            k_scale, v_scale = tl.load(key_scales + scale_offset), tl.load(value_scales + scale_offset)
         v = tl.load(
             values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
             mask=mask_d[None, :],
             other=0.0,
         )
         m_i, l_i, acc = attend(
-            q, k, v, k_scale, v_scale, offs_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, False
-        )  # fmt: skip
+            q, k, v, None, None, offs_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, False
+        )
     for start in tl.range(
         unmasked_stop, tl.minimum(first_position + TOKENS, seq_len), BLOCK_N, num_stages=NUM_STAGES
     ):
@@ -133,11 +125,6 @@ def _prefill(
             mask=mask_n[None, :] & mask_d[:, None],
             other=0.0,
         )
-        k_scale, v_scale = None, None
-        if key_scales is not None:
-            scale_offset = (page * (NUM_HEADS // GROUP_SIZE) + kv_head) * PAGE_SIZE + offs_n % PAGE_SIZE
-            k_scale = tl.load(key_scales + scale_offset, mask=mask_n, other=0.0)
-            v_scale = tl.load(value_scales + scale_offset, mask=mask_n, other=0.0)
         v = tl.load(
             values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
             mask=mask_n[:, None] & mask_d[None, :],
@@ -146,7 +133,7 @@ def _prefill(
         mask = offs_n[None, :] <= position[:, None]
         if WINDOW > 0:
             mask = mask & (offs_n[None, :] > position[:, None] - WINDOW)
-        m_i, l_i, acc = attend(q, k, v, k_scale, v_scale, mask, m_i, l_i, acc, scale, softcap, SOFTCAP, True)
+        m_i, l_i, acc = attend(q, k, v, None, None, mask, m_i, l_i, acc, scale, softcap, SOFTCAP, True)
     out_ptrs = out + (token * NUM_HEADS + head)[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(out_ptrs, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=mask_q)
     if lse is not None:
@@ -156,8 +143,8 @@ def _prefill(
 
 def prefill(
     query: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor | None, cu_seqlens_q: Tensor, seq_lens: Tensor,
-    max_seqlen_q: int, layer: Layer, sinks: Tensor | None = None, scales: Tensor | None = None,
-    out: Tensor | None = None, starts: Tensor | None = None, lse: Tensor | None = None,
+    max_seqlen_q: int, layer: Layer, sinks: Tensor | None = None, out: Tensor | None = None,
+    starts: Tensor | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of packed sequences, over their pages or, without `block_tables`, over the prefill batch
     itself.
@@ -168,7 +155,7 @@ def prefill(
         int32. cu_seqlens_q: (sequences + 1,) int32, where each sequence's queries begin. seq_lens: (sequences,)
             int32,
             each sequence's keys; its queries stand at the last of them. max_seqlen_q: queries of the longest sequence.
-        sinks: (query heads,), logits without a value. scales: (2, pages, kv heads, page size) float32, of pages in fp8.
+        sinks: (query heads,), logits without a value.
         out: (tokens, query heads, head size), contiguous, where the result goes if it is part of another.
         starts: (sequences,) int32, the first of each sequence's keys that are attended over, at the beginning of a
             page and no later than its first query; all of them without it.
@@ -189,7 +176,7 @@ def prefill(
     num_packed = packed_heads(group_size)
     grid = (triton.cdiv(max_seqlen_q, block_m // num_packed), heads // num_packed, len(seq_lens))
     _prefill[grid](
-        query, keys, values, *(scales if scales is not None else (None, None)), sinks,
+        query, keys, values, sinks,
         seq_lens if block_tables is None else block_tables, cu_seqlens_q, seq_lens, starts, out, lse,
         layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), keys.stride(axis), values.stride(axis),

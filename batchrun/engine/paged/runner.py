@@ -35,7 +35,6 @@ from batchrun.engine.paged.shapes import (
     input_size,
     item_bucket,
     power_of_two,
-    query_spans,
 )
 from batchrun.engine.paged.work import DecodeWork, PrefillWork, Starts, Work
 from batchrun.engine.protocol import Request
@@ -126,7 +125,7 @@ class Runner:
 
     def prefill(self, chunks: list[PrefillChunk]) -> Pending:
         """Computes a prefill batch; gives the first new token of every sequence that it completes."""
-        work, sequences = PrefillWork.of(chunks, self.cache.page_size, self._sampler)
+        work, sequences = PrefillWork.of(chunks, self.cache.page_size, self._sampler, self.cache.widens_pages)
         # A prefill reads no pages in fp8 together.
         if self._cascade is not None and self.cache.scales is None:
             work = work.planned(self._cascade, self.cache.page_size)
@@ -154,11 +153,13 @@ class Runner:
             block_tables=self._to_device(work.block_tables, np.int32),
             seq_lens=self._to_device(work.seq_lens, np.int32),
             cu_seqlens_q=self._to_device(np.concatenate([[0], np.cumsum(work.query_lens)]), np.int32),
-            query_spans=query_spans(work.query_lens.tolist()),
+            query_spans=work.query_spans,
             no_context=work.no_context,
             shared_prefixes=None
             if work.plan is None
             else SharedPrefixes.of(work.plan, partial(self._to_device, dtype=np.int32)),
+            widened=None if work.widened is None else self._to_device(work.widened.pages, np.int64),
+            widened_spans=[] if work.widened is None else work.widened.page_spans,
         )
         if self._adapters is not None:
             self._choose_adapters(self._to_device(np.repeat(work.adapters, work.query_lens), np.int32))
@@ -225,7 +226,9 @@ class Runner:
                 [NULL_PAGE] * -(-len(prompt) // self.cache.page_size),
             )
             chunks.append(PrefillChunk(sequence, 0, len(prompt)))
-        self.run(PrefillWork.of(chunks, self.cache.page_size, self._sampler)[0]).read()
+        self.run(
+            PrefillWork.of(chunks, self.cache.page_size, self._sampler, self.cache.widens_pages)[0]
+        ).read()
         self._graph(self._largest_shape)
         self._graphs.clear()
         self.computed_tokens = self.launches = 0

@@ -87,8 +87,12 @@ def bucket(batch_size: int) -> int:
     return fitting[0] if fitting else -(-batch_size // 128) * 128
 
 
-def query_spans(query_lens: list[int]) -> list[tuple[int, int, int]]:
-    """Sequences that attention computes together, as the first, the one behind the last, and the tokens of the longest.
+Spans = list[tuple[int, int, int]]
+"""Sequences that attention computes together: the first, the one behind the last, and the tokens of the longest."""
+
+
+def query_spans(query_lens: list[int]) -> Spans:
+    """Which sequences of a prefill batch attention computes together.
 
     Documents and short questions about them in one grid would have each question take a document's blocks, nearly all
     of them for nothing. `query_lens` are in falling order but for the last, which is padding.

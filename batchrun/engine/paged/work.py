@@ -17,7 +17,8 @@ from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import Sampler
 from batchrun.engine.paged.scored_chunks import ScoredChunks
-from batchrun.engine.paged.shapes import round_tokens
+from batchrun.engine.paged.shapes import Spans, query_spans, round_tokens
+from batchrun.engine.paged.widened_pages import WidenedPages
 
 Longs = NDArray[np.int64]
 
@@ -82,9 +83,10 @@ class Starts:
 @dataclass(frozen=True, slots=True)
 class PrefillWork:
     """A prefill batch: `copies` (3, copies) int64 are pages to copy first, from where, to where and how many tokens;
-    the others are as in `AttentionMetadata`, `tokens` and `positions` (tokens,) int64. The longest
-    chunks come first and padding last. `adapters` (sequences,) int32 are numbers of adapters, 0 for none.
-    `scored` has no names of sequences. `plan`: which pages sequences read together."""
+    the others are as in `AttentionMetadata`, `tokens` and `positions` (tokens,) int64; `widened` are the pages to be
+    brought back to the model's format, if any are. The longest chunks come first and padding last. `adapters`
+    (sequences,) int32 are numbers of adapters, 0 for none. `scored` has no names of sequences. `plan`: which pages
+    sequences read together."""
 
     copies: Longs | None
     tokens: Longs
@@ -93,14 +95,18 @@ class PrefillWork:
     block_tables: Ints
     query_lens: Longs
     seq_lens: Longs
+    query_spans: Spans
     no_context: bool
+    widened: WidenedPages | None
     adapters: Ints
     starts: Starts | None
     scored: ScoredChunks | None
     plan: CascadePlan | None = None
 
     @classmethod
-    def of(cls, chunks: list[PrefillChunk], page_size: int, sampler: Sampler) -> tuple[Self, list[Sequence]]:
+    def of(
+        cls, chunks: list[PrefillChunk], page_size: int, sampler: Sampler, widens: bool
+    ) -> tuple[Self, list[Sequence]]:
         """The batch, and the sequences whose first new tokens come out of it."""
         chunks = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
         copies = [(chunk.copy_from, chunk.copy_to, chunk.copied) for chunk in chunks if chunk.copied]
@@ -124,15 +130,22 @@ class PrefillWork:
         ]
         sequences = [chunks[i].sequence for i in completed]
         stops, last_tokens = [chunks[i].stop for i in completed], [int(ends[i]) - 1 for i in completed]
+        seq_lens = np.array([*(s.stop for s in chunks), padding], np.int64)
+        spans, no_context = query_spans(query_lens), all(s.start == 0 for s in chunks)
+        widened = None
+        if widens and not no_context:
+            widened = WidenedPages.of(spans, block_tables, query_lens, seq_lens, page_size)
         work = cls(
             copies=np.array(copies, np.int64).T.copy() if copies else None,
             tokens=tokens.astype(np.int64),
             positions=positions.astype(np.int64),
             slot_mapping=pages * page_size + positions % page_size,
-            block_tables=block_tables,
+            block_tables=block_tables if widened is None else widened.block_tables,
             query_lens=np.array(query_lens, np.int64),
-            seq_lens=np.array([*(s.stop for s in chunks), padding], np.int64),
-            no_context=all(s.start == 0 for s in chunks),
+            seq_lens=seq_lens,
+            query_spans=spans if widened is None else widened.spans,
+            no_context=no_context,
+            widened=widened,
             adapters=np.array([*(s.sequence.request.adapter for s in chunks), 0], np.int32),
             starts=Starts.of(sequences, stops, last_tokens, sampler) if sequences else None,
             scored=ScoredChunks.of(chunks, np.concatenate([[0], ends])),

@@ -1,0 +1,46 @@
+"""Pages in fp8 that a prefill brings back to the model's format: those that are read, each once, few at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchrun.engine.paged import widened_pages
+from batchrun.engine.paged.shapes import query_spans
+from batchrun.engine.paged.widened_pages import WidenedPages
+
+PAGE = 16
+
+
+@given(
+    seed=st.integers(0, 10**6), rows=st.integers(1, 30), documents=st.integers(1, 4), most=st.integers(1, 40)
+)
+def test_every_table_finds_its_own_pages_among_those_that_its_span_brings_back(
+    seed: int, rows: int, documents: int, most: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    begins = [rng.choice(np.arange(1, 1000), rng.integers(0, 20), replace=False) for _ in range(documents)]
+    news = sorted((int(n) for n in rng.choice([1, 40, 200, 3000], rows)), reverse=True)
+    old = [begins[rng.integers(documents)] for _ in news]
+    lens = np.array([len(o) * PAGE + n for o, n in zip(old, news, strict=True)])
+    need = -(-lens // PAGE)
+    tables = rng.integers(2000, 9000, (rows, int(need.max()) + 2)).astype(np.int32)
+    for row, pages in enumerate(old):
+        tables[row, : len(pages)] = pages
+    before = tables.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(widened_pages, "WIDENED_TOKENS", most * PAGE)
+        plan = WidenedPages.of(query_spans(news), tables, news, lens, PAGE)
+    assert (tables == before).all()
+    assert [row for first, stop, _ in plan.spans for row in range(first, stop)] == list(range(rows))
+    assert sum(stop - first for first, stop in plan.page_spans) == len(plan.pages)
+    for (first, stop, longest), page_span in zip(plan.spans, plan.page_spans, strict=True):
+        assert longest == max(news[first:stop])
+        pages = plan.pages[slice(*page_span)]
+        assert len(set(pages)) == len(pages)
+        assert len(pages) <= most or stop - first == 1
+        for row in range(first, stop):
+            found = pages[plan.block_tables[row, : need[row]]]
+            assert (found == tables[row, : need[row]]).all()
