@@ -25,6 +25,7 @@ from batchrun.engine.protocol import EngineSpec, Request, Sampling
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 NEVER = 10**6
+NO_COSTS = {"ROW_COST": 0, "GROUP_COST": 0, "STEP_COST": 1, "PREFILL_COST": 1}
 LAYER = Layer(query_heads=16, kv_heads=8, head_dim=128, scale=0.1)
 
 
@@ -186,6 +187,67 @@ def test_more_groups_than_there_can_be_items_leave_out_those_that_save_least() -
     assert (plan.starts == 3000 // 16 * 16).sum() == 30
 
 
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**9), rows=st.sampled_from([2, 16, 64]))
+def test_a_prefill_reads_together_whole_pages_that_all_of_a_groups_queries_see(seed: int, rows: int) -> None:
+    rng = np.random.default_rng(seed)
+    number = int(rng.integers(1, 60))
+    tables = rng.integers(100, 10**6, (number, 12)).astype(np.int32)
+    for row in range(1, number):
+        alike = int(rng.integers(0, 13))
+        tables[row, :alike] = tables[rng.integers(row), :alike]
+    query_lens = np.append(rng.choice([1, 9, 40], number), 3)
+    older = np.append(rng.integers(0, 12 * 16 - 40, number), 0)
+    tables = np.append(tables, np.zeros((1, 12), np.int32), axis=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in NO_COSTS.items():
+            patch.setattr(cascade, name, value)
+        planner = CascadePlanner(Layer(4, 2, 16, 0.1), (rows, 2 * rows), 2)
+        plan = planner.plan_prefill(tables, query_lens, older + query_lens, 16)
+    if plan is None:
+        return
+    assert (plan.starts % 16 == 0).all()
+    assert (plan.starts <= older).all()
+    sequences = np.repeat(np.arange(number + 1), query_lens)
+    read: dict[int, list[tuple[int, int, int]]] = {}
+    for first, count, leader, begin, stop, result in plan.items.tolist():
+        assert 0 < 2 * count <= plan.block_queries
+        for member in range(first, first + count):
+            read.setdefault(member, []).append((begin, stop, result + member - first))
+            own = sequences[plan.members[member, 0]]
+            assert np.array_equal(tables[own, : stop // 16], tables[leader, : stop // 16])
+    for member, (token, base, apart, pieces) in enumerate(plan.members.tolist()):
+        spans = sorted(read[member])
+        assert spans[0][0] == 0
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+        assert spans[-1][1] == plan.starts[sequences[token]]
+        assert sorted(place for *_, place in spans) == [base + piece * apart for piece in range(pieces)]
+    places = sorted(place for spans in read.values() for *_, place in spans)
+    assert places == list(range(plan.results))
+    assert plan.results <= max(query_lens.sum(), cascade.MIN_PREFILL_RESULTS)
+    assert sorted(plan.members[:, 0].tolist()) == np.flatnonzero(plan.starts[sequences]).tolist()
+
+
+def test_questions_about_documents_read_them_together_and_a_long_prompt_that_goes_on_does_not() -> None:
+    def plan(questions: int, tokens: int) -> CascadePlan | None:
+        documents = np.repeat(np.arange(10) * 100, questions)
+        tables = np.zeros((len(documents) + 1, 17), np.int32)
+        tables[:-1, :15] = documents[:, None] + 1 + np.arange(15)
+        tables[:-1, 15:] = 5000 + 2 * np.arange(len(documents))[:, None] + np.arange(2)
+        lens = np.append(np.full(len(documents), tokens), 8)
+        older = np.append(np.full(len(documents), 4000), 0)
+        return CascadePlanner(LAYER, (64, 128), 2).plan_prefill(tables, lens, older + lens, 256)
+
+    together = plan(100, 16)
+    assert together is not None
+    assert (together.starts[:-1] == 3840).all()
+    assert together.block_queries == 128
+    assert len(together.items) == 10 * 25
+    assert plan(1, 2000) is None
+    # Queries of one question fill its blocks.
+    assert plan(2, 1024) is None
+
+
 def test_a_plan_is_kept_while_the_rows_are_the_same_and_made_in_little_time_where_they_are_not() -> None:
     """Per round of eight steps: at most 0.2 ms of a step."""
     prompts = _documents(np.random.default_rng(8), documents=40, rows=25, tokens=4000)
@@ -212,7 +274,7 @@ def _answers(
 ) -> tuple[dict[int, tuple[list[int], str]], PagedEngine]:
     """With small pages and prefixes worth reading together however short they are."""
     with monkeypatch.context() as patch:
-        for name, value in {"MIN_PREFIX": 16, "ROW_COST": 0, "GROUP_COST": 0, "STEP_COST": 1}.items():
+        for name, value in {"MIN_PREFIX": 16, **NO_COSTS}.items():
             patch.setattr(cascade, name, value)
         patch.setattr(cascade, "MIN_ITEM_KEYS", 16)
         patch.setattr(cascade, "ITEM_KEYS_STEP", 16)
@@ -286,4 +348,5 @@ def test_several_groups_of_a_step_are_read_once_each_also_where_rows_are_preempt
     # A number at the edge of another of fp8 can become that, after which a row may go on otherwise.
     assert sum(got[row] == expected[row] for row in expected) >= len(expected) - (cache_dtype == "fp8")
     assert backend.groups >= groups
+    assert backend.prefills
     assert bool(engine.stats.gauges["preemptions"]) == preempts

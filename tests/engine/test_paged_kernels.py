@@ -23,15 +23,17 @@ from compile_kernels import GPUS, SHAPES
 from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.fp8 import FP8
 from batchrun.engine.paged import (
+    cascade,
     cascade_attention,
     decode_attention,
     fp8_pages,
     kernels,
 )
 from batchrun.engine.paged.architecture import Layer
+from batchrun.engine.paged.cascade import CascadePlanner
 from batchrun.engine.paged.flash import FlashAttention
 from batchrun.engine.paged.gathered import GatheredPages
-from batchrun.engine.paged.metadata import AttentionMetadata
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
 from batchrun.engine.paged.sampler import top_p_threshold
 from batchrun.engine.paged.widened_pages import WidenedPages
 from batchrun.engine.protocol import TokenTables
@@ -54,7 +56,7 @@ def _random(*shape: int) -> torch.Tensor:
 
 
 def _int(values: object) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+    return torch.as_tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 class Pages:
@@ -189,6 +191,42 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(
     pages.assert_equal(reference)
 
 
+@pytest.mark.parametrize(("layer", "has_sinks"), [(LAYERS[0], True), (LAYERS[-1], False)])
+def test_prefills_that_read_pages_together_give_attention_over_all_keys(
+    layer: Layer, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups, of two pages and of one, and a sequence in neither, whose numbers are as if there were none."""
+    for name, value in {"ROW_COST": 0, "GROUP_COST": 0, "PREFILL_COST": 1}.items():
+        monkeypatch.setattr(cascade, name, value)
+    lens, older = np.array([9, 7, 3, 9, 1, 4]), np.array([150, 130, 70, 64, 128, 0])
+    tables = np.array([[1, 2, 3], [1, 2, 4], [5, 6, 0], [5, 7, 0], [1, 2, 8], [0, 0, 0]], np.int32)
+    planner = CascadePlanner(layer, cascade_attention.query_blocks(layer), 2)
+    plan = planner.plan_prefill(tables, lens, older + lens, 64)
+    assert plan is not None
+    assert plan.starts.tolist() == [128, 128, 64, 64, 128, 0]
+    pages = Pages(layer, fp8=False)
+    reference, alone = pages.copy(), pages.copy()
+    query, own = _random(33, layer.query_heads, layer.head_dim), _own(layer, 33)
+    sinks = _random(layer.query_heads) * 3 if has_sinks else None
+    positions = np.concatenate([np.arange(a, a + b) for a, b in zip(older, lens, strict=True)])
+    rows = np.repeat(np.arange(6), lens)
+    metadata = AttentionMetadata(
+        slot_mapping=_int(tables[rows, positions // 64] * 64 + positions % 64).long(),
+        block_tables=_int(tables),
+        seq_lens=_int(older + lens),
+        cu_seqlens_q=_int(np.concatenate([[0], np.cumsum(lens)])),
+        query_spans=[(0, 2, 9), (2, 6, 9)],
+    )
+    shared = replace(metadata, shared_prefixes=SharedPrefixes.of(plan, _int))
+    out, by_itself = (
+        FlashAttention().prefill(query, *own, kept.keys, kept.values, told, layer, sinks)
+        for kept, told in ((pages, shared), (alone, metadata))
+    )
+    expected = GatheredPages().prefill(query, *own, reference.keys, reference.values, metadata, layer, sinks)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    assert torch.equal(out[29:], by_itself[29:])
+
+
 def test_a_copied_page_is_the_same_up_to_its_copied_tokens_in_every_plane() -> None:
     memory = _random(6, 9, 16, 24)
     before = memory.clone()
@@ -235,9 +273,8 @@ def test_what_groups_read_together_and_rows_by_themselves_joins_to_attention_ove
     out, lse = decode_attention.decode(
         query, *own, keys, values, slot_mapping, block_tables, seq_lens, starts, layer, scales
     )
-    cascade_attention.merge_prefixes(
-        query, keys, values, block_tables, _int(members), _int(items), queries, layer, out, lse, scales
-    )
+    shared = SharedPrefixes(starts, _int(members), _int(items), queries, 8)
+    cascade_attention.merge_prefixes(query, keys, values, block_tables, shared, layer, out, lse, scales)
     metadata = AttentionMetadata(slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens)
     expected = GatheredPages().decode(
         query, *own, reference.keys, reference.values, metadata, layer, None, reference.scales

@@ -30,7 +30,7 @@ from batchrun.engine import fp8, fp8_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.batches import DecodeBatch
-from batchrun.engine.paged.cascade import CascadePlanner
+from batchrun.engine.paged.cascade import CascadePlanner, max_results
 from batchrun.engine.paged.flash import FlashAttention
 from batchrun.engine.paged.gathered import GatheredPages
 from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
@@ -258,6 +258,7 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int, 
             shared = SharedPrefixes(
                 *(torch.from_numpy(part).to(DEVICE) for part in (plan.starts, plan.members, plan.items)),
                 plan.block_queries,
+                max_results(rows),
             )
             agree("decode", query, replace(step, shared_prefixes=shared), step)
 

@@ -75,12 +75,13 @@ def main() -> None:
             }
             block_m = decode_attention.decode_block_m(group_size)
             constants = {**shape, "NUM_KV_HEADS": num_kv_heads, "BLOCK_M": block_m, "PAGE_SIZE": 256}
-            for split, choices in (
-                (False, decode_attention.DECODE_BLOCKS),
-                (True, decode_attention.SPLIT_BLOCKS),
+            for split, starts, choices in (
+                (False, False, decode_attention.DECODE_BLOCKS),
+                (True, not window, decode_attention.SPLIT_BLOCKS),
+                (False, not window, decode_attention.REST_BLOCKS),
             ):
                 block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, 2 * block_d, memory)
-                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": not window}
+                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": starts}
                 report(gpu, name, decode_attention._decode, {**constants, **own, **PLAIN}, 4)
                 if gpu >= FIRST_WITH_FP8:
                     choices = decode_attention.FP8_BLOCKS
@@ -107,7 +108,10 @@ def main() -> None:
                 tile = prefill_attention.prefill_tile(head_dim, 2, memory, longest, paged)
                 own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
                 own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
-                report(gpu, name, prefill_attention._prefill, {**constants, **own, **PLAIN}, tile[-1])
+                whole = {**constants, **own, **PLAIN, "starts": None, "lse": None}
+                report(gpu, name, prefill_attention._prefill, whole, tile[-1])
+                if paged and not window:
+                    report(gpu, name, prefill_attention._prefill, {**constants, **own, **PLAIN}, tile[-1])
             if gpu >= FIRST_WITH_FP8:
                 own = {"NUM_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "PAGE_SIZE": 256, "BLOCK_D": block_d}
                 own["BLOCK_H"] = triton.next_power_of_2(num_kv_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,11 @@ from batchrun.engine.paged.metadata import AttentionMetadata
 
 
 class PlainCascade(GatheredPages):
-    """Reads for each group what its items say, and for each row what is behind its prefix. `groups` counts the most
-    groups of a step."""
+    """Reads for each group what its items say, and for each token what is behind its prefix. `groups` counts the most
+    groups of a step, `prefills` those that had any."""
 
     def __init__(self) -> None:
-        self.groups, self.steps = 0, 0
+        self.groups, self.steps, self.prefills = 0, 0, 0
 
     def cascade_queries(self, layer: Layer) -> tuple[int, int]:
         """Of three and of five sequences."""
@@ -29,46 +31,67 @@ class PlainCascade(GatheredPages):
         if metadata.shared_prefixes is None:
             return super().decode(query, key, value, key_cache, value_cache, metadata, layer, sinks, scales)
         _write(key, value, key_cache, value_cache, scales, metadata)
-        shared, out = metadata.shared_prefixes, torch.empty_like(query)
-        items = [item for item in shared.items.tolist() if item[1]]
-        members = [member for member in shared.members.tolist() if member[3]]
-        results: dict[int, tuple[Tensor, Tensor]] = {}
-        for first, count, leader, begin, stop, result in items:
-            assert 0 < count * (layer.query_heads // layer.kv_heads) <= shared.block_queries
-            for number in range(count):
-                assert result + number not in results
-                results[result + number] = attention(
-                    query[members[first + number][0]], key_cache, value_cache, metadata.block_tables[leader],
-                    begin, stop, layer, scales,
-                )  # fmt: skip
-        assert max(results) < max(2 * len(query), 1024)
-        parts: dict[int, list[tuple[Tensor, Tensor]]] = {row: [] for row in range(len(query))}
-        used = []
-        for row, first, apart, pieces in members:
-            assert not parts[row]
-            used += [first + piece * apart for piece in range(pieces)]
-            parts[row] += [results[first + piece * apart] for piece in range(pieces)]
-        assert sorted(used) == sorted(results)
-        for row, own in parts.items():
-            length, start = int(metadata.seq_lens[row]), int(shared.starts[row])
-            assert bool(start) == bool(own)
-            own.append(
-                attention(
-                    query[row],
-                    key_cache,
-                    value_cache,
-                    metadata.block_tables[row],
-                    start,
-                    length,
-                    layer,
-                    scales,
-                )
-            )
-            weights = torch.stack([lse for _, lse in own]).softmax(0)
-            out[row] = sum(w[:, None] * o for w, (o, _) in zip(weights, own, strict=True))
-        self.groups = max(self.groups, len({leader for _, _, leader, *_ in items}))
+        out, groups = _joined(
+            query, key_cache, value_cache, metadata, layer, list(range(len(query))), metadata.seq_lens.tolist(),
+            scales,
+        )  # fmt: skip
+        self.groups = max(self.groups, groups)
         self.steps += 1
         return out
+
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
+        metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if metadata.shared_prefixes is None:
+            return super().prefill(query, key, value, key_cache, value_cache, metadata, layer, sinks, scales)
+        assert scales is None
+        _write(key, value, key_cache, value_cache, None, metadata)
+        sequences, lengths = [], []
+        bounds = metadata.cu_seqlens_q.tolist()
+        for number, (first, stop) in enumerate(itertools.pairwise(bounds)):
+            length = int(metadata.seq_lens[number])
+            sequences += [number] * (stop - first)
+            lengths += range(length - (stop - first) + 1, length + 1)
+        self.prefills += 1
+        return _joined(query, key_cache, value_cache, metadata, layer, sequences, lengths)[0]
+
+
+def _joined(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, layer: Layer,
+    sequences: list[int], lengths: list[int], scales: Tensor | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Attention of tokens of these sequences over so many keys each, and how many groups there are."""
+    shared, out = metadata.shared_prefixes, torch.empty_like(query)
+    assert shared is not None
+    items = [item for item in shared.items.tolist() if item[1]]
+    members = [member for member in shared.members.tolist() if member[3]]
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for first, count, leader, begin, stop, result in items:
+        assert 0 < count * (layer.query_heads // layer.kv_heads) <= shared.block_queries
+        for number in range(count):
+            assert result + number not in results
+            results[result + number] = attention(
+                query[members[first + number][0]], key_cache, value_cache, metadata.block_tables[leader],
+                begin, stop, layer, scales,
+            )  # fmt: skip
+    assert max(results) < shared.results
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {token: [] for token in range(len(query))}
+    used = []
+    for token, first, apart, pieces in members:
+        assert not parts[token]
+        used += [first + piece * apart for piece in range(pieces)]
+        parts[token] += [results[first + piece * apart] for piece in range(pieces)]
+    assert sorted(used) == sorted(results)
+    for token, own in parts.items():
+        pages, start = metadata.block_tables[sequences[token]], int(shared.starts[sequences[token]])
+        assert bool(start) == bool(own)
+        assert start < lengths[token]
+        mine = query[token], key_cache, value_cache, pages, start, lengths[token], layer, scales
+        own.append(attention(*mine))
+        weights = torch.stack([lse for _, lse in own]).softmax(0)
+        out[token] = sum(w[:, None] * o for w, (o, _) in zip(weights, own, strict=True))
+    return out, len({leader for _, _, leader, *_ in items})
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""Attention of decode steps over prefixes that several sequences have in common, on a GPU, in Triton.
+"""Attention over prefixes that several sequences have in common, on a GPU, in Triton.
 
 FlashAttention-2 (Dao, 2023) with the queries of a group's sequences side by side; see `cascade` for who is in a group.
 """
@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.cascade import ITEM_WIDTH, MEMBER_WIDTH, max_results
+from batchrun.engine.paged.cascade import ITEM_WIDTH, MEMBER_WIDTH
 from batchrun.engine.paged.fp8_pages import normalized
+from batchrun.engine.paged.metadata import SharedPrefixes
 from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory
 
 # Keys in a block and blocks in flight, best first.
@@ -31,7 +32,7 @@ CASCADE_BLOCK_QUERIES, CASCADE_WARPS = (64, 128), 4
 )
 def _attend_prefixes(
     query, key_cache, value_cache, key_scales, value_scales, block_tables, members, items, out, lse, scale, softcap,
-    query_seq_stride, query_head_stride, block_table_stride,
+    query_token_stride, query_head_stride, block_table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr, ITEM: tl.constexpr, MEMBER: tl.constexpr,
@@ -51,9 +52,9 @@ def _attend_prefixes(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
-    row = tl.load(members + (first_member + number) * MEMBER, mask=mask_m, other=0).to(tl.int64)
+    token = tl.load(members + (first_member + number) * MEMBER, mask=mask_m, other=0).to(tl.int64)
     q = tl.load(
-        query + (row * query_seq_stride + query_head * query_head_stride)[:, None] + offs_d[None, :],
+        query + (token * query_token_stride + query_head * query_head_stride)[:, None] + offs_d[None, :],
         mask=mask_m[:, None] & mask_d[None, :],
         other=0.0,
     )
@@ -119,11 +120,11 @@ def _merge_prefixes(
     pieces = tl.load(member + 3)
     if pieces == 0:
         return
-    row, first, apart = tl.load(member).to(tl.int64), tl.load(member + 1).to(tl.int64), tl.load(member + 2)
+    token, first, apart = tl.load(member).to(tl.int64), tl.load(member + 1).to(tl.int64), tl.load(member + 2)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
-    head_row = row * NUM_HEADS + head
-    # The row's own rest begins the softmax.
+    head_row = token * NUM_HEADS + head
+    # What is behind the prefix begins the softmax.
     m_i, l_i = tl.load(lse + head_row), 1.0
     acc = tl.load(out + head_row * HEAD_DIM + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     for piece in range(0, pieces):
@@ -138,40 +139,39 @@ def _merge_prefixes(
 
 
 def merge_prefixes(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, members: Tensor, items: Tensor,
-    block_queries: int, layer: Layer, out: Tensor, lse: Tensor, scales: Tensor | None = None,
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, shared: SharedPrefixes,
+    layer: Layer, out: Tensor, lse: Tensor, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Attends over the prefixes of a plan's groups and merges that into what their rows have of their own.
+    """Attends over the prefixes of a plan's groups and merges that into what their tokens have of their own.
 
     Args:
-        query: (sequences, query heads, head size), a head's numbers contiguous.
+        query: (tokens, query heads, head size), a head's numbers contiguous.
         key_cache, value_cache: (pages, page size, kv heads, head size), contiguous.
         block_tables: (sequences, pages) int32.
-        members, items, block_queries: see `CascadePlan`; more members and items than there are, filled up with zeros.
-        out: (sequences, query heads, head size), contiguous: attention over each row's own keys behind its prefix; then
+        shared: who reads what.
+        out: (tokens, query heads, head size), contiguous: attention over the keys behind each token's prefix; then
             over all of its keys.
-        lse: (sequences, query heads) float32, contiguous: the log-sum-exp of the scores; likewise.
+        lse: (tokens, query heads) float32, contiguous: the log-sum-exp of the scores; likewise.
         scales: (2, pages, kv heads, page size) float32, of keys and values where the cache is in fp8.
     """
-    num_seqs, heads, head_dim = query.shape
+    _, heads, head_dim = query.shape
     group_size, block_d = heads // layer.kv_heads, triton.next_power_of_2(head_dim)
     block_n, num_stages = fitting_blocks(
-        CASCADE_BLOCKS, block_queries, block_d * query.itemsize, shared_memory(query)
+        CASCADE_BLOCKS, shared.block_queries, block_d * query.itemsize, shared_memory(query)
     )
-    results = max_results(num_seqs)
-    prefix_out = torch.empty((results, heads, head_dim), dtype=torch.float32, device=query.device)
-    prefix_lse = torch.empty((results, heads), dtype=torch.float32, device=query.device)
-    _attend_prefixes[(len(items) * layer.kv_heads,)](
+    prefix_out = torch.empty((shared.results, heads, head_dim), dtype=torch.float32, device=query.device)
+    prefix_lse = torch.empty((shared.results, heads), dtype=torch.float32, device=query.device)
+    _attend_prefixes[(len(shared.items) * layer.kv_heads,)](
         query, key_cache, value_cache, *(scales if scales is not None else (None, None)), block_tables,
-        members, items, prefix_out, prefix_lse,
+        shared.members, shared.items, prefix_out, prefix_lse,
         layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), block_tables.stride(0),
         NUM_KV_HEADS=layer.kv_heads, GROUP_SIZE=group_size, HEAD_DIM=head_dim, PAGE_SIZE=key_cache.shape[1],
-        SOFTCAP=layer.softcap is not None, BLOCK_M=block_queries, BLOCK_N=block_n, BLOCK_D=block_d,
+        SOFTCAP=layer.softcap is not None, BLOCK_M=shared.block_queries, BLOCK_N=block_n, BLOCK_D=block_d,
         NUM_STAGES=num_stages, ITEM=ITEM_WIDTH, MEMBER=MEMBER_WIDTH, num_warps=CASCADE_WARPS,
     )  # fmt: skip
-    _merge_prefixes[(len(members), heads)](
-        prefix_out, prefix_lse, members, out, lse,
+    _merge_prefixes[(len(shared.members), heads)](
+        prefix_out, prefix_lse, shared.members, out, lse,
         NUM_HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, MEMBER=MEMBER_WIDTH, num_warps=1,
     )  # fmt: skip
 

@@ -19,6 +19,8 @@ from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks,
 # Keys in a block and blocks in flight, best first.
 DECODE_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 SPLIT_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
+# Of what is behind shared prefixes, mostly few keys: more sequences at once on each processor.
+REST_BLOCKS, REST_WARPS = ((32, 2), (16, 1)), 4
 # Of keys in fp8, with half the warps for heads of up to 128 numbers: what they do to convert them counts more than how
 # many they have in flight. On an H200, 8 key heads and 32 query heads, microseconds with 2 warps, with 4 at best and in
 # bfloat16: 1,024 sequences of 600 tokens 370, 400 and 590; 64 of 8,000 292, 302 and 492; 300 of 20 to 3,300 329, 324
@@ -192,7 +194,14 @@ def decode(
     max_keys = min(block_tables.shape[1] * key_cache.shape[1], layer.window or 1 << 30)
     num_splits = 1 if num_seqs * layer.kv_heads >= _MIN_UNSPLIT_BLOCKS else triton.cdiv(max_keys, split_size)
     block_d = triton.next_power_of_2(head_dim)
-    choices = FP8_BLOCKS if scales is not None else DECODE_BLOCKS if num_splits == 1 else SPLIT_BLOCKS
+    warps = decode_warps(block_d, scales is not None)
+    choices: tuple[tuple[int, int], ...] = DECODE_BLOCKS
+    if scales is not None:
+        choices = FP8_BLOCKS
+    elif num_splits > 1:
+        choices = SPLIT_BLOCKS
+    elif starts is not None:
+        choices, warps = REST_BLOCKS, REST_WARPS
     block_n, num_stages = fitting_blocks(choices, block_m, block_d * key_cache.itemsize, shared_memory(query))
     if num_splits > 1:
         # A window's first block of keys begins before the window.
@@ -213,7 +222,7 @@ def decode(
         PAGE_SIZE=key_cache.shape[1],
         WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None,
         BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, SPLIT_KV=num_splits > 1,
-        STARTS=starts is not None, num_warps=decode_warps(block_d, scales is not None),
+        STARTS=starts is not None, num_warps=warps,
     )  # fmt: skip
     if num_splits > 1:
         _combine[(num_seqs, heads)](

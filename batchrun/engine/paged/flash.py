@@ -36,7 +36,8 @@ class FlashAttention:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages."""
+        """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages,
+        shared prefixes once."""
         assert metadata.cu_seqlens_q is not None
         if scales is None:
             kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
@@ -46,6 +47,9 @@ class FlashAttention:
                 key, value, key_cache, value_cache, scales, metadata.slot_mapping
             )
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        shared, lse = metadata.shared_prefixes, None
+        if shared is not None:
+            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         # Sequences without older tokens need no detour through the pages.
         keys, values, block_tables = (
             (key, value, None) if metadata.no_context else (key_cache, value_cache, metadata.block_tables)
@@ -66,6 +70,12 @@ class FlashAttention:
                 layer,
                 sinks,
                 out,
+                None if shared is None else shared.starts[first:stop],
+                lse,
+            )
+        if shared is not None and lse is not None:
+            cascade_attention.merge_prefixes(
+                query, key_cache, value_cache, metadata.block_tables, shared, layer, out, lse
             )
         return out
 
@@ -90,17 +100,7 @@ class FlashAttention:
         )
         if shared is not None:
             cascade_attention.merge_prefixes(
-                query,
-                key_cache,
-                value_cache,
-                metadata.block_tables,
-                shared.members,
-                shared.items,
-                shared.block_queries,
-                layer,
-                out,
-                lse,
-                scales,
+                query, key_cache, value_cache, metadata.block_tables, shared, layer, out, lse, scales
             )
         return out if sinks is None else _with_sinks(out, lse, sinks)
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from batchrun.engine.paged.architecture import Layer
+from batchrun.engine.paged.cascade import CascadePlan
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """What groups of a decode step's sequences begin with, to be read once for each group.
+    """What groups of a call's sequences begin with, to be read once for each group.
 
     `starts` (sequences,) int32: how many leading tokens of a sequence those are, 0 without a group. `members` and
-    `items`: see `CascadePlan`, filled up with zeros, and so `block_queries`.
+    `items`: see `CascadePlan`, filled up with zeros, and so `block_queries`. `results` is how many there may be.
     """
 
     starts: Tensor
     members: Tensor
     items: Tensor
     block_queries: int
+    results: int
+
+    @classmethod
+    def of(cls, plan: CascadePlan, upload: Callable[[NDArray[np.int32]], Tensor]) -> Self:
+        """A plan on the device."""
+        starts, members, items = map(upload, (plan.starts, plan.members, plan.items))
+        return cls(starts, members, items, plan.block_queries, plan.results)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,10 @@ sequence, over its pages, 462 instead of 401. Sequences of 600 would lose a fift
 
 @triton.jit(
     do_not_specialize=["block_table_stride"],
-    do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "seq_lens"],
+    do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "seq_lens", "starts"],
 )
 def _prefill(
-    query, keys, values, sinks, block_tables, cu_seqlens_q, seq_lens, out, scale, softcap,
+    query, keys, values, sinks, block_tables, cu_seqlens_q, seq_lens, starts, out, lse, scale, softcap,
     query_token_stride, query_head_stride, key_token_stride, value_token_stride, block_table_stride,
     NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, PACKED_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -79,6 +79,8 @@ def _prefill(
     position = seq_len - query_len + query_index
     first_position = seq_len - query_len + query_block * TOKENS
     first = 0
+    if starts is not None:
+        first = tl.load(starts + seq)
     if WINDOW > 0:
         first = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         unmasked_stop = first
@@ -134,11 +136,15 @@ def _prefill(
         m_i, l_i, acc = attend(q, k, v, None, None, mask, m_i, l_i, acc, scale, softcap, SOFTCAP, True)
     out_ptrs = out + (token * NUM_HEADS + head)[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(out_ptrs, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=mask_q)
+    if lse is not None:
+        mask_m = (query_index < query_len) & (offs_m < TOKENS * PACKED_HEADS)
+        tl.store(lse + token * NUM_HEADS + head, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=mask_m)
 
 
 def prefill(
     query: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor | None, cu_seqlens_q: Tensor, seq_lens: Tensor,
     max_seqlen_q: int, layer: Layer, sinks: Tensor | None = None, out: Tensor | None = None,
+    starts: Tensor | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of packed sequences, over their pages or, without `block_tables`, over the prefill batch
     itself.
@@ -151,6 +157,9 @@ def prefill(
             each sequence's keys; its queries stand at the last of them. max_seqlen_q: queries of the longest sequence.
         sinks: (query heads,), logits without a value.
         out: (tokens, query heads, head size), contiguous, where the result goes if it is part of another.
+        starts: (sequences,) int32, the first of each sequence's keys that are attended over, at the beginning of a
+            page and no later than its first query; all of them without it.
+        lse: (tokens, query heads) float32, contiguous, where the scores' log-sum-exp goes.
 
     Returns:
         (tokens, query heads, head size).
@@ -168,7 +177,7 @@ def prefill(
     grid = (triton.cdiv(max_seqlen_q, block_m // num_packed), heads // num_packed, len(seq_lens))
     _prefill[grid](
         query, keys, values, sinks,
-        seq_lens if block_tables is None else block_tables, cu_seqlens_q, seq_lens, out,
+        seq_lens if block_tables is None else block_tables, cu_seqlens_q, seq_lens, starts, out, lse,
         layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0,
         query.stride(0), query.stride(1), keys.stride(axis), values.stride(axis),
         0 if block_tables is None else block_tables.stride(0),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,9 @@ class Runner:
     def prefill(self, chunks: list[PrefillChunk]) -> Pending:
         """Computes a prefill batch; gives the first new token of every sequence that it completes."""
         work, sequences = PrefillWork.of(chunks, self.cache.page_size, self._sampler, self.cache.widens_pages)
+        # A prefill reads no pages in fp8 together.
+        if self._cascade is not None and self.cache.scales is None:
+            work = work.planned(self._cascade, self.cache.page_size)
         return replace(self._launch(work), sequences=sequences, scored=work.scored)
 
     def decode(self, batch: DecodeBatch) -> Pending:
@@ -152,6 +156,9 @@ class Runner:
             cu_seqlens_q=self._to_device(np.concatenate([[0], np.cumsum(work.query_lens)]), np.int32),
             query_spans=work.query_spans,
             no_context=work.no_context,
+            shared_prefixes=None
+            if work.plan is None
+            else SharedPrefixes.of(work.plan, partial(self._to_device, dtype=np.int32)),
             widened=None if work.widened is None else self._to_device(work.widened.pages, np.int64),
             widened_spans=[] if work.widened is None else work.widened.page_spans,
         )
@@ -257,11 +264,7 @@ class Runner:
         """One token for each sequence that still runs; runs under capture, so nothing is read back."""
         inputs = Inputs.of(self._inputs[: input_size(shape)], shape)
         slots, block_tables = inputs.slots.long(), inputs.block_tables
-        shared = (
-            SharedPrefixes(inputs.starts, inputs.members, inputs.items, shape.block_queries)
-            if shape.items
-            else None
-        )
+        shared = inputs.shared_prefixes(shape)
         size = self.cache.page_size
         running, seq_len = self._running[slots], self._seq_len[slots]
         # A sequence that has ended attends to as little as there can be, and writes to the null page.

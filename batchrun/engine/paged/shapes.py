@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchrun.engine.paged.cascade import ITEM_WIDTH, MAX_ITEMS, MEMBER_WIDTH
+from batchrun.engine.paged.cascade import ITEM_WIDTH, MAX_ITEMS, MEMBER_WIDTH, max_results
+from batchrun.engine.paged.metadata import SharedPrefixes
 
 FEW_ITEMS = 32
 LONG_SEQLEN, SHORT_SEQLEN = 2048, 128
@@ -45,6 +46,13 @@ class Inputs:
         """Views of one buffer."""
         parts = torch.split(flat, _counts(shape))
         return cls(*(part.view(size) for part, size in zip(parts, _sizes(shape), strict=True)))
+
+    def shared_prefixes(self, shape: Shape) -> SharedPrefixes | None:
+        """What groups of the sequences begin with, where the shape is made for some."""
+        if not shape.items:
+            return None
+        results = max_results(shape.batch_size)
+        return SharedPrefixes(self.starts, self.members, self.items, shape.block_queries, results)
 
 
 def input_size(shape: Shape) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
-from batchrun.engine.paged.cascade import CascadePlan
+from batchrun.engine.paged.cascade import CascadePlan, CascadePlanner
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import Sampler
@@ -86,7 +86,8 @@ class PrefillWork:
     """A prefill batch: `copies` (3, copies) int64 are pages to copy first, from where, to where and how many tokens;
     the others are as in `AttentionMetadata`, `tokens` and `positions` (tokens,) int64; `widened` are the pages to be
     brought back to the model's format, if any are. The longest chunks come first and padding last. `adapters`
-    (sequences,) int32 are numbers of adapters, 0 for none. `scored` has no names of sequences."""
+    (sequences,) int32 are numbers of adapters, 0 for none. `scored` has no names of sequences. `plan`: which pages
+    sequences read together."""
 
     copies: Longs | None
     tokens: Longs
@@ -101,6 +102,7 @@ class PrefillWork:
     adapters: Ints
     starts: Starts | None
     scored: ScoredChunks | None
+    plan: CascadePlan | None = None
 
     @classmethod
     def of(
@@ -157,6 +159,13 @@ class PrefillWork:
         half = int(self.query_lens[:-1].sum()) // 2
         splits = half >= MIN_PREFILL_TOKENS or (half and len(self.query_lens) > 2)
         return {"prefill_tokens": half} if splits else None
+
+    def planned(self, cascade: CascadePlanner, page_size: int) -> Self:
+        """The batch with what its sequences read together, if that is anything."""
+        if self.no_context:
+            return self
+        plan = cascade.plan_prefill(self.block_tables, self.query_lens, self.seq_lens, page_size)
+        return replace(self, plan=plan)
 
     def for_ranks(self) -> Self:
         """As other ranks get it: they need not know whose scored tokens are which."""
