@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,11 @@ LAYERS = [
     Layer(query_heads=40, kv_heads=1, head_dim=16, scale=0.25),
     Layer(query_heads=4, kv_heads=2, head_dim=64, scale=0.15, softcap=3.0),
 ]
+
+
+def _pairs(first: list[Any], second: list[Any], either: list[Any]) -> list[tuple[Any, Any, Any]]:
+    """Every pair of values that two of the three have: the last ones take turns over the product of the others."""
+    return [(a, b, either[(i + j) % 2]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -105,9 +111,7 @@ def _own(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _random(tokens, layer.kv_heads, layer.head_dim), wider[:, : layer.kv_heads]
 
 
-@pytest.mark.parametrize("chunk", [None, 32, 64], ids=["whole", "chunks of 32 keys", "chunks of 64 keys"])
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize(("layer", "chunk", "fp8"), _pairs(LAYERS, [None, 32, 64], [False, True]))
 def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     layer: Layer, chunk: int | None, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,9 +151,9 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     torch.testing.assert_close(lse, decode()[1], **CLOSE)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("kind", ["paged", "paged in fp8", "unpaged"])
-@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize(
+    ("layer", "kind", "has_sinks"), _pairs(LAYERS, ["paged", "paged in fp8", "unpaged"], [False, True])
+)
 def test_prefill_is_causal_attention_behind_what_each_row_already_has(
     layer: Layer, kind: str, has_sinks: bool
 ) -> None:
@@ -199,9 +203,10 @@ def test_a_copied_page_is_the_same_up_to_its_copied_tokens_in_every_plane() -> N
     assert torch.equal(memory, before)
 
 
-@pytest.mark.parametrize("split", [None, 32], ids=["whole", "rows in chunks of 32 keys"])
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.window is None])
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize(
+    ("layer", "split", "fp8"),
+    _pairs([layer for layer in LAYERS if layer.window is None], [None, 32], [False, True]),
+)
 def test_what_groups_read_together_and_rows_by_themselves_joins_to_attention_over_all_their_keys(
     layer: Layer, split: int | None, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
