@@ -11,6 +11,7 @@ import cuda_stand_in
 import numpy as np
 import pytest
 import torch
+import traced
 import transformers
 
 pytest.importorskip("triton")
@@ -216,7 +217,10 @@ def _check(reference: Any, requests: list[Request], completions: list[Completion
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's float32 is another one's")
-def test_compiled_layers_give_the_tokens_of_generate_and_are_one_graph() -> None:
+def test_compiled_layers_give_the_tokens_of_generate_and_are_one_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced.use(monkeypatch)
     reference, model = _model("gpt_oss"), _model("gpt_oss")
     engine = PagedEngine(EngineSpec("paged", "", "", max_context=128, options=OPTIONS), model, page_size=16)
     assert use_grouped_experts(model) == 2
