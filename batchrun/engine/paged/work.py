@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.cascade import CascadePlan, CascadePlanner
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import Sampler
@@ -166,6 +169,24 @@ class PrefillWork:
             return self
         plan = cascade.plan_prefill(self.block_tables, self.query_lens, self.seq_lens, page_size)
         return replace(self, plan=plan)
+
+    def metadata(self, upload: Callable[[NDArray[Any], type], Tensor]) -> AttentionMetadata:
+        """What attention is told of it, on the device."""
+
+        def ints(values: NDArray[Any]) -> Tensor:
+            return upload(values, np.int32)
+
+        return AttentionMetadata(
+            slot_mapping=upload(self.slot_mapping, np.int64),
+            block_tables=ints(self.block_tables),
+            seq_lens=ints(self.seq_lens),
+            cu_seqlens_q=ints(np.concatenate([[0], np.cumsum(self.query_lens)])),
+            query_spans=self.query_spans,
+            no_context=self.no_context,
+            shared_prefixes=None if self.plan is None else SharedPrefixes.of(self.plan, ints),
+            widened=None if self.widened is None else upload(self.widened.pages, np.int64),
+            widened_spans=[] if self.widened is None else self.widened.page_spans,
+        )
 
     def for_ranks(self) -> Self:
         """As other ranks get it: they need not know whose scored tokens are which."""
