@@ -64,11 +64,11 @@ def test_each_row_has_its_samples_as_lists_and_both_engines_and_any_number_of_sa
 @pytest.mark.parametrize("form", [{"choices": ["yes", "no", "maybe"]}, {"schema": {"type": "object", "properties": {
     "size": {"type": "integer", "minimum": 0, "maximum": 99999}}, "required": ["size"]}}])  # fmt: skip
 def test_typed_answers_are_lists_and_a_retry_completes_rows_with_a_sample_that_failed(
-    tmp_path, tiny_llama, form
+    tmp_path, tiny_llama, cluster, form
 ):
     job = job_of(tmp_path, tiny_llama, engine={"kind": "padded"}, answer=form, output={"failed": "failed"},
                  generation={"max_new_tokens": 4 if "choices" in form else 11})  # fmt: skip
-    assert batchrun("run", str(job))[0] == ExitCode.FAILED_ROWS
+    assert library.run(load(job), client=cluster).exit_code == ExitCode.FAILED_ROWS
     assert verify(load(job)).found.passed
     before = answers(tmp_path / "out").to_pylist()
     failed = [row for row in before if row["status"] == "failed"]
@@ -80,8 +80,8 @@ def test_typed_answers_are_lists_and_a_retry_completes_rows_with_a_sample_that_f
         if bad:
             assert row["error"] == f"INVALID_OUTPUT: sample {bad[0]}: the answer was cut before its end"
     assert any(any(answer is not None for answer in row["answer"]) for row in failed), "good samples stay"
-    more = ("--error", "INVALID_OUTPUT", "--set", "generation.max_new_tokens=60")
-    assert batchrun("retry", str(job), *more)[0] == ExitCode.COMPLETE
+    longer = load(job, "generation.max_new_tokens=60")
+    assert library.retry(longer, errors=["INVALID_OUTPUT"], client=cluster).exit_code == ExitCode.COMPLETE
     assert verify(load(job)).exit_code == ExitCode.COMPLETE
     after = answers(tmp_path / "out").to_pylist()
     for old, new in zip(before, after, strict=True):
