@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from batchrun import __version__, signals
-from batchrun.commands.reply import LogFormat, Reply, Terminal, display, err, out, replying
+from batchrun import __version__
+from batchrun.commands.reply import LogFormat, Reply, display, err, replying
+from batchrun.commands.run import work_off
 from batchrun.commands.usage import Commands
-from batchrun.errors import BatchrunError, JobError, OutputError, Refused, one_line
+from batchrun.errors import JobError, OutputError, Refused
 from batchrun.job.durations import parse_duration
 from batchrun.job.job import Job
-from batchrun.job.output import SAMPLE
-from batchrun.telemetry import logs
-from batchrun.telemetry.printable import printable
+from batchrun.telemetry.printable import counted, printable
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from batchrun.report.result import RunResult
-    from batchrun.telemetry.progress import Progress, ProgressCallback
 
 app = typer.Typer(
     name="batchrun",
@@ -64,7 +59,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it and leave")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and exit"),
     ] = False,
 ) -> None:
     pass
@@ -80,7 +76,9 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs")] = None,
     compare: Annotated[
         Literal["fp8"] | None,
-        typer.Option(help="with --trial: try converted weights too, and tell how far the answers agree"),
+        typer.Option(
+            help="with --trial: run sampled rows with and without fp8, and tell how far the answers agree"
+        ),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -111,13 +109,15 @@ def run(
 ) -> None:
     """Start a job, or go on where an earlier run of it ended."""
 
-    def work(job: Job, **how: Any) -> RunResult:
-        from batchrun.driver import run as driver
+    with replying(as_json, debug, log_format) as reply:
+        job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], reply)
 
-        return driver.run(job, force=force, **how)
+        def work(job: Job, **how: Any) -> RunResult:
+            from batchrun.driver import run as driver
 
-    overrides = [*overrides, *_for_this_run(address, max_error_rate)]
-    _work_off(work, job_file, overrides, log_format, as_json, debug)
+            return driver.run(job, force=force, **how)
+
+        work_off(job, work, reply, log_format, as_json)
 
 
 @app.command(epilog="Example: batchrun retry job.yaml --error PROMPT_TOO_LONG --set prompt.truncate=left")
@@ -129,7 +129,9 @@ def retry(
     ] = [],
     allow: Annotated[
         list[str],
-        typer.Option(metavar="KEY", help="a setting that may differ, as prompt.template", show_default=False),
+        typer.Option(
+            metavar="KEY", help="a setting that may differ, such as prompt.template", show_default=False
+        ),
     ] = [],
     overrides: Overrides = [],
     address: Address = None,
@@ -141,13 +143,15 @@ def retry(
 ) -> None:
     """Run the failed rows of a complete output again, once their cause is fixed."""
 
-    def work(job: Job, **how: Any) -> RunResult:
-        from batchrun.driver import retry as retrying
+    with replying(as_json, debug, log_format) as reply:
+        job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], reply)
 
-        return retrying.retry(job, errors=errors, allow=allow, force=force, **how)
+        def work(job: Job, **how: Any) -> RunResult:
+            from batchrun.driver import retry as retrying
 
-    overrides = [*overrides, *_for_this_run(address, max_error_rate)]
-    _work_off(work, job_file, overrides, log_format, as_json, debug)
+            return retrying.retry(job, errors=errors, allow=allow, force=force, **how)
+
+        work_off(job, work, reply, log_format, as_json)
 
 
 @app.command(epilog="Example: batchrun status job.yaml --json")
@@ -219,7 +223,7 @@ def clean(
         from batchrun.commands.clean import clean as clean_output
 
         deleted = clean_output(job, everything, None if yes else _ask)
-        reply.print({"deleted": len(deleted)}, [f"{len(deleted):,} objects deleted"])
+        reply.print({"deleted": len(deleted)}, [f"{counted(len(deleted), 'object')} deleted"])
 
 
 @app.command(epilog="Example: batchrun bench --model tiny --workload extract --rows 20 --engine padded")
@@ -247,7 +251,7 @@ def bench(
     ] = None,
     quantization: Annotated[
         str | None,
-        typer.Option(help="convert the shape's or folder's weights: fp8", show_default="none; the job's"),
+        typer.Option(help="of the shape's or folder's weights: fp8", show_default="none; the job's"),
     ] = None,
     cache_dtype: Annotated[
         Literal["auto", "fp8"],
@@ -280,62 +284,6 @@ def bench(
 def _for_this_run(address: str | None, max_error_rate: float | None) -> list[str]:
     values = {"cluster.address": address, "limits.max_error_rate": max_error_rate}
     return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-
-
-def _work_off(
-    work: Callable[..., RunResult],
-    job_file: Path,
-    overrides: list[str],
-    log_format: LogFormat,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    """Shows `work(job, stop=, on_progress=)` while it goes on, then what came of it; ends with its exit code."""
-    with replying(as_json, debug, log_format) as reply:
-        job = _load(job_file, overrides, reply)
-        from batchrun.driver.engines import standing_by
-
-        # Before anything else: what they import takes longer than all that this process does meanwhile.
-        with standing_by(job) as standby:
-            from batchrun.report import live
-            from batchrun.telemetry.milestones import Milestones
-
-            with live.show(Terminal(stderr=True), log_format, job) as on_progress:
-                result = work(
-                    job,
-                    stop=signals.stop,
-                    on_progress=_shown_if_possible(on_progress),
-                    milestones=Milestones.of_process(),
-                    standby=standby,
-                )
-                signals.decided(result.exit_code)
-        with display():
-            _show_result(job, result, as_json, reply)
-        raise typer.Exit(result.exit_code)
-
-
-def _show_result(job: Job, result: RunResult, as_json: bool, reply: Reply) -> None:
-    from batchrun.report import summary
-    from batchrun.storage import NotFound
-
-    if not as_json and result.rows:
-        try:
-            sample = result.sample(summary.SHOWN_ROWS)
-        except (BatchrunError, NotFound) as error:
-            logs.log.warning("no rows to show: %s", one_line(error))
-        else:
-            out.print(summary.rows_table(sample, _columns_to_show(job, sample)))
-    reply.print(result.to_json(), summary.run_lines(result))
-
-
-def _shown_if_possible(on_progress: ProgressCallback) -> ProgressCallback:
-    """The callback, whose errors no longer count once its terminal is gone: that is no reason to stop a run."""
-
-    def forward(now: Progress) -> None:
-        with display():
-            on_progress(now)
-
-    return forward
 
 
 @app.command(epilog="Example: batchrun init s3://lake/reviews/ --model org/name --out job.yaml")
@@ -397,21 +345,3 @@ def _seconds(text: str) -> float:
     if not seconds:
         raise JobError("no time to try anything", "--trial", "write --trial 60s")
     return seconds
-
-
-def _columns_to_show(job: Job, table: pa.Table) -> list[str]:
-    """What the prompt was made of and what became of it, as far as both are in the output."""
-    from batchrun.prompt.template import prompt_columns
-
-    own = [job.output.column(name) for name in job.output.answer_columns]
-    carried = [name for name in table.schema.names if name not in own]
-    asked = [name for name in [*prompt_columns(job.prompt), *job.answer.read_columns] if name in carried]
-    error = job.output.column("error")
-    beside = [
-        job.output.column(name) for name in ("probabilities", "perplexity") if name in job.output.columns
-    ]
-    sample = [job.output.column(SAMPLE)] if SAMPLE in job.output.columns else []
-    answer = [*sample, job.output.column("answer"), *beside] + (
-        [error] if table[error].null_count < table.num_rows else []
-    )
-    return [*(asked or carried)[:2], *answer]

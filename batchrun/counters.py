@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-EXAMPLES = 5  # failed rows that are named
+# Failed rows that are named.
+EXAMPLES = 5
 
 
 @dataclass

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -126,6 +127,13 @@ class EngineError(BatchrunError):
 
 class EngineDied(EngineError):
     """The engine's process ended by itself (a crash, a kill). A new one may go on from the staged rows."""
+
+
+class EngineOutOfMemory(EngineError):
+    """A GPU of an engine that has several had no memory for a batch, which the others were in the middle of: never a
+    row's fault. The next process gets `options` over those that this one had, smaller each time."""
+
+    options: Mapping[str, object] = MappingProxyType({})
 
 
 class EngineNotLoaded(EngineError):

@@ -1,32 +1,26 @@
 # syntax=docker/dockerfile:1
 # batchrun for workers on NVIDIA GPUs (driver for CUDA 13 on the machine). From the repository's root:
 #   docker build -f docker/gpu.Dockerfile -t batchrun:0.2.0-gpu .
-# flash-attn is compiled here, an hour on 16 cores; where there is a wheel for this Python, torch and CUDA, name it with
-# --build-arg FLASH_ATTN=<URL or path of the wheel>.
-FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS build
-ARG FLASH_ATTN="flash-attn==2.8.3"
-ARG CUDA_ARCHITECTURES="80;90"
+# torch brings CUDA's libraries itself, so that the base image without them is enough.
+FROM nvidia/cuda:13.0.1-base-ubuntu24.04 AS build
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # The distribution's own patch releases are wanted, so these packages are not pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-dev python3-venv ninja-build git \
+    && apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/batchrun
 WORKDIR /src
 ENV PATH=/opt/batchrun/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY docker/constraints-gpu.txt constraints.txt
-# Without build isolation flash-attn compiles against this torch. Each of its jobs takes about 8 GB of memory.
+# The largest layer, which changes least.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt torch setuptools wheel packaging psutil \
-    && FLASH_ATTN_CUDA_ARCHS="$CUDA_ARCHITECTURES" MAX_JOBS=8 \
-    pip install -c constraints.txt --no-build-isolation "$FLASH_ATTN"
+    pip install -c constraints.txt torch
 COPY pyproject.toml README.md LICENSE ./
 COPY batchrun batchrun
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt '.[s3,gcs,azure]' accelerate
+    pip install -c constraints.txt '.[gpu,s3,gcs,azure]'
 
-# torch brings CUDA's libraries itself, so that the base image without them is enough.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 # gcc and Python's headers: Triton compiles a launcher for each of its kernels, at their first use.
 # hadolint ignore=DL3008

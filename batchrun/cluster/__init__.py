@@ -114,7 +114,8 @@ def _security(tls: TlsSettings | None) -> Security | None:
     )
     try:
         security.get_connection_args("client")
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:
+        # ssl.SSLError is one.
         raise ClusterError(
             f"its certificates cannot be loaded ({error.strerror})",
             "cluster.tls",
@@ -130,6 +131,7 @@ def dashboard(client: Client) -> str | None:
     link: str = client.dashboard_link
     try:
         urlopen(link, timeout=2).close()
-    except OSError:  # the port is named even where no dashboard was asked for
+    except OSError:
+        # The port is named even where no dashboard was asked for.
         return None
     return link

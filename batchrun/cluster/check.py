@@ -43,9 +43,8 @@ def check_workers(client: Client, slots: int, gpus: int = 1) -> None:
     found: dict[str, Any] = client.run(_facts, on_error="return")
     if not found:
         log.warning("no workers at %s yet: the run waits for the first one", client.scheduler.address)
-    facts = {
-        address: fact for address, fact in found.items() if not isinstance(fact, OSError)
-    }  # it has just left
+    # One that cannot be asked has just left.
+    facts = {address: fact for address, fact in found.items() if not isinstance(fact, OSError)}
     if problem := find_problem(facts, slots, gpus):
         raise ClusterError(*problem)
     if any(fact.profiler for fact in facts.values()):

@@ -36,8 +36,8 @@ def worker_environment() -> dict[str, str]:
     return {
         f"DASK_{key.upper().replace('.', '__').replace('-', '_')}": str(value)
         for key, value in DASK_CONFIG.items()
-        if "environ"
-        not in key  # names of variables do not survive Dask's spelling; its default for OMP_NUM_THREADS is 1
+        # Names of variables do not survive Dask's spelling; its default for OMP_NUM_THREADS is 1.
+        if "environ" not in key
     }
 
 

@@ -19,7 +19,11 @@ SCHEDULER_POD = 900
 @contextmanager
 def kubernetes_cluster(settings: ClusterSettings, gpus: int = 1) -> Iterator[Any]:
     """Scheduler and workers as pods, each with so many `gpus`, by the Dask operator (which has to be installed in the
-    cluster)."""
+    cluster).
+
+    Raises:
+        ClusterError: dask-kubernetes is not installed, the resources do not fit `gpus`, or no cluster can be reached.
+    """
     module = kubernetes_module()
     spec, namespace = kubernetes_spec(settings, gpus), (settings.kubernetes or {}).get("namespace")
     try:
@@ -28,7 +32,8 @@ def kubernetes_cluster(settings: ClusterSettings, gpus: int = 1) -> Iterator[Any
         cluster = module.KubeCluster(
             custom_cluster_spec=spec, namespace=namespace, resource_timeout=SCHEDULER_POD, quiet=True
         )
-    except Exception as error:  # kr8s, httpx and the operator's own: all mean that there is no cluster
+    except Exception as error:
+        # kr8s, httpx and the operator's own: all mean that there is no cluster.
         fix = "check kubectl's context and that the Dask operator is installed"
         what = one_line(error)
         raise ClusterError(what, "cluster.kubernetes", fix) from None

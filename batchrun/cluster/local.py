@@ -77,7 +77,8 @@ async def _kill(nannies: Sequence[WorkerNanny]) -> None:
     """Ends the workers at once: tasks have staged what they had to, and nothing in a worker is durable. Closing them
     takes seconds, in which GPUs are paid for. An engine dies with its worker."""
     for nanny in nannies:
-        nanny.close_gracefully()  # so that it starts no other
+        # So that it starts no other.
+        nanny.close_gracefully()
         if nanny.pid:
             os.kill(nanny.pid, signal.SIGKILL)
 

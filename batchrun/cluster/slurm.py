@@ -28,7 +28,11 @@ _GPUS = re.compile(
 @contextmanager
 def slurm_cluster(settings: ClusterSettings, gpus: int = 1) -> Iterator[Any]:
     """As many one-worker Slurm jobs as the job asks for, each with so many `gpus`; those that end before the run are
-    submitted again."""
+    submitted again.
+
+    Raises:
+        ClusterError: dask-jobqueue is not installed, its options do not fit, or sbatch refuses the jobs.
+    """
     module = slurm_module()
     jobs = settings.workers or 1
     try:
@@ -47,7 +51,8 @@ def slurm_cluster(settings: ClusterSettings, gpus: int = 1) -> Iterator[Any]:
             cluster.sync(submitted)
         except RuntimeError as error:
             for job in cluster.workers.values():
-                job.status = Status.failed  # a job left as created makes closing the cluster fail
+                # A job left as created makes closing the cluster fail.
+                job.status = Status.failed
             reason = " ".join(str(error).partition("stderr:")[2].split()) or first_line(error)
             raise ClusterError(
                 f"sbatch refused ({reason})", "cluster.slurm", "try the options with sbatch"

@@ -21,8 +21,10 @@ from batchrun.job.settings import InputSettings
 from batchrun.prompt.columns import holds_messages, holds_text
 
 MODEL = "Qwen/Qwen3-0.6B"
-LOOKED_AT = 200  # rows that tell how long a column's texts are
-SHOWN = 60  # characters of an example
+# Rows that tell how long a column's texts are.
+LOOKED_AT = 200
+# Characters of an example.
+SHOWN = 60
 # Names that say that a column is the prompt, or what it is made of; the likeliest first.
 LIKELY_PROMPTS = (
     "prompt",

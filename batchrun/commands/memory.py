@@ -34,7 +34,7 @@ def of(job: Job, prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
     return {
         "gpu": name,
         "quantization": job.model.quantization,
-        "convertible": job.model.adapters is None,
+        "convertible": job.model.adapters is None and found.fp8_weights != found.weights,
         "weights": found.weights,
         "fp8_weights": found.fp8_weights,
         "cache_dtype": job.engine.cache_dtype,

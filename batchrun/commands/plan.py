@@ -32,11 +32,14 @@ from batchrun.telemetry.gpu import local_workers, visible_gpus
 from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 
-SAMPLE_SECONDS = 4.0  # after which a plan makes do with what it has read
-TRIAL_SAMPLE_SHARE = 0.25  # of a trial's time, for a sample as large as what an engine looks ahead at
+# Seconds after which a plan makes do with what it has read.
+SAMPLE_SECONDS = 4.0
+# Share of a trial's time for a sample as large as what an engine looks ahead at.
+TRIAL_SAMPLE_SHARE = 0.25
 BARS = 12
 BAR_WIDTH = 40
-PROMPT_SHOWN = 400  # characters of a rendered prompt
+# Characters of a rendered prompt.
+PROMPT_SHOWN = 400
 
 
 def preview(
@@ -119,7 +122,8 @@ def lines(found: dict[str, Any]) -> list[RenderableType]:
     if found["levels"] is not None:
         shown.append(f"answers: of a recursive schema, nested at most {found['levels']} deep")
     if found["skipped"]:
-        shown.append(f"{len(found['skipped'])} unreadable files left out: {', '.join(found['skipped'][:5])}")
+        left_out = counted(len(found["skipped"]), "unreadable file")
+        shown.append(f"{left_out} left out: {', '.join(found['skipped'][:5])}")
     shown += _prompt_lines(found)
     for i, text in enumerate(found["prompts"], 1):
         shown.append(f"prompt {i}: {text}")
@@ -173,7 +177,8 @@ def _tried(
     prepared: Prepared, sampled: Sample, seconds: float, opening: float
 ) -> tuple[Throughput, dict[str, int]]:
     """A trial's throughput, which is remembered on this machine, and how its answers ended."""
-    from batchrun.estimate.trial import trial  # it imports torch
+    # It imports torch.
+    from batchrun.estimate.trial import trial
 
     known, endings = trial(prepared, sampled, seconds, opening)
     known = replace(known, device=device_name())
@@ -190,7 +195,8 @@ def _comparison(
     workers: int,
 ) -> dict[str, Any]:
     """The other way's estimate, from a trial of its own, and how far its answers agree with the job's."""
-    from batchrun.estimate.comparison import compare  # it imports torch
+    # It imports torch.
+    from batchrun.estimate.comparison import compare
 
     found = compare(prepared, sampled, quantization, trial)
     agreement.remember(prepared.model.fingerprint, found)
@@ -297,12 +303,14 @@ def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
     shown: list[RenderableType] = []
     new = f" with {found['max_new_tokens']:,} new tokens" if found["max_new_tokens"] else ""
     if tokens:
+        repeated = tokens["duplicates"]
+        same = f"; {counted(repeated, 'sampled prompt')} the same as another" if repeated else ""
         shown += [
             f"prompt tokens of {sampled:,} sampled rows: half have at most {tokens['p50']:,}, 90% {tokens['p90']:,}, "
             f"99% {tokens['p99']:,}, all {tokens['max']:,}; context {found['context']:,}{new}",
             _bars(tokens["histogram"]),
             f"about {tokens['estimated_total']:,} prompt tokens in all; {tokens['shared_prefix']:.0%} of them repeat "
-            f"how another prompt begins; {tokens['duplicates']:,} sampled prompts are the same as another",
+            f"how another prompt begins{same}",
         ]
     shown += found["orders"]["lines"] if found["orders"] else []
     long = problems["too_long"]
@@ -337,7 +345,9 @@ def _bars(histogram: list[dict[str, int]]) -> Table:
 def _estimate_lines(found: dict[str, Any]) -> list[RenderableType]:
     left = found["rows_left"]
     if not left:
-        return ["nothing is left to do: every part is there"]
+        return [
+            "nothing is left to do: every part is there" if found["rows"] else "there is nothing to generate"
+        ]
     about = found["estimate"]
     if about is None:
         return [

@@ -22,7 +22,8 @@ from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import RunRecord
 
-READERS = 16  # partitions whose chunks are read at a time
+# Partitions whose chunks are read at a time.
+READERS = 16
 SHOWN_RUNS = 5
 SHOWN_OF_RUN = (
     "run", "started", "outcome", "message", "seconds", "workers", "gpus_per_worker", "worker_seconds", "worker_time",
@@ -77,11 +78,11 @@ class Status:
             f"{self.partitions:,} parts{grown}: {self.output}/data"
         ]
         if self.failed:
-            what = "samples" if self.samples > 1 and self.complete else "rows"
-            lines += [f"{self.failed:,} {what} failed", *error_lines(self.errors, self.examples)]
+            what = "sample" if self.samples > 1 and self.complete else "row"
+            lines += [f"{counted(self.failed, what)} failed", *error_lines(self.errors, self.examples)]
         if self.begun:
             lines.append(
-                f"{self.begun:,} more partitions begun, {self.rows_staged:,} rows "
+                f"{counted(self.begun, 'more partition')} begun, {counted(self.rows_staged, 'row')} "
                 f"({size(self.staged_bytes)}) staged"
             )
         lines += [line for run in self.runs[-SHOWN_RUNS:] for line in _run_lines(run)]

@@ -81,10 +81,8 @@ class Workload:
     @property
     def common(self) -> int:
         """Tokens that begin every prompt."""
-        first, last = (
-            min(self.prompts),
-            max(self.prompts),
-        )  # in the order of tokens, so all others are between
+        # In the order of tokens, so that all others are between.
+        first, last = min(self.prompts), max(self.prompts)
         return next(
             (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
             min(len(first), len(last)),

@@ -82,7 +82,7 @@ class Counter:
             yield from counted
 
     def cut(self, piece: Piece, rows: int) -> Piece:
-        """The piece up to the physical row that is its `rows`-th to pass."""
+        """The piece up to the physical row that is its `rows`-th to pass. Raises InputError where fewer pass by now."""
         left = rows
         with self._open(self.files[piece.file]) as parquet:
             for positions in self._matches(parquet, piece):
@@ -135,7 +135,8 @@ class Counter:
             return set()
         if not all(left.groups):
             return set(range(len(file.group_rows)))
-        import pyarrow.dataset as ds  # imports pandas where it is installed: half a second that only filters need
+        # Imports pandas where it is installed: half a second that only filters need.
+        import pyarrow.dataset as ds
 
         fs, inner = native_filesystem(file.path, self.settings.storage_options)
         fragment = ds.ParquetFileFormat().make_fragment(inner, filesystem=fs)

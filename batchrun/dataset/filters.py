@@ -112,13 +112,13 @@ def _is_term(value: Any) -> bool:
 
 def _checked_group(group: Any) -> Iterable[Any]:
     if not isinstance(group, list | tuple) or not group or isinstance(group[0], str):
-        raise InputError(f"{group!r} is no list of conditions", _WHERE, "write [[column, op, value], ...]")
+        raise InputError(f"{group!r} is not a list of conditions", _WHERE, "write [[column, op, value], ...]")
     return group
 
 
 def _checked_term(term: Any) -> tuple[str, str, Any]:
     if not _is_term(term) or len(term) != 3:
-        raise InputError(f"{term!r} is no condition", _WHERE, "write [column, op, value]")
+        raise InputError(f"{term!r} is not a condition", _WHERE, "write [column, op, value]")
     column, op, value = term
     if op not in _OPERATORS:
         raise InputError(

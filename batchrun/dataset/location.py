@@ -26,8 +26,10 @@ from batchrun.storage.protocols import refuse_unknown
 
 T = TypeVar("T")
 
-PATIENCE = 10.0  # seconds that a busy store is asked again while planning
-FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0  # seconds, for `back_off`
+# Seconds that a busy store is asked again while planning.
+PATIENCE = 10.0
+# Seconds, for `back_off`.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0
 
 # One ranged read that holds the footer of nearly every file.
 _TAIL_BYTES = 64 << 10
@@ -94,13 +96,15 @@ def stat(path: str, storage_options: Mapping[str, Any]) -> Found:
 def version_of(info: Mapping[str, Any]) -> str:
     """What fsspec's answer about a file says about its content's version; empty when it says nothing."""
     version = next((info[key] for key in _VERSION_KEYS if info.get(key) is not None), "")
-    if isinstance(version, datetime):  # listings and single answers of one store may differ in this
+    # Listings and single answers of one store may differ in this.
+    if isinstance(version, datetime):
         version = version.timestamp()
     return str(version).strip('"')
 
 
 def filesystem(path: str, storage_options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path inside it."""
+    """The file system of a path or URL, and the path inside it. Raises InputError where its protocol or options do not
+    work here."""
     refuse_unknown(path, InputError)
     try:
         fs, inner = fsspec.url_to_fs(path, **storage_options)
@@ -177,7 +181,8 @@ def _expand(path: str, storage_options: Mapping[str, Any]) -> list[Found]:
         files = persistently(path, lambda: deadline.within(deadline.UNSIZED, lambda: _list(fs, inner)))
     except StorageError:
         raise
-    except Exception as error:  # every store's client has errors of its own
+    except Exception as error:
+        # Every store's client has errors of its own.
         raise InputError(
             f"cannot be listed ({type(error).__name__}: {error})", path, "check path and access"
         ) from None

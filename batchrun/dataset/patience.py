@@ -14,8 +14,10 @@ from batchrun.storage.faults import is_transient
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 300.0  # seconds without a batch before a busy store is given up
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; the n-th wait is a random one up to FIRST_WAIT * 2**n
+# Seconds without a batch before a busy store is given up.
+PATIENCE = 300.0
+# Seconds; the n-th wait is a random one up to FIRST_WAIT * 2**n.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 
 
 def read_with_retries(read: Callable[[bool], Iterator[RowBatch]], where: str) -> Iterator[RowBatch]:

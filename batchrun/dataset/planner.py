@@ -123,7 +123,7 @@ def _folder(file: DataFile, partition_by: Sequence[str]) -> str:
     keys = [name for name, _ in file.keys]
     if missing := [name for name in partition_by if name not in keys]:
         raise InputError(
-            f"{missing[0]!r} is no key=value folder of the input{nearest(missing[0], keys)}",
+            f"{missing[0]!r} is not a key=value folder of the input{nearest(missing[0], keys)}",
             "output.partition_by",
             f"put the input's files into folders named {missing[0]}=VALUE, or leave it out",
         )

@@ -16,7 +16,7 @@ from batchrun.dataset.filters import Filters, filter_columns, parse_filters
 from batchrun.dataset.hive import constants
 from batchrun.dataset.location import open_parquet, read_footer, stat
 from batchrun.dataset.plan import Slice
-from batchrun.dataset.rowgroup import READING, read_group
+from batchrun.dataset.rowgroup import CHANGED_FIX, READING, read_group
 from batchrun.dataset.source import DataFile
 from batchrun.errors import ChangedError, CorruptInput, FaultCode, RowFault
 
@@ -210,7 +210,9 @@ class _Reader(NamedTuple):
             return
         if done != part.rows:
             raise ChangedError(
-                f"row group {part.row_group} gave {done} rows where {part.rows} were planned", file.path
+                f"row group {part.row_group} gave {done} rows where {part.rows} were planned",
+                file.path,
+                CHANGED_FIX,
             )
 
     def _batch(
@@ -266,22 +268,21 @@ class _Reader(NamedTuple):
 
 def _check_unchanged(file: DataFile, storage_options: Mapping[str, Any]) -> pq.FileMetaData:
     """The file's footer. Raises ChangedError where the file is gone or another than was planned."""
-    fix = "restore it, or plan again into another output.path"
     try:
         now = stat(file.path, storage_options)
     except FileNotFoundError:
-        raise ChangedError("planned, and now gone", file.path, fix) from None
+        raise ChangedError("planned, and now gone", file.path, CHANGED_FIX) from None
     if (now.size, now.version) != (file.size, file.version):
         was = f"{file.size} bytes, version {file.version}"
         raise ChangedError(
             f"changed since it was planned ({was}; now {now.size} bytes, version {now.version})",
             file.path,
-            fix,
+            CHANGED_FIX,
         )
     footer = read_footer(file.path, file.size, storage_options)
     if file.footer and footer.digest != file.footer:
         raise ChangedError(
-            "replaced since it was planned: same size and time, another footer", file.path, fix
+            "replaced since it was planned: same size and time, another footer", file.path, CHANGED_FIX
         )
     return footer.metadata
 
@@ -291,5 +292,5 @@ def _check_rows(parquet: pq.ParquetFile, file: DataFile, part: Slice) -> None:
     rows = footer.row_group(part.row_group).num_rows if part.row_group < footer.num_row_groups else 0
     if rows != planned:
         raise ChangedError(
-            f"row group {part.row_group} has {rows} rows where {planned} were planned", file.path
+            f"row group {part.row_group} has {rows} rows where {planned} were planned", file.path, CHANGED_FIX
         )

@@ -153,7 +153,7 @@ def _key_fields(
                 hive.scalar_of(value, kind)
             except pa.ArrowException:
                 raise InputError(
-                    f"the folder {name}={value} is no {kind}",
+                    f"the folder {name}={value} is not of type {kind}",
                     file.path,
                     f"set input.cast: {{{name}: string}}",
                 ) from None
@@ -238,7 +238,8 @@ def _read_footer(file: Found, storage_options: Mapping[str, Any]) -> tuple[DataF
         return persistently(file.path, read)
     except (StorageError, InputError):
         raise
-    except Exception as error:  # every store's client has errors of its own
+    except Exception as error:
+        # Every store's client has errors of its own.
         if not is_damage(error):
             raise InputError(
                 f"cannot be opened ({type(error).__name__}: {error})", file.path, "check access and try again"
@@ -256,7 +257,8 @@ def _shared_schema(
     _refuse_duplicates(shapes)
     known = list(dict.fromkeys(name for schema, _ in shapes for name in schema.names))
     wanted = list(dict.fromkeys([*(known if settings.columns is None else settings.columns), *needed]))
-    wanted = wanted or known[:1]  # rows of no columns could not be counted
+    # Rows of no columns could not be counted.
+    wanted = wanted or known[:1]
     for name in [*wanted, *settings.cast]:
         if name not in known:
             raise InputError(f"no input file has a column {name!r}{nearest(name, known)}", "input")
@@ -316,7 +318,8 @@ def _column_type(
         if name in schema.names:
             types.setdefault(schema.field(name).type, []).extend(paths)
     if len(types) > 1:
-        types.pop(pa.null(), None)  # what writers give a column without any value: it fits every type
+        # What writers give a column without any value: it fits every type.
+        types.pop(pa.null(), None)
     if cast is None:
         if len(types) > 1:
             shown = "; ".join(f"{kind} in {_some(paths)}" for kind, paths in types.items())
@@ -343,7 +346,7 @@ def _cast_type(name: str, text: str) -> pa.DataType:
         return parse_type(text)
     except ValueError:
         raise InputError(
-            f"column {name!r}: {text!r} is no type",
+            f"column {name!r}: {text!r} is not a type",
             "input.cast",
             "use pyarrow's names: string, int64, timestamp[us]",
         ) from None

@@ -8,7 +8,6 @@ import queue
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from batchrun.driver import heartbeats
 from batchrun.driver.handovers import Handovers
 from batchrun.driver.heartbeats import Heartbeats
 from batchrun.driver.lost_attempts import IsolatedAttempt, LostAttemptPolicy, reason_of
+from batchrun.driver.partitions import TASK_SECONDS, Partitions
 from batchrun.driver.prepare import Prepared
 from batchrun.driver.receipts import ReceiptReader
 from batchrun.driver.staged import Unheard, unheard
@@ -31,7 +31,6 @@ from batchrun.driver.trials import Trials
 from batchrun.driver.window import Window
 from batchrun.driver.workers import look_at, register_plugin, tell
 from batchrun.errors import CorruptInput, InternalError, Interrupted, Refused, StorageError
-from batchrun.output.attempt import Receipt
 from batchrun.output.retry import Retry
 from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, ProgressCallback, silent
@@ -46,8 +45,6 @@ log = logging.getLogger(__name__)
 IN_FLIGHT_PER_SLOT = 1.25
 # Seconds between two looks at the workers' counters.
 POLL = 1.0
-# Partitions shorter than this share a task, which costs the driver 5 ms whatever is in it.
-TASK_SECONDS = 1.0
 # Seconds that tasks have to stage what they hold after a stop.
 DRAIN_TIMEOUT = 30.0
 # Seconds between two calls to stop: workers come meanwhile, and take up what others have lost.
@@ -59,7 +56,7 @@ FATAL_ERRORS = (Refused, StorageError, CorruptInput, InternalError)
 
 
 class Dispatch:
-    """The partitions of one run between storage and Dask: `todo`, `in_flight`, and what came of them.
+    """The partitions of one run between storage and Dask: those `in_flight`, and what came of them.
 
     `work` says how many rows of which partitions are to be generated; with `retry` they are those that it selects.
     """
@@ -76,7 +73,7 @@ class Dispatch:
         self.plan, self.job, self.folder = prepared.plan, prepared.job, prepared.folder
         self.gpus = prepared.gpus
         self.layout = replace(prepared.layout, generation=0 if retry is None else retry.number)
-        self.work = work
+        self.partitions = Partitions(prepared.plan, work)
         self.order = WorkOrder(
             run=uuid.uuid4().hex,
             job=prepared.job,
@@ -90,24 +87,16 @@ class Dispatch:
         self.reader = ReceiptReader(stop)
         # Raises once the run is to end: the circuit breaker and the job's limits.
         self.guard: ProgressCallback = silent
-        self.todo = deque(work)
-        self.rows_committed = self.plan.rows - sum(work.values())
         self.window = Window(self.order)
         self.in_flight, self.finished = self.window.tasks, self.window.finished
-        # Partitions that share no task any more: one that they shared was lost.
-        self.single: set[int] = set()
-        # Seconds that a partition takes, as of late.
-        self.pace = math.inf
-        self.policy = LostAttemptPolicy(self.plan, self.folder, self.layout, proven=self.rows_committed > 0)
+        self.policy = LostAttemptPolicy(
+            self.plan, self.folder, self.layout, proven=self.partitions.rows_committed > 0
+        )
         self.stalls = Stalls(self.job.limits.stall_seconds)
         self.trials = Trials(self.policy, self.window)
         self.tail = Tail(lambda index: self.plan.partitions[index].rows)
         self.handovers = Handovers(self.tail, self.window, self._task)
         self.workers: dict[str, Any] = {}
-        # Of parts that this run saw committed.
-        self.receipts: dict[int, Receipt] = {}
-        # Rows, by partitions whose tasks ended before they were covered.
-        self.staged: dict[int, int] = {}
         self.unheard = Unheard()
         self.totals = RunTotals()
         self.dashboard: str | None = None
@@ -135,7 +124,7 @@ class Dispatch:
         next_poll = 0.0
         register_plugin(client)
         self.dashboard = dashboard(client)
-        while self.todo or self.in_flight or self.policy.suspected:
+        while self.partitions.todo or self.in_flight or self.policy.suspected:
             if self.stop.is_set():
                 raise Interrupted("stopped")
             if client.status != "running":
@@ -145,7 +134,7 @@ class Dispatch:
                 self.policy.check_engines(self.workers)
                 next_poll = time.monotonic() + POLL
             self._fill(client, self.workers)
-            if not self.todo:
+            if not self.partitions.todo:
                 self.trials.begin(client, self.workers)
             self._share(client, self.workers)
             self._settle(POLL / 4)
@@ -157,12 +146,11 @@ class Dispatch:
             self._requeue(members)
         slots = sum(workers[name]["nthreads"] for name in able)
         # What waits at Dask is bound to a worker: the last ones wait here for whichever is free first.
-        ahead = IN_FLIGHT_PER_SLOT if len(self.todo) > slots else 1.0
+        todo = self.partitions.todo
+        ahead = IN_FLIGHT_PER_SLOT if len(todo) > slots else 1.0
         window = max(1, math.ceil(ahead * slots)) if able or not workers else 0
-        while self.todo and len(self.in_flight) < window:
-            members = self._next(window)
-            for index in members:
-                self.staged.pop(index, None)
+        while todo and len(self.in_flight) < window:
+            members = self.partitions.take(window)
             tasks = [self._task(index) for index in members]
             some = None if len(able) == len(workers) else able
             future = self.window.submit(client, members, run_partitions, tasks, TASK_SECONDS, workers=some)
@@ -176,7 +164,7 @@ class Dispatch:
     def _share(self, client: Client, workers: dict[str, Any]) -> None:
         """Once nothing is left to begin with, workers with free slots take over rows of others' partitions."""
         self.handovers.begin(client)
-        if not self.todo and self.order.retry is None:
+        if not self.partitions.todo and self.order.retry is None:
             slots = {name: workers[name]["nthreads"] for name in self.policy.able(workers)}
             tasks = {future.key for future, members in self.in_flight.items() if len(members) == 1}
             tasks.difference_update(future.key for future in self.trials.running)
@@ -197,14 +185,6 @@ class Dispatch:
             self._book(isolated.partition, outcome)
         else:
             self.trials.go_on(future.client, self.policy.examined(isolated, outcome))
-
-    def _next(self, window: int) -> list[int]:
-        """The partitions of one task: one as a rule, more of tiny ones, fewer of these again towards the end."""
-        members = [self.todo.popleft()]
-        size = min(TASK_SECONDS / self.pace, len(self.todo) / (2 * window))
-        while len(members) < size and not self.single.intersection((members[0], self.todo[0])):
-            members.append(self.todo.popleft())
-        return members
 
     def _settle(self, timeout: float) -> None:
         """Takes in what finished; waits for the first one, then takes all that is there."""
@@ -249,28 +229,20 @@ class Dispatch:
 
     def _requeue(self, members: Iterable[int]) -> None:
         """Attempts at these partitions ended without a part. Where another one goes on, that one's end decides."""
-        decided = self.window.partitions.union(self.receipts, self.policy.suspected)
-        self.todo.extend(index for index in members if index not in decided)
+        self.partitions.put_back(members, self.window.partitions.union(self.policy.suspected))
 
     def _book(self, index: int, receipt: TaskReceipt) -> None:
         self.totals.add(receipt)
         self.tail.book(receipt)
         if receipt.part is None:
             counters = receipt.counters
-            self.staged[index] = self.staged.get(index, 0) + counters.reused + counters.rows
-            if receipt.counters.rows:
+            self.partitions.stage(index, counters.reused + counters.rows)
+            if counters.rows:
                 self.policy.progress(index)
             return
-        self.staged.pop(index, None)
         self.policy.committed(index)
-        if index in self.receipts:
-            # Of several attempts that shared it, more than one has seen it covered.
-            return
-        self.milestones.commit()
-        self.receipts[index] = receipt.part
-        self.rows_committed += self.work[index]
-        known = math.isfinite(self.pace)
-        self.pace = (self.pace + receipt.seconds) / 2 if known else receipt.seconds
+        if self.partitions.commit(index, receipt.part, receipt.seconds):
+            self.milestones.commit()
 
     def _lose(self, members: list[int], error: BaseException | None, is_shared: bool) -> None:
         """A lost task that several partitions shared tells nothing of any one of them. Nor does one that had taken over
@@ -295,11 +267,11 @@ class Dispatch:
             self._strike(members[0], error)
 
     def _again_alone(self, members: list[int]) -> None:
-        self.single.update(members)
+        self.partitions.keep_single(members)
         self._requeue(members)
 
     def _strike(self, index: int, error: BaseException | None) -> None:
-        if index not in self.receipts and self.policy.lost(index, error, len(self.in_flight) + 1):
+        if index not in self.partitions.receipts and self.policy.lost(index, error, len(self.in_flight) + 1):
             self._requeue([index])
 
     def _poll(self, client: Client) -> dict[str, Any]:
@@ -316,18 +288,18 @@ class Dispatch:
         """Gives the callback the run's counters, those of tasks in flight included."""
         in_flight = self.window.partitions
         totals = self.totals
-        beats = heartbeats.read(workers, self.order.run, totals.counts, self._rows(in_flight))
+        beats = heartbeats.read(workers, self.order.run, totals.counts, self.partitions.rows(in_flight))
         totals.see(beats)
         self.tail.see(time.monotonic(), beats, {future.key for future in self.in_flight})
         # Of partitions that other attempts are still at.
-        staged = sum(self.staged.get(index, 0) for index in in_flight)
+        staged = sum(self.partitions.staged.get(index, 0) for index in in_flight)
         now = Progress(
             seconds=totals.seconds,
             partitions=self.layout.partitions,
-            partitions_done=self._parts(),
+            partitions_done=self.partitions.parts,
             partitions_in_flight=len(in_flight),
             rows=self.plan.rows,
-            rows_done=min(self.rows_committed + beats.covered + staged, self.plan.rows),
+            rows_done=min(self.partitions.rows_committed + beats.covered + staged, self.plan.rows),
             counts=beats.total,
             workers=len(workers),
             gpus_per_worker=self.gpus,
@@ -358,13 +330,12 @@ class Dispatch:
         began = time.monotonic()
         self._drain(client)
         if self.order.retry is None:
-            untold = self.work.keys() - self.receipts.keys() - self.staged.keys()
-            self.unheard = unheard(self.order, self.plan, self.folder, untold, began)
+            self.unheard = unheard(self.order, self.plan, self.folder, self.partitions.untold, began)
         self._show(self.workers)
 
     def _drain(self, client: Client) -> None:
         """Lets the tasks in flight stage what they hold, for as long as that should take."""
-        self.todo.clear()
+        self.partitions.todo.clear()
         if client.status != "running":
             return
         began = time.monotonic()
@@ -385,13 +356,9 @@ class Dispatch:
     def _holding(self, client: Client) -> bool:
         """Whether any task in flight may hold answers: others wait for a worker, or for one that opens a tokenizer."""
         self.workers = look_at(client, self.workers)
-        rows = self._rows(self.window.partitions)
+        rows = self.partitions.rows(self.window.partitions)
         beats = heartbeats.read(self.workers, self.order.run, self.totals.counts, rows)
         return any(attempt.may_hold_answers for _, attempt, _ in beats.activity)
-
-    def _rows(self, partitions: Iterable[int]) -> dict[int, int]:
-        """How many each of the partitions has."""
-        return {index: self.plan.partitions[index].rows for index in partitions}
 
     def _count_late(self, future: Future) -> None:
         """Takes in what a task had done by the time it was told to stop; whatever else came of it is the next run's."""
@@ -410,10 +377,7 @@ class Dispatch:
                 self._book(index, receipt)
 
     def _safe(self) -> str:
+        done = self.partitions
         if self.order.retry is not None:
-            return f"{len(self.receipts):,} of {len(self.work):,} parts replaced"
-        return self.unheard.told(self.plan, self.work, self.rows_committed, self._parts(), self.staged)
-
-    def _parts(self) -> int:
-        """How many the output has, those of earlier runs included."""
-        return self.layout.partitions - len(self.work) + len(self.receipts)
+            return f"{len(done.receipts):,} of {len(done.work):,} parts replaced"
+        return self.unheard.told(self.plan, done.work, done.rows_committed, done.parts, done.staged)

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from batchrun.dataset.rows import all_rows
-from batchrun.errors import JobError, RowFault
+from batchrun.errors import JobError
 from batchrun.job.job import Job
+from batchrun.model.files import read_json
+from batchrun.model.folder import ModelFolder
 from batchrun.model.memory import ModelMemory, attention_heads, model_memory
 from batchrun.telemetry.gpu import gpu_now, visible_gpus
 from batchrun.telemetry.printable import counted
-
-if TYPE_CHECKING:
-    from batchrun.driver.prepare import Prepared
 
 # Rows at once below which an engine mostly reads weights: on an H100 a decode step of 64 rows takes about as long as
 # one of 16.
 USEFUL_ROWS = 64
 # Bytes of a GPU, where this machine has none.
 SUPPOSED_MEMORY = 80 << 30
-_LOOKED_AT = 64
 
 
-def settle(prepared: Prepared) -> Prepared:
-    """The same with a job whose `engine.gpus` is a number.
+def gpus_of(job: Job, model: ModelFolder, row_tokens: Callable[[], float]) -> int:
+    """The job's `engine.gpus` as a number.
+
+    Args:
+        row_tokens: gives the tokens of a row, prompt and answer; asked only where "auto" needs them.
 
     Raises:
-        JobError: it does not divide the model's attention heads, the model has adapters, or what "auto" chooses by is
-            not known.
+        JobError: it does not divide the model's attention heads, or what "auto" chooses by is not known.
     """
-    asked = prepared.job.engine.gpus
-    gpus = _choose(prepared) if asked == "auto" else asked
-    if gpus > 1 and ":" not in prepared.job.engine.kind:
-        _refuse_adapters(prepared)
-        _refuse_uneven(prepared, gpus)
-    return prepared if gpus == asked else replace(prepared, job=with_gpus(prepared.job, gpus))
+    gpus = job.engine.gpus
+    if gpus == "auto":
+        gpus = _choose(job, model, row_tokens)
+    if gpus > 1 and ":" not in job.engine.kind:
+        _refuse_uneven(model, gpus)
+    return gpus
 
 
 def with_gpus(job: Job, gpus: int) -> Job:
@@ -68,8 +65,7 @@ def budget_of(job: Job) -> tuple[str | None, float]:
     return gpu.name if gpu else None, job.engine.memory_fraction * memory
 
 
-def _choose(prepared: Prepared) -> int:
-    job, model = prepared.job, prepared.model
+def _choose(job: Job, model: ModelFolder, row_tokens: Callable[[], float]) -> int:
     visible = visible_gpus()
     if job.engine.kind == "padded" or (job.cluster.is_local and not visible):
         return 1
@@ -79,7 +75,7 @@ def _choose(prepared: Prepared) -> int:
         what = "the model's sizes are not known: it has no safetensors, or a config of another kind"
         raise JobError(what, where, "set engine.gpus to a number")
     fp8, fp8_cache = job.model.quantization == "fp8", job.engine.cache_dtype == "fp8"
-    tokens = _row_tokens(prepared)
+    tokens = row_tokens()
     _, budget = budget_of(job)
     if not job.cluster.is_local:
         # The driver's own machine says nothing of theirs.
@@ -105,28 +101,8 @@ def _choose(prepared: Prepared) -> int:
     return chosen
 
 
-def _row_tokens(prepared: Prepared) -> float:
-    """Tokens of a row, prompt and answer: the first rows' mean prompt, and the longest answer there may be."""
-    codec = prepared.codec
-    new = prepared.job.generation.defaults.max_new_tokens
-    lengths: list[int] = []
-    for batch in all_rows(prepared.job, prepared.plan, codec.builder.columns):
-        made = codec.builder.build(batch.slice(0, _LOOKED_AT))
-        lengths += [len(prompt) for prompt in made if not isinstance(prompt, RowFault)]
-        if len(lengths) >= _LOOKED_AT:
-            break
-    longest = codec.engine.max_context
-    return min(sum(lengths) / len(lengths) + new, float(longest)) if lengths else float(longest)
-
-
-def _refuse_adapters(prepared: Prepared) -> None:
-    if prepared.job.model.adapter or prepared.job.model.adapters:
-        what = "adapters are not divided over several GPUs"
-        raise JobError(what, "engine.gpus", "set engine.gpus: 1, or merge the adapter into the model")
-
-
-def _refuse_uneven(prepared: Prepared, gpus: int) -> None:
-    config = json.loads((Path(prepared.model.path) / "config.json").read_bytes())
+def _refuse_uneven(model: ModelFolder, gpus: int) -> None:
+    config = read_json(Path(model.path) / "config.json")
     heads = attention_heads(config)
     if heads is not None and any(count % gpus for count in heads):
         what = f"{gpus} GPUs cannot share out {heads[0]} attention heads and {heads[1]} of keys and values"

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 
 from batchrun.dataset.plan import Plan
 from batchrun.driver.poison_rows import STRIKES, PoisonRowSearch
-from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded, TooManyFaults, one_line
+from batchrun.errors import (
+    BatchrunError,
+    EngineError,
+    EngineNotLoaded,
+    EngineOutOfMemory,
+    TooManyFaults,
+    one_line,
+)
 from batchrun.output.layout import Layout
 from batchrun.storage import Folder
 from batchrun.worker.engine_health import LOADS
@@ -156,8 +163,9 @@ class LostAttemptPolicy:
 
 
 def _was_tried(engine: EngineError | None) -> bool:
-    """Whether an attempt came as far as its rows; without an error of the engine it may have."""
-    return engine is None or not (engine.refused or isinstance(engine, EngineNotLoaded))
+    """Whether an attempt came as far as its rows, which may be to blame; without an error of the engine it may have."""
+    blameless = EngineNotLoaded | EngineOutOfMemory
+    return engine is None or not (engine.refused or isinstance(engine, blameless))
 
 
 def reason_of(error: BaseException | None) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from batchrun.dataset.plan import Plan, carried_columns, check_output_names, joined
 from batchrun.dataset.planner import extend, make_plan
 from batchrun.dataset.rows import all_rows
-from batchrun.driver.gpus import settle
+from batchrun.driver.gpus import gpus_of, with_gpus
 from batchrun.driver.overlap import refuse_files_in_output, refuse_overlap
 from batchrun.engine.names import refuse_wrong_name
-from batchrun.errors import InputError, OutputError
+from batchrun.errors import InputError, OutputError, RowFault
 from batchrun.hashing import stable_hash
 from batchrun.job.job import Job
 from batchrun.model.adapter import check_adapter
@@ -32,6 +32,9 @@ from batchrun.storage.folder import first_contact
 from batchrun.version import __version__
 
 log = logging.getLogger(__name__)
+
+# Rows whose prompts tell how long a row is.
+MEASURED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Prepared:
             job_hash=stable_hash([settings, fingerprint]),
             settings=written,
             from_environment=identity.digests(settings, written),
-            model=self.job.as_written()["model"]["name"],
+            model=_model_as_written(self.job),
             model_fingerprint=fingerprint,
             batchrun_version=__version__,
         )
@@ -139,6 +142,14 @@ def look(job: Job) -> Prepared:
     return prepared
 
 
+def settle(prepared: Prepared) -> Prepared:
+    """The same with a job whose `engine.gpus` is a number. Raises JobError as `gpus_of` does."""
+    gpus = gpus_of(prepared.job, prepared.model, lambda: row_tokens(prepared))
+    return (
+        prepared if gpus == prepared.job.engine.gpus else replace(prepared, job=with_gpus(prepared.job, gpus))
+    )
+
+
 def try_prompt(prepared: Prepared) -> None:
     """Opens the tokenizer, compiles the prompt and tries it on the first rows that are new.
 
@@ -148,6 +159,20 @@ def try_prompt(prepared: Prepared) -> None:
     builder = prepared.codec.builder
     for plan in prepared.plans[prepared.known :]:
         check_sample(builder, all_rows(prepared.job, plan, builder.columns))
+
+
+def row_tokens(prepared: Prepared) -> float:
+    """Tokens of a row, prompt and answer: the first rows' mean prompt, and the longest answer there may be."""
+    codec = prepared.codec
+    new = prepared.job.generation.defaults.max_new_tokens
+    lengths: list[int] = []
+    for batch in all_rows(prepared.job, prepared.plan, codec.builder.columns):
+        made = codec.builder.build(batch.slice(0, MEASURED_ROWS))
+        lengths += [len(prompt) for prompt in made if not isinstance(prompt, RowFault)]
+        if len(lengths) >= MEASURED_ROWS:
+            break
+    longest = codec.engine.max_context
+    return min(sum(lengths) / len(lengths) + new, float(longest)) if lengths else float(longest)
 
 
 def _empty(job: Job) -> None:
@@ -225,3 +250,10 @@ def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -
     for adapter in model.all_adapters:
         check_adapter(adapter, model)
     return Prepared(job, plans, known, model, pinned)
+
+
+def _model_as_written(job: Job) -> str:
+    """Its name, and those of what is merged into it or stands beside it."""
+    written = job.as_written()["model"]
+    adapters = {"adapter": written.get("adapter"), **(written.get("adapters") or {})}
+    return ", ".join([written["name"], *(f"{name} {place}" for name, place in adapters.items() if place)])

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchrun.driver.dispatch import Dispatch
-from batchrun.driver.gpus import settle
-from batchrun.driver.prepare import prepare_again
+from batchrun.driver.prepare import prepare_again, settle
 from batchrun.driver.run import finish, result, try_store
 from batchrun.driver.supervise import supervised
 from batchrun.driver.workers import Workers
@@ -55,7 +54,7 @@ def retry(
         job: a Job, or the path of a job file.
         errors: error codes, such as PROMPT_TOO_LONG; rows with any error by default.
         allow: settings (or sections of them) that may differ, such as prompt.template or model.
-        client, force, stop, watch, milestones, progress, standby: as for `run`.
+        client, force, stop, on_progress, milestones, progress, standby: as for `run`.
 
     Raises:
         OutputError: the output is not complete.

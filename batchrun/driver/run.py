@@ -17,9 +17,8 @@ from batchrun.counters import Counters
 from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
-from batchrun.driver.gpus import settle
 from batchrun.driver.limits import Limits
-from batchrun.driver.prepare import Prepared, look, try_prompt
+from batchrun.driver.prepare import Prepared, look, settle, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.supervise import supervised
 from batchrun.driver.workers import Workers
@@ -59,7 +58,7 @@ def run(
         client: a Dask client to run on; otherwise the job's own `cluster` section decides.
         force: run although another driver seems to be at work, which stops once it sees that. Exact either way.
         stop: set it (from a signal handler, say) to let tasks stage what they hold and end the run.
-        watch: called about once a second with the run's progress.
+        on_progress: called about once a second with the run's progress.
         milestones: where to note what was reached when; from this call on by default.
         progress: show a progress bar where this is a notebook.
         standby: engines' processes that were started for this job before, which end with whoever started them.
@@ -114,7 +113,8 @@ def try_store(folder: Folder) -> None:
     """Writes and deletes an object before anything costs time. Raises OutputError where that is refused."""
     if not folder.probe():
         log.warning(
-            "%s ignores conditional puts: two drivers at once may write a part twice, alike", folder.name
+            "%s ignores conditional puts: two drivers at once may write a part twice, with the same rows",
+            folder.name,
         )
 
 
@@ -128,13 +128,13 @@ def finish(
         limits.on_progress(now)
 
     with ExitStack() as stack:
-        if dispatch.todo:
+        if dispatch.partitions.todo:
             run = dispatch.order.run
             dispatch.on_progress = stack.enter_context(
                 observed(prepared, run, dispatch.on_progress, dispatch.milestones)
             )
             limits = Limits(prepared.job, _spent(prepared), count_rows=dispatch.order.retry is None)
-            limits.check(dispatch.rows_committed)
+            limits.check(dispatch.partitions.rows_committed)
             dispatch.guard = guard
             try:
                 dispatch.execute(workers.client)
@@ -150,7 +150,7 @@ def finish(
 
 def _conclude(job: Job, output: Output, dispatch: Dispatch) -> Manifest:
     # A retry's parts may be replaced again at the same length: only a run's are what they were for good.
-    receipts = dispatch.receipts if dispatch.order.retry is None else {}
+    receipts = dispatch.partitions.receipts if dispatch.order.retry is None else {}
     if job.output.failed is not None:
         found, _ = manifest.summaries(output, receipts)
         output.failed_rows.complete(found, places_in(job, output.plan))

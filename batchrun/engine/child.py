@@ -225,7 +225,6 @@ class Child:
     def _route(self, process: subprocess.Popen[bytes] | Adopted) -> BatchrunError:
         """Delivers until the process has ended; gives back what it ended with."""
         assert process.stdout is not None
-        last_words: BatchrunError | None = None
         sources: list[Any] = [self._connection, process.stdout]
         try:
             while True:
@@ -237,13 +236,14 @@ class Child:
                         continue
                     message = self._connection.recv()
                     if isinstance(message, Failed):
-                        last_words = message.error
+                        # Not waited for: the end of a process whose device hangs may not come by itself.
+                        return message.error
                     elif isinstance(message, Recalled):
                         self._deliver_recalled(message)
                     else:
                         self._deliver(message)
         except (EOFError, OSError):
-            return last_words or self._death(process)
+            return self._death(process)
         finally:
             process.kill()
             process.wait()

@@ -72,10 +72,7 @@ def load_engine(spec: EngineSpec) -> Engine:
         engine.stats.notes.append(f"the adapter {Path(spec.adapter).name} is merged into the weights")
     if spec.adapters:
         engine.stats.notes.append(f"{len(spec.adapters)} adapters, of which each row has its own or none")
-    if spec.quantization and spec.device == "cpu":
-        engine.stats.notes.append(
-            "a CPU has no fp8 products: it multiplies the same numbers in float32, slower than without quantization"
-        )
+    engine.stats.notes += _cpu_notes(spec)
     if spec.quantization is None and "fp8" not in engine.stats.dtype and _in_fp8(spec):
         engine.stats.notes.append(
             "the checkpoint's fp8 weights, a scale for each block, are expanded and take twice their files' size: "
@@ -90,6 +87,25 @@ def load_engine(spec: EngineSpec) -> Engine:
     return engine
 
 
+def _cpu_notes(spec: EngineSpec) -> list[str]:
+    """What a CPU only does in the place of GPUs, for trying it out."""
+    if spec.device != "cpu":
+        return []
+    notes = []
+    if spec.quantization:
+        notes.append(
+            "a CPU has no fp8 products: it multiplies the same numbers in float32, slower than without quantization"
+        )
+    if spec.cache_dtype == "fp8":
+        notes.append(
+            "a CPU has no use for keys and values in fp8: it widens the same numbers to float32, slower than without "
+            "engine.cache_dtype"
+        )
+    if spec.gpus > 1:
+        notes.append(f"engine.gpus: {spec.gpus} are {spec.gpus} processes on the CPU here, slower than one")
+    return notes
+
+
 def _in_fp8(spec: EngineSpec) -> bool:
     from batchrun.engine.fp8_checkpoint import fp8_checkpoint
     from batchrun.engine.loading import load_config
@@ -98,19 +114,26 @@ def _in_fp8(spec: EngineSpec) -> bool:
 
 
 def _packed_notes(spec: EngineSpec) -> list[str]:
-    from batchrun.engine.loading import load_config
-    from batchrun.engine.packed_format import packed_format
+    from batchrun.engine.loading import choose_dtype, load_config
+    from batchrun.engine.packed_checkpoint import packed_checkpoint
 
-    form = packed_format(getattr(load_config(spec), "quantization_config", None))
-    if form is None:
+    config = load_config(spec)
+    checkpoint = packed_checkpoint(spec.model_path, config)
+    if checkpoint is None:
         return []
-    if not form.expands:
+    if not checkpoint.format.expands:
         return ["the checkpoint's fixed scales of activations are not used: each token gets its own scale"]
     what = "fp8" if spec.quantization else "the model's dtype"
+    memory = checkpoint.memory(choose_dtype(spec, config), spec.quantization is not None)
     files = sum(file.stat().st_size for file in Path(spec.model_path).glob("*.safetensors"))
     return [
-        f"the checkpoint's {form.name} weights ({files / 1e9:.2f} GB) are expanded to {what} while loading"
+        f"the checkpoint's {checkpoint.format.name} weights are expanded to {what} while loading: "
+        f"{_gib(memory)} in memory, {_gib(files)} in its files"
     ]
+
+
+def _gib(count: float) -> str:
+    return f"{count / (1 << 30):.3g} GiB"
 
 
 def _load(kind: str, spec: EngineSpec) -> Engine:

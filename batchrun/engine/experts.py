@@ -172,11 +172,12 @@ def grouped(
 ) -> Tensor:
     """`experts` by our kernels; all tensors but the weights contiguous."""
     from batchrun.engine import experts_kernels as kernels
+    from batchrun.engine.expert_groups import group_by_expert
 
     per_token, held = expert_ids.shape[1], len(first.weight)
     pairs = expert_ids.numel()
     tile = kernels.tile_for(pairs, held, first.weight.dtype, kernels.shared_memory(x.device))
-    groups = kernels.group_by_expert(expert_ids, held, tile.rows)
+    groups = group_by_expert(expert_ids, held, tile.rows)
     gated = x.new_empty(pairs, second.weight.shape[2])
     parts = x.new_empty(pairs, second.weight.shape[1])
     rows, scale = kernels.quantize_rows(x) if first.scale is not None else (x, None)

@@ -1,4 +1,4 @@
-"""The experts of a layer on a GPU, in Triton: pairs of token and expert in the experts' order, and grouped products.
+"""The experts of a layer on a GPU, in Triton: grouped products over the pairs of token and expert.
 
 A grouped product multiplies each expert's rows with that expert's weights, all in one kernel: tiles of rows never mix
 experts (as in MegaBlocks; Gale et al., 2022). Nothing is read back by the host, nothing is added up in an order that
@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from batchrun.engine.expert_groups import Groups
+from batchrun.engine.experts_persistent import persistent_product
 from batchrun.engine.fp8 import FP8, FP8_MAX
-
-_CHUNK_NUMBERS, _MAX_CHUNK = 16384, 128
-"""Numbers that a block of threads compares at once, and pairs of a chunk at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +74,6 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Pairs in the order of their experts, the tokens of each in their own order, and the tiles of rows over them.
-
-    Attributes:
-        order: (pairs,) int32, the pairs (token * experts per token + number) one expert after the other. Pairs of
-            experts that are not here are left out, and what is behind the last one is undefined.
-        tiles: (3, tiles) int32: a tile's expert, its first place in `order`, and where the expert's places end. Tiles
-            that are not needed begin where they end.
-    """
-
-    order: Tensor
-    tiles: Tensor
-
-
 @triton.jit
 def _route(
     logits, weights, expert_ids, num_experts,
@@ -135,90 +120,76 @@ def route(logits: Tensor, per_token: int, among_chosen: bool) -> tuple[Tensor, T
     return weights, expert_ids
 
 
-@triton.jit(do_not_specialize=["pairs", "chunks"])
-def _count(expert_ids, counts, pairs, chunks, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
-    chunk = tl.program_id(0)
-    pair = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = tl.load(expert_ids + pair, mask=pair < pairs, other=-1).to(tl.int32)
-    experts = tl.arange(0, EXPERTS)
-    found = tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), axis=0)
-    tl.store(counts + experts * chunks + chunk, found)
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def _scan(counts, totals, chunks, BLOCK: tl.constexpr):
-    # A block of threads for each expert: its counts become the numbers of its pairs in earlier chunks.
-    expert = tl.program_id(0)
-    total = 0
-    for start in range(0, chunks, BLOCK):
-        chunk = start + tl.arange(0, BLOCK)
-        place = counts + expert * chunks + chunk
-        found = tl.load(place, mask=chunk < chunks, other=0)
-        tl.store(place, tl.cumsum(found, axis=0) - found + total, mask=chunk < chunks)
-        total += tl.sum(found, axis=0)
-    tl.store(totals + expert, total)
-
-
-@triton.jit(do_not_specialize=["pairs", "chunks", "num_experts", "num_tiles"])
-def _place(
-    expert_ids, counts, totals, order, tiles, pairs, chunks, num_experts, num_tiles,
-    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+@triton.jit
+def _multiply(
+    x, x_scale, weight, weight_scale, bias, out, order, expert, row, stop, block, per_token, columns, features,
+    x_stride, out_stride, expert_stride, column_stride, feature_stride, alpha, limit,
+    GATE: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, SWAPPED: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program, number, experts = tl.program_id(0), tl.arange(0, CHUNK), tl.arange(0, EXPERTS)
-    here = experts < num_experts
-    total = tl.load(totals + experts, mask=here, other=0)
-    end = tl.cumsum(total, axis=0)
-    begin = end - total
-    if program < chunks:
-        pair = program * CHUNK + number
-        expert = tl.load(expert_ids + pair, mask=pair < pairs, other=-1).to(tl.int32)
-        mask = (expert >= 0) & (expert < num_experts)
-        place = tl.load(counts + expert * chunks + program, mask=mask, other=0)
-        earlier = (expert[:, None] == expert[None, :]) & (number[None, :] < number[:, None])
-        place += tl.sum(earlier.to(tl.int32), axis=1)
-        place += tl.sum(tl.where(expert[:, None] == experts[None, :], begin[None, :], 0), axis=1)
-        tl.store(order + place, pair, mask=mask)
-    tile = program * CHUNK + number
-    if program * CHUNK < num_tiles:
-        needed = (total + BLOCK_M - 1) // BLOCK_M
-        tile_end = tl.cumsum(needed, axis=0)
-        expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-        own = experts[None, :] == expert[:, None]
-        first = begin - (tile_end - needed) * BLOCK_M
-        row = tl.sum(tl.where(own, first[None, :], 0), axis=1) + tile * BLOCK_M
-        stop = tl.sum(tl.where(own, end[None, :], 0), axis=1)
-        mask = tile < num_tiles
-        tl.store(tiles + tile, tl.where(stop > 0, expert, 0), mask=mask)
-        tl.store(tiles + num_tiles + tile, tl.where(stop > 0, row, 0), mask=mask)
-        tl.store(tiles + 2 * num_tiles + tile, stop, mask=mask)
-
-
-def group_by_expert(expert_ids: Tensor, experts: int, tile_rows: int) -> Groups:
-    """A stable counting sort, in three kernels.
-
-    Args:
-        expert_ids: (tokens, experts per token) integers, contiguous; pairs of others than 0 to `experts` - 1 are left
-            out.
-        tile_rows: rows of a tile.
-    """
-    pairs, device = expert_ids.numel(), expert_ids.device
-    padded = triton.next_power_of_2(experts)
-    chunk = min(_MAX_CHUNK, max(16, _CHUNK_NUMBERS // padded))
-    chunks = triton.cdiv(pairs, chunk)
-    counts = torch.empty((padded, chunks), dtype=torch.int32, device=device)
-    totals = torch.empty(padded, dtype=torch.int32, device=device)
-    num_tiles = pairs // tile_rows + min(experts, pairs)
-    groups = Groups(
-        torch.empty(pairs, dtype=torch.int32, device=device),
-        torch.empty((3, num_tiles), dtype=torch.int32, device=device),
-    )
-    _count[(chunks,)](expert_ids, counts, pairs, chunks, EXPERTS=padded, CHUNK=chunk, num_warps=4)
-    _scan[(padded,)](counts, totals, chunks, BLOCK=256, num_warps=1)
-    _place[(max(chunks, triton.cdiv(num_tiles, chunk)),)](
-        expert_ids, counts, totals, groups.order, groups.tiles, pairs, chunks, experts, num_tiles,
-        EXPERTS=padded, CHUNK=chunk, BLOCK_M=tile_rows, num_warps=16,
-    )  # fmt: skip
-    return groups
+    # Columns are those of the weights: of a gated product, two for each of the result's.
+    GATED: tl.constexpr = GATE != ""
+    HALF: tl.constexpr = BLOCK_N // 2
+    # Rows and columns that are not there are computed like others, and not stored.
+    rows = row + tl.arange(0, BLOCK_M)
+    place = tl.minimum(rows, stop - 1)
+    pair = tl.load(order + place)
+    source = pair // per_token if GATED else place
+    number = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = number % columns
+    if DESCRIBED:
+        # A block of gates, then that of the other half: what one descriptor loads.
+        column = tl.arange(0, BLOCK_N) // HALF * (columns // 2)
+        column += tl.minimum(block * HALF + tl.arange(0, BLOCK_N) % HALF, columns // 2 - 1)
+    elif GATED and not INTERLEAVED:
+        # The gate's and the other half's columns in turns, so that those of a result meet in one thread.
+        column = column // 2 + (column % 2) * (columns // 2)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x + source.to(tl.int64)[:, None] * x_stride + offs_k[None, :]
+    if not DESCRIBED:
+        weight_ptrs = weight + expert.to(tl.int64) * expert_stride
+        weight_ptrs += column[:, None] * column_stride + offs_k[None, :] * feature_stride
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, features, BLOCK_K, num_stages=NUM_STAGES):
+        mask = (start + offs_k < features)[None, :]
+        a = tl.load(x_ptrs) if EVEN else tl.load(x_ptrs, mask=mask, other=0.0)
+        if DESCRIBED:
+            w = weight.load([expert, 0, block * HALF, start])
+            w = tl.reshape(w, (BLOCK_N, BLOCK_K))
+        else:
+            w = tl.load(weight_ptrs) if EVEN else tl.load(weight_ptrs, mask=mask, other=0.0)
+            weight_ptrs += BLOCK_K * feature_stride
+        if SWAPPED:
+            acc = tl.dot(w, tl.trans(a), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+    if SWAPPED:
+        acc = tl.trans(acc)
+    if SCALED:
+        acc *= tl.load(x_scale + source)[:, None] * tl.load(weight_scale + expert * columns + column)[None, :]
+    if BIAS:
+        acc += tl.load(bias + expert * columns + column)[None, :].to(tl.float32)
+    mask_m = (rows < stop)[:, None]
+    if GATED:
+        if DESCRIBED:
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        else:
+            gate, up = tl.split(tl.reshape(acc, (BLOCK_M, HALF, 2)))
+        if GATE == "clamped":
+            gate, up = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit) + 1.0
+            gate = gate / (1.0 + tl.exp(-alpha * gate))
+        else:
+            gate = gate / (1.0 + tl.exp(-gate))
+        number = block * HALF + tl.arange(0, HALF)
+        out_ptrs = out + rows.to(tl.int64)[:, None] * out_stride + number[None, :]
+        tl.store(
+            out_ptrs, (gate * up).to(out.dtype.element_ty), mask=mask_m & (number < columns // 2)[None, :]
+        )
+    else:
+        out_ptrs = out + pair.to(tl.int64)[:, None] * out_stride + number[None, :]
+        tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=mask_m & (number < columns)[None, :])
 
 
 @triton.jit(
@@ -229,66 +200,30 @@ def _grouped_product(
     x, x_scale, weight, weight_scale, bias, out, order, tiles, num_tiles, per_token, columns, features,
     x_stride, out_stride, expert_stride, column_stride, feature_stride, alpha, limit,
     GATE: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, SWAPPED: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Columns are those of the weights: of a gated product, two for each of the result's.
-    GATED: tl.constexpr = GATE != ""
     num_blocks = tl.cdiv(columns, BLOCK_N)
     tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     row, stop = tl.load(tiles + num_tiles + tile), tl.load(tiles + 2 * num_tiles + tile)
     if row >= stop:
         return
     expert = tl.load(tiles + tile)
-    # Rows and columns that are not there are computed like others, and not stored.
-    rows = row + tl.arange(0, BLOCK_M)
-    place = tl.minimum(rows, stop - 1)
-    pair = tl.load(order + place)
-    source = pair // per_token if GATED else place
-    number = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = number % columns
-    if GATED and not INTERLEAVED:
-        # The gate's and the other half's columns in turns, so that those of a result meet in one thread.
-        column = column // 2 + (column % 2) * (columns // 2)
-    offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x + source.to(tl.int64)[:, None] * x_stride + offs_k[None, :]
-    weight_ptrs = weight + expert.to(tl.int64) * expert_stride
-    weight_ptrs += column[:, None] * column_stride + offs_k[None, :] * feature_stride
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(0, features, BLOCK_K, num_stages=NUM_STAGES):
-        if EVEN:
-            a, w = tl.load(x_ptrs), tl.load(weight_ptrs)
-        else:
-            mask = (start + offs_k < features)[None, :]
-            a, w = tl.load(x_ptrs, mask=mask, other=0.0), tl.load(weight_ptrs, mask=mask, other=0.0)
-        if SWAPPED:
-            acc = tl.dot(w, tl.trans(a), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K * feature_stride
-    if SWAPPED:
-        acc = tl.trans(acc)
-    if SCALED:
-        acc *= tl.load(x_scale + source)[:, None] * tl.load(weight_scale + expert * columns + column)[None, :]
-    if BIAS:
-        acc += tl.load(bias + expert * columns + column)[None, :].to(tl.float32)
-    mask_m = (rows < stop)[:, None]
-    if GATED:
-        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
-        if GATE == "clamped":
-            gate, up = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit) + 1.0
-            gate = gate / (1.0 + tl.exp(-alpha * gate))
-        else:
-            gate = gate / (1.0 + tl.exp(-gate))
-        number = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        out_ptrs = out + rows.to(tl.int64)[:, None] * out_stride + number[None, :]
-        tl.store(
-            out_ptrs, (gate * up).to(out.dtype.element_ty), mask=mask_m & (number < columns // 2)[None, :]
-        )
+    # An expert's last rows are as often as not less than half a tile. Matrix units take 64 rows at least.
+    if BLOCK_M >= 128 and stop - row <= BLOCK_M // 2:
+        _multiply(
+            x, x_scale, weight, weight_scale, bias, out, order, expert, row, stop, block, per_token, columns, features,
+            x_stride, out_stride, expert_stride, column_stride, feature_stride, alpha, limit,
+            GATE, INTERLEAVED, SCALED, BIAS, SWAPPED, DESCRIBED, EVEN, BLOCK_M // 2, BLOCK_N, BLOCK_K, NUM_STAGES,
+            PRECISION,
+        )  # fmt: skip
     else:
-        out_ptrs = out + pair.to(tl.int64)[:, None] * out_stride + number[None, :]
-        tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=mask_m & (number < columns)[None, :])
+        _multiply(
+            x, x_scale, weight, weight_scale, bias, out, order, expert, row, stop, block, per_token, columns, features,
+            x_stride, out_stride, expert_stride, column_stride, feature_stride, alpha, limit,
+            GATE, INTERLEAVED, SCALED, BIAS, SWAPPED, DESCRIBED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
+            PRECISION,
+        )  # fmt: skip
 
 
 def grouped_product(
@@ -322,14 +257,38 @@ def grouped_product(
     """
     _, columns, features = weight.shape
     num_tiles = groups.tiles.shape[1]
+    described = not interleaved and _describable(weight, tile)
+    if described and not gate and bias is None and _describable(x, tile):
+        blocks = _descriptor(weight, tile, 1)
+        persistent_product(
+            x, weight, blocks, out, groups, tile.rows, tile.warps, tile.stages, x_scale, weight_scale
+        )
+        return
+    described = described and gate != ""
     _grouped_product[(num_tiles * triton.cdiv(columns, tile.columns),)](
-        x, x_scale, weight, weight_scale, bias, out, groups.order, groups.tiles, num_tiles, per_token, columns,
-        features, x.stride(0), out.stride(0), *weight.stride(), alpha, limit,
+        x, x_scale, _descriptor(weight, tile, 2) if described else weight, weight_scale, bias, out, groups.order,
+        groups.tiles, num_tiles, per_token, columns, features, x.stride(0), out.stride(0), *weight.stride(), alpha,
+        limit,
         GATE=gate, INTERLEAVED=interleaved, SCALED=weight_scale is not None, BIAS=bias is not None,
-        SWAPPED=tile.swapped, EVEN=features % tile.features == 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-        BLOCK_K=tile.features, NUM_STAGES=tile.stages, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps,
+        SWAPPED=tile.swapped, DESCRIBED=described, EVEN=features % tile.features == 0, BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_K=tile.features, NUM_STAGES=tile.stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps,
     )  # fmt: skip
+
+
+def _describable(numbers: Tensor, tile: Tile) -> bool:
+    """Whether a GPU copies blocks of them by itself (Hopper's tensor memory accelerator), which spares the threads
+    their addresses: it wants those of a row side by side."""
+    if numbers.is_cuda and torch.cuda.get_device_capability(numbers.device)[0] != 9:
+        return False
+    apart = (stride * numbers.itemsize % 16 for stride in numbers.stride()[:-1])
+    return not tile.swapped and numbers.stride(-1) == 1 and not any(apart) and numbers.data_ptr() % 16 == 0
+
+
+def _descriptor(weight: Tensor, tile: Tile, parts: int) -> TensorDescriptor:
+    """Of blocks of an expert's columns, made of as many from each part: of gates and of what they are for."""
+    blocks = [1, parts, tile.columns // parts, tile.features]
+    return TensorDescriptor.from_tensor(weight.unflatten(1, (parts, -1)), blocks)
 
 
 @triton.jit

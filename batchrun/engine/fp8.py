@@ -70,6 +70,18 @@ def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Te
     )
 
 
+def scaled_product_into(
+    rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor
+) -> None:
+    """`scaled_product` written to `out` (rows, out features), contiguous, in whichever format that has."""
+    if rows.is_cuda and len(rows) > FEW_ROWS and out.dtype == torch.bfloat16:
+        torch._scaled_mm(
+            rows, weight.t(), scale, weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True, out=out
+        )
+    else:
+        out.copy_(scaled_product(rows, scale, weight, weight_scale))
+
+
 @scaled_product.register_fake
 def _(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     dtype = torch.bfloat16 if rows.is_cuda else torch.float32

@@ -16,6 +16,7 @@ from batchrun.engine.fp8_experts import PARAMETERS, Fp8Experts
 from batchrun.engine.fp8_model import with_fp8_layers
 from batchrun.engine.lora import Merge
 from batchrun.engine.packed_checkpoint import PackedCheckpoint
+from batchrun.engine.part import Part
 
 METHOD = "batchrun-fp8"
 """The name under which transformers finds the quantizer; no checkpoint has it."""
@@ -27,10 +28,14 @@ class Fp8Config(QuantizationConfigMixin):
     is converted gets an adapter's product before, since it loses most of one afterwards."""
 
     def __init__(
-        self, checkpoint: Fp8Checkpoint | PackedCheckpoint | None, convert: bool, merge: Merge | None = None
+        self,
+        checkpoint: Fp8Checkpoint | PackedCheckpoint | None,
+        convert: bool,
+        merge: Merge | None = None,
+        part: Part | None = None,
     ) -> None:
         self.quant_method = METHOD
-        self.checkpoint, self.convert, self.merge = checkpoint, convert, merge
+        self.checkpoint, self.convert, self.merge, self.part = checkpoint, convert, merge, part
 
 
 @register_quantizer(METHOD)
@@ -75,7 +80,7 @@ class Fp8Quantizer(HfQuantizer):
         checkpoint = self.quantization_config.checkpoint
         how = (dtype, self.quantization_config.convert, self.quantization_config.merge)
         if isinstance(checkpoint, PackedCheckpoint):
-            checkpoint.expand(model, *how)
+            checkpoint.expand(model, *how, self.quantization_config.part)
         else:
             expand_blocks(model, *how)
         return model

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from batchrun.engine.lora import Merge
+from batchrun.engine.part import Part
 from batchrun.engine.protocol import EngineSpec
 from batchrun.engine.row_adapters import attach_adapters
 from batchrun.errors import ModelError
@@ -41,14 +42,15 @@ def load_config(spec: EngineSpec) -> Any:
 
 
 def load_model(
-    spec: EngineSpec, attention: str | None = None, source: tuple[Any, dict[str, Any]] | None = None
+    spec: EngineSpec, attention: str | None = None, source: tuple[Any, dict[str, Any], Part] | None = None
 ) -> Any:
     """The model for text generation in `spec.model_path`, on `spec.device`, with `spec.adapter` in its weights and
     `spec.adapters` beside them, ready for inference.
 
     Args:
         attention: a name that transformers' attention interface knows; by default the best that torch has.
-        source: a config and tensors, or slices of files, in place of those in the folder.
+        source: a rank's config and tensors, or slices of files, in place of those in the folder, and what of others
+            is the rank's.
 
     Raises:
         ModelError: it is no model that generates text, its weights are missing, incomplete or pickled (unless
@@ -58,9 +60,9 @@ def load_model(
     """
     # The progress bars would be all that is left in the short memory of the process's output.
     transformers_logging.disable_progress_bar()
-    config, tensors = source or (load_config(spec), None)
-    merge = Merge.of(spec.adapter)
-    fp8 = _fp8_config(spec, config, merge)
+    config, tensors, part = source or (load_config(spec), None, None)
+    merge = Merge.of(spec.adapter, part)
+    fp8 = _fp8_config(spec, config, merge, part)
     auto: Any = (
         transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     )
@@ -99,11 +101,11 @@ def load_model(
     if merge is not None:
         merge.into(model)
     if spec.adapters:
-        attach_adapters(model, spec.adapters)
+        attach_adapters(model, spec.adapters, part)
     return model
 
 
-def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None) -> Any:
+def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None, part: Part | None) -> Any:
     """Makes transformers convert the weights to fp8 while it reads them, or read those of a quantized checkpoint.
 
     None where nothing is quantized. Raises ModelError where that cannot be.
@@ -135,7 +137,7 @@ def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None) -> Any:
         raise ModelError("only causal language models are converted to fp8", where, fix)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the checkpoint is quantized already, in another way", where, fix)
-    return Fp8Config(checkpoint, spec.quantization is not None, merge)
+    return Fp8Config(checkpoint, spec.quantization is not None, merge, part)
 
 
 def choose_dtype(spec: EngineSpec, config: Any) -> torch.dtype:

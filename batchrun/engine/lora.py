@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from batchrun.engine.lora_config import MERGE_FIX, WEIGHTS, LoraConfig, matrices_by_layer
 from batchrun.errors import ModelError
+
+if TYPE_CHECKING:
+    from batchrun.engine.part import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +53,15 @@ class Merge:
     """An adapter on its way into a model's weights, each of which gets its product once: while it is loaded, or by
     `into` once it is."""
 
-    def __init__(self, folder: str) -> None:
-        """Reads the adapter. Raises ModelError as `read_adapter` does."""
-        self._folder, self._left = folder, read_adapter(folder)
+    def __init__(self, folder: str, part: Part | None = None) -> None:
+        """Reads the adapter, or a rank's part of it. Raises ModelError as `read_adapter` does."""
+        whole = read_adapter(folder)
+        self._folder, self._left = folder, whole if part is None else part.of_adapter(whole)
 
     @classmethod
-    def of(cls, folder: str | None) -> Self | None:
+    def of(cls, folder: str | None, part: Part | None = None) -> Self | None:
         """None where there is no adapter."""
-        return None if folder is None else cls(folder)
+        return None if folder is None else cls(folder, part)
 
     def merged(self, layer: str, weight: Tensor, transposed: bool = False) -> Tensor:
         """The weight (out features, in features; `transposed` the other way) with the layer's product, in float32; the

@@ -81,7 +81,7 @@ def matrices_by_layer(names: Iterable[str], where: str) -> dict[str, tuple[str, 
     for name in names:
         match = _MATRIX.fullmatch(name.removeprefix(_PREFIX))
         if match is None:
-            what = f"holds {name}, which is no low-rank matrix of a linear layer"
+            what = f"holds {name}, which is not a low-rank matrix of a linear layer"
             raise ModelError(what, where, MERGE_FIX)
         found.setdefault(match["layer"], {})[match["side"]] = name
     if not found:

@@ -7,6 +7,7 @@ GPTQModel; Frantar et al., 2022), pack-quantized, int-quantized and float-quanti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from batchrun.engine.fp8 import MULTIPLE, Fp8Linear
 from batchrun.engine.fp8_model import ROUTERS
 from batchrun.engine.lora import Merge
 from batchrun.engine.packed_format import PackedFormat, packed_format
+from batchrun.engine.part import Part
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column, of eight, that each four bits of an int32 hold, from the lowest."""
@@ -31,10 +33,12 @@ _E8M0_BIAS = 127
 
 @dataclass(frozen=True, slots=True)
 class PackedCheckpoint:
-    """By the name of each quantized weight its tensors: what each is, and its name, shape and dtype in the files."""
+    """By the name of each quantized weight its tensors: what each is, and its name, shape and dtype in the files; the
+    shapes of all tensors in the files by name."""
 
     format: PackedFormat
     weights: dict[str, dict[str, tuple[str, tuple[int, ...], torch.dtype]]]
+    shapes: dict[str, tuple[int, ...]]
 
     def prepare(self, model: nn.Module) -> None:
         """Gives modules room for the checkpoint's tensors in the place of the weights that these become.
@@ -50,6 +54,10 @@ class PackedCheckpoint:
                 what = "experts" if self.format.kind == "MXFP4" else "plain linear layers"
                 raise ValueError(f"{path} is in {self.format.name}, which is read for {what} alone")
             device = getattr(owner, name).device
+            # Some packers write a bias for every layer, of zeros where the model has none.
+            if isinstance(owner, nn.Linear) and owner.bias is None and f"{path}.bias" in self.shapes:
+                bias = torch.empty(owner.out_features, dtype=owner.weight.dtype, device=device)
+                owner.bias = nn.Parameter(bias, requires_grad=False)
             setattr(owner, name, None)
             # All of it comes from the files: transformers has nothing to make up.
             owner._is_hf_initialized = True  # type: ignore[assignment]
@@ -57,9 +65,25 @@ class PackedCheckpoint:
                 empty = torch.empty(shape, dtype=dtype, device=device)
                 owner.register_parameter(full.rpartition(".")[2], nn.Parameter(empty, requires_grad=False))
 
-    def expand(self, model: nn.Module, dtype: torch.dtype, convert: bool, merge: Merge | None) -> None:
-        """Makes each weight of its tensors, which are freed before the next one's turn: with an adapter's product if it
-        has one, and then in fp8, if wanted. Those in fp8 stay as they are.
+    def memory(self, dtype: torch.dtype, convert: bool) -> int:
+        """Bytes of the model's weights once those that are quantized are expanded, and converted to fp8, if wanted."""
+        linear = convert and self.format.kind != "MXFP4"
+        sizes = (
+            (math.prod(shape), 1 if linear and name in self.weights else dtype.itemsize)
+            for name, shape in self.format.expanded(self.shapes).items()
+        )
+        return sum(numbers * size for numbers, size in sizes)
+
+    def expand(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        convert: bool,
+        merge: Merge | None,
+        part: Part | None = None,
+    ) -> None:
+        """Makes each weight, or a rank's part of it, of its tensors, which are freed before the next one's turn: with
+        an adapter's product if it has one, and then in fp8, if wanted. Those in fp8 stay as they are.
 
         Raises:
             ValueError: the tensors of a weight do not fit each other or the model.
@@ -72,9 +96,19 @@ class PackedCheckpoint:
                 held[what] = getattr(owner, full.rpartition(".")[2]).data
                 delattr(owner, full.rpartition(".")[2])
             if not self.format.expands:
+                if part is not None:
+                    held["weight_scale"] = _column(held["weight_scale"]).expand(len(held["weight"]), 1)
+                    held = {
+                        what: part.of_weight(f"{path}.{what}", held[what])
+                        for what in ("weight", "weight_scale")
+                    }
                 _replace(model, path, _in_fp8(owner, held))
                 continue
+            if isinstance(owner, nn.Linear) and owner.bias is not None and not owner.bias.any():
+                owner.register_parameter("bias", None)
             numbers = expanded(self.format, held)
+            if part is not None:
+                numbers = part.of_weight(weight, numbers)
             if merge is not None and isinstance(owner, nn.Linear):
                 numbers = merge.merged(path, numbers)
             _hold_shape(owner, path, numbers)
@@ -97,7 +131,7 @@ def packed_checkpoint(folder: str, config: Any) -> PackedCheckpoint | None:
                 part = tensors.get_slice(name)
                 held[name] = (name, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), torch.float32))
     found = {w: {what: held[n] for what, n in parts.items()} for w, parts in form.parts(held).items()}
-    return PackedCheckpoint(form, found)
+    return PackedCheckpoint(form, found, {name: shape for name, shape, _ in held.values()})
 
 
 _DTYPES = {
@@ -152,7 +186,12 @@ def _awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
 def _gptq(form: PackedFormat, parts: dict[str, Tensor]) -> Tensor:
     """qweight (in * bits / 32, out), qzeros (groups, out * bits / 32), scales (groups, out), g_idx (in)."""
     numbers, scales = unpacked(parts["qweight"], form.bits, 0), parts["scales"].float()
-    zeros = unpacked(parts["qzeros"], form.bits, 1) + int(form.zeros_less_one)
+    qzeros = parts["qzeros"]
+    if form.zeros_less_one:
+        # GPTQModel takes one off each number by one subtraction from the word, in which a zero borrows from its
+        # neighbour: only the same addition gives them back.
+        qzeros = qzeros + sum(1 << shift for shift in range(0, 32, form.bits))
+    zeros = unpacked(qzeros, form.bits, 1)
     group = parts.get("g_idx")
     group = _groups(len(numbers), len(scales), numbers.device) if group is None else group.long()
     return ((numbers - zeros[group]) * scales[group]).t().contiguous()

@@ -94,10 +94,12 @@ def packed_format(settings: Any) -> PackedFormat | None:
     method = settings.get("quant_method")
     if method == "awq":
         bits = settings.get("bits", settings.get("w_bit", 4))
-        return PackedFormat("AWQ", 4) if bits == 4 and _lower(settings, "version", "gemm") == "gemm" else None
+        # AutoAWQ and GPTQModel each have a name of their own for the layout.
+        forms = {_lower(settings, key, "gemm") for key in ("version", "checkpoint_format")}
+        return PackedFormat("AWQ", 4) if bits == 4 and forms == {"gemm"} and not _mixed(settings) else None
     if method == "gptq":
         form = _lower(settings, "checkpoint_format", "gptq")
-        if settings.get("bits") not in (4, 8) or form not in ("gptq", "gptq_v2"):
+        if settings.get("bits") not in (4, 8) or form not in ("gptq", "gptq_v2") or _mixed(settings):
             return None
         return PackedFormat("GPTQ", int(settings["bits"]), form == "gptq")
     if method == "mxfp4":
@@ -107,6 +109,13 @@ def packed_format(settings: Any) -> PackedFormat | None:
 
 def _lower(settings: Mapping[str, Any], key: str, default: str) -> str:
     return str(settings.get(key) or default).lower()
+
+
+def _mixed(settings: Mapping[str, Any]) -> bool:
+    """Whether layers are packed in several ways: GPTQModel's `dynamic`, by layers' names."""
+    overrides = (settings.get("dynamic") or {}).values()
+    words = str(settings.get("pack_dtype") or "int32").removeprefix("torch.")
+    return words != "int32" or any({"bits", "format"} & set(override or {}) for override in overrides)
 
 
 def _compressed(settings: Mapping[str, Any]) -> PackedFormat | None:
@@ -139,6 +148,14 @@ def read_as_fp8(settings: Mapping[str, Any]) -> bool:
     return method == "compressed-tensors" and channels_and_tokens(settings)
 
 
+def runs_in_fp8(settings: Mapping[str, Any]) -> bool:
+    """Whether its weights stay in the fp8 that they are published in."""
+    if settings.get("quant_method") != "compressed-tensors":
+        return False
+    form = packed_format(settings)
+    return channels_and_tokens(settings) or (form is not None and not form.expands)
+
+
 def channels_and_tokens(settings: Mapping[str, Any]) -> bool:
     """Whether it is fp8 with a scale for each output channel, and for each token."""
     groups = list((settings.get("config_groups") or {}).values())
@@ -163,5 +180,6 @@ def _is(scheme: Mapping[str, Any] | None, strategy: str, dynamic: bool) -> bool:
 def described(settings: Mapping[str, Any]) -> str:
     """What a config says about its format, for an error."""
     facts = [str(settings.get("quant_method") or "an unnamed way")]
-    facts += [f"{key} {settings[key]}" for key in ("format", "bits", "version") if settings.get(key)]
+    keys = ("format", "checkpoint_format", "bits", "version", "dynamic", "pack_dtype")
+    facts += [f"{key} {settings[key]}" for key in keys if settings.get(key)]
     return ", ".join(facts)

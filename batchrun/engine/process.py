@@ -7,11 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
 from batchrun.engine.child import PATIENCE_SECONDS, Child, Stream
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.errors import EngineOutOfMemory
 
 PACK_TOKENS = 1 << 18
 STARVED_SECONDS = 0.02
@@ -174,6 +176,8 @@ class EngineProcess:
 
     def _launch(self) -> None:
         self.launches += 1
+        if self._child and isinstance(self._child.failure, EngineOutOfMemory):
+            self.spec = replace(self.spec, options={**self.spec.options, **self._child.failure.options})
         self._child = Child(self.spec, self.env, self.window, self.launches)
 
 

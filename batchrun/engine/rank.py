@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 
 from batchrun.engine.choose import preload
 from batchrun.engine.launch import die_with_parent
+from batchrun.engine.rank_link import Link
 
 
 def main() -> None:
@@ -17,10 +18,11 @@ def main() -> None:
     # As in the engine's process: whether to stop is the worker's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    link = Link(Connection(descriptor), parent)
     preload("paged")
     from batchrun.engine.paged.member import serve
 
-    serve(Connection(descriptor), parent)
+    serve(link)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from batchrun.engine.lora import Lora, read_adapter
+from batchrun.engine.part import Part
 from batchrun.errors import ModelError
 
 MULTIPLE = 8
@@ -101,13 +102,15 @@ class AdaptedLinear(nn.Module):
         return functional.linear(torch.cat([x, low], -1), self.weight, self.bias)
 
 
-def attach_adapters(model: Any, folders: Sequence[str]) -> None:
-    """Reads adapters, numbered from 1 in this order, and has the model's layers add their products.
+def attach_adapters(model: Any, folders: Sequence[str], part: Part | None = None) -> None:
+    """Reads adapters, numbered from 1 in this order, and has the model's layers add their products; of a rank's `part`
+    of a model, those of its part of them.
 
     Raises:
         ModelError: see `read_adapter` and `attach`.
     """
-    attach(model, [read_adapter(folder) for folder in folders], folders)
+    adapters = [read_adapter(folder) for folder in folders]
+    attach(model, adapters if part is None else [part.of_adapter(one) for one in adapters], folders)
 
 
 def attach(model: Any, adapters: Sequence[dict[str, Lora]], names: Sequence[str]) -> None:

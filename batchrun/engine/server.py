@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-from batchrun.engine import ahead, stage
+from batchrun.engine import abort, ahead, stage
 from batchrun.engine.choose import load_engine, preload
 from batchrun.engine.last_words import error_line, lines_of
 from batchrun.engine.launch import die_with_parent
@@ -34,6 +34,7 @@ from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded
 
 STATS_SECONDS = 0.2
 SIGN_SECONDS = 2.0
+LAST_WORD_SECONDS = 2.0
 PACK_ROWS = 1024
 # The sender lets a burst gather for so long: a pack costs some 100 us on both sides, whatever is in it.
 GATHER_SECONDS = 0.002
@@ -60,6 +61,7 @@ class Server:
         # Around what says where a request is, so that each is answered once.
         self.whereabouts = threading.Lock()
         self.engine: Engine | None = None
+        self.sender = threading.Thread(target=self._send, daemon=True)
 
     def serve(self, kind: str = "") -> None:
         """Loads the engine that the parent asks for; runs until the parent is gone or the engine fails. Meanwhile
@@ -72,8 +74,7 @@ class Server:
             preload(kind)
         spec = asked.get()
         threading.Thread(target=self._read, daemon=True).start()
-        sender = threading.Thread(target=self._send, daemon=True)
-        sender.start()
+        self.sender.start()
         try:
             self._run(spec)
         except BatchrunError as error:
@@ -84,7 +85,7 @@ class Server:
                 (EngineError, "failed") if self.engine else (EngineNotLoaded, "could not be loaded")
             )
             self.outbox.put(Failed(failure(f"engine {doing}: {_named(error)}", spec.model_path)))
-        sender.join()
+        self.sender.join()
 
     def _await_spec(self, asked: queue.SimpleQueue[EngineSpec]) -> None:
         try:
@@ -109,6 +110,7 @@ class Server:
         self.engine.stats.load_seconds = times["engine ready"] - started
         # Before any request is read, so before the sender has anything to say: the parent learns that it is loaded.
         self.connection.send(CompletionPack.pack([], self._stats()))
+        abort.listen(self._fail)
         for completion in self.engine.generate(self._requests()):
             with self.whereabouts:
                 del self.in_hand[completion.id]
@@ -119,6 +121,11 @@ class Server:
             times["last row"] = time.time()
             times.setdefault("first row", times["last row"])
         raise EngineError("the engine stopped while requests were still coming", spec.kind)
+
+    def _fail(self, error: EngineError) -> None:
+        """In another thread than the engine's: has the parent hear of the error before the process ends."""
+        self.outbox.put(Failed(error))
+        self.sender.join(LAST_WORD_SECONDS)
 
     def _requests(self) -> Iterator[Request | None]:
         while True:
@@ -205,8 +212,7 @@ class Server:
                     items.append(self.outbox.get())
             except queue.Empty:
                 items = []
-            last = items[-1] if items else None
-            failed = last if isinstance(last, Failed) else None
+            failed = next((item for item in items if isinstance(item, Failed)), None)
             completions = [c for c in items if isinstance(c, Completion) and not self._is_dropped(c)]
             now = time.monotonic()
             behind = bool(items) and now < stats_due and bool(self.in_hand)

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 400
-LOW, HIGH = 5, 95  # percentiles of the draws: a 90% interval
+# Percentiles of the draws: a 90% interval.
+LOW, HIGH = 5, 95
 # What an output token may cost, in prompt tokens, where one figure for both is all that is known: the interval covers
 # both ends. One H200 was read at about 10 for a 0.6b shape: 428,000 prompt tokens/s, 24 ms for a step of 1,024 rows.
 WORTH = (1.0, 30.0)
-UNSEEN = 0.1  # the spread between readings that is taken for granted where there are too few to see it
+# The spread between readings that is taken for granted where there are too few to see it.
+UNSEEN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,8 @@ def _with_drawn_residuals(
     """The fit's own seconds, each times a relative residual drawn from all of them."""
     given, seconds, _ = _columns(observations)
     fitted = given @ likely
-    if len(seconds) < 3:  # the fit goes through both, and leaves nothing to judge it by
+    # The fit goes through both, and leaves nothing to judge it by.
+    if len(seconds) < 3:
         drawn = np.maximum(0.0, rng.normal(1.0, UNSEEN, len(seconds)))
         return [replace(o, seconds=float(s)) for o, s in zip(observations, fitted * drawn, strict=True)]
     residuals = seconds / np.maximum(fitted, 1e-12) - 1

@@ -28,7 +28,8 @@ from batchrun.version import __version__
 
 log = logging.getLogger(__name__)
 
-STRETCHES = 12  # that an earlier run is cut into, to see how steady it was
+# Stretches that an earlier run is cut into, to see how steady it was.
+STRETCHES = 12
 # Another job's trial serves if it ran so many tokens, and if its prompts are at most so much longer or shorter on
 # average: a token's cost depends on both.
 ENOUGH_TOKENS = 20_000
@@ -70,7 +71,8 @@ class _Measured:
 def device_name() -> str:
     """This machine's GPU, or its processor and the number of cores that may be used."""
     if visible_gpus():
-        import torch  # seconds, where nothing else has needed it
+        # Seconds, where nothing else has needed it.
+        import torch
 
         return str(torch.cuda.get_device_name())
     return f"{_processor()}, {available_cores()} cores"

@@ -22,10 +22,13 @@ from batchrun.errors import FaultCode, RowFault
 from batchrun.prompt.codec import open_codec
 from batchrun.prompt.tokens import Prompt, PromptBuilder
 
-ROWS = 2000  # sampled by default: shares are known to about two points, and a plan takes seconds
-RUNS = 100  # places that a sample is taken from, each a few consecutive rows: a page is decoded for its rows alone
+# Rows sampled by default: shares are known to about two points, and a plan takes seconds.
+ROWS = 2000
+# Places that a sample is taken from, each a few consecutive rows: a page is decoded for its rows alone.
+RUNS = 100
 SHOWN_PROMPTS = 5
-Z = 1.96  # of a 95% interval
+# Of a 95% interval.
+Z = 1.96
 
 
 @dataclass
@@ -160,7 +163,8 @@ def _places(plan: Plan, rows: int) -> list[tuple[Slice, list[tuple[int, int, int
             start = int((run + 0.5) / (rows // length) * plan.rows - length / 2)
             end = start + length
             i = int(np.searchsorted(ends, start, side="right"))
-            while start < end and i < len(slices):  # a short slice's run goes on in the next one
+            # A short slice's run goes on in the next one.
+            while start < end and i < len(slices):
                 before = int(ends[i]) - slices[i].rows
                 wanted[i].append((run, start - before, min(end, int(ends[i])) - before))
                 start, i = int(ends[i]), i + 1

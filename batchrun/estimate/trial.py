@@ -19,8 +19,10 @@ from batchrun.estimate.sample import Sample, spread
 from batchrun.prompt.codec import request_of
 from batchrun.prompt.scoring import requests as scored_requests
 
-FIRST_STREAM = 32  # rows; each stream is twice as long as the one before
-WARM_ROWS = 8  # that go through the engine untimed, for what it does only once
+# Rows; each stream is twice as long as the one before.
+FIRST_STREAM = 32
+# Rows that go through the engine untimed, for what it does only once.
+WARM_ROWS = 8
 
 
 def trial(
@@ -134,7 +136,8 @@ def _streams(
     done: list[Observation] = []
     size = FIRST_STREAM
     first = min(FIRST_STREAM, len(order) // 4)
-    if first:  # as many as the first stream has: a GPU's kernels are compiled for a number of rows
+    # As many as the first stream has: a GPU's kernels are compiled for a number of rows.
+    if first:
         _run(engine, of(order[:first]), deadline + seconds, Counter())
     while first < len(order):
         now = time.monotonic()

@@ -162,7 +162,8 @@ class AnswerSettings(Settings):
             raise JobError(
                 "the schema was not read", "answer.schema", "give it as a mapping, or use Job.load"
             )
-        from batchrun.structured.answer_format import (  # pyarrow: not for every job
+        # pyarrow: not for every job.
+        from batchrun.structured.answer_format import (
             answer_format,
             number_format,
             text_format,

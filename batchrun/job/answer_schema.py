@@ -30,7 +30,8 @@ def load_schema(name: str, base: Path) -> dict[str, Any]:
 
 def _of_file(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        # JSON is YAML.
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise JobError(
             f"cannot be read ({error.strerror})",

@@ -16,7 +16,7 @@ def parse_duration(text: str) -> timedelta:
     """
     match = _DURATION.fullmatch(text.strip())
     if not match or not any(match.groups()):
-        raise ValueError(f"{text!r} is no duration such as 90s, 30m, 6h or 1h30m")
+        raise ValueError(f"{text!r} is not a duration such as 90s, 30m, 6h or 1h30m")
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     try:
         return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)

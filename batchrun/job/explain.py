@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from batchrun.errors import nearest
 
-SHOWN = 80  # characters of a wrong value
+# Characters of a wrong value.
+SHOWN = 80
 
 # What a value must be, by pydantic's type of error; the braces are its context's.
 _MUST = {

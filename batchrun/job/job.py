@@ -171,7 +171,7 @@ class Job(Settings):
     def parse(
         cls, text: str, overrides: Sequence[str] = (), where: str = "job", base: Path | None = None
     ) -> Job:
-        """The same from YAML text; `base` is the folder that relative paths start from."""
+        """The same from YAML text; `base` is the folder that relative paths start from. Raises JobError likewise."""
         tree = parse_yaml(text, where)
         if not isinstance(tree, dict):
             raise JobError(
@@ -221,7 +221,8 @@ class Job(Settings):
         """
         prompt = self.prompt.model_dump(mode="json")
         if prompt["special_tokens"] == "parse":
-            del prompt["special_tokens"]  # as it was before there was a choice: older outputs can go on
+            # As it was before there was a choice: older outputs can go on.
+            del prompt["special_tokens"]
         # What an older job could not have is only there where it is set: its outputs keep their identity.
         if not prompt["template_kwargs"]:
             del prompt["template_kwargs"]
@@ -301,7 +302,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise JobError(f"{override!r} is no override", "--set", "write --set key.path=value")
+        raise JobError(f"{override!r} is not an override", "--set", "write --set key.path=value")
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
@@ -309,7 +310,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         tree[keys[-1]] = parse_yaml(text, f"--set {path}")
     except JobError:
-        tree[keys[-1]] = text  # a template's braces are no YAML; a shell already quotes, so the text is meant
+        # A template's braces are no YAML; a shell already quotes, so the text is meant.
+        tree[keys[-1]] = text
 
 
 # ${NAME}, or ${NAME:-default} as in a shell, where an empty variable counts as not set.

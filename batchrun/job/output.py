@@ -83,7 +83,7 @@ class OutputSettings(Settings):
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         for name in columns:
             if name not in _NAMED:
-                raise ValueError(f"{name!r} is no output column{nearest(name, _NAMED)}")
+                raise ValueError(f"{name!r} is not an output column{nearest(name, _NAMED)}")
             if not columns[name]:
                 raise ValueError(f"give {name} a name, or leave it out")
         return columns

@@ -61,7 +61,7 @@ class Message(Settings):
                 isinstance(part, dict) and part.keys() == {"type", "text"} and isinstance(part["text"], str)
             )
             if not is_text:
-                raise ValueError(f"part {i} is no text part: write {{type: text, text: ...}}")
+                raise ValueError(f"part {i} is not a text part: write {{type: text, text: ...}}")
         return content
 
 

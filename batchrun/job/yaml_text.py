@@ -46,7 +46,8 @@ def _refuse_bomb(root: yaml.Node | None) -> None:
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = MOST_VALUES  # until it is known: an alias of a node inside itself has no end
+            # Until it is known: an alias of a node inside itself has no end.
+            sizes[id(node)] = MOST_VALUES
             inner = (
                 [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
             )

@@ -13,7 +13,8 @@ from batchrun.engine.packed_format import FIX, described, packed_format, read_as
 from batchrun.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
-LARGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
+# Bytes; safetensors' own limit.
+LARGEST_HEADER = 100 << 20
 
 # What comes after "For" in the class that a checkpoint was saved from.
 GENERATING = ("CausalLM", "ConditionalGeneration", "Seq2SeqLM", "ImageTextToText", "PreTraining")
@@ -31,7 +32,8 @@ def check_model(folder: str) -> None:
         ModelError: no model that generates text; weights that are missing, cut short or not in the format.
     """
     path = Path(folder)
-    with suppress(OSError, ValueError, AttributeError):  # finding the model tells of these
+    # Finding the model tells of these.
+    with suppress(OSError, ValueError, AttributeError):
         config = json.loads((path / "config.json").read_bytes())
         _refuse_other_models(config, folder)
         _refuse_other_formats(config.get("quantization_config"), folder)

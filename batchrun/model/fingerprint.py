@@ -60,7 +60,8 @@ def in_background(work: Callable[[], T]) -> Future[T]:
     def run() -> None:
         try:
             found.set_result(work())
-        except BaseException as error:  # whoever asks for the result gets it
+        except BaseException as error:
+            # Whoever asks for the result gets it.
             found.set_exception(error)
 
     threading.Thread(target=run, name="batchrun-fingerprint", daemon=True).start()
@@ -106,7 +107,8 @@ def _recall(kept: Path, state: list[str | int]) -> str | None:
         values = json.loads(kept.read_text())
         return str(values["sha256"]) if values["file"] == state else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or cut short: the file is hashed again
+        # Not there, or cut short: the file is hashed again.
+        return None
 
 
 def _keep(kept: Path, state: list[str | int], digest: str) -> None:
@@ -127,6 +129,7 @@ def _blocks(file: Path, size: int, sample: bool) -> Iterator[bytes]:
         if not sample or size <= _BLOCK * _BLOCKS:
             yield from iter(lambda: stream.read(1 << 20), b"")
             return
-        for i in range(_BLOCKS):  # the first block starts the file, the last one ends it
+        # The first block starts the file, the last one ends it.
+        for i in range(_BLOCKS):
             stream.seek((size - _BLOCK) * i // (_BLOCKS - 1))
             yield stream.read(_BLOCK)

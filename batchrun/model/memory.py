@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.packed_format import packed_format
+from batchrun.engine.packed_format import packed_format, runs_in_fp8
 from batchrun.model.check import model_shapes
+from batchrun.model.files import read_json
 
 # What keeps its format, by how models name it: embeddings, the layer that gives the logits, and routers.
 _KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
 _FP8_MULTIPLE = 16
 # What each of several GPUs holds whole, beside biases and norms; the layer that gives the logits is divided by tokens.
 _WHOLE = ("embed", "wte", "wpe", ".gate.", ".router.")
+# Of weights in fp8: counted with them, or gone once those are expanded.
+_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale")
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -59,25 +61,36 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
     Args:
         dtype: as in the job file; "auto" is half precision, as on a GPU.
     """
-    config = json.loads((Path(folder) / "config.json").read_bytes())
+    config = read_json(Path(folder) / "config.json")
     text = config.get("text_config") or config
     kept, heads = _token_heads(text), attention_heads(text)
     shapes = model_shapes(folder, files)
     if kept is None or heads is None or not shapes:
         return None
     count, size = kept
+    settings = config.get("quantization_config") or {}
+    kept_in_fp8 = (
+        {name.removesuffix("_scale") for name in shapes if name.endswith(".weight_scale")}
+        if runs_in_fp8(settings)
+        else set()
+    )
     number = _BYTES.get(dtype, 2)
     weights = fp8_weights = whole = 0
     for name, shape in shapes.items():
+        if settings and name.endswith(_SCALES):
+            continue
+        if name in kept_in_fp8:
+            weights += _fp8_bytes(shape)
+            fp8_weights += _fp8_bytes(shape)
+            continue
         numbers = math.prod(shape)
         weights += number * numbers
         if len(shape) < 2 or any(word in name for word in _WHOLE):
             whole += number * numbers
-        # A number a byte, and a float32 scale a row.
-        fp8_weights += numbers + 4 * shape[0] if _becomes_fp8(name, shape) else number * numbers
+        becomes = not kept_in_fp8 and _becomes_fp8(name, shape)
+        fp8_weights += _fp8_bytes(shape) if becomes else number * numbers
     # Likewise, a scale for each head.
     token, fp8_token = number * count * size, count * (size + 4)
-    settings = config.get("quantization_config") or {}
     form = packed_format(settings)
     expands = form.expands if form is not None else bool(settings.get("weight_block_size"))
     sizes = ((Path(folder) / file).stat().st_size for file in files if file.endswith(".safetensors"))
@@ -90,6 +103,11 @@ def attention_heads(config: dict[str, Any]) -> tuple[int, int] | None:
     config = config.get("text_config") or config
     heads = config.get("num_attention_heads")
     return (int(heads), int(config.get("num_key_value_heads") or heads)) if heads else None
+
+
+def _fp8_bytes(shape: list[int]) -> int:
+    """A number a byte, and a float32 scale a row."""
+    return math.prod(shape) + 4 * shape[0]
 
 
 def _becomes_fp8(name: str, shape: list[int]) -> bool:

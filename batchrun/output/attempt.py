@@ -6,7 +6,7 @@ import io
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from batchrun.job.output import OutputSettings
 from batchrun.output import chunk, part
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL, Layout
-from batchrun.output.part import Summary
+from batchrun.output.part import Replacement, Summary
 from batchrun.output.samples import in_rows, repeated, repeated_batches
 from batchrun.storage import Folder, NotFound
 from batchrun.structured.answer_format import AnswerFormat
@@ -305,9 +305,14 @@ class Attempt:
             origin.plan_hash,
             origin.job_hash,
             self.partition,
+            self._replacements(answers),
             name_of=self.name_of_answer,
             rows_of_row=self._rows_of_row,
         )
+
+    def _replacements(self, answers: pa.Table) -> Sequence[Replacement]:
+        """Those that made the part what it is: none but of a retry's."""
+        return ()
 
     def _publish(self, path: Path) -> bool:
         """Puts the whole part; whether this call is known to have written it."""

@@ -32,7 +32,8 @@ class Identity:
     """`settings` are the job's deciding ones as they are written (no place, no secret), `job_hash` covers their
     values and the model.
 
-    `plan_hash` is the first plan's, where an output has several. `model` is the model's name as it is written.
+    `plan_hash` is the first plan's, where an output has several. `model` is the model's name as it is written, with
+    those of adapters.
     `from_environment` has a digest of each setting whose value is not shown in `settings`, since `${NAME}` is. Both
     are empty in outputs of earlier versions, which wrote the values themselves.
     """
@@ -118,7 +119,7 @@ def changes(old: Identity, new: Identity) -> dict[str, str]:
     """What differs between two jobs, their inputs aside: a line for each setting, and for the `model`."""
     found = settings_changes(old, new.settings, new.from_environment)
     if old.model_fingerprint != new.model_fingerprint:
-        found["model"] = f"model: {_shown(old.model_fingerprint)} -> {_shown(new.model_fingerprint)}"
+        found["model"] = f"model: {_model_change(old, new)}"
     elif old.job_hash != new.job_hash and not found:
         found["job"] = f"job: {_shown(old.job_hash)} -> {_shown(new.job_hash)}"
     return found
@@ -139,6 +140,15 @@ def settings_changes(
         for key in sorted(before.keys() | after.keys())
         if differs(key)
     }
+
+
+def _model_change(old: Identity, new: Identity) -> str:
+    prints = f"{_shown(old.model_fingerprint)} -> {_shown(new.model_fingerprint)}"
+    if not (old.model and new.model):
+        return prints
+    if old.model != new.model:
+        return _change(old.model, new.model)
+    return f"{new.model} has other files ({prints})"
 
 
 def _setting_change(key: str, before: Any, after: Any) -> str:

@@ -161,7 +161,7 @@ def build(
     target = part_schema(schema, settings, wanted)
     with pq.ParquetWriter(path, target, compression=settings.compression, write_page_checksum=True) as writer:
         beside = _beside(carried, schema, answers, settings, writer.schema, wanted)
-        for group in _row_groups(beside, writer.schema):
+        for group in _row_groups(beside):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
         values = asdict(replace(summary, digest=digest.BLANK))
         writer.add_key_value_metadata({"batchrun": json.dumps(values, sort_keys=True)})
@@ -272,7 +272,7 @@ def _other_rows(planned: int, found: str) -> ChangedError:
     return ChangedError(f"the input gives {found} rows where the plan has {planned}", "input", "plan again")
 
 
-def _row_groups(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -89,9 +90,8 @@ class ReplacingAttempt(Attempt):
     def _is_foreign(self, summary: Summary) -> bool:
         return False
 
-    def _summarize(self, answers: pa.Table) -> Summary:
+    def _replacements(self, answers: pa.Table) -> Sequence[Replacement]:
         assert self._old is not None
-        origin = self._origin
         again = answers.filter(pa.array(self._retried))
         mine = Replacement(
             generation=self.retry.number,
@@ -101,16 +101,7 @@ class ReplacingAttempt(Attempt):
             ok=pc.sum(pc.equal(again["status"], "ok"), min_count=0).as_py(),
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        return part.summarize(
-            answers,
-            self.attempt_id,
-            origin.plan_hash,
-            origin.job_hash,
-            self.partition,
-            [*self._old.retries, mine],
-            name_of=self.name_of_answer,
-            rows_of_row=self.settings.rows_of_row,
-        )
+        return [*self._old.retries, mine]
 
     def _publish(self, path: Path) -> bool:
         if self._committed() is not None:

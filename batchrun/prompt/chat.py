@@ -50,7 +50,8 @@ class ChatSource:
         ModelError: no chat template anywhere, or one that leaves out messages or tools.
     """
 
-    special_tokens = False  # the chat template writes them itself
+    # The chat template writes them itself.
+    special_tokens = False
 
     def __init__(self, settings: PromptSettings, tokenizer: Any, schema: pa.Schema, guard: Guard) -> None:
         self.column, self.guard = settings.column, guard
@@ -156,7 +157,8 @@ class ChatSource:
         row = self._probe()
         text = self.texts([Chat(row)])[0]
         if isinstance(text, RowFault):
-            return  # rows will say so, with their own contents
+            # Rows will say so, with their own contents.
+            return
         for message in row:
             if not all(part in text for part in _texts(message)):
                 raise ModelError(

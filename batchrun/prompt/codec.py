@@ -13,8 +13,9 @@ from batchrun.engine import seeds
 from batchrun.engine.protocol import EngineSpec, Request, RowSampling, Sampling, TokenTables
 from batchrun.errors import ModelError, first_line
 from batchrun.job.job import Job
-from batchrun.model.folder import ModelFolder, context_length, load_tokenizer, stop_token_ids
+from batchrun.model.folder import ModelFolder, context_length
 from batchrun.model.light import without_warnings
+from batchrun.model.tokenizer import load_tokenizer, stop_token_ids
 from batchrun.prompt.detokenizer import Detokenizer
 from batchrun.prompt.encoder import Encoder
 from batchrun.prompt.reasoning import Reasoning, find_reasoning

@@ -21,7 +21,8 @@ from jinja2 import Template, TemplateError
 from batchrun.errors import FaultCode, RowFault
 from batchrun.prompt.sandbox import ENVIRONMENT, MEMORY, NULL, NULL_PRINTED, TEXT, TOO_LARGE, NullPrinted
 
-SECONDS = 1.0  # of CPU time for one row; the process ends after twice as many
+# Seconds of CPU time for one row; the process ends after twice as many.
+SECONDS = 1.0
 # Rows that take less together share a setting of the timers, which costs as much as a short row.
 SHARED_SECONDS = 0.01
 
@@ -121,7 +122,8 @@ def _result(render: Callable[[Any], Any], row: Any, where: str = "") -> Any:
         return RowFault(FaultCode.TEMPLATE_ERROR, where + TOO_LONG)
     except MemoryError:
         return RowFault(FaultCode.TEMPLATE_ERROR, where + TOO_LARGE)
-    except Exception as error:  # a template runs expressions: they may raise anything
+    except Exception as error:
+        # A template runs expressions: they may raise anything.
         kind = "" if where else f"{type(error).__name__}: "
         return RowFault(FaultCode.TEMPLATE_ERROR, f"{where}{kind}{error}")
 

@@ -8,8 +8,10 @@ from jinja2 import StrictUndefined, pass_context
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MEMORY = 1 << 30  # bytes of the process that renders
-TEXT = 64 << 20  # characters of one text
+# Bytes of the process that renders.
+MEMORY = 1 << 30
+# Characters of one text.
+TEXT = 64 << 20
 
 TOO_LARGE = (
     f"rendering takes more than {MEMORY >> 30} GiB of memory, or gives more than {TEXT >> 20} Mi characters"

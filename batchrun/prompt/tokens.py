@@ -178,7 +178,8 @@ class PromptBuilder:
         limit, side = self._settings.max_bytes, self._settings.truncate
         try:
             size = len(text.encode())
-        except UnicodeEncodeError as error:  # an escape in a template wrote half of a surrogate pair
+        except UnicodeEncodeError as error:
+            # An escape in a template wrote half of a surrogate pair.
             return row, RowFault(FaultCode.INVALID_UTF8, str(error))
         if size <= limit:
             return row, text

@@ -1,4 +1,4 @@
-"""A column with each row's tools, where a value that is no list of tools is its own row's fault."""
+"""A column with each row's tools, where a value that is not a list of tools is its own row's fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from batchrun.prompt.columns import holds_text, values
 
 Tools = list[dict[str, Any]]
 
-DEEPEST = 64  # levels of lists and mappings in a row's tools; those of a JSON Schema are a few
+# Levels of lists and mappings in a row's tools; those of a JSON Schema are a few.
+DEEPEST = 64
 
 
 def check_tools_column(name: str, kind: pa.DataType) -> None:
@@ -34,7 +35,7 @@ def check_tools_column(name: str, kind: pa.DataType) -> None:
 
 
 def tools_of(name: str, column: pa.Array, guard: Callable[[Any], Any]) -> list[Tools | RowFault | None]:
-    """(rows,) tools, every text in them through `guard`; None for a null, a RowFault for what is no list of tools.
+    """(rows,) tools, every text in them through `guard`; None for a null, a RowFault for what is not a list of tools.
     Fields of structs are left out where they are null."""
     is_text = holds_text(column.type)
     known: dict[str, Tools | RowFault | None] = {}
@@ -49,7 +50,7 @@ def tools_of(name: str, column: pa.Array, guard: Callable[[Any], Any]) -> list[T
         if found is None:
             return None
         if not isinstance(found, list):
-            return _fault(name, " is no list of tools")
+            return _fault(name, " is not a list of tools")
         fault = tools_fault(found)
         return _fault(name, f": {fault}") if fault else guard(found)
 

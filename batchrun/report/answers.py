@@ -21,13 +21,19 @@ from batchrun.prompt.renderer import RENDERER
 from batchrun.prompt.template import message_columns, row_templates
 from batchrun.storage import Folder
 
-SAMPLED_PARTS = 32  # parts whose lengths are read; spread evenly
-READERS = 8  # parts read at a time
-READ_PARTS = 4  # of these, parts that rows to read are taken from
+# Parts whose lengths are read; spread evenly.
+SAMPLED_PARTS = 32
+# Parts read at a time.
+READERS = 8
+# Of these, parts that rows to read are taken from.
+READ_PARTS = 4
 ROWS_PER_PART = 3
-TEXT = 2000  # characters of a prompt or an answer that are kept
-EXAMPLES = 3  # failed rows shown for each error code
-CODES = 5  # error codes of which rows are shown
+# Characters of a prompt or an answer that are kept.
+TEXT = 2000
+# Failed rows shown for each error code.
+EXAMPLES = 3
+# Error codes of which rows are shown.
+CODES = 5
 
 
 @dataclass(frozen=True, slots=True)

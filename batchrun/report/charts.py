@@ -25,8 +25,10 @@ THEME = {
 }
 INK, MUTED, LINE, FIRST, SECOND = THEME
 SMOOTHED_SECONDS = 5.0
-SIZE = (4.4, 2.3)  # inches of 72 pixels: readable as it is on a telephone, several side by side elsewhere
-MARGINS = (0.11, 0.19, 0.98, 0.88)  # left, bottom, right, top, as shares
+# Inches of 72 pixels: readable as it is on a telephone, several side by side elsewhere.
+SIZE = (4.4, 2.3)
+# Left, bottom, right, top, as shares.
+MARGINS = (0.11, 0.19, 0.98, 0.88)
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 8.5,
@@ -135,7 +137,8 @@ def _time_unit(seconds: Values) -> tuple[str, float]:
 def _svg(draw: Callable[[Axes], None]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
-        figure.subplots_adjust(*MARGINS)  # a layout that measures its texts takes three times as long
+        # A layout that measures its texts takes three times as long.
+        figure.subplots_adjust(*MARGINS)
         draw(figure.subplots())
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(

@@ -14,19 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from batchrun.counters import Counters
 from batchrun.job.job import Job
 from batchrun.report.summary import CUT, money, number, size
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import counted, printable
-from batchrun.telemetry.progress import (
-    Progress,
-    ProgressCallback,
-    Rates,
-    WorkerView,
-    duration,
-    line,
-    log_lines,
-)
+from batchrun.telemetry.progress import Progress, ProgressCallback, WorkerView, duration
+from batchrun.telemetry.rates import Rates, line, log_lines
 
 SHOWN_WORKERS = 8
 UNKNOWN = "–"
@@ -62,7 +56,8 @@ class View:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.rates = Rates()
-        self._workers = 1  # lines for them, as many as there ever were
+        # Lines for them, as many as there ever were.
+        self._workers = 1
 
     def render(self, now: Progress | None) -> RenderableType:
         """The view of the run now; None stands for the time before its first look."""
@@ -149,7 +144,7 @@ class View:
             held = worker.engine.requests - worker.engine.completions
             facts += [
                 f"{number(self.rates.of_worker(worker.address))} tokens/s",
-                f"{counted(held, 'row')} in hand",
+                f"{counted(held, _held(worker.counts))} in hand",
             ]
         facts.append(size(worker.memory))
         if worker.gpu:
@@ -179,7 +174,12 @@ def _batches(now: Progress) -> str:
     facts = [] if fill is None else [f"padding efficiency {fill:.3f}"]
     if now.pool_fill is not None:
         facts.append(f"key/value pages {now.pool_fill:.0%} full")
-    return ", ".join([*facts, f"{counted(now.waiting, 'row')} in engines"]) if facts else UNKNOWN
+    return ", ".join([*facts, f"{counted(now.waiting, _held(now.counts))} in engines"]) if facts else UNKNOWN
+
+
+def _held(counts: Counters) -> str:
+    """What an engine holds one of for each answer that it is asked for."""
+    return "sample" if counts.more_samples else "row"
 
 
 def _doing(worker_views: Sequence[WorkerView]) -> str:

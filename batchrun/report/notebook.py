@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from batchrun.telemetry.progress import Progress, ProgressCallback, Rates, duration
+from batchrun.telemetry.progress import Progress, ProgressCallback, duration
+from batchrun.telemetry.rates import Rates
 
 
 def in_notebook() -> bool:
@@ -21,7 +22,8 @@ def bar(wanted: bool, title: str, watch: ProgressCallback) -> Iterator[ProgressC
     if not (wanted and in_notebook()):
         yield watch
         return
-    from tqdm.auto import tqdm  # transformers brings it
+    # transformers brings it.
+    from tqdm.auto import tqdm
 
     rates = Rates()
     with tqdm(desc=title, unit=" rows", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as shown:

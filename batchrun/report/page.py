@@ -184,7 +184,9 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str, str]]:
         yield "padding efficiency", f"{real / computed:.1%}", "of computed tokens are no padding"
     shared = sum(run.shared_tokens for run in facts.runs)
     if shared:
-        share = shared / max(1, facts.counts.prompt_tokens)
+        # Of several samples each is a prompt to the engine, which counts of its own what it was run on.
+        run_on = sum(run.real_tokens for run in facts.runs) - written
+        share = shared / (shared + max(0, run_on))
         yield "shared prompt tokens", f"{shared:,}", f"{share:.0%}, computed once for several rows"
     if facts.counts.copied:
         tokens = f"{facts.counts.copied_tokens:,} tokens"

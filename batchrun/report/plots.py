@@ -10,7 +10,8 @@ from batchrun.report.answers import Look
 from batchrun.report.charts import Values
 from batchrun.telemetry.record import RunRecord
 
-SAMPLES = 3  # fewer tell nothing of a run's course
+# Samples; fewer tell nothing of a run's course.
+SAMPLES = 3
 
 
 def plots(look: Look, runs: Sequence[RunRecord]) -> Iterator[tuple[str, str]]:

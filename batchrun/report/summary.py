@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHOWN_ROWS = 5
-CELL = 600  # characters of a value that are shown: enough to judge an answer
-NOTABLE = 0.02  # share of answers that are cut or empty above which that is likely a mistake
+# Characters of a value that are shown: enough to judge an answer.
+CELL = 600
+# Share of answers that are cut or empty above which that is likely a mistake.
+NOTABLE = 0.02
 
 
 def size(count: float) -> str:
@@ -127,13 +129,12 @@ def _answer_lines(result: RunResult) -> Iterator[str]:
     """How the answers ended, with a warning where many of them are of little use."""
     # Rows that the engine answered, those among them whose answer is invalid since it was cut.
     answered = sum(result.finish_reasons.values()) - result.finish_reasons.get("error", 0)
-    if not answered or not result.output_tokens:  # of scored rows nothing is generated
+    # Of scored rows nothing is generated.
+    if not answered or not result.output_tokens:
         return
     cut, empty = result.finish_reasons.get("length", 0), result.empty
     shares = [f"{count:,} ({count / answered:.1%}) {what}" for count, what in ((cut, CUT), (empty, "empty"))]
-    # As many as rows, or as samples of all rows.
-    answers = sum(result.finish_reasons.values())
-    yield f"answers: {result.output_tokens / answers:,.0f} tokens on average, {', '.join(shares)}"
+    yield f"answers: {result.output_tokens / answered:,.0f} tokens on average, {', '.join(shares)}"
     if cut > NOTABLE * answered:
         yield f"warning: {cut / answered:.1%} of the answers are {CUT}; raise it if they end in mid-sentence"
     if empty > NOTABLE * answered:

@@ -25,7 +25,8 @@ REQUEST_AT_STOP = 1.0
 SAVING_AT_STOP = 1.5
 RATE_AT_STOP = 4 << 20
 
-LOOK = 0.1  # seconds between two looks at whether to stop
+# Seconds between two looks at whether to stop.
+LOOK = 0.1
 
 Told = Callable[[], bool]
 

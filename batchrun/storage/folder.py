@@ -32,7 +32,8 @@ FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
 PATIENCE = 300.0
 PROBE_PATIENCE = 15.0
-MINIMUM = 1.0  # for a single request
+# Seconds for a single request.
+MINIMUM = 1.0
 
 
 @contextmanager
@@ -231,7 +232,8 @@ def _size(data: Data) -> int:
     return len(data) if isinstance(data, bytes) else data.stat().st_size
 
 
-_failing: set[str] = set()  # URLs of stores whose last request failed, though another may not
+# URLs of stores whose last request failed, though another may not.
+_failing: set[str] = set()
 _stores: dict[tuple[int, str, str], Store] = {}
 _stores_lock = threading.Lock()
 

@@ -128,7 +128,8 @@ class LocalStore:
             except FileNotFoundError:
                 if not temporary.exists():
                     raise
-                continue  # another process pruned the empty folder in between
+                # Another process pruned the empty folder in between.
+                continue
             _sync(target.parent)
             return
         raise OSError(errno.EBUSY, "the folder disappears as fast as it is made", str(target.parent))
@@ -139,7 +140,8 @@ class LocalStore:
             try:
                 os.rmdir(self.root / folder)
             except OSError:
-                return  # not empty, or gone: either is as it should be
+                # Not empty, or gone: either is as it should be.
+                return
             folder = folder.parent
 
 

@@ -157,7 +157,8 @@ class S3Store(RemoteStore):
             found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=below)
         except OSError as error:
             if http_status(error) == 501 or error.errno == errno.ENOSYS:
-                return 0  # a store that cannot list them has none to bill for
+                # A store that cannot list them has none to bill for.
+                return 0
             raise
         uploads = [(upload["Key"], upload["UploadId"]) for upload in found.get("Uploads", [])]
         for name, upload_id in uploads:

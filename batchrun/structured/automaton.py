@@ -366,5 +366,6 @@ def _renumbered(automaton: Automaton, blocks: NDArray[np.int64]) -> Automaton:
     numbers = np.zeros(int(blocks.max()) + 1, np.int32)
     numbers[names] = np.arange(len(names))
     members = np.zeros(len(names), np.int64)
-    members[numbers[blocks[::-1]]] = np.arange(len(blocks))[::-1]  # the first member of each
+    # The first member of each.
+    members[numbers[blocks[::-1]]] = np.arange(len(blocks))[::-1]
     return Automaton(numbers[blocks[automaton.table[members]]].astype(np.int32), automaton.accepting[members])

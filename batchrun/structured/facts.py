@@ -235,7 +235,7 @@ def _types(schema: dict[str, Any], where: str) -> frozenset[str] | None:
 def _values(schema: dict[str, Any], where: str) -> tuple[Any, ...] | None:
     values = schema.get("enum")
     if values is not None and (not isinstance(values, list) or not values):
-        raise refusal("enum is no list of values", where, "give at least one value")
+        raise refusal("enum is not a list of values", where, "give at least one value")
     if "const" in schema:
         return _common_values(None if values is None else tuple(values), (schema["const"],))
     return None if values is None else tuple({canonical(value): value for value in values}.values())
@@ -257,10 +257,11 @@ def _items(place: Place) -> tuple[tuple[tuple[Place, ...], ...], tuple[Place, ..
     schema = place.schema
     prefix, rest = "prefixItems", "items"
     if isinstance(schema.get("items"), list):
-        prefix, rest = "items", "additionalItems"  # until draft 2019-09
+        # Until draft 2019-09.
+        prefix, rest = "items", "additionalItems"
     first = schema.get(prefix, [])
     if not isinstance(first, list):
-        raise refusal(f"{prefix} is no list", place.where, "give a list of schemas")
+        raise refusal(f"{prefix} is not a list", place.where, "give a list of schemas")
     inner = place.at(prefix, first)
     places = tuple((inner / i,) for i in range(len(first)))
     return places, (place / rest,) if rest in schema else ()
@@ -269,35 +270,37 @@ def _items(place: Place) -> tuple[tuple[tuple[Place, ...], ...], tuple[Place, ..
 def _mapping(schema: dict[str, Any], word: str, where: str) -> dict[str, Any]:
     value = schema.get(word, {})
     if not isinstance(value, dict):
-        raise refusal(f"{word} is no mapping", where, "give each name a schema")
+        raise refusal(f"{word} is not a mapping", where, "give each name a schema")
     return value
 
 
 def _names(schema: dict[str, Any], where: str) -> tuple[str, ...]:
     value = schema.get("required", [])
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise refusal("required is no list of names", where, "write required: [name, ...] beside properties")
+        raise refusal(
+            "required is not a list of names", where, "write required: [name, ...] beside properties"
+        )
     return tuple(value)
 
 
 def _text(schema: dict[str, Any], word: str, where: str) -> tuple[str, ...]:
     value = schema.get(word)
     if value is not None and not isinstance(value, str):
-        raise refusal(f"{word} is no text", where, "write it in quotes")
+        raise refusal(f"{word} is not text", where, "write it in quotes")
     return () if value is None else (value,)
 
 
 def _count(schema: dict[str, Any], word: str, where: str) -> int | None:
     value = _number(schema, word, where)
     if value is not None and (value < 0 or value != int(value)):
-        raise refusal(f"{word} is no whole number from 0", where, "give one")
+        raise refusal(f"{word} is not a whole number from 0", where, "give one")
     return None if value is None else int(value)
 
 
 def _number(schema: dict[str, Any], word: str, where: str) -> float | None:
     value = schema.get(word)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise refusal(f"{word} is no number", where, "give one")
+        raise refusal(f"{word} is not a number", where, "give one")
     return value
 
 

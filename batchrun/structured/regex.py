@@ -178,7 +178,8 @@ class _Parser:
             raise NotRegular(f"the repetition {{{least},{most}}}")
         if self._take("+"):
             raise NotRegular("a possessive quantifier")
-        self._take("?")  # lazy: the language is the same
+        # Lazy: the language is the same.
+        self._take("?")
         if self.place < len(self.text) and (self.text[self.place] in "*+?" or self._is_quantifier()):
             raise NotRegular(f"a repeated quantifier at character {self.place}")
         return Repeat(node, least, most)

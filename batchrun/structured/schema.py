@@ -27,8 +27,10 @@ from batchrun.structured.nodes import (
 )
 from batchrun.structured.strings import FORMATS, matches
 
-MAX_NODES = 20_000  # of the tree, all refs followed
-MAX_OPTIONS = 256  # of one value, anyOf inside of anyOf and allOf multiplied out
+# Nodes of the tree, all refs followed.
+MAX_NODES = 20_000
+# Options of one value, anyOf inside of anyOf and allOf multiplied out.
+MAX_OPTIONS = 256
 MAX_MULTIPLE = 1000
 
 
@@ -43,7 +45,7 @@ def read_schema(schema: Any, levels: int = 1) -> tuple[Node, bool]:
         canonical(schema).encode()
     except UnicodeEncodeError:
         raise refusal(
-            "half a surrogate pair, which is no character", "", "write the whole character"
+            "half a surrogate pair, which is not a character", "", "write the whole character"
         ) from None
     reader = _Reader(schema, levels)
     node = reader.read((Place(schema, "", ("#",)),))
@@ -125,7 +127,7 @@ class _Reader:
     def _list(self, place: Place, word: str) -> list[Any]:
         value = place.schema.get(word, []) if isinstance(place.schema, dict) else []
         if not isinstance(value, list) or (word in place.schema and not value):
-            raise refusal(f"{word} is no list of schemas", place.where, "give at least one schema")
+            raise refusal(f"{word} is not a list of schemas", place.where, "give at least one schema")
         return value
 
     def _follow(self, place: Place) -> Place:
@@ -206,7 +208,9 @@ class _Reader:
             )
         for multiple in facts.multiples:
             if multiple != int(multiple):
-                raise refusal("multipleOf of an integer is no whole number", facts.where, "give a whole one")
+                raise refusal(
+                    "multipleOf of an integer is not a whole number", facts.where, "give a whole one"
+                )
         multiple = math.lcm(*(int(m) for m in facts.multiples)) if facts.multiples else 1
         if multiple > MAX_MULTIPLE:
             raise refusal(f"multipleOf above {MAX_MULTIPLE}", facts.where, "leave it out")

@@ -73,7 +73,8 @@ def token_automaton(
     pairs = np.stack([functions, at_start], axis=1)
     pairs[ends] = _END
     kinds, token_class = np.unique(pairs, axis=0, return_inverse=True)
-    states = automaton.states + 2  # the end, and one for the very beginning
+    # The end, and one for the very beginning.
+    states = automaton.states + 2
     if kinds.shape[0] * states * (2 if states < 1 << 15 else 4) > MAX_TABLE_BYTES:
         raise ModelError(
             f"{states} states times {len(kinds)} kinds of tokens are too many",
@@ -138,7 +139,8 @@ def _keep_living(table: NDArray[np.int32]) -> None:
     grown = True
     while grown:
         reached: NDArray[np.bool_] = np.any(living[table], axis=1)
-        reached[DEAD] = False  # it may end, but nothing may lead there
+        # It may end, but nothing may lead there.
+        reached[DEAD] = False
         grown = bool((reached & ~living).any())
         living |= reached
     table[~living[table]] = DEAD
@@ -155,7 +157,8 @@ class _Walk:
     def __init__(self, automaton: Automaton) -> None:
         self.automaton = automaton
         self.byte_class, representatives = automaton.classes
-        self.moves = automaton.table[:, representatives].T.copy()  # (classes, states)
+        # (classes, states)
+        self.moves = automaton.table[:, representatives].T.copy()
         self.weights = np.random.default_rng(0).integers(1, 1 << 62, automaton.states, np.int64)
         self.found = [np.arange(automaton.states, dtype=np.int32), np.zeros(automaton.states, np.int32)]
         self.by_hash = {self._hash(one): i for i, one in enumerate(self.found)}

@@ -15,7 +15,8 @@ from batchrun.errors import ModelError
 
 _ToBytes = Callable[[str], bytes]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_TRIES = 64  # random answers that are compared with what the tokenizer itself decodes
+# Random answers that are compared with what the tokenizer itself decodes.
+_TRIES = 64
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from batchrun.telemetry.redact import Redactor
 
 log = logging.getLogger(__name__)
 
-MOST = 20  # logs of one run: the first ones tell the most, and an engine that always fails ends the run
+# Logs of one run: the first ones tell the most, and an engine that always fails ends the run.
+MOST = 20
 
 
 def save(folder: Folder, run: str, title: str, lines: Sequence[str], redact: Redactor) -> str:

@@ -50,7 +50,8 @@ def _look(handle: Any) -> Gpu | None:
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)
-    except pynvml.NVMLError:  # it fell off the bus: no number is better than an old one
+    except pynvml.NVMLError:
+        # It fell off the bus: no number is better than an old one.
         return None
     return Gpu(name, _use(handle), int(memory.used), int(memory.total))
 

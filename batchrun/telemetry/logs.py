@@ -12,7 +12,8 @@ from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
 
 if TYPE_CHECKING:
-    from batchrun.telemetry.progress import Progress, Rates
+    from batchrun.telemetry.progress import Progress
+    from batchrun.telemetry.rates import Rates
 
 log = logging.getLogger("batchrun")
 
@@ -39,7 +40,8 @@ class _Json(logging.Formatter):
         }
         if record.exc_text:
             values["traceback"] = record.exc_text
-        return json.dumps(values)  # in ASCII: whoever shows the line on a terminal shows no control character
+        # In ASCII: whoever shows the line on a terminal shows no control character.
+        return json.dumps(values)
 
 
 class _Text(logging.Formatter):

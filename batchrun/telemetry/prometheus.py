@@ -17,7 +17,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from batchrun.errors import ClusterError
-from batchrun.telemetry.progress import Progress, ProgressCallback, Rates, WorkerView
+from batchrun.telemetry.progress import Progress, ProgressCallback, WorkerView
+from batchrun.telemetry.rates import Rates
 
 # Of the whole run, sums since its start: the metric, the counter, what it is.
 COUNTERS = [

@@ -239,7 +239,8 @@ class Timeline:
         """Takes a sample, always the same keys, `seconds` among them; the last one taken is always kept."""
         seconds = sample["seconds"] or 0.0
         if len(self._rows) > 1 and seconds - (self._rows[-2]["seconds"] or 0.0) < self.step:
-            self._rows[-1] = sample  # too close to the one before the last: the newest stands for both
+            # Too close to the one before the last: the newest stands for both.
+            self._rows[-1] = sample
             return
         self._rows.append(sample)
         if len(self._rows) > self.LIMIT:

@@ -21,12 +21,14 @@ _ENCODINGS: tuple[Callable[[str], str], ...] = (
     lambda text: json.dumps(text)[1:-1],
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     lambda text: repr(text)[1:-1],
-    lambda text: repr(f"\"'{text}")[4:-1],  # where other text around it decides which quotes are escaped
+    # Where other text around it decides which quotes are escaped.
+    lambda text: repr(f"\"'{text}")[4:-1],
     lambda text: repr(text.encode())[2:-1],
     lambda text: repr(f"\"'{text}".encode())[5:-1],
     html.escape,
     lambda text: html.escape(text, quote=False),
-    lambda text: html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"),  # as Jinja has it
+    # As Jinja has it.
+    lambda text: html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"),
     quote,
     lambda text: quote(text, safe=""),
     quote_plus,

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchrun.telemetry.progress import Progress
 from batchrun.telemetry.remaining_tokens import RemainingByTokens, thin_out
 
-if TYPE_CHECKING:
-    from batchrun.telemetry.progress import Progress
-
-STRETCHES = 24  # of equal time, that the work so far is cut into
-USUAL_POWER = 0.8  # of a prompt's length that a row's time grows with
-UNTOLD = (
-    0.05  # square of the spread of lengths (natural logarithms) below which the stretches tell little of it
-)
-NEAR = 0.6  # difference of lengths, likewise, up to which stretches say most of what is to come
-SMOOTHED = 0.1  # of the work so far: the time in which a new estimate takes the last one's place
-AT_ONCE = 0.6  # of which at most so much with a single burst of rows
+# Stretches of equal time that the work so far is cut into.
+STRETCHES = 24
+# Power of a prompt's length that a row's time grows with.
+USUAL_POWER = 0.8
+# Square of the spread of lengths (natural logarithms) below which the stretches tell little of it.
+UNTOLD = 0.05
+# Difference of lengths, likewise, up to which stretches say most of what is to come.
+NEAR = 0.6
+# Share of the work so far in which a new estimate takes the last one's place.
+SMOOTHED = 0.1
+# The most of its place that it takes with a single burst of rows.
+AT_ONCE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class RemainingByLength:
         self._now = now
         # Where rows have limits of their own, these are part of their lengths.
         point = _Point(_busy(now), now.counts.rows, now.counts.prompt_tokens + now.counts.limits)
-        if len(self._points) < 2 and not point.rows:
+        # Rows that fail without a prompt are through at once, and tell nothing of the others.
+        if len(self._points) < 2 and not now.counts.prompt_tokens:
             self._points = self._points or [point]
         elif not self._points or point.rows > self._points[-1].rows:
             self._points = self._points or [_Point(0.0, 0, 0)]

@@ -7,25 +7,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
+from batchrun.telemetry.progress import Progress, WorkerView
 
-if TYPE_CHECKING:
-    from batchrun.telemetry.progress import Progress, WorkerView
-
-STRETCHES = 24  # of equal time, that the work so far is cut into
-MOST_POINTS = 2048  # that these are cut from
+# Stretches of equal time that the work so far is cut into.
+STRETCHES = 24
+# Points that these are cut from.
+MOST_POINTS = 2048
 # What a token of an answer takes as a rule, in tokens of a prompt, and how much of that grows with the prompt's length.
 ANSWER_TOKEN, GROWS_WITH_PROMPT = 8.0, 0.2
 # The same on a CPU, which has as much to do for a token of an answer as for one of a prompt, or little more, and how
 # much of both grows with the prompt's length.
 CPU_ANSWER_TOKEN, CPU_GROWS = 2.0, 0.4
-DOUBT = 0.05  # weight of these rules against what the stretches tell
+# Weight of these rules against what the stretches tell.
+DOUBT = 0.05
 # Of the time: what tokens of prompts take, those of answers, the latter as they grow, and the former as they do.
 SHARES = np.array([(i, j, 20 - i - j, 0) for i in range(21) for j in range(21 - i)]) / 20
 CPU_SHARES = np.array([(*t, 20 - sum(t)) for t in product(range(21), repeat=3) if sum(t) <= 20]) / 20
@@ -33,9 +34,12 @@ CPU_SHARES = np.array([(*t, 20 - sum(t)) for t in product(range(21), repeat=3) i
 USUAL_SLOPE, LITTLE_SPREAD = 0.25, 0.04
 # The longest of the last answers, in mean answers: so many, and more with the logarithm of the rows that are left.
 LONGEST, LONGER_OF_MORE = 1.8, 0.4
-SMOOTHED = 0.1  # of the work so far: the time in which a new estimate takes the last one's place
-AT_ONCE = 0.5  # of which at most so much with a single burst of rows
-ONE_BY_ONE = 4  # partitions per worker that are dealt out one by one at the end
+# Share of the work so far in which a new estimate takes the last one's place.
+SMOOTHED = 0.1
+# The most of its place that it takes with a single burst of rows.
+AT_ONCE = 0.5
+# Partitions per worker that are dealt out one by one at the end.
+ONE_BY_ONE = 4
 
 
 class RemainingByTokens:
@@ -54,8 +58,10 @@ class RemainingByTokens:
         self._points = [_Point(0.0, 0, 0, 0, 0.0, 0.0, 0.0)]
         self._left: float | None = None
         self._now: Progress | None = None
-        self._most_active = 0.0  # rows, in one engine
-        self._changed: dict[str, tuple[object, float]] = {}  # by worker: what it had come to, and since when
+        # Rows, in one engine.
+        self._most_active = 0.0
+        # By worker: what it had come to, and since when.
+        self._changed: dict[str, tuple[object, float]] = {}
 
     def add(self, now: Progress) -> None:
         """Takes in how far the run is now."""
@@ -68,7 +74,8 @@ class RemainingByTokens:
         each = (_Active.of([view], samples).rows for view in now.worker_views)
         self._most_active = max([self._most_active, *each])
         counts, last = now.counts, self._points[-1]
-        if not counts.rows:
+        # Rows that fail without a prompt are through at once, and tell nothing of the others.
+        if not counts.prompt_tokens:
             return
         point = _Point(
             max(0.0, _busy(now) - sum(pending.values())),
@@ -254,7 +261,9 @@ class _Answers:
         finished = counts.output_tokens / counts.rows
         # Rows that are begun are half through on average, whatever their lengths.
         begun = (counts.output_tokens + 2 * active.output) / (counts.rows + active.rows)
-        return cls(cut * finished + (1 - cut) * begun, counts.prompt_tokens / counts.rows, slope, cut)
+        without = counts.finish_reasons.get("error", 0) / _samples(counts)
+        length = counts.prompt_tokens / max(1.0, counts.rows - without)
+        return cls(cut * finished + (1 - cut) * begun, length, slope, cut)
 
     def for_the_rest(self, counts: Counters) -> _Answers:
         """The same for rows that are still to come, which have other limits of their own than those that are done."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.errors import EngineError
+from batchrun.errors import EngineError, EngineOutOfMemory
 from batchrun.storage import Folder
 from batchrun.telemetry import engine_log
 from batchrun.telemetry.redact import Redactor
@@ -86,8 +86,9 @@ class EngineHealth:
         """The error for the driver: where it happened, where the output is, and the count so far.
 
         A process ends once, however many tasks it takes along. One that had to do with a single row `counts` only if
-        the row cannot be to blame.
+        the row cannot be to blame, and one without memory never: the next is smaller, and there is a smallest.
         """
+        counts = counts and not isinstance(error, EngineOutOfMemory)
         with self._lock:
             if error.launch is not None and error.launch not in self._ended:
                 self._ended[error.launch] = self._save(error, worker)

@@ -26,7 +26,11 @@ class ScoredRows:
         return requests(prompt.token_ids, prompt.behind, row_seed, ids, prompt.adapter)
 
     def whole(self, completion: Completion) -> Completion | None:
-        """The row's completion once all of its parts are there, as if it had been one request."""
+        """The row's completion once all of its parts are there, as if it had been one request.
+
+        Raises:
+            ModelError: the engine gave no log probabilities.
+        """
         part, row = divmod(completion.id, self._rows)
         parts = self._parts[row]
         parts[part] = completion

@@ -27,13 +27,15 @@ COLUMNS = ["id", "text", "tags", "place", "kind", "at"]
 @dataclass
 class Case:
     """`codes` are the errors of the rows that must fail, by row number (`place.x`). One with a `tail` takes seconds
-    over its last partitions, which two workers share out between them."""
+    over its last partitions, which two workers share out between them. With several `ranks` engines are groups of
+    them."""
 
     seed: str
     folder: Path
     model: Path
     rows: int
     tail: bool = False
+    ranks: int = 1
     codes: dict[int, str] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
     days: list[str] = field(default_factory=list)
@@ -56,6 +58,9 @@ class Case:
         self.failed = rng.choice([None, "failed"])
         self.threshold = rng.choice([None, None, None, self.rows // 8])
         self.deadly = rng.random() < 0.08
+        if self.ranks > 1:
+            # Which costs many loads of engines.
+            self.deadly = False
         if self.tail:
             self.workers, self.slots, self.threshold, self.deadly = 2, rng.choice([1, 2]), None, False
             self.rows_per_part, self.delay = self.rows // 8 + 1, rng.choice([0.01, 0.02])
@@ -82,6 +87,8 @@ class Case:
             },
             "cluster": {"workers": self.workers, "slots": self.slots},
         }
+        if self.ranks > 1:
+            job["engine"] = {"kind": "mirror_ranks:MirrorRanks", "gpus": self.ranks, "decode_steps": 4}
         if self.each > 1:
             job["generation"].update(temperature=1.0, samples=self.each)
             job["output"]["samples"] = "rows"

@@ -18,6 +18,7 @@ from .processes import send
 MARK = "BATCHRUN_TEST_COMMAND"
 KINDS = {
     "batchrun.engine.server": "engine",
+    "batchrun.engine.rank": "rank",
     "batchrun.prompt.render_server": "renderer",
     "spawn_main": "worker",
     "resource_tracker": "tracker",

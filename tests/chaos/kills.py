@@ -1,4 +1,4 @@
-"""python -m tests.chaos.kills [--seed N] [--kills K] [--signals S] [--tail] [--only NUMBER] [--keep FOLDER]
+"""python -m tests.chaos.kills [--seed N] [--kills K] [--signals S] [--tail | --ranks] [--only NUMBER] [--keep FOLDER]
 
 Outputs, each a job of its own that is killed and stopped until it is complete, until there were so many kills and
 signals. Exit code 0: every promise held. What is checked comes from the documentation alone, not from the code.
@@ -20,7 +20,7 @@ from tests.support.tiny_models import make_model
 from .case import Case
 from .check import Violation
 from .ordeal import Ordeal
-from .strikes import MOST, strikes
+from .strikes import KILLS, KILLS_OF_RANKS, MOST, strikes
 from .totals import Totals
 
 
@@ -57,10 +57,11 @@ def kill(args: argparse.Namespace, folder: Path, model: Path) -> int:
 def held(args: argparse.Namespace, folder: Path, model: Path, number: int, totals: Totals) -> bool:
     """Whether every promise held for this output."""
     seed = f"{args.seed}-{number}"
-    case = Case(seed, folder / f"output-{number}", model, args.rows, args.tail)
+    case = Case(seed, folder / f"output-{number}", model, args.rows, args.tail, 2 if args.ranks else 1)
     print(f"output {number}: {case}", flush=True)
     try:
-        struck = strikes(seed, args.strikes, only="tail" if args.tail else None)
+        only, kills = "tail" if args.tail else None, KILLS_OF_RANKS if args.ranks else KILLS
+        struck = strikes(seed, args.strikes, only=only, kills=kills)
         Ordeal(case, struck, totals, args.stop_seconds).execute()
     except Violation as violation:
         print(f"VIOLATION in output {number}: {violation}")
@@ -91,6 +92,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tail", action="store_true", help="all strikes while the last partitions are shared out"
+    )
+    parser.add_argument(
+        "--ranks", action="store_true", help="engines over two ranks, which are killed and paused too"
     )
     parser.add_argument("--go-on", action="store_true", help="with the next output after a violation")
     return parser.parse_args()

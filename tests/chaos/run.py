@@ -20,6 +20,7 @@ from .totals import Totals
 GONE = 5.0  # seconds in which whatever a command started is gone, too
 CALM = 180.0  # ... in which a command ends that nothing happens to
 LOADS = 3  # losses in a row that end a run
+NOTICED = 60.0  # ... more for each process that is paused
 HANGS = 60.0  # ... after a stop signal, when nothing is waited for any more
 
 
@@ -37,6 +38,7 @@ class Run:
             totals,
         )
         self.kills: list[str] = []
+        self.paused: list[int] = []
         self.stopped: list[str] = []
         self.fatal = False
         self.unhooked = False
@@ -60,7 +62,7 @@ class Run:
             self.strike_if_due()
             if self.stopped and not self.unhooked and now - self.first_stop > HANGS:
                 raise Violation(f"it runs {HANGS} s after {self.stopped}: {self.command.last_line}")
-            if now - self.command.started > CALM:
+            if now - self.command.started > CALM * self.case.ranks + NOTICED * len(self.paused):
                 raise Violation(f"it hangs after {self.kills}: {self.command.last_line}")
             time.sleep(0.002)
         ended = time.monotonic()
@@ -135,14 +137,18 @@ class Run:
             else:
                 totals.signals[f"{strike.what} in {phase}"] += 1
         else:
-            targets = [pid for pid, kind in tree.items() if strike.what in (kind, "tree")]
+            what = strike.what.removeprefix("pause of ")
+            targets = [pid for pid, kind in tree.items() if what in (kind, "tree") and pid not in self.paused]
             if not targets or self.command.ended is not None:
                 return False
             if strike.what == "tree":
                 for pid in targets:
                     send(pid, signal.SIGKILL)
-            elif not send(targets[int(strike.choice * len(targets))], signal.SIGKILL):
-                return False
+            else:
+                target = targets[int(strike.choice * len(targets))]
+                if not send(target, signal.SIGKILL if what == strike.what else signal.SIGSTOP):
+                    return False
+                self.paused += [target] if what != strike.what else []
             self.fatal = strike.what in ("driver", "tree")
             self.kills.append(f"{strike.what} in {phase}")
             totals.kills[f"{strike.what} in {phase}"] += 1
@@ -177,7 +183,7 @@ class Run:
         worker = ROOM + case.slots * min(2 * case.flush_rows, case.rows_per_part)
         costs = {
             "driver": case.workers * worker, "tree": case.workers * worker, "SIGINT twice": case.workers * worker,
-            "worker": worker, "engine": worker,
+            "worker": worker, "engine": worker, "rank": worker, "pause of rank": worker, "pause of engine": worker,
         }  # fmt: skip
         return costs.get(strike.what, 0)
 
@@ -199,7 +205,8 @@ class Run:
             codes = {-signal.SIGKILL, *({done} if complete else {})}
         else:
             codes = {done}
-        if sum(kill.startswith(("engine", "worker")) for kill in self.kills) >= LOADS and not self.stopped:
+        lost = sum(kill.startswith(("engine", "worker", "rank", "pause")) for kill in self.kills)
+        if lost >= LOADS and not self.stopped:
             # So many in a row are taken for an engine that cannot be loaded.
             codes.add(1)
         if code not in codes:

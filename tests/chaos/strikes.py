@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 KILLS = {"driver": 3, "worker": 6, "engine": 8, "renderer": 6, "tracker": 2, "tree": 3}
 """What SIGKILL hits, by weight. The tree is every process of the run at once, as a machine that vanishes."""
+KILLS_OF_RANKS = {**KILLS, "renderer": 2, "rank": 8, "pause of rank": 2, "pause of engine": 2}
+"""Where an engine is a group of processes, any of which may also be paused (SIGSTOP) for good."""
 KILLS_IN_TAIL = {"driver": 2, "worker": 8, "engine": 8, "tree": 2}
 SIGNALS = {"SIGINT": 3, "SIGTERM": 3, "SIGHUP": 2, "SIGINT twice": 3, "SIGTERM to all": 2}
 """To all is what systemd and a cluster's scheduler do."""
@@ -42,15 +44,17 @@ class Strike:
         return self.what in SIGNALS
 
 
-def strikes(seed: str, most: int = MOST, signals: float = 0.15, only: str | None = None) -> Iterator[Strike]:
+def strikes(
+    seed: str, most: int = MOST, signals: float = 0.15, only: str | None = None, kills: dict[str, int] = KILLS
+) -> Iterator[Strike]:
     """The strikes at one output, one after the other; the last one comes late in its run. `only` is the one phase of
-    all."""
+    all, `kills` are those of other phases than the tail."""
     rng = random.Random(f"strikes {seed}")
     count = rng.randint(most // 2, most)
     for number in range(count):
         last = number == count - 1
         phase = only or rng.choice(LATE if last else EARLY)
-        kills = KILLS_IN_TAIL if only == "tail" else KILLS
-        weights = SIGNALS if rng.random() < (0.5 if last else signals) else kills
+        killed = KILLS_IN_TAIL if only == "tail" else kills
+        weights = SIGNALS if rng.random() < (0.5 if last else signals) else killed
         what = rng.choices(list(weights), list(weights.values()))[0]
         yield Strike(what, phase, rng.random() * PHASES[phase], rng.random())

@@ -13,8 +13,9 @@ import pytest
 import transformers
 
 from batchrun.commands import bench as benchmark
-from batchrun.commands.bench import Ceilings, bench, bench_job, format_results
+from batchrun.commands.bench import bench, bench_job, format_results
 from batchrun.commands.plan import lines, preview
+from batchrun.commands.roofline import Ceilings, floor_seconds
 from batchrun.commands.workloads import WORKLOADS, Workload
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, FaultCode, JobError, ModelError, RowFault
@@ -135,7 +136,7 @@ def test_the_floor_of_experts_counts_those_that_a_token_and_a_step_choose() -> N
 
     def floor(chosen: int, ceilings: Ceilings) -> float:
         config = transformers.AutoConfig.for_model(**few | {"num_experts_per_tok": chosen})
-        return benchmark.floor_seconds(config, workload, ceilings, 2)
+        return floor_seconds(config, workload, ceilings, 2)
 
     operations, bytes_read = replace(free, operations=1.0), replace(free, bytes=1.0)
     tokens = 10 + 20 + 1 + 3

@@ -116,7 +116,9 @@ def test_a_plan_keeps_keys_and_new_folders_keep_the_type_of_the_first(tmp_path: 
     write(whole / "k=1/a.parquet", {"t": ["1"]})
     first = plan_of(settings_of(whole, since="last"))
     write(whole / "k=x/a.parquet", {"t": ["2"]})
-    with pytest.raises(InputError, match=r"the folder k=x is no int64.*set input\.cast: \{k: string\}"):
+    with pytest.raises(
+        InputError, match=r"the folder k=x is not of type int64.*set input\.cast: \{k: string\}"
+    ):
         extend([first], settings_of(whole, since="last"), (), 10, 10**6)
 
 

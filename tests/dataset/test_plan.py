@@ -253,8 +253,8 @@ def test_dates_and_times_stand_as_text_in_filters(tmp_path: Path) -> None:
     [
         ([["m", "=", 1]], "column 'm'"),
         ([["n", "~", 1]], "unknown operator '~'"),
-        ([["n", "="]], "is no condition"),
-        (["n", "=", 1], "is no list of conditions|is no condition"),
+        ([["n", "="]], "is not a condition"),
+        (["n", "=", 1], "is not a list of conditions|is not a condition"),
         ([["n", "in", 3]], "needs a list"),
         ([["n", "=", None]], "null holds for no row"),
         ([["n", "=", "abc"]], "n is int64"),

@@ -91,7 +91,7 @@ def test_a_cast_accepts_a_type_that_differs(tmp_path: Path) -> None:
 
 def test_a_cast_that_cannot_be_is_found_while_planning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"n": [[1]], "m": [1]})
-    with pytest.raises(InputError, match="'strnig' is no type"):
+    with pytest.raises(InputError, match="'strnig' is not a type"):
         source_of(path, cast={"m": "strnig"})
     with pytest.raises(InputError, match=r"'n' is list.* in .*a\.parquet, which cannot be cast to int64"):
         source_of(path, cast={"n": "int64"})

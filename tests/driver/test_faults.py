@@ -191,10 +191,10 @@ def test_a_task_whose_receipts_left_with_its_worker_is_done_again(tmp_path, tiny
     prepared = prepare(load(write_job(tmp_path, tiny_llama)))
     dispatch = Dispatch(prepared, {1: 20}, threading.Event(), silent, Milestones())
     future: Any = Finished()
-    dispatch.todo.clear()
+    dispatch.partitions.todo.clear()
     dispatch.in_flight[future] = [1]
     dispatch._take(future)
-    assert list(dispatch.todo) == [1]
+    assert list(dispatch.partitions.todo) == [1]
     assert not dispatch.in_flight
 
 
@@ -211,7 +211,7 @@ def test_a_receipt_that_left_with_its_worker_is_not_waited_for_beyond_a_stop(tmp
 
     prepared = prepare(load(write_job(tmp_path, tiny_llama)))
     dispatch = Dispatch(prepared, dict.fromkeys(range(3), 20), stop, silent, Milestones())
-    dispatch.todo.clear()
+    dispatch.partitions.todo.clear()
     began = time.monotonic()
     with deadline.until(stop.is_set):
         for i in range(3):
@@ -220,7 +220,7 @@ def test_a_receipt_that_left_with_its_worker_is_not_waited_for_beyond_a_stop(tmp
             dispatch._take(future)
     done.set()
     assert time.monotonic() - began < 5
-    assert list(dispatch.todo) == [0, 1, 2], "the run is not complete"
+    assert list(dispatch.partitions.todo) == [0, 1, 2], "the run is not complete"
     assert not caplog.messages, "nobody is to blame"
 
 

@@ -13,8 +13,8 @@ from batchrun.cluster import local
 from batchrun.commands import plan as plan_command
 from batchrun.commands.plan import lines, preview
 from batchrun.driver import gpus
-from batchrun.driver.gpus import settle, smallest
-from batchrun.driver.prepare import look, prepare
+from batchrun.driver.gpus import smallest
+from batchrun.driver.prepare import look, prepare, row_tokens, settle
 from batchrun.errors import BatchrunError, ClusterError, JobError
 from batchrun.estimate import records
 from batchrun.estimate.cost import Observation, Throughput
@@ -48,7 +48,7 @@ def needs(path: Path) -> tuple[ModelMemory, float]:
     prepared = prepare(load(path))
     found = model_memory(prepared.model.path, prepared.model.used, "auto")
     assert found is not None
-    return found, 64 * found.token * gpus._row_tokens(prepared)
+    return found, 64 * found.token * row_tokens(prepared)
 
 
 def test_auto_takes_the_smallest_power_of_two_at_which_the_weights_and_64_rows_fit() -> None:

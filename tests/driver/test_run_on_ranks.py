@@ -32,10 +32,11 @@ def test_two_ranks_write_what_one_writes(tmp_path: Path, tiny_llama: Path) -> No
     told = {}
     for gpus in (1, 2):
         job = _job(tmp_path / str(gpus), tiny_llama)
-        code, _, err = batchrun(
+        code, out, err = batchrun(
             "run", str(job), "--set", "model.dtype=float32", "--set", f"engine.gpus={gpus}"
         )
         assert code == 0, err
+        assert ("are 2 processes on the CPU here" in " ".join(out.split())) == (gpus == 2)
         told[gpus] = answers(job.parent / "out")
     assert told[1].num_rows == ROWS
     assert told[1].select(["text", "answer"]).equals(told[2].select(["text", "answer"]))

@@ -45,7 +45,7 @@ class Shared:
 
     def __init__(self, dispatch: Dispatch) -> None:
         self.dispatch = dispatch
-        dispatch.todo.clear()
+        dispatch.partitions.todo.clear()
         self.owner, self.taker = Task("owner"), Task("taker")
         for task in (self.owner, self.taker):
             dispatch.in_flight[task] = [1]  # type: ignore[index]
@@ -67,7 +67,7 @@ class Shared:
 
     @property
     def todo(self) -> list[int]:
-        return list(self.dispatch.todo)
+        return list(self.dispatch.partitions.todo)
 
 
 @pytest.fixture
@@ -85,15 +85,15 @@ def test_a_partition_is_begun_anew_only_once_nobody_is_at_it_any_more(shared):
     assert shared.todo == [], "the other one goes on, and may seal it"
     shared.end(shared.taker, 10)
     assert shared.todo == [1]
-    assert shared.dispatch.staged == {1: 20}
+    assert shared.dispatch.partitions.staged == {1: 20}
 
 
 def test_a_partition_that_two_have_seen_covered_counts_once(shared):
-    before = shared.dispatch.rows_committed
+    before = shared.dispatch.partitions.rows_committed
     shared.end(shared.taker, 10, part=True)
     shared.end(shared.owner, 10, part=True)
     assert shared.todo == []
-    assert shared.dispatch.rows_committed == before + 20
+    assert shared.dispatch.partitions.rows_committed == before + 20
     assert shared.dispatch.totals.counts.rows == 20, "what each of them generated does"
 
 

@@ -27,7 +27,7 @@ def stopped(tmp_path: Any, tiny_llama: Any) -> Dispatch:
     attempt.open()
     attempt.add(answers(1, range(5)))
     attempt.flush()
-    dispatch.staged[0] = 3
+    dispatch.partitions.staged[0] = 3
     return dispatch
 
 

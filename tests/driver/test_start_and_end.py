@@ -181,7 +181,8 @@ def test_nobody_elses_workers_are_asked_for_ahead(tmp_path, tiny_llama, monkeypa
 def test_neither_driver_nor_engine_import_what_they_do_not_use(tmp_path, tiny_llama):
     """Each second of imports is one in which a GPU is paid for and idle."""
     opening = (
-        "from batchrun.model.folder import load_tokenizer, resolve; from batchrun.job.job import Job;"
+        "from batchrun.model.folder import resolve; from batchrun.model.tokenizer import load_tokenizer;"
+        "from batchrun.job.job import Job;"
         f"model = Job.load({str(write_job(tmp_path, tiny_llama))!r}).model;"
         "import batchrun.driver.run; load_tokenizer(resolve(model), model)"
     )

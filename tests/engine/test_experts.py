@@ -11,14 +11,22 @@ import cuda_stand_in
 import numpy as np
 import pytest
 import torch
+import traced
 import transformers
 
 pytest.importorskip("triton")
 
 from batchrun.engine import experts_kernels, fp8, fp8_model
+from batchrun.engine.expert_groups import group_by_expert
 from batchrun.engine.expert_routers import FusedRouter, use_fused_routers
-from batchrun.engine.experts import IMPLEMENTATION, Product, expert_layers, grouped, use_grouped_experts
-from batchrun.engine.experts_kernels import Tile, group_by_expert
+from batchrun.engine.experts import (
+    IMPLEMENTATION,
+    Product,
+    expert_layers,
+    grouped,
+    use_grouped_experts,
+)
+from batchrun.engine.experts_kernels import Tile
 from batchrun.engine.fp8_experts import Fp8Experts
 from batchrun.engine.loading import load_model
 from batchrun.engine.padded import PaddedEngine
@@ -57,6 +65,7 @@ TILES = {
     "swapped": Tile(16, 32, 32, 4, 3, True),
     "as they are": Tile(16, 64, 32, 4, 3, False),
     "large": Tile(64, 64, 64, 4, 2, False),
+    "with halves": Tile(128, 32, 32, 8, 2, False),
 }
 OPTIONS: dict[str, object] = {"max_rows": 2, "prefill_tokens": 32, "decode_steps": 2, "cache_tokens": 192}
 
@@ -92,6 +101,8 @@ def test_pairs_come_in_the_order_of_experts_and_tiles_cover_each_once(
         assert all(flat[wanted[place]] == expert for place in rows)
         covered += rows
     assert covered == list(range(len(wanted)))
+    _, row, stop = groups.tiles
+    assert groups.needed.tolist() == [int((row < stop).sum())]
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -100,6 +111,9 @@ def test_a_layer_gives_what_transformers_loop_over_experts_gives(
     name: str, tile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experts_kernels, "tile_for", lambda *_: TILES[tile])
+    if tile == "as they are":
+        # As on a GPU without descriptors.
+        monkeypatch.setattr(experts_kernels, "_describable", lambda *_: False)
     model = _model(name)
     reference = copy.deepcopy(model)
     reference.set_experts_implementation("eager")
@@ -108,7 +122,7 @@ def test_a_layer_gives_what_transformers_loop_over_experts_gives(
     layer, own = expert_layers(model)[0], expert_layers(reference)[0]
     generator = torch.Generator().manual_seed(1)
     per_token = model.config.num_experts_per_tok
-    for tokens in (1, 7, 50):
+    for tokens in (1, 7, 200 if tile == "with halves" else 50):
         x = torch.randn(tokens, SHAPE["hidden_size"], generator=generator).to(DEVICE)
         scores = torch.rand(tokens, layer.gate_up_proj.shape[0], generator=generator).to(DEVICE)
         weights, ids = scores.topk(per_token, dim=-1)
@@ -203,7 +217,10 @@ def _check(reference: Any, requests: list[Request], completions: list[Completion
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's float32 is another one's")
-def test_compiled_layers_give_the_tokens_of_generate_and_are_one_graph() -> None:
+def test_compiled_layers_give_the_tokens_of_generate_and_are_one_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced.use(monkeypatch)
     reference, model = _model("gpt_oss"), _model("gpt_oss")
     engine = PagedEngine(EngineSpec("paged", "", "", max_context=128, options=OPTIONS), model, page_size=16)
     assert use_grouped_experts(model) == 2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import traced
 from torch import nn
 
 from batchrun.engine import fp8, fp8_model
@@ -140,7 +141,10 @@ def _round_input(module: nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
     return (rows.float() * scale).view(given[0].shape)
 
 
-def test_joined_and_compiled_layers_give_the_same_tokens_and_compile_once() -> None:
+def test_joined_and_compiled_layers_give_the_same_tokens_and_compile_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced.use(monkeypatch)
     spec = _spec("qwen3")
     plain = _answers(PagedEngine.load(spec))
     engine = PagedEngine.load(spec)

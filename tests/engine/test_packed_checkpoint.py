@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import tiny_models
 import torch
 import transformers
 from adapters import make_adapter
-from packers import SETTINGS, configure, repack
+from packers import SETTINGS, configure, repack, words
 from safetensors.torch import load_file, save_file
 
 from batchrun.engine.choose import load_engine
@@ -19,7 +20,7 @@ from batchrun.engine.fp8 import Fp8Linear, quantize_rows
 from batchrun.engine.loading import load_model
 from batchrun.engine.lora import read_adapter
 from batchrun.engine.packed_checkpoint import expanded
-from batchrun.engine.packed_format import PackedFormat
+from batchrun.engine.packed_format import PackedFormat, packed_format
 from batchrun.engine.protocol import EngineSpec, Request
 from batchrun.errors import ModelError
 from batchrun.model.adapter import check_adapter
@@ -27,7 +28,9 @@ from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder
 from batchrun.model.memory import model_memory
 
-EXPANDED = [kind for kind in SETTINGS if kind != "static_fp8"]
+EXPANDED = [kind for kind in SETTINGS if not kind.startswith("static_fp8")]
+# What compressed-tensors 0.20.1 packed, and what it then made of it again: group and channel scales, zero points.
+PUBLISHED = json.loads((Path(__file__).parent / "compressed_tensors.json").read_text())
 
 
 def _spec(folder: Path, **changes: Any) -> EngineSpec:
@@ -59,9 +62,55 @@ def test_weights_are_what_the_numbers_stand_for_and_give_the_plain_models_tokens
         assert _tokens(tmp_path / "packed", engine) == _tokens(tmp_path / "plain", engine)
 
 
-def test_fixed_scales_of_activations_give_way_to_a_scale_for_each_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_weights_are_those_that_compressed_tensors_makes_of_its_own_tensors(
+    published: dict[str, Any],
+) -> None:
+    form = packed_format(published["settings"])
+    assert form is not None
+    tensors = {
+        name: torch.tensor(values, dtype=getattr(torch, dtype))
+        for name, (dtype, values) in published["tensors"].items()
+    }
+    assert torch.equal(expanded(form, tensors), torch.tensor(published["weight"]))
+
+
+@pytest.mark.parametrize(("bits", "ones"), [(4, 0x11111111), (8, 0x01010101)])
+def test_gptq_zero_points_of_zero_are_what_gptqmodel_subtracted_from(bits: int, ones: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 2**bits, (32, 16), generator=draw)
+    zeros = torch.randint(0, 2**bits, (2, 16), generator=draw)
+    zeros[:, ::3] = 0
+    scales, group = torch.rand(2, 16, generator=draw).half(), torch.arange(32) // 16
+    parts = {
+        "qweight": words(numbers.t(), bits).t(),
+        # gptqmodel.utils.model.convert_gptq_v2_to_v1_format_module
+        "qzeros": words(zeros, bits) - ones,
+        **{"scales": scales, "g_idx": group.int()},
+    }
+    weight = expanded(PackedFormat("GPTQ", bits, zeros_less_one=True), parts)
+    assert torch.equal(weight, ((numbers - zeros[group]) * scales.float()[group]).t())
+
+
+def test_a_bias_that_a_packer_gave_to_a_layer_without_one_counts_unless_it_is_zero(tmp_path: Path) -> None:
     tiny_models.make_model("llama", tmp_path)
-    meant = repack(tmp_path, "static_fp8")
+    repack(tmp_path, "gptq")
+    held = load_file(tmp_path / "model.safetensors")
+    layers = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+    for layer, bias in zip(layers, (1.5, 0.0), strict=True):
+        held[f"{layer}.bias"] = torch.full((held[f"{layer}.scales"].shape[1],), bias, dtype=torch.float16)
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load_model(_spec(tmp_path))
+    with_bias, without = (model.get_submodule(layer) for layer in layers)
+    assert with_bias.bias.tolist() == [1.5] * with_bias.out_features
+    assert without.bias is None
+    assert _tokens(tmp_path, "paged") == _tokens(tmp_path, "padded")
+
+
+@pytest.mark.parametrize("kind", ["static_fp8", "static_fp8_channels"])
+def test_fixed_scales_of_activations_give_way_to_a_scale_for_each_token(tmp_path: Path, kind: str) -> None:
+    tiny_models.make_model("llama", tmp_path)
+    meant = repack(tmp_path, kind)
     layers = {n: m for n, m in load_model(_spec(tmp_path)).named_modules() if isinstance(m, Fp8Linear)}
     assert len(layers) == 14
     for name, layer in layers.items():
@@ -126,8 +175,11 @@ def test_memory_is_that_of_the_expanded_weights(tmp_path: Path, kind: str) -> No
     assert plain is not None
     assert found is not None
     assert (found.weights, found.fp8_weights, found.token) == (plain.weights, plain.fp8_weights, plain.token)
-    assert found.stored == (tmp_path / "model.safetensors").stat().st_size
-    assert plain.stored is None
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    assert (found.stored, plain.stored) == (stored, None)
+    (note,) = (n for n in load_engine(_spec(tmp_path, device="cpu")).stats.notes if "expanded" in n)
+    in_memory = model_memory(str(tmp_path), ("model.safetensors",), "float32").weights
+    assert f"{in_memory / 2**30:.3g} GiB in memory, {stored / 2**30:.3g} GiB in its files" in note
 
 
 @pytest.mark.parametrize(
@@ -136,6 +188,9 @@ def test_memory_is_that_of_the_expanded_weights(tmp_path: Path, kind: str) -> No
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         {"quant_method": "awq", "bits": 4, "version": "gemv"},
         {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down_proj": {"bits": 8}}},
+        {"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"},
+        {"quant_method": "awq", "bits": 4, "checkpoint_format": "gemv"},
     ],
 )
 def test_other_formats_are_refused_before_anything_is_loaded(

@@ -31,6 +31,7 @@ MODELS: dict[str, Any] = {
         **SHAPE, num_local_experts=2, num_experts_per_tok=2, sliding_window=24
     ),
 }
+WARPED = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
 
 
 def _tables() -> TokenTables:
@@ -76,12 +77,15 @@ def _answers(engine: PagedEngine) -> dict[int, list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "sampling",
-    [Sampling(), Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)],
-    ids=["greedy", "sampled"],
+    ("name", "sampling", "cache_dtype"),
+    [
+        ("llama", Sampling(), "auto"),
+        ("llama", WARPED, "fp8"),
+        ("gpt_oss", WARPED, "auto"),
+        ("gpt_oss", Sampling(), "fp8"),
+    ],
+    ids=["llama", "llama sampled in fp8", "gpt_oss sampled", "gpt_oss in fp8"],
 )
 def test_what_only_a_gpu_runs_gives_the_answers_of_a_cpu(
     name: str, sampling: Sampling, cache_dtype: str, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +22,11 @@ import exact_fp8
 from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.fp8 import FP8
+from batchrun.engine.fp8 import quantize_rows
 from batchrun.engine.paged import (
     cascade,
     cascade_attention,
     decode_attention,
-    fp8_pages,
     kernels,
 )
 from batchrun.engine.paged.architecture import Layer
@@ -51,6 +51,11 @@ LAYERS = [
 ]
 
 
+def _pairs(first: list[Any], second: list[Any], either: list[Any]) -> list[tuple[Any, Any, Any]]:
+    """Every pair of values that two of the three have: the last ones take turns over the product of the others."""
+    return [(a, b, either[(i + j) % 2]) for i, a in enumerate(first) for j, b in enumerate(second)]
+
+
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, DTYPE)
 
@@ -66,10 +71,10 @@ class Pages:
         shape = (12, 64, layer.kv_heads, layer.head_dim)
         self.keys, self.values, self.scales = _random(*shape), _random(*shape), None
         if fp8:
-            self.keys, self.values = (torch.zeros(shape, dtype=FP8, device=DEVICE) for _ in range(2))
-            self.scales = torch.zeros(2, 12, layer.kv_heads, 64, device=DEVICE)
-            everywhere = torch.arange(12 * 64, device=DEVICE)
-            _write(self, *(_random(12 * 64 + n, *shape[2:])[: 12 * 64] for n in (0, 1)), everywhere)
+            # By torch: the interpreter would take seconds to write as many tokens.
+            both = [quantize_rows(_random(12 + n, *shape[1:])[:12].reshape(-1, shape[-1])) for n in (0, 1)]
+            self.keys, self.values = (rows.view(shape) for rows, _ in both)
+            self.scales = torch.stack([scale.view(shape[:3]).transpose(1, 2) for _, scale in both])
         self.spoil(torch.arange(11 * 64, 12 * 64, device=DEVICE))
 
     def spoil(self, slots: torch.Tensor) -> None:
@@ -94,22 +99,13 @@ class Pages:
             torch.testing.assert_close(self.scales[:, :11], other.scales[:, :11], atol=0, rtol=1e-6)
 
 
-def _write(pages: Pages, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-    if pages.scales is None:
-        kernels.write_kv_cache(keys, values, pages.keys, pages.values, slots)
-    else:
-        fp8_pages.write_quantized(keys, values, pages.keys, pages.values, pages.scales, slots)
-
-
 def _own(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values; those are a part of a wider product, as they come out of joined projections."""
     wider = _random(tokens, layer.kv_heads + 3, layer.head_dim)
     return _random(tokens, layer.kv_heads, layer.head_dim), wider[:, : layer.kv_heads]
 
 
-@pytest.mark.parametrize("chunk", [None, 32, 64], ids=["whole", "chunks of 32 keys", "chunks of 64 keys"])
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize(("layer", "chunk", "fp8"), _pairs(LAYERS, [None, 32, 64], [False, True]))
 def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     layer: Layer, chunk: int | None, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,9 +145,9 @@ def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     torch.testing.assert_close(lse, decode()[1], **CLOSE)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("kind", ["paged", "paged in fp8", "unpaged"])
-@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize(
+    ("layer", "kind", "has_sinks"), _pairs(LAYERS, ["paged", "paged in fp8", "unpaged"], [False, True])
+)
 def test_prefill_is_causal_attention_behind_what_each_row_already_has(
     layer: Layer, kind: str, has_sinks: bool
 ) -> None:
@@ -237,9 +233,10 @@ def test_a_copied_page_is_the_same_up_to_its_copied_tokens_in_every_plane() -> N
     assert torch.equal(memory, before)
 
 
-@pytest.mark.parametrize("split", [None, 32], ids=["whole", "rows in chunks of 32 keys"])
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.window is None])
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize(
+    ("layer", "split", "fp8"),
+    _pairs([layer for layer in LAYERS if layer.window is None], [None, 32], [False, True]),
+)
 def test_what_groups_read_together_and_rows_by_themselves_joins_to_attention_over_all_their_keys(
     layer: Layer, split: int | None, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +336,16 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_merge_prefixes",
         "_likeliest_allowed",
     }
-    experts = {"_route", "_count", "_scan", "_place", "_weigh", "_quantize", "_grouped_product"}
+    experts = {
+        "_route",
+        "_count",
+        "_scan",
+        "_place",
+        "_weigh",
+        "_quantize",
+        "_grouped_product",
+        "_persistent_product",
+    }
     assert {one["kernel"] for one in told} == attention | experts
     for one in told:
         assert one["shared"] <= GPUS[one["gpu"]], one

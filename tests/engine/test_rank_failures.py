@@ -6,14 +6,21 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
+from faulty_rank import SILENT_SECONDS
 from tiny_models import MAX_CONTEXT
 
+from batchrun.engine.paged.parallel import ranks
+from batchrun.engine.paged.parallel.ranks import GRACE_SECONDS
 from batchrun.engine.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, Request
+from batchrun.engine.rank_messages import PULSE_SECONDS, STUCK_SECONDS
+from batchrun.engine.rank_messages import SILENT_SECONDS as SILENT
 from batchrun.errors import EngineError
 
 NEW = 200
@@ -35,25 +42,49 @@ def _gone(pid: int) -> bool:
         return True
 
 
-@pytest.fixture
-def process(tiny_llama: Path):
+@pytest.fixture(scope="module")
+def process(tiny_llama: Path) -> Iterator[EngineProcess]:
     options = {"max_rows": 4, "decode_steps": 2}
     folder = str(tiny_llama)
-    engine = EngineProcess(
-        EngineSpec("paged", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
-    )
+    spec = EngineSpec("faulty_ranks:Engine", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
+    engine = EngineProcess(spec, {SILENT_SECONDS: "8"})
     yield engine
     engine.stop()
 
 
-@pytest.mark.parametrize(("rank", "sign", "limit"), [
-    (1, signal.SIGKILL, 15), (0, signal.SIGKILL, 15), (1, signal.SIGSTOP, 60), (0, signal.SIGSTOP, 60),
-])  # fmt: skip
+def test_what_says_nothing_is_given_up_within_a_minute() -> None:
+    assert SILENT + 2 * PULSE_SECONDS + GRACE_SECONDS < 60
+    assert STUCK_SECONDS + 2 * PULSE_SECONDS + GRACE_SECONDS < 60
+
+
+def test_a_paused_rank_is_noticed_while_a_batch_that_it_does_not_read_is_sent(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: SimpleQueue[EngineError] = SimpleQueue()
+
+    def end(error: EngineError) -> None:
+        ended.put(error)
+        threading.Event().wait()
+
+    for name, value in {
+        "PROGRAM": "silent_rank", "PULSE_SECONDS": 0.1, "SILENT_SECONDS": 1, "GRACE_SECONDS": 0.1, "abort": end,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(ranks, name, value)
+    group = ranks.Ranks(EngineSpec("paged", str(tiny_llama), str(tiny_llama), gpus=2), 16)
+    batch = bytes(1 << 22)
+    threading.Thread(target=group._others[0].send, args=(batch,), daemon=True).start()
+    assert "rank 1 of 2 has said nothing" in str(ended.get(timeout=30))
+    group.close()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_the_group_ends_with_any_of_its_ranks_and_is_started_again(
-    process: EngineProcess, rank: int, sign: signal.Signals, limit: float
+    process: EngineProcess, rank: int, sign: signal.Signals
 ) -> None:
     answered: list[Completion] = []
     error: list[BaseException] = []
+    before = process.launches
 
     def run() -> None:
         try:
@@ -61,24 +92,25 @@ def test_the_group_ends_with_any_of_its_ranks_and_is_started_again(
         except EngineError as raised:
             error.append(raised)
 
+    process.load()
     caller = threading.Thread(target=run)
     caller.start()
-    while not process.stats().output_tokens and caller.is_alive():
+    done = process.stats().output_tokens
+    while process.stats().output_tokens == done and caller.is_alive():
         time.sleep(0.05)
     assert not error
     engine = process.stats().pid
     (other,) = _children(engine)
     began = time.monotonic()
     os.kill((engine, other)[rank], sign)
-    caller.join(limit)
+    caller.join(30)
     assert not caller.is_alive(), "nobody noticed"
     assert error
     if rank == 1 and sign == signal.SIGKILL:
         assert "rank 1 of 2" in str(error[0]) or "Connection" in str(error[0]), error
     while not (_gone(engine) and _gone(other)):
-        assert time.monotonic() - began < limit, "a process is left"
+        assert time.monotonic() - began < 30, "a process is left"
         time.sleep(0.05)
-    if sign == signal.SIGKILL:
-        rows = [c for c in process.generate(iter(_requests(2))) if c is not None]
-        assert [len(c.token_ids) for c in rows] == [NEW, NEW]
-        assert process.stats().pid != engine
+    rows = [c for c in process.generate(iter(_requests(2))) if c is not None]
+    assert [len(c.token_ids) for c in rows] == [NEW, NEW]
+    assert process.launches > before

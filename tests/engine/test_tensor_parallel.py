@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked_ranks
 import numpy as np
 import pytest
 import tiny_models
@@ -28,6 +29,11 @@ NEVER = 10**6  # a stop token that no model has: the engine then learns how long
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {name: tp_models.make_model(name, root / name) for name in tp_models.CONFIGS}
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked_ranks.use(monkeypatch)
 
 
 def _spec(folder: Path, **changes: Any) -> EngineSpec:

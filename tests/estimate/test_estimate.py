@@ -258,4 +258,4 @@ def test_a_trial_is_remembered_and_what_is_left_is_told_from_the_runs_themselves
 def test_a_time_for_a_trial_that_is_none_is_refused(tmp_path, tiny_llama):
     found = CliRunner().invoke(app, ["plan", str(write_job(tmp_path, tiny_llama)), "--trial", "soon"])
     assert found.exit_code == 2
-    assert "'soon' is no duration" in found.output
+    assert "'soon' is not a duration" in found.output

@@ -79,7 +79,7 @@ def test_set_overrides_any_key_and_a_date_stays_text():
         7,
         ["a", "b"],
     )
-    with pytest.raises(JobError, match="is no override"):
+    with pytest.raises(JobError, match="is not an override"):
         Job.parse(BASE, ["generation.max_new_tokens"])
     with pytest.raises(JobError, match="did you mean"):
         Job.parse(BASE, ["generation.max_new_tokns=7"])

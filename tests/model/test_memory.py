@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import tiny_models
+from packers import repack
 
 from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
@@ -34,6 +36,17 @@ def test_weights_and_keys_are_as_large_as_planned(name: str) -> None:
         assert sum(p.numel() * p.itemsize for p in model.parameters()) == weights
         cache = PagedEngine(spec, model)._runner.cache
         assert cache.page_bytes == token * cache.page_size
+
+
+@pytest.mark.parametrize("kind", ["static_fp8", "static_fp8_channels"])
+def test_weights_that_a_checkpoint_has_in_fp8_are_a_byte_a_number(tmp_path: Path, kind: str) -> None:
+    tiny_models.make_model("llama", tmp_path)
+    repack(tmp_path, kind)
+    planned = model_memory(str(tmp_path), ("model.safetensors",), "float32")
+    model = load_model(EngineSpec("paged", str(tmp_path), str(tmp_path)))
+    assert planned is not None
+    loaded = sum(p.numel() * p.itemsize for p in model.parameters())
+    assert planned.weights == planned.fp8_weights == loaded
 
 
 def test_weights_that_were_halved_leave_room_for_more_rows() -> None:

@@ -19,7 +19,8 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from batchrun.errors import ModelError
 from batchrun.job.settings import ModelSettings
-from batchrun.model.folder import context_length, load_tokenizer, resolve, stop_token_ids
+from batchrun.model.folder import context_length, resolve
+from batchrun.model.tokenizer import load_tokenizer, stop_token_ids
 
 WEIGHTS = bytes(range(256)) * (5 << 12)  # 5 MiB: more than is hashed whole
 

@@ -92,6 +92,14 @@ def test_one_row_is_not_called_rows(view):
     assert "1 row in hand" in words
 
 
+def test_of_several_samples_engines_hold_samples_and_not_rows(view):
+    counts = replace(COURSE[5].counts, more_samples=200)
+    worker = replace(COURSE[5].worker_views[0], counts=counts)
+    words = " ".join(shown(view, replace(COURSE[5], counts=counts, worker_views=[worker]), 110))
+    assert "10 samples in hand" in words
+    assert "10 samples in engines" in words
+
+
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_no_line_moves_while_a_run_goes_on(view, width):
     screens = [shown(view, now, width) for now in COURSE]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -286,6 +287,22 @@ def test_the_page_is_called_by_its_job_and_says_at_the_top_what_ran(finished):
         str(finished / "out"),
     ):
         assert expected in top, expected
+
+
+def test_prompts_that_are_shared_are_a_share_of_all_that_engines_were_asked(finished):
+    facts = Facts.read(load(finished / "job.yaml"))
+    counts = replace(facts.runs[-1].counts, prompt_tokens=50, output_tokens=80)
+    run = replace(facts.runs[-1], counts=counts, shared_tokens=300, real_tokens=180, computed_tokens=200)
+    assert "75%, computed once for several rows" in Page(render(replace(facts, runs=[run]))).text
+
+
+def test_the_page_tells_in_order_when_a_run_came_how_far(finished):
+    (run,) = record.read_all(Folder(str(finished / "out")))
+    reached = sorted(run.milestones, key=lambda name: run.milestones[name])
+    text = Page((finished / "out" / REPORT).read_text()).text
+    places = [text.index(f"{name} {run.milestones[name]}") for name in reached]
+    assert len(places) > 3
+    assert places == sorted(places)
 
 
 def test_failed_rows_are_shown_with_their_prompts(finished):

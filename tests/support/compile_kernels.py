@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchrun.engine import experts_kernels
+from batchrun.engine import expert_groups, experts_kernels, experts_persistent
 from batchrun.engine.paged import (
     cascade,
     cascade_attention,
@@ -45,7 +45,7 @@ POINTERS = {
     **dict.fromkeys(("block_tables", "cu_seqlens_q", "seq_lens", "starts"), "i32"),
     **{"logits": "bf16", "states": "i32", "mask_of": "i32", "masks": "i32", "tokens": "i64"},
     **dict.fromkeys(("x", "weight", "bias", "parts", "gated"), "bf16"),
-    **dict.fromkeys(("order", "tiles", "counts", "totals"), "i32"),
+    **dict.fromkeys(("order", "tiles", "tiles_needed", "counts", "totals"), "i32"),
     **{"x_scale": "fp32", "weight_scale": "fp32", "weights": "fp32", "expert_ids": "i32"},
     **{"members": "i32", "items": "i32", "pages": "i64", "prefix_out": "fp32", "prefix_lse": "fp32"},
     **{"slot_mapping": "i64", "lse": "fp32", "split_out": "fp32", "split_lse": "fp32"},
@@ -130,19 +130,21 @@ def report_experts(gpu: int, memory: int) -> None:
     """As in Qwen3-30B-A3B, in gpt-oss, whose weights are transposed, and in fp8."""
     routed = {"EXPERTS": 128, "PER_TOKEN": 8, "BLOCK": 8, "AMONG_CHOSEN": True}
     report(gpu, "any", experts_kernels._route, routed, 1)
-    report(gpu, "any", experts_kernels._count, {"EXPERTS": 128, "CHUNK": 128}, 4)
-    report(gpu, "any", experts_kernels._scan, {"BLOCK": 256}, 1)
-    report(gpu, "any", experts_kernels._place, {"EXPERTS": 128, "CHUNK": 128, "BLOCK_M": 64}, 4)
+    report(gpu, "any", expert_groups._count, {"EXPERTS": 128, "CHUNK": 128}, 4)
+    report(gpu, "any", expert_groups._scan, {"BLOCK": 256}, 1)
+    report(gpu, "any", expert_groups._place, {"EXPERTS": 128, "CHUNK": 128, "BLOCK_M": 64}, 4)
     report(gpu, "any", experts_kernels._weigh, {"BLOCK": 1024}, 4)
     for rows, transposed, fp8 in product((8, 32, 1000), (False, True), (False, True)):
         if fp8 and (transposed or gpu < 89):
             continue
         dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
         tile = experts_kernels.tile_for(128 * rows, 128, dtype, memory)
+        described = gpu >= 90 and not transposed and not tile.swapped
         gate = {"GATE": "clamped" if transposed else "silu", "INTERLEAVED": transposed, "BIAS": transposed}
         constants = {
             "SCALED": fp8,
             "SWAPPED": tile.swapped,
+            "DESCRIBED": described,
             "EVEN": True,
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.columns,
@@ -153,8 +155,17 @@ def report_experts(gpu: int, memory: int) -> None:
         }
         types = {"x": "fp8e4nv", "weight": "fp8e4nv"} if fp8 else {}
         kernel = experts_kernels._grouped_product
-        report(gpu, "any", kernel, {**constants, **gate}, tile.warps, types)
-        report(gpu, "any", kernel, {**constants, **gate, "GATE": ""}, tile.warps, types)
+        if described:
+            element = "fp8e4nv" if fp8 else "bf16"
+            types["weight"] = f"tensordesc<{element}[1, 2, {tile.columns // 2}, {tile.features}]>"
+            report(gpu, "any", kernel, {**constants, **gate}, tile.warps, types)
+            types["weight"] = f"tensordesc<{element}[1, 1, {tile.columns}, {tile.features}]>"
+            types["x"] = f"tensordesc<{element}[{tile.rows}, {tile.features}]>"
+            own = {**constants, "BLOCKS": 132, "FEATURES": 768}
+            report(gpu, "any", experts_persistent._persistent_product, own, tile.warps, types)
+        else:
+            report(gpu, "any", kernel, {**constants, **gate}, tile.warps, types)
+            report(gpu, "any", kernel, {**constants, **gate, "GATE": ""}, tile.warps, types)
     if gpu >= 89:
         report(
             gpu,
@@ -202,6 +213,8 @@ def check_names() -> None:
             fp8_pages,
             small_kernels,
             experts_kernels,
+            expert_groups,
+            experts_persistent,
         )
         for one in vars(module).values()
     ]:
@@ -225,7 +238,10 @@ def report(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = f"*{pointers[name]}" if name in pointers else NUMBERS.get(name, "i32")
+        type_name = pointers.get(name, "")
+        if type_name and not type_name.startswith("tensordesc"):
+            type_name = f"*{type_name}"
+        signature[name] = type_name or NUMBERS.get(name, "i32")
         if name not in NUMBERS:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

@@ -31,6 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "w4a16_zeros": _compressed("pack-quantized", {**_GROUPS, "symmetric": False}, None),
     "w8a8": _compressed("int-quantized", _scheme(8, "int", "channel"), _scheme(8, "int", "token", dynamic=True)),
     "static_fp8": _compressed("float-quantized", _scheme(8, "float", "tensor"), _scheme(8, "float", "tensor")),
+    "static_fp8_channels": _compressed(
+        "float-quantized", _scheme(8, "float", "channel"), _scheme(8, "float", "tensor")
+    ),
 }  # fmt: skip
 
 
@@ -55,9 +58,10 @@ def configure(folder: Path, settings: dict[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
 
 
-def words(numbers: Tensor) -> Tensor:
-    """Eight numbers of four bits, along the last dimension, in each int32: the first in the lowest bits."""
-    total = sum(numbers[..., i::8].long() << 4 * i for i in range(8))
+def words(numbers: Tensor, bits: int = 4) -> Tensor:
+    """As many numbers as there is room for, along the last dimension, in each int32: the first in the lowest bits."""
+    count = 32 // bits
+    total = sum(numbers[..., i::count].long() << bits * i for i in range(count))
     return torch.where(total >= 2**31, total - 2**32, total).int()
 
 
@@ -114,13 +118,16 @@ def _w8a8(weight: Tensor, _kind: str) -> tuple[dict[str, Tensor], Tensor]:
     return {"weight": numbers, "weight_scale": scale}, numbers.float() * scale.float()
 
 
-def _static_fp8(weight: Tensor, _kind: str) -> tuple[dict[str, Tensor], Tensor]:
-    scale = (weight.abs().max() / 448).reshape(1)
+def _static_fp8(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    largest = (
+        weight.abs().amax(1, keepdim=True) if kind == "static_fp8_channels" else weight.abs().max().reshape(1)
+    )
+    scale = largest / 448
     numbers = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return {"weight": numbers, "weight_scale": scale, "input_scale": torch.ones(1)}, numbers.float() * scale
 
 
 _PACKERS = {
     **{"awq": _awq, "gptq": _gptq, "w4a16": _w4a16, "w4a16_zeros": _w4a16, "w8a8": _w8a8},
-    "static_fp8": _static_fp8,
+    **{"static_fp8": _static_fp8, "static_fp8_channels": _static_fp8},
 }

@@ -69,12 +69,12 @@ class Clock:
 def install(clock: Clock) -> None:
     """Puts the clock on what the driver does from now on."""
     os.environ[light.VARIABLE] = "1"
-    from batchrun.driver import dispatch, run
+    from batchrun.driver import dispatch, partitions, run
     from batchrun.output import manifest
 
     seen: dict[str, Any] = {}
     if os.environ.get(ALONE):
-        dispatch.TASK_SECONDS = 0.0
+        dispatch.TASK_SECONDS = partitions.TASK_SECONDS = 0.0
     for name in CALLS:
         setattr(dispatch.Dispatch, name, clock.timed(name, getattr(dispatch.Dispatch, name)))
     dispatch.register_plugin = clock.timed("register", dispatch.register_plugin)
@@ -87,16 +87,16 @@ def install(clock: Clock) -> None:
         telling = all("batchrun" in worker["metrics"] for worker in workers.values())
         if telling and len(self.in_flight) >= len(seen.get("members", ())):
             seen.update(workers=workers, members=dict(self.in_flight))
-        clock.tell(parts=len(self.receipts), todo=len(self.todo), workers=len(workers))
+        clock.tell(parts=len(self.partitions.receipts), todo=len(self.partitions.todo), workers=len(workers))
         return workers
 
     def execute_and_look(self: Any, client: Any) -> None:
         execute(self, client)
-        some = next(iter(self.receipts))
+        some = next(iter(self.partitions.receipts))
         clock.tell(
             many=[look_at_many(self, seen["workers"], seen["members"], count) for count in MANY],
             task_bytes=len(pickle.dumps((self.order, [self._task(some)]))),
-            receipt_bytes=len(pickle.dumps(self.receipts[some])),
+            receipt_bytes=len(pickle.dumps(self.partitions.receipts[some])),
         )
 
     def finish_and_tell(*args: Any) -> Any:

@@ -199,3 +199,10 @@ def test_counters_add_up_however_rows_are_cut(rows, cut):
     for same in (counted(rows[:cut], rows[cut:]), counted(rows[:cut]) + counted(rows[cut:])):
         assert {**asdict(same), "examples": ()} == {**asdict(whole), "examples": ()}
         assert len(same.examples) == len(whole.examples)
+
+
+def test_failed_rows_do_not_make_answers_shorter() -> None:
+    reasons = {"length": 2, "stop": 1, "error": 7}
+    result = RunResult("out", 10, 3, 7, 1, 50, 36, {}, {}, 1.0, finish_reasons=reasons)
+    (line,) = (line for line in run_lines(result) if line.startswith("answers: "))
+    assert line.startswith("answers: 12 tokens on average, 2 (66.7%) cut")

@@ -21,8 +21,9 @@ from batchrun.report.result import RunResult
 from batchrun.storage import Folder
 from batchrun.telemetry import gpu, record
 from batchrun.telemetry.gpu import Gpu, gpu_now
-from batchrun.telemetry.progress import Progress, Rates, WorkerView
+from batchrun.telemetry.progress import Progress, WorkerView
 from batchrun.telemetry.prometheus import Exporter
+from batchrun.telemetry.rates import Rates
 from batchrun.telemetry.record import RunRecord
 from batchrun.telemetry.redact import Redactor
 from jobs import load, write_job

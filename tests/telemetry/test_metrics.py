@@ -26,8 +26,9 @@ from batchrun.engine.protocol import EngineStats
 from batchrun.errors import ClusterError
 from batchrun.telemetry import gpu, logs
 from batchrun.telemetry.gpu import Gpu
-from batchrun.telemetry.progress import Progress, Rates, WorkerView
+from batchrun.telemetry.progress import Progress, WorkerView
 from batchrun.telemetry.prometheus import Exporter, serve
+from batchrun.telemetry.rates import Rates
 from batchrun.telemetry.redact import Redactor
 from jobs import ROWS_OF_JOB as ROWS
 from jobs import load, write_job

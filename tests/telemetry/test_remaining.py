@@ -15,7 +15,8 @@ from simulated_run import ON_CPU, Rows, simulate
 from batchrun.counters import Counters
 from batchrun.engine.protocol import EngineStats
 from batchrun.telemetry import remaining_tokens
-from batchrun.telemetry.progress import Progress, Rates, WorkerView
+from batchrun.telemetry.progress import Progress, WorkerView
+from batchrun.telemetry.rates import Rates
 from batchrun.telemetry.remaining import Remaining
 from batchrun.telemetry.remaining_tokens import _Active, _Answers, _samples
 
@@ -188,3 +189,34 @@ def test_the_samples_that_an_engine_holds_are_rows_only_together():
     assert samples == 8
     assert _Active.of([view], samples) == _Active(10, 100, 400)
     assert _samples(Counters()) == 1
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_rows_that_failed_without_a_prompt_do_not_stretch_the_time_left(paged):
+    told = Remaining()
+    for second in range(31):
+        # 40 rows fail at once; from the tenth second on one of 300 tokens ends in each.
+        done = max(0, second - 10)
+        active = {
+            "active_rows": 20.0,
+            "active_prompt_tokens": 6000.0,
+            "active_output_tokens": 20.0 * min(second, 10),
+        }
+        counts = Counters(
+            rows=40 + done, failed=40, prompt_tokens=300 * done, output_tokens=40 * done, pulled=100,
+            requests=60, sent_tokens=18000, finish_reasons={"error": 40, "stop": done},
+        )  # fmt: skip
+        engine = EngineStats(completions=done, device="cpu", gauges=active if paged else {})
+        view = WorkerView("a", "h", 1, 1, 0, "generating", engine, rows=100, counts=counts)
+        told.add(
+            Progress(
+                seconds=float(second), partitions=1, partitions_done=0, partitions_in_flight=1, rows=100,
+                rows_done=counts.rows, counts=counts, workers=1, worker_time={"generating": float(second)},
+                worker_views=[view],
+            )
+        )  # fmt: skip
+        left = told.seconds()
+        assert left is None or done > 0
+        assert left is None or left < 700
+    # 40 rows are left, at 20 rows in 30 seconds.
+    assert left == pytest.approx(60, rel=0.5)

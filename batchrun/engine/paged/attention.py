@@ -56,6 +56,10 @@ class KVCache:
         queries = self.backend.cascade_queries(layer)
         if queries is None or any(other.window for other in self.layers):
             return None
+        if self._dtype == FP8:
+            # Large blocks have too many numbers to convert at once. On an H200, 8 key heads and 32 query heads, 40
+            # groups of 25 rows with 4,000 tokens: 640 us a step in small ones, 1,030 in large ones, 460 in bfloat16.
+            queries = queries[0], queries[0]
         return CascadePlanner(layer, queries, self._dtype.itemsize)
 
     @property

@@ -9,7 +9,7 @@ from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.experts import use_grouped_experts
 from batchrun.engine.fp8 import unsupported_device
 from batchrun.engine.paged import devices
-from batchrun.engine.paged.architecture import check_positions
+from batchrun.engine.paged.architecture import check_positions, decoder_layers
 from batchrun.engine.paged.attention import KVCache
 from batchrun.engine.paged.compiling import compile_layers, compile_sampler
 from batchrun.engine.paged.memory import Budget, affordable_pages
@@ -58,6 +58,8 @@ def make_runner(
         compile_layers(model, cache.modules)
         if not sampler.greedy:
             compile_sampler(sampler)
+    if group is not None:
+        group.progress.mark_layers(decoder_layers(model, cache.modules))
     return Runner(
         model,
         cache,
@@ -69,6 +71,7 @@ def make_runner(
         device,
         ValuesOfTokens(spec.sampling),
         launch,
+        group.progress.mark if group else None,
     )
 
 

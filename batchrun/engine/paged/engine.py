@@ -69,6 +69,8 @@ class PagedEngine:
         self._window, self._steps = budget.window_rows, budget.decode_steps
         self._ranks = ranks
         pages = allocate_pages(spec, self._runner, budget, group)
+        if ranks:
+            ranks.cache_tokens = (pages - 1) * page_size
         output_lengths = OutputLengths(certain=not self._stop_ids and not self._stop_strings)
         pool = PagePool(pages, page_size)
         self._scheduler = Scheduler(
@@ -127,6 +129,8 @@ class PagedEngine:
                     # Launching all prompts that there is room for takes a second, and rows without decode steps go on
                     # for as long as there are any: what is finished cannot wait for that.
                     yield from self._read(pending, leaving=PREFILLS_AHEAD)
+                    # Where rows end with their prompts, there is nothing but prefills from the first row to the last.
+                    self._count()
                     yield from self._abort_cancelled(pending)
                     yield from self._pull(feed)
                 if scheduler.must_preempt(self._steps) or self._may_have_settled(pending):

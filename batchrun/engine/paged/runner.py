@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
 from batchrun.engine.paged.cascade import MAX_ITEMS
 from batchrun.engine.paged.graphs import DecodeGraphs, Graph
 from batchrun.engine.paged.last_layer import LastLayer
-from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.metadata import AttentionMetadata
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.pending import Mark, Pending
 from batchrun.engine.paged.queue import Sequence
@@ -69,12 +68,13 @@ class Runner:
         device: torch.device,
         values_of_tokens: ValuesOfTokens,
         launch: Launch | None = None,
+        mark_progress: Callable[[], None] | None = None,
     ) -> None:
         self.cache = cache
         self.computed_tokens = 0
         self.launches = 0
         self._model, self._sampler, self.device = model, sampler, device
-        self._everywhere = launch
+        self._everywhere, self._mark_progress = launch, mark_progress
         self._last_layer = LastLayer(model, cache.modules)
         self._scoring = ScoringHead(model)
         self._graphs = DecodeGraphs(device)
@@ -148,19 +148,7 @@ class Runner:
     def _prefill(self, work: PrefillWork) -> Pending:
         if work.copies is not None:
             self.cache.copy_pages(*(self._to_device(row, np.int64) for row in work.copies))
-        metadata = AttentionMetadata(
-            slot_mapping=self._to_device(work.slot_mapping, np.int64),
-            block_tables=self._to_device(work.block_tables, np.int32),
-            seq_lens=self._to_device(work.seq_lens, np.int32),
-            cu_seqlens_q=self._to_device(np.concatenate([[0], np.cumsum(work.query_lens)]), np.int32),
-            query_spans=work.query_spans,
-            no_context=work.no_context,
-            shared_prefixes=None
-            if work.plan is None
-            else SharedPrefixes.of(work.plan, partial(self._to_device, dtype=np.int32)),
-            widened=None if work.widened is None else self._to_device(work.widened.pages, np.int64),
-            widened_spans=[] if work.widened is None else work.widened.page_spans,
-        )
+        metadata = work.metadata(self._to_device)
         if self._adapters is not None:
             self._choose_adapters(self._to_device(np.repeat(work.adapters, work.query_lens), np.int32))
         self.computed_tokens += len(work.tokens)
@@ -195,6 +183,8 @@ class Runner:
                 self._decode_step(shape)
             else:
                 step.replay()
+            if self._mark_progress is not None:
+                self._mark_progress()
         self.computed_tokens += shape.batch_size * work.steps
         values = {name: column[: work.steps, : shape.batch_size] for name, column in self._values.items()}
         return self._to_host(self._sampled[: work.steps, : shape.batch_size], began, values)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.cascade import CascadePlan, CascadePlanner
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import Sampler
+from batchrun.engine.paged.scheduler import MIN_PREFILL_TOKENS
 from batchrun.engine.paged.scored_chunks import ScoredChunks
 from batchrun.engine.paged.shapes import Spans, query_spans, round_tokens
 from batchrun.engine.paged.widened_pages import WidenedPages
@@ -152,12 +156,37 @@ class PrefillWork:
         )
         return work, sequences
 
+    @property
+    def smaller(self) -> dict[str, int] | None:
+        """Engine options under which no prefill batch is so large; None where one sequence has no room to be split."""
+        half = int(self.query_lens[:-1].sum()) // 2
+        splits = half >= MIN_PREFILL_TOKENS or (half and len(self.query_lens) > 2)
+        return {"prefill_tokens": half} if splits else None
+
     def planned(self, cascade: CascadePlanner, page_size: int) -> Self:
         """The batch with what its sequences read together, if that is anything."""
         if self.no_context:
             return self
         plan = cascade.plan_prefill(self.block_tables, self.query_lens, self.seq_lens, page_size)
         return replace(self, plan=plan)
+
+    def metadata(self, upload: Callable[[NDArray[Any], type], Tensor]) -> AttentionMetadata:
+        """What attention is told of it, on the device."""
+
+        def ints(values: NDArray[Any]) -> Tensor:
+            return upload(values, np.int32)
+
+        return AttentionMetadata(
+            slot_mapping=upload(self.slot_mapping, np.int64),
+            block_tables=ints(self.block_tables),
+            seq_lens=ints(self.seq_lens),
+            cu_seqlens_q=ints(np.concatenate([[0], np.cumsum(self.query_lens)])),
+            query_spans=self.query_spans,
+            no_context=self.no_context,
+            shared_prefixes=None if self.plan is None else SharedPrefixes.of(self.plan, ints),
+            widened=None if self.widened is None else upload(self.widened.pages, np.int64),
+            widened_spans=[] if self.widened is None else self.widened.page_spans,
+        )
 
     def for_ranks(self) -> Self:
         """As other ranks get it: they need not know whose scored tokens are which."""
@@ -177,6 +206,12 @@ class DecodeWork:
     def of(cls, batch: DecodeBatch, plan: CascadePlan | None) -> Self:
         """The batch as arrays of its own, which nobody changes later."""
         return cls(batch.slots, batch.block_tables, batch.steps, plan)
+
+    @property
+    def smaller(self) -> dict[str, int] | None:
+        """Engine options under which no decode batch has so many sequences; None where it has one."""
+        half = len(self.slots) // 2
+        return {"max_rows": half} if half else None
 
     def for_ranks(self) -> Self:
         """As other ranks get it."""

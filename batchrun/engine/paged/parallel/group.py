@@ -1,34 +1,35 @@
-"""What the ranks of an engine do together on their devices: sums and gathered columns."""
+"""The ranks of an engine as one group of processes."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from batchrun.engine.paged.parallel.progress import Progress
 from batchrun.engine.protocol import EngineSpec
 
 _JOIN_SECONDS = 1800.0
 """Until the last rank has loaded: from cold disks that takes as long as it takes."""
 
 
-# Its name since torch 2.13.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One rank's view of all. `store` is a file through which they find each other, see `place_to_meet`."""
+    """One rank's view of all, made by the thread that computes. `store` is a file through which they find each other,
+    see `place_to_meet`; `progress` is this rank's."""
 
     rank: int
     size: int
     store: str
     device: torch.device
+    progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "progress", Progress(self.device))
 
     def join(self) -> None:
         """Waits until all ranks are there. Once a process; before any other method."""
@@ -70,27 +71,3 @@ def place_to_meet() -> tuple[int, str]:
     inherit, and its name to them all."""
     descriptor = os.memfd_create("batchrun-ranks")
     return descriptor, f"/proc/self/fd/{descriptor}"
-
-
-@torch.library.custom_op("batchrun::sum_of_ranks", mutates_args=("x",))
-def sum_of_ranks(x: Tensor) -> None:
-    """x becomes its sum over all ranks, the same on each. An operator, so that a compiled layer stays whole."""
-    dist.all_reduce(x)
-
-
-@sum_of_ranks.register_fake
-def _(x: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("batchrun::columns_of_ranks", mutates_args=())
-def columns_of_ranks(x: Tensor, size: int) -> Tensor:
-    """x (rows, columns) of all `size` ranks side by side: (rows, size * columns), the same on each."""
-    gathered = x.new_empty(size * x.shape[0], x.shape[1])
-    _all_gather(gathered, x.contiguous())
-    return gathered.view(size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)
-
-
-@columns_of_ranks.register_fake
-def _(x: Tensor, size: int) -> Tensor:
-    return x.new_empty(x.shape[0], size * x.shape[1])

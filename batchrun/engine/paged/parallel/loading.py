@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from batchrun.engine.packed_format import packed_format
 from batchrun.engine.paged.architecture import Unsupported
 from batchrun.engine.paged.parallel.sharding import Sharding, Share
 
@@ -38,34 +39,26 @@ class Slice:
         return dtype
 
     def __getitem__(self, _: Any) -> Tensor:
-        share = self._share
-        if share.blank:
-            return torch.zeros_like(self._whole[...])
-        if not share.begins:
-            tensor: Tensor = self._whole[...]
-            return tensor
-        ahead = (slice(None),) * share.dim
-        parts = [self._whole[(*ahead, slice(begin, begin + share.length))] for begin in share.begins]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, share.dim)
+        return self._share.of(self._whole)
 
 
 def read_shares(folder: str, sharding: Sharding) -> dict[str, Slice]:
-    """The checkpoint in `folder`, as a rank has it; no data is read yet.
+    """The checkpoint in `folder`, as a rank has it; no data is read yet. Packed weights are divided once they are
+    expanded, one by one, and read whole.
 
     Raises:
-        Unsupported: it is in a format that is read whole.
+        Unsupported: it is not in safetensors, or in blocks that cannot be divided.
     """
-    shares: dict[str, Slice] = {}
+    wholes: dict[str, Any] = {}
     for file in _files(Path(folder)):
         opened: Any = safe_open(file, framework="pt", device="cpu")
-        for name in opened.keys():  # noqa: SIM118
-            if name.endswith("weight_scale_inv"):
-                raise Unsupported("fp8 weights with a scale for each block are not divided over GPUs")
-            whole = opened.get_slice(name)
-            if whole.get_dtype() in ("I8", "U8", "I32"):
-                raise Unsupported("weights that are expanded while loading are not divided over GPUs")
-            shares[name] = Slice(whole, sharding.share(name, tuple(whole.get_shape())))
-    return shares
+        wholes |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    form = packed_format(getattr(sharding.config, "quantization_config", None))
+    packed = {name for parts in form.parts(wholes).values() for name in parts.values()} if form else set()
+    return {
+        name: Slice(whole, Share() if name in packed else sharding.share(name, tuple(whole.get_shape())))
+        for name, whole in wholes.items()
+    }
 
 
 def _files(folder: Path) -> list[Path]:

@@ -18,8 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from batchrun.engine.fp8 import Fp8Linear, quantize_rows
+from batchrun.engine.lora import Lora
 from batchrun.engine.paged.architecture import Unsupported
-from batchrun.engine.paged.parallel.group import columns_of_ranks, sum_of_ranks
+from batchrun.engine.paged.parallel.sums import (
+    columns_of_ranks,
+    sum_of_ranks,
+    summed_fp8_linear,
+    summed_linear,
+)
 
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size",
             "shared_expert_intermediate_size")  # fmt: skip
@@ -41,6 +48,17 @@ class Share:
     begins: tuple[int, ...] = ()
     length: int = 0
     blank: bool = False
+
+    def of(self, whole: Any) -> Tensor:
+        """The part of a tensor, or of one in a file."""
+        if self.blank:
+            return torch.zeros_like(whole[...])
+        if not self.begins:
+            tensor: Tensor = whole[...]
+            return tensor
+        ahead = (slice(None),) * self.dim
+        parts = [whole[(*ahead, slice(begin, begin + self.length))] for begin in self.begins]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
 class Sharding:
@@ -66,7 +84,11 @@ class Sharding:
         }
 
     def share(self, name: str, shape: tuple[int, ...]) -> Share:
-        """What of a checkpoint's tensor, by name and shape, is this rank's."""
+        """What of a checkpoint's tensor, by name and shape, is this rank's.
+
+        Raises:
+            Unsupported: scales of blocks, of which several ranks would need one.
+        """
         owner, _, kind = name.rpartition(".")
         layer = owner.rpartition(".")[2]
         if name in self._biases and self.rank:
@@ -76,6 +98,8 @@ class Sharding:
             # Of each output channel of a layer in fp8. One divided by rows keeps the scale of the whole channel.
             rows = self._shapes.get(f"{owner}.weight", shape)[0]
             mine = torch.Size((rows, *shape[1:]))
+        if mine is None and kind == "weight_scale_inv":
+            mine = self._blocks(owner, shape)
         if mine is None and ".experts." in name and kind == "weight":
             dim = 0 if layer in _BY_COLUMNS else 1 if layer in _BY_ROWS else None
             return Share() if dim is None else self._even(dim, shape[dim])
@@ -89,6 +113,31 @@ class Sharding:
         if joined and not self._interleaved:
             return self._of_sections(dim, self._sections[joined], shape[dim])
         return self._even(dim, shape[dim])
+
+    def of_weight(self, name: str, weight: Tensor) -> Tensor:
+        """See `Part`."""
+        return self.share(name, tuple(weight.shape)).of(weight)
+
+    def of_adapter(self, adapter: dict[str, Lora]) -> dict[str, Lora]:
+        """See `Part`: a layer by columns has a share of b's rows, one by rows of a's columns."""
+        parts = {}
+        for layer, lora in adapter.items():
+            share = self.share(f"{layer}.weight", (len(lora.b), lora.a.shape[1]))
+            parts[layer] = Lora(share.of(lora.a), lora.b) if share.dim else Lora(lora.a, share.of(lora.b))
+        return parts
+
+    def _blocks(self, layer: str, shape: tuple[int, ...]) -> torch.Size:
+        """The shape of this rank's scales for blocks of a layer's weight."""
+        block = self.config.quantization_config["weight_block_size"]
+        weight = self._shapes[f"{layer}.weight"]
+        mine = torch.Size(-(-own // size) for own, size in zip(weight, block, strict=True))
+        for dim, (own, size) in enumerate(zip(weight, block, strict=True)):
+            if mine[dim] != shape[dim] and (own % size or layer.endswith(_JOINED)):
+                raise Unsupported(
+                    f"blocks of {size} that share a scale in its {layer.rpartition('.')[2]} cannot be divided by "
+                    f"{self.size} GPUs"
+                )
+        return mine
 
     def _even(self, dim: int, length: int) -> Share:
         own = length // self.size
@@ -128,9 +177,19 @@ class Summed(nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """What the part gives, summed over the ranks."""
-        made: Tensor = self.part(*arguments, **named).contiguous()
-        sum_of_ranks(made)
-        return made
+        part = self.part
+        if not isinstance(part, nn.Linear | Fp8Linear):
+            made: Tensor = part(*arguments, **named).contiguous()
+            sum_of_ranks(made)
+            return made
+        x: Tensor = arguments[0]
+        rows = x.reshape(-1, part.in_features)
+        if isinstance(part, Fp8Linear):
+            numbers, scale = quantize_rows(rows)
+            made = summed_fp8_linear(numbers, scale, part.weight, part.weight_scale, part.bias, x.dtype)
+        else:
+            made = summed_linear(rows, part.weight, part.bias)
+        return made.view(*x.shape[:-1], part.out_features)
 
 
 class DividedHead(nn.Module):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from batchrun.engine.fp8_model import quantize
 from batchrun.engine.launch import available_cores
 from batchrun.engine.loading import load_config, load_model
+from batchrun.engine.paged.parallel import sums
 from batchrun.engine.paged.parallel.group import Group
 from batchrun.engine.paged.parallel.loading import read_shares
 from batchrun.engine.paged.parallel.sharding import Sharding
@@ -27,7 +28,8 @@ def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
         torch.set_num_threads(max(1, available_cores() // group.size))
     sharding = Sharding(config or load_config(spec), group.rank, group.size)
     if config is None:
-        model = load_model(spec, source=(sharding.config, read_shares(spec.model_path, sharding)))
+        shares = read_shares(spec.model_path, sharding)
+        model = load_model(spec, source=(sharding.config, shares, sharding))
     else:
         # Alike on all ranks, since embeddings and norms have to be.
         torch.manual_seed(0)
@@ -36,5 +38,6 @@ def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
         if spec.quantization:
             quantize(model)
     group.join()
+    sums.connect(group)
     sharding.finish(model)
     return model

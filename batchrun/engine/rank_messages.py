@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from batchrun.engine.protocol import EngineSpec
 
@@ -11,22 +10,28 @@ PULSE_SECONDS = 2
 SILENT_SECONDS = 40
 """Both send a sign of life every PULSE_SECONDS, by a thread of their own. One that has stopped, or whose machine has,
 is given up before a minute has passed; importing and compiling let threads run far more often than that."""
+STUCK_SECONDS = 45
+"""All ranks live, and none gets on with a batch: see `Progress`. Its smallest steps, a layer on a device, a pass of a
+compiler, take far less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """To a rank, first of all: what it is part of, and the model's config if its weights are random."""
+    """To a rank, first of all: what it is part of. The model's `config` is there if its weights are random; pickled,
+    since what it needs is not imported where this is received."""
 
     spec: EngineSpec
     page_size: int
     rank: int
     store: str
-    config: Any = None
+    config: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """A sign of life, either way."""
+    """A sign of life, either way, and how far a rank has come: see `Progress.look`."""
+
+    progress: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +44,4 @@ class Failure:
     """From a rank, as its last word."""
 
     reason: str
+    out_of_memory: bool
