@@ -348,5 +348,5 @@ def test_several_groups_of_a_step_are_read_once_each_also_where_rows_are_preempt
     # A number at the edge of another of fp8 can become that, after which a row may go on otherwise.
     assert sum(got[row] == expected[row] for row in expected) >= len(expected) - (cache_dtype == "fp8")
     assert backend.groups >= groups
-    assert backend.prefills
+    assert bool(backend.prefills) == (cache_dtype == "auto")
     assert bool(engine.stats.gauges["preemptions"]) == preempts

@@ -75,13 +75,12 @@ def main() -> None:
             }
             block_m = decode_attention.decode_block_m(group_size)
             constants = {**shape, "NUM_KV_HEADS": num_kv_heads, "BLOCK_M": block_m, "PAGE_SIZE": 256}
-            for split, starts, choices in (
-                (False, False, decode_attention.DECODE_BLOCKS),
-                (True, not window, decode_attention.SPLIT_BLOCKS),
-                (False, not window, decode_attention.REST_BLOCKS),
+            for split, choices in (
+                (False, decode_attention.DECODE_BLOCKS),
+                (True, decode_attention.SPLIT_BLOCKS),
             ):
                 block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, 2 * block_d, memory)
-                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": starts}
+                own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": not window}
                 report(gpu, name, decode_attention._decode, {**constants, **own, **PLAIN}, 4)
                 if gpu >= FIRST_WITH_FP8:
                     choices = decode_attention.FP8_BLOCKS
@@ -89,6 +88,11 @@ def main() -> None:
                     own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages}
                     warps = decode_attention.decode_warps(block_d, fp8=True)
                     report(gpu, name, decode_attention._decode, {**constants, **own}, warps, FP8)
+            if not window and block_m * block_d <= decode_attention.MAX_REST_NUMBERS:
+                ((block_n, num_stages),) = decode_attention.REST_BLOCKS
+                own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": False, "STARTS": True}
+                rest = {**constants, **own, **PLAIN}
+                report(gpu, name, decode_attention._decode, rest, decode_attention.REST_WARPS)
             own = {
                 "NUM_HEADS": heads,
                 "HEAD_DIM": head_dim,

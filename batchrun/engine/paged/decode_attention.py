@@ -19,8 +19,11 @@ from batchrun.engine.paged.online_softmax import LOG2_E, attend, fitting_blocks,
 # Keys in a block and blocks in flight, best first.
 DECODE_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 SPLIT_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
-# Of what is behind shared prefixes, mostly few keys: more sequences at once on each processor.
-REST_BLOCKS, REST_WARPS = ((32, 2), (16, 1)), 4
+# Of what is behind shared prefixes, mostly few keys, and the numbers of a result up to which one warp holds it: more
+# sequences at once on each processor. On an H200, 16 query heads and 8 key heads, microseconds, blocks as above and
+# these: 2,040 sequences with 46 keys behind their prefixes 236 and 104; 1,000 with 60 keys 120 and 70; 1,024 with 600
+# keys 574 and 575; 600 with 250 keys 151 and 157.
+REST_BLOCKS, REST_WARPS, MAX_REST_NUMBERS = ((16, 2),), 1, 2048
 # Of keys in fp8, with half the warps for heads of up to 128 numbers: what they do to convert them counts more than how
 # many they have in flight. On an H200, 8 key heads and 32 query heads, microseconds with 2 warps, with 4 at best and in
 # bfloat16: 1,024 sequences of 600 tokens 370, 400 and 590; 64 of 8,000 292, 302 and 492; 300 of 20 to 3,300 329, 324
@@ -200,7 +203,7 @@ def decode(
         choices = FP8_BLOCKS
     elif num_splits > 1:
         choices = SPLIT_BLOCKS
-    elif starts is not None:
+    elif starts is not None and block_m * block_d <= MAX_REST_NUMBERS:
         choices, warps = REST_BLOCKS, REST_WARPS
     block_n, num_stages = fitting_blocks(choices, block_m, block_d * key_cache.itemsize, shared_memory(query))
     if num_splits > 1:

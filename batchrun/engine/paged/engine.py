@@ -177,17 +177,24 @@ class PagedEngine:
                 columns = results.read()
             self.stats.busy_seconds += results.seconds
             running: list[tuple[Sequence, list[int]]] = []
+            has_stop_strings = bool(self._stop_strings)
             ended: dict[Sequence, str] = {}
             for number, (sequence, tokens) in enumerate(zip(results.sequences, columns, strict=True)):
                 if sequence.finished:
                     continue
-                running.append((sequence, tokens))
-                before = len(sequence.output)
-                if reason := self._append(sequence, tokens):
+                output, before, last = sequence.output, len(sequence.output), tokens[-1]
+                if last >= 0 and last not in self._stop_ids:
+                    # Nearly all sequences go on: no call for each of them.
+                    output += tokens
+                    if len(output) >= sequence.request.max_new_tokens:
+                        ended[sequence] = "length"
+                elif reason := self._append(sequence, tokens):
                     ended[sequence] = reason
+                if has_stop_strings:
+                    running.append((sequence, tokens))
                 if results.values:
                     sequence.values.append(results.values_of(number, len(sequence.output) - before))
-            if self._stop_strings:
+            if has_stop_strings:
                 ended |= dict.fromkeys(self._cut_at_stop_strings(running), "stop")
             for sequence, reason in ended.items():
                 self._scheduler.finish(sequence)

@@ -59,6 +59,7 @@ class FlashAttention:
                 assert metadata.widened is not None
                 pages = metadata.widened[slice(*metadata.widened_spans[number])]
                 keys, values = fp8_pages.widened(key_cache, value_cache, scales, pages, query.dtype)
+            starts = None if shared is None else shared.starts_of(first, stop)
             prefill_attention.prefill(
                 query,
                 keys,
@@ -70,8 +71,8 @@ class FlashAttention:
                 layer,
                 sinks,
                 out,
-                None if shared is None else shared.starts[first:stop],
-                lse,
+                starts,
+                None if starts is None else lse,
             )
         if shared is not None and lse is not None:
             cascade_attention.merge_prefixes(

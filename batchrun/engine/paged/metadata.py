@@ -18,8 +18,9 @@ from batchrun.engine.paged.cascade import CascadePlan
 class SharedPrefixes:
     """What groups of a call's sequences begin with, to be read once for each group.
 
-    `starts` (sequences,) int32: how many leading tokens of a sequence those are, 0 without a group. `members` and
-    `items`: see `CascadePlan`, filled up with zeros, and so `block_queries`. `results` is how many there may be.
+    `starts` (sequences,) int32: how many leading tokens of a sequence those are, 0 without a group; of a prefill,
+    `planned` are the same on the host. `members` and `items`: see `CascadePlan`, filled up with zeros, and so
+    `block_queries`. `results` is how many there may be.
     """
 
     starts: Tensor
@@ -27,12 +28,18 @@ class SharedPrefixes:
     items: Tensor
     block_queries: int
     results: int
+    planned: NDArray[np.int32] | None = None
 
     @classmethod
     def of(cls, plan: CascadePlan, upload: Callable[[NDArray[np.int32]], Tensor]) -> Self:
         """A plan on the device."""
         starts, members, items = map(upload, (plan.starts, plan.members, plan.items))
-        return cls(starts, members, items, plan.block_queries, plan.results)
+        return cls(starts, members, items, plan.block_queries, plan.results, plan.starts)
+
+    def starts_of(self, first: int, stop: int) -> Tensor | None:
+        """Those of some of a prefill's sequences; None where no group has any of them."""
+        assert self.planned is not None
+        return self.starts[first:stop] if self.planned[first:stop].any() else None
 
 
 @dataclass(frozen=True, slots=True)
