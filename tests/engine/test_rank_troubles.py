@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,21 +56,8 @@ def test_a_rank_without_memory_makes_the_next_engine_smaller_which_does_all_rows
 
 def _prefill(*lengths: int) -> PrefillWork:
     """Of so many sequences, and padding."""
-    none = np.empty(0, np.int64)
-    queries = np.array([*lengths, 5])
-    return PrefillWork(
-        None,
-        none,
-        none,
-        none,
-        np.empty((0, 1), np.int32),
-        queries,
-        queries,
-        True,
-        np.empty(0, np.int32),
-        None,
-        None,
-    )
+    named: dict[str, Any] = dict.fromkeys(field.name for field in fields(PrefillWork))
+    return PrefillWork(**named | {"query_lens": np.array([*lengths, 5])})
 
 
 def test_batches_become_smaller_down_to_the_row() -> None:
