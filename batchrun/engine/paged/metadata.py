@@ -14,6 +14,10 @@ from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.cascade import CascadePlan
 
 
+Spans = list[tuple[int, int, int]]
+"""Sequences that attention computes together: the first, the one behind the last, and the tokens of the longest."""
+
+
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
     """What groups of a call's sequences begin with, to be read once for each group.
@@ -59,7 +63,7 @@ class AttentionMetadata:
     block_tables: Tensor
     seq_lens: Tensor
     cu_seqlens_q: Tensor | None = None
-    query_spans: list[tuple[int, int, int]] = field(default_factory=list)
+    query_spans: Spans = field(default_factory=list)
     no_context: bool = False
     shared_prefixes: SharedPrefixes | None = None
     widened: Tensor | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchrun.engine.paged.cascade import ITEM_WIDTH, MAX_ITEMS, MEMBER_WIDTH, max_results
-from batchrun.engine.paged.metadata import SharedPrefixes
+from batchrun.engine.paged.metadata import SharedPrefixes, Spans
 
 FEW_ITEMS = 32
 LONG_SEQLEN, SHORT_SEQLEN = 2048, 128
@@ -85,10 +85,6 @@ def bucket(batch_size: int) -> int:
     few different numbers."""
     fitting = [size for size in _BATCH_SIZES if size >= batch_size]
     return fitting[0] if fitting else -(-batch_size // 128) * 128
-
-
-Spans = list[tuple[int, int, int]]
-"""Sequences that attention computes together: the first, the one behind the last, and the tokens of the longest."""
 
 
 def query_spans(query_lens: list[int]) -> Spans:

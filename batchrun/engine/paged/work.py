@@ -15,13 +15,13 @@ from batchrun.engine import row_sampling
 from batchrun.engine.noise import signed
 from batchrun.engine.paged.batches import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.cascade import CascadePlan, CascadePlanner
-from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes, Spans
 from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.queue import Sequence
 from batchrun.engine.paged.sampler import Sampler
 from batchrun.engine.paged.scheduler import MIN_PREFILL_TOKENS
 from batchrun.engine.paged.scored_chunks import ScoredChunks
-from batchrun.engine.paged.shapes import Spans, query_spans, round_tokens
+from batchrun.engine.paged.shapes import query_spans, round_tokens
 from batchrun.engine.paged.widened_pages import WidenedPages
 
 Longs = NDArray[np.int64]
