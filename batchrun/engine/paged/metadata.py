@@ -13,7 +13,6 @@ from torch import Tensor
 from batchrun.engine.paged.architecture import Layer
 from batchrun.engine.paged.cascade import CascadePlan
 
-
 Spans = list[tuple[int, int, int]]
 """Sequences that attention computes together: the first, the one behind the last, and the tokens of the longest."""
 

@@ -8,8 +8,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from batchrun.engine.paged.page_pool import NULL_PAGE
 from batchrun.engine.paged.metadata import Spans
+from batchrun.engine.paged.page_pool import NULL_PAGE
 
 WIDENED_TOKENS = 1 << 16
 """Of pages that are brought back at once, unless one sequence has more: 268 MB with 8 heads of 128 numbers."""
