@@ -13,7 +13,7 @@ from distributed import Scheduler, Security, SpecCluster, Status
 from tornado.ioloop import PeriodicCallback
 
 from batchrun.cluster.nanny import WorkerNanny
-from batchrun.engine.standby import VARIABLE
+from batchrun.engine.processes.standby import VARIABLE
 from batchrun.errors import ClusterError
 from batchrun.job.settings import ClusterSettings
 from batchrun.model import light

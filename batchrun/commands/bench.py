@@ -19,9 +19,10 @@ import transformers
 from batchrun.commands.roofline import Ceilings, floor_seconds, measure_ceilings
 from batchrun.commands.workloads import Workload
 from batchrun.driver.prepare import prepare
-from batchrun.engine import fp8, fp8_model
 from batchrun.engine.choose import BUILT_IN
+from batchrun.engine.layers import fp8
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
+from batchrun.engine.weights import fp8_model
 from batchrun.errors import EngineError, JobError, ModelError, first_line
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.records import device_name, model_key, remember

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from batchrun.commands.workloads import Workload
-from batchrun.engine import fp8
-from batchrun.engine.experts import expert_layers
+from batchrun.engine.layers import fp8
+from batchrun.engine.layers.experts import expert_layers
 
 
 @dataclass(frozen=True, slots=True)

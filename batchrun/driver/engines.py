@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from batchrun.engine.standby import Standby
+from batchrun.engine.processes.standby import Standby
 from batchrun.job.job import Job
 from batchrun.telemetry.gpu import environment_of_gpus, local_workers, visible_gpus
 

@@ -12,7 +12,7 @@ from batchrun.driver.prepare import prepare_again, settle
 from batchrun.driver.run import finish, result, try_store
 from batchrun.driver.supervise import supervised
 from batchrun.driver.workers import Workers
-from batchrun.engine.standby import Standby
+from batchrun.engine.processes.standby import Standby
 from batchrun.errors import FaultCode, JobError, OutputError, nearest
 from batchrun.job.job import Job
 from batchrun.output import manifest

@@ -22,7 +22,7 @@ from batchrun.driver.prepare import Prepared, look, settle, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.supervise import supervised
 from batchrun.driver.workers import Workers
-from batchrun.engine.standby import Standby
+from batchrun.engine.processes.standby import Standby
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.output import identity, lease, manifest, plans, retry, state

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from batchrun.driver.engines import standing_by
 from batchrun.driver.notify import notifying
-from batchrun.engine.standby import Standby
+from batchrun.engine.processes.standby import Standby
 from batchrun.job.job import Job
 from batchrun.report.notebook import bar
 from batchrun.report.result import RunResult

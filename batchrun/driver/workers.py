@@ -12,8 +12,8 @@ from distributed import Client
 
 from batchrun.cluster import connect, refuse_unusable
 from batchrun.driver.prepare import Prepared
+from batchrun.engine.processes.standby import Standby
 from batchrun.engine.protocol import EngineSpec
-from batchrun.engine.standby import Standby
 from batchrun.storage import deadline
 from batchrun.telemetry.milestones import Milestones
 from batchrun.worker.plugin import BatchrunPlugin, start_engine

@@ -22,7 +22,10 @@ UNUSED = ("sklearn", "scipy", "pandas", "torchvision")
 # When the modules of engines were imported.
 _imported: dict[str, float] = {}
 
-BUILT_IN = {"padded": "batchrun.engine.padded:PaddedEngine", "paged": "batchrun.engine.paged:PagedEngine"}
+BUILT_IN = {
+    "padded": "batchrun.engine.padded.engine:PaddedEngine",
+    "paged": "batchrun.engine.paged:PagedEngine",
+}
 
 
 def preload(kind: str) -> None:
@@ -107,15 +110,15 @@ def _cpu_notes(spec: EngineSpec) -> list[str]:
 
 
 def _in_fp8(spec: EngineSpec) -> bool:
-    from batchrun.engine.fp8_checkpoint import fp8_checkpoint
-    from batchrun.engine.loading import load_config
+    from batchrun.engine.weights.fp8_checkpoint import fp8_checkpoint
+    from batchrun.engine.weights.loading import load_config
 
     return fp8_checkpoint(spec.model_path, load_config(spec)) is not None
 
 
 def _packed_notes(spec: EngineSpec) -> list[str]:
-    from batchrun.engine.loading import choose_dtype, load_config
-    from batchrun.engine.packed_checkpoint import packed_checkpoint
+    from batchrun.engine.weights.loading import choose_dtype, load_config
+    from batchrun.engine.weights.packed_checkpoint import packed_checkpoint
 
     config = load_config(spec)
     checkpoint = packed_checkpoint(spec.model_path, config)

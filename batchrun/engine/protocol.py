@@ -107,7 +107,7 @@ class Completion:
     "stop" (a stop token or a stop string), "length" (`max_new_tokens` were generated), "error" (see `fault`) or
     "cancelled": not an answer, but the tokens up to where the engine let go of it.
     A stop string ends generation at the token that completes it; the text is cut where it is decoded.
-    `values` are the tokens' own, if the sampling asks for any: see `batchrun.engine.token_values`.
+    `values` are the tokens' own, if the sampling asks for any: see `batchrun.engine.tokens.token_values`.
     """
 
     id: int

@@ -7,8 +7,8 @@ import sys
 from multiprocessing.connection import Connection
 
 from batchrun.engine.choose import preload
-from batchrun.engine.launch import die_with_parent
-from batchrun.engine.rank_link import Link
+from batchrun.engine.processes.launch import die_with_parent
+from batchrun.engine.processes.rank_link import Link
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     link = Link(Connection(descriptor), parent)
     preload("paged")
-    from batchrun.engine.paged.member import serve
+    from batchrun.engine.paged.parallel.member import serve
 
     serve(link)
 

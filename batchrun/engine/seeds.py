@@ -1,7 +1,7 @@
 """Rows' numbers that stand for a seed of their own, or for one of several samples of a row.
 
-`batchrun.engine.noise` makes the noise of a token out of (seed, row, position). A row's own seed is folded into the
-row's number here, so that engines know one seed and a number for each row.
+`batchrun.engine.tokens.noise` makes the noise of a token out of (seed, row, position). A row's own seed is folded into
+the row's number here, so that engines know one seed and a number for each row.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-from batchrun.engine import abort, ahead, stage
 from batchrun.engine.choose import load_engine, preload
-from batchrun.engine.last_words import error_line, lines_of
-from batchrun.engine.launch import die_with_parent
-from batchrun.engine.protocol import NO_TOKENS, Completion, Engine, EngineSpec, EngineStats, Request
-from batchrun.engine.wire import (
+from batchrun.engine.processes import abort, ahead, stage
+from batchrun.engine.processes.last_words import error_line, lines_of
+from batchrun.engine.processes.launch import die_with_parent
+from batchrun.engine.processes.wire import (
     PLACE_BITS,
     PLACE_MASK,
     Cancel,
@@ -30,6 +29,7 @@ from batchrun.engine.wire import (
     Recalled,
     RequestPack,
 )
+from batchrun.engine.protocol import NO_TOKENS, Completion, Engine, EngineSpec, EngineStats, Request
 from batchrun.errors import BatchrunError, EngineError, EngineNotLoaded
 
 STATS_SECONDS = 0.2

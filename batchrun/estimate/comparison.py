@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from batchrun.driver.prepare import Prepared
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, Request
 from batchrun.errors import EngineError
 from batchrun.estimate.sample import Sample, spread

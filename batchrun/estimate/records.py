@@ -17,7 +17,7 @@ import numpy as np
 
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.choose import BUILT_IN
-from batchrun.engine.launch import available_cores
+from batchrun.engine.processes.launch import available_cores
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.hashing import stable_hash
 from batchrun.model.fingerprint import cache_folder

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from batchrun.driver.prepare import Prepared
-from batchrun.engine.batching import by_length, take_batch
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.padded.batching import by_length, take_batch
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec, Request
 from batchrun.errors import EngineError
 from batchrun.estimate.cost import Observation, Throughput

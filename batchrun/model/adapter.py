@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from batchrun.engine.lora_config import WEIGHTS, LoraConfig, matrices_by_layer
+from batchrun.engine.weights.lora_config import WEIGHTS, LoraConfig, matrices_by_layer
 from batchrun.errors import ModelError
 from batchrun.model.check import model_shapes, tensor_shapes
 from batchrun.model.folder import ModelFolder

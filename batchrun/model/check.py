@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.packed_format import FIX, described, packed_format, read_as_fp8
+from batchrun.engine.weights.packed_format import FIX, described, packed_format, read_as_fp8
 from batchrun.errors import ModelError
 
 INDEX = "model.safetensors.index.json"

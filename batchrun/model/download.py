@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 
 from batchrun.dataset.location import version_of
-from batchrun.engine.lora_config import CONFIG
+from batchrun.engine.weights.lora_config import CONFIG
 from batchrun.errors import ModelError, one_line
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings

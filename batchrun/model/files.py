@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from batchrun.engine.lora_config import CONFIG, WEIGHTS
+from batchrun.engine.weights.lora_config import CONFIG, WEIGHTS
 from batchrun.errors import ModelError
 from batchrun.job.settings import ModelSettings
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.lora_config import CONFIG, WEIGHTS
+from batchrun.engine.weights.lora_config import CONFIG, WEIGHTS
 from batchrun.errors import ModelError
 from batchrun.hashing import stable_hash
 from batchrun.job.settings import ModelSettings

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.packed_format import packed_format, runs_in_fp8
+from batchrun.engine.weights.packed_format import packed_format, runs_in_fp8
 from batchrun.model.check import model_shapes
 from batchrun.model.files import read_json
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from batchrun.counters import Counters
 from batchrun.dataset.reader import RowBatch
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import NO_TOKENS, Completion, Request
-from batchrun.engine.token_values import first
+from batchrun.engine.tokens.token_values import first
 from batchrun.errors import FaultCode, RowFault, StorageError
 from batchrun.job.generation import RowSettings
 from batchrun.output.attempt import Attempt, PartialAnswer

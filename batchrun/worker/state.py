@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec
 from batchrun.errors import ChangedError
 from batchrun.model.folder import resolve

@@ -12,7 +12,7 @@ import pytest
 from batchrun.cluster import connect
 from batchrun.commands.clean import clean
 from batchrun.commands.status import status
-from batchrun.engine.last_words import LINES
+from batchrun.engine.processes.last_words import LINES
 from batchrun.errors import EngineDied, ExitCode, TooManyFaults
 from batchrun.job.settings import ClusterSettings
 from batchrun.report import page

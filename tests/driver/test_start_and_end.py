@@ -22,8 +22,8 @@ from batchrun.driver.engines import standing_by
 from batchrun.driver.prepare import look
 from batchrun.driver.run import run
 from batchrun.driver.workers import Workers
+from batchrun.engine.processes.standby import Standby
 from batchrun.engine.protocol import EngineSpec, EngineStats
-from batchrun.engine.standby import Standby
 from batchrun.errors import BatchrunError, Refused
 from batchrun.model import light
 from batchrun.storage import Folder

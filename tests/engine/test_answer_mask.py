@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.protocol import Request, TokenTables
+from batchrun.engine.tokens.answer_mask import AnswerMask
 
 
 def random_tables(seed: int, states: int, classes: int, tokens: int, dtype: type) -> TokenTables:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_models import model_folder
 
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, Request, Sampling
 from batchrun.errors import FaultCode
 
@@ -78,11 +78,11 @@ def requests_begun(whole: dict[int, Completion]) -> list[Request]:
 
 @pytest.mark.parametrize("kind", ["padded", "paged"])
 def test_an_engine_lets_go_of_cancelled_rows_and_finishes_the_others(kind, monkeypatch):
-    import batchrun.engine.padded
+    import batchrun.engine.padded.engine
+    import batchrun.engine.padded.steps
     import batchrun.engine.paged.engine
-    import batchrun.engine.steps
 
-    monkeypatch.setattr(batchrun.engine.steps, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(batchrun.engine.padded.steps, "CANCEL_SECONDS", 0.0)
     monkeypatch.setattr(batchrun.engine.paged.engine, "CANCEL_SECONDS", 0.0)
     engine = make(kind, spec(SAMPLINGS["seeded"]))
     whole = run(engine, requests(40))

@@ -20,9 +20,9 @@ from transformers import ViTConfig, ViTModel
 from batchrun.engine import choose
 from batchrun.engine.choose import load_engine, why_not_paged
 from batchrun.engine.instant import InstantEngine
-from batchrun.engine.loading import choose_dtype, load_config, load_model
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
+from batchrun.engine.weights.loading import choose_dtype, load_config, load_model
 from batchrun.errors import JobError, ModelError
 
 
@@ -136,7 +136,7 @@ def test_stop_strings_without_a_tokenizer_are_refused(tmp_path):
     [
         ("padding", "no engine 'padding'; use auto, padded, paged, or module:Class"),
         ("no_such_module:Engine", "cannot be imported.*installed on every worker"),
-        ("batchrun.engine.padded:Absent", "cannot be imported"),
+        ("batchrun.engine.padded.engine:Absent", "cannot be imported"),
         ("fake_engines:NoEngine", "has no load and no generate"),
     ],
 )

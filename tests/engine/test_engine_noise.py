@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.noise import gumbel
+from batchrun.engine.tokens.noise import gumbel
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import model_folder
 
-from batchrun.engine.launch import available_cores
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.launch import available_cores
+from batchrun.engine.processes.process import EngineProcess
+from batchrun.engine.processes.wire import PLACE_MASK, CompletionPack, RequestPack
 from batchrun.engine.protocol import Completion, EngineSpec, Request
-from batchrun.engine.wire import PLACE_MASK, CompletionPack, RequestPack
 from batchrun.errors import EngineDied, EngineError, FaultCode, JobError, ModelError, RowFault
 
 
@@ -301,7 +301,7 @@ ORPHAN = """
 import sys, time
 sys.path[:0] = {path!r}
 import numpy as np
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec, Request
 process = EngineProcess(EngineSpec("fake_engines:ObeyingEngine", "", ""))
 answers = process.generate(iter([Request(1, np.array([{SLEEP}, 60_000], np.int32), 8)]))
@@ -329,7 +329,7 @@ def test_the_engine_is_gone_soon_after_its_parent(then, sign):
 
 
 def test_a_real_model_answers_through_the_process_as_it_does_here():
-    from batchrun.engine.padded import PaddedEngine
+    from batchrun.engine.padded.engine import PaddedEngine
 
     folder = str(model_folder("llama"))
     real = EngineSpec("padded", folder, folder, max_context=512)

@@ -16,24 +16,26 @@ import transformers
 
 pytest.importorskip("triton")
 
-from batchrun.engine import experts_kernels, fp8, fp8_model
-from batchrun.engine.expert_groups import group_by_expert
-from batchrun.engine.expert_routers import FusedRouter, use_fused_routers
-from batchrun.engine.experts import (
+from batchrun.engine.layers import experts_kernels, fp8
+from batchrun.engine.layers.expert_groups import group_by_expert
+from batchrun.engine.layers.expert_routers import FusedRouter, use_fused_routers
+from batchrun.engine.layers.experts import (
     IMPLEMENTATION,
     Product,
     expert_layers,
     grouped,
     use_grouped_experts,
 )
-from batchrun.engine.experts_kernels import Tile
-from batchrun.engine.fp8_experts import Fp8Experts
-from batchrun.engine.loading import load_model
-from batchrun.engine.padded import PaddedEngine
-from batchrun.engine.paged import PagedEngine, attention
-from batchrun.engine.paged.compiling import compile_layers
-from batchrun.engine.paged.flash import FlashAttention
+from batchrun.engine.layers.experts_kernels import Tile
+from batchrun.engine.layers.fp8_experts import Fp8Experts
+from batchrun.engine.padded.engine import PaddedEngine
+from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.attention import operator as attention
+from batchrun.engine.paged.attention.flash import FlashAttention
+from batchrun.engine.paged.device.compiling import compile_layers
 from batchrun.engine.protocol import Completion, EngineSpec, Request
+from batchrun.engine.weights import fp8_model
+from batchrun.engine.weights.loading import load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {

@@ -14,14 +14,15 @@ import torch
 import traced
 from torch import nn
 
-from batchrun.engine import fp8, fp8_model
-from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows
-from batchrun.engine.loading import load_model
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.layers import fp8
+from batchrun.engine.layers.fp8 import FP8, Fp8Linear, quantize_rows
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.paged.compiling import compile_layers
-from batchrun.engine.paged.projections import fuse_projections
+from batchrun.engine.paged.device.compiling import compile_layers
+from batchrun.engine.paged.device.projections import fuse_projections
 from batchrun.engine.protocol import EngineSpec, Request
+from batchrun.engine.weights import fp8_model
+from batchrun.engine.weights.loading import load_model
 from batchrun.errors import ModelError
 
 MODELS = ["llama", "qwen3", "mistral", "gemma2", "opt"]
@@ -89,7 +90,7 @@ def test_loading_converts_the_same_numbers_as_converting_what_was_loaded(name: s
 
 def test_each_weight_is_converted_before_the_next_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a model never lies in memory in both forms."""
-    from batchrun.engine import fp8_loading
+    from batchrun.engine.weights import fp8_loading
 
     alive: list[int] = []
     converted: list[torch.Tensor] = []

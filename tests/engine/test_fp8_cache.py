@@ -31,17 +31,17 @@ from test_paged_engine import (
     _tokens,
 )
 
-from batchrun.engine import fp8
 from batchrun.engine.choose import load_engine
-from batchrun.engine.fp8 import FP8, quantize_rows
-from batchrun.engine.loading import load_model
+from batchrun.engine.layers import fp8
+from batchrun.engine.layers.fp8 import FP8, quantize_rows
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.attention import KVCache
-from batchrun.engine.paged.gathered import GatheredPages
-from batchrun.engine.paged.metadata import AttentionMetadata
-from batchrun.engine.paged.page_pool import PagePool, PrefixMatch
+from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.attention.gathered import GatheredPages
+from batchrun.engine.paged.attention.metadata import AttentionMetadata
+from batchrun.engine.paged.attention.operator import KVCache
+from batchrun.engine.paged.schedule.page_pool import PagePool, PrefixMatch
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
+from batchrun.engine.weights.loading import load_model
 from batchrun.errors import FaultCode, ModelError
 
 # Below the best, in standard deviations of a token's logits: where a number is at the edge between two of fp8, the last
@@ -225,7 +225,7 @@ def test_a_planted_key_is_found_in_a_long_context_as_with_exact_keys(
     seq_lens = torch.tensor([tokens], dtype=torch.int32)
     if kernels == "triton":
         pytest.importorskip("triton")
-        from batchrun.engine.paged import decode_attention
+        from batchrun.engine.paged.attention import decode as decode_attention
 
         exact_fp8.use()
         out, _ = decode_attention.decode(
@@ -273,6 +273,6 @@ def test_where_keys_cannot_be_in_fp8_a_job_is_refused_in_a_line(
     assert stats.engine == "paged"
     assert any(note.startswith("a CPU has no use for keys and values in fp8") for note in stats.notes)
     monkeypatch.setattr(
-        "batchrun.engine.paged.device_side.unsupported_device", lambda device: "it is too old"
+        "batchrun.engine.paged.device.device_side.unsupported_device", lambda device: "it is too old"
     )
     assert "keys and values in fp8 cannot run here, since it is too old" in refused(kinds["auto"])

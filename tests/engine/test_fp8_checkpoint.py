@@ -13,12 +13,12 @@ import torch
 from adapters import make_adapter
 from safetensors.torch import load_file, save_file
 
-from batchrun.engine.fp8 import FP8, Fp8Linear, quantize_rows
-from batchrun.engine.loading import load_model
-from batchrun.engine.lora import read_adapter
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.layers.fp8 import FP8, Fp8Linear, quantize_rows
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import EngineSpec, Request
+from batchrun.engine.weights.loading import load_model
+from batchrun.engine.weights.lora import read_adapter
 from batchrun.errors import ModelError
 from batchrun.model.adapter import check_adapter
 from batchrun.model.folder import ModelFolder

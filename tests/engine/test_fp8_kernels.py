@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from batchrun.engine import fp8_kernels
-from batchrun.engine.fp8 import quantize_rows
-from batchrun.engine.fp8_kernels import few_rows_product
+from batchrun.engine.layers import fp8_kernels
+from batchrun.engine.layers.fp8 import quantize_rows
+from batchrun.engine.layers.fp8_kernels import few_rows_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from json_schemas import random_schema
 from tiny_models import make_tokenizer, model_folder
 
-from batchrun.engine.answer_mask import AnswerMask
 from batchrun.engine.choose import load_engine
-from batchrun.engine.loading import load_model
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, Request, Sampling, TokenTables
-from batchrun.engine.token_values import first
+from batchrun.engine.tokens.answer_mask import AnswerMask
+from batchrun.engine.tokens.token_values import first
+from batchrun.engine.weights.loading import load_model
 from batchrun.errors import FaultCode, JobError
 from batchrun.structured.answer_format import AnswerFormat, answer_format
 from batchrun.structured.thinking import behind_thoughts, white_tokens

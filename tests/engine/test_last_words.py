@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from batchrun.engine.last_words import LINES, error_line, last_line, lines_of
+from batchrun.engine.processes.last_words import LINES, error_line, last_line, lines_of
 
 CUDA = "CUDA error: an illegal memory access was encountered"
 

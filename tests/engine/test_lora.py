@@ -12,11 +12,11 @@ import tiny_models
 import torch
 from adapters import make_adapter
 
-from batchrun.engine import fp8_model
 from batchrun.engine.choose import load_engine
-from batchrun.engine.loading import load_model
-from batchrun.engine.lora import read_adapter
 from batchrun.engine.protocol import EngineSpec, Request
+from batchrun.engine.weights import fp8_model
+from batchrun.engine.weights.loading import load_model
+from batchrun.engine.weights.lora import read_adapter
 from batchrun.errors import ModelError
 
 TARGETS = {"gpt2": ("c_attn", "c_proj", "c_fc"), "opt": ("q_proj", "v_proj", "fc1", "fc2")}

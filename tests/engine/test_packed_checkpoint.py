@@ -16,12 +16,12 @@ from packers import SETTINGS, configure, repack, words
 from safetensors.torch import load_file, save_file
 
 from batchrun.engine.choose import load_engine
-from batchrun.engine.fp8 import Fp8Linear, quantize_rows
-from batchrun.engine.loading import load_model
-from batchrun.engine.lora import read_adapter
-from batchrun.engine.packed_checkpoint import expanded
-from batchrun.engine.packed_format import PackedFormat, packed_format
+from batchrun.engine.layers.fp8 import Fp8Linear, quantize_rows
 from batchrun.engine.protocol import EngineSpec, Request
+from batchrun.engine.weights.loading import load_model
+from batchrun.engine.weights.lora import read_adapter
+from batchrun.engine.weights.packed_checkpoint import expanded
+from batchrun.engine.weights.packed_format import PackedFormat, packed_format
 from batchrun.errors import ModelError
 from batchrun.model.adapter import check_adapter
 from batchrun.model.check import check_model

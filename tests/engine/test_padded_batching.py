@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.batching import MAX_ROWS, PaddedBatch, by_length, take_batch
+from batchrun.engine.padded.batching import MAX_ROWS, PaddedBatch, by_length, take_batch
 from batchrun.engine.protocol import Request
 
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, MAX_CONTEXT, make_tokenizer, model_folder
 
-from batchrun.engine.batching import PaddedBatch
-from batchrun.engine.loading import load_model
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.batching import PaddedBatch
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
+from batchrun.engine.weights.loading import load_model
 from batchrun.errors import FaultCode
 
 

@@ -15,13 +15,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from plain_cascade import PlainCascade
 
-from batchrun.engine.loading import load_model
-from batchrun.engine.paged import PagedEngine, attention, cascade
-from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.batches import DecodeBatch
-from batchrun.engine.paged.cascade import CascadePlan, CascadePlanner, find_groups
-from batchrun.engine.paged.prompt_order import PromptOrder
+from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.attention import cascade
+from batchrun.engine.paged.attention import operator as attention
+from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.attention.cascade import CascadePlan, CascadePlanner, find_groups
+from batchrun.engine.paged.schedule.batches import DecodeBatch
+from batchrun.engine.paged.schedule.prompt_order import PromptOrder
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
+from batchrun.engine.weights.loading import load_model
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 NEVER = 10**6

@@ -13,10 +13,13 @@ import transformers
 
 pytest.importorskip("triton")
 
-from batchrun.engine.paged import PagedEngine, attention, cascade, cascade_attention
-from batchrun.engine.paged.flash import FlashAttention
-from batchrun.engine.paged.gathered import GatheredPages
-from batchrun.engine.paged.memory import Budget, affordable_pages
+from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.attention import cascade
+from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
+from batchrun.engine.paged.attention import operator as attention
+from batchrun.engine.paged.attention.flash import FlashAttention
+from batchrun.engine.paged.attention.gathered import GatheredPages
+from batchrun.engine.paged.device.memory import Budget, affordable_pages
 from batchrun.engine.protocol import EngineSpec, Request, Sampling, TokenTables
 
 exact_fp8.use()

@@ -15,14 +15,14 @@ import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine, unsupported
-from batchrun.engine.paged.architecture import Unsupported, attention_layers
-from batchrun.engine.paged.compiling import compile_layers
+from batchrun.engine.paged.attention.architecture import Unsupported, attention_layers
+from batchrun.engine.paged.device.compiling import compile_layers
+from batchrun.engine.paged.device.projections import fuse_projections
 from batchrun.engine.paged.engine import PREFILLS_AHEAD
-from batchrun.engine.paged.page_pool import PagePool, PrefixMatch
-from batchrun.engine.paged.projections import fuse_projections
+from batchrun.engine.paged.schedule.page_pool import PagePool, PrefixMatch
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling
+from batchrun.engine.weights.loading import load_model
 from batchrun.errors import FaultCode, ModelError
 
 # A smaller failing case is not worth minutes of the suite.

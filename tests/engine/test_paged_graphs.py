@@ -12,12 +12,13 @@ import pytest
 import tiny_models
 import torch
 
-from batchrun.engine.loading import load_model
-from batchrun.engine.paged import PagedEngine, last_layer
-from batchrun.engine.paged.graphs import DecodeGraphs
-from batchrun.engine.paged.memory import Budget
-from batchrun.engine.paged.shapes import query_spans, round_tokens
+from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.device import last_layer
+from batchrun.engine.paged.device.graphs import DecodeGraphs
+from batchrun.engine.paged.device.memory import Budget
+from batchrun.engine.paged.device.shapes import query_spans, round_tokens
 from batchrun.engine.protocol import EngineSpec, Request
+from batchrun.engine.weights.loading import load_model
 
 
 class Recorded:
@@ -72,7 +73,7 @@ def test_the_step_captured_to_measure_memory_is_not_used_afterwards(
     """As when an engine starts: the largest step is captured while the cache is a single page."""
     expected = _answers(_engine(folder, monkeypatch, capturing=False), seed=1, rows=64)
     # Rows of any number use the widest step met so far, here that of the warm-up.
-    monkeypatch.setattr("batchrun.engine.paged.runner.NARROW_BATCH", 0)
+    monkeypatch.setattr("batchrun.engine.paged.device.runner.NARROW_BATCH", 0)
     engine = _engine(folder, monkeypatch, capturing=True)
     runner = engine._runner
     pages = runner.cache.memory.shape[2]
@@ -138,7 +139,7 @@ def test_one_trace_of_a_layer_serves_warm_up_prefills_and_decode_steps(
 def test_a_small_model_gets_larger_prefill_batches_unless_the_job_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("batchrun.engine.paged.devices.is_gpu", lambda device: True)
+    monkeypatch.setattr("batchrun.engine.paged.attention.devices.is_gpu", lambda device: True)
     device = torch.device("cpu")
     assert Budget.of({}, device, 600_000_000).prefill_tokens == 32768
     assert Budget.of({}, device, 8_000_000_000).prefill_tokens == 16384

@@ -21,22 +21,20 @@ pytest.importorskip("triton")
 import exact_fp8
 from compile_kernels import GPUS, SHAPES
 
-from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.fp8 import quantize_rows
-from batchrun.engine.paged import (
-    cascade,
-    cascade_attention,
-    decode_attention,
-    kernels,
-)
-from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.cascade import CascadePlanner
-from batchrun.engine.paged.flash import FlashAttention
-from batchrun.engine.paged.gathered import GatheredPages
-from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
-from batchrun.engine.paged.sampler import top_p_threshold
-from batchrun.engine.paged.widened_pages import WidenedPages
+from batchrun.engine.layers.fp8 import quantize_rows
+from batchrun.engine.paged.attention import cascade, page_kernels
+from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
+from batchrun.engine.paged.attention import decode as decode_attention
+from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.attention.cascade import CascadePlanner
+from batchrun.engine.paged.attention.flash import FlashAttention
+from batchrun.engine.paged.attention.gathered import GatheredPages
+from batchrun.engine.paged.attention.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.attention.widened_pages import WidenedPages
+from batchrun.engine.paged.device import sampler_kernels as kernels
+from batchrun.engine.paged.device.sampler import top_p_threshold
 from batchrun.engine.protocol import TokenTables
+from batchrun.engine.tokens.answer_mask import AnswerMask
 
 exact_fp8.use()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -227,7 +225,7 @@ def test_a_copied_page_is_the_same_up_to_its_copied_tokens_in_every_plane() -> N
     memory = _random(6, 9, 16, 24)
     before = memory.clone()
     copies = [(1, 2, 5), (1, 3, 15), (4, 8, 1)]
-    kernels.copy_pages(memory, *(_int(list(column)).long() for column in zip(*copies, strict=True)))
+    page_kernels.copy_pages(memory, *(_int(list(column)).long() for column in zip(*copies, strict=True)))
     for source, target, tokens in copies:
         before[:, target, :tokens] = before[:, source, :tokens]
     assert torch.equal(memory, before)

@@ -14,10 +14,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.paged.compiling import compile_sampler
-from batchrun.engine.paged.sampler import INVALID_TOKEN, Sampler, apply_repetition_penalty
+from batchrun.engine.paged.device.compiling import compile_sampler
+from batchrun.engine.paged.device.sampler import INVALID_TOKEN, Sampler, apply_repetition_penalty
 from batchrun.engine.protocol import Sampling, TokenTables
+from batchrun.engine.tokens.answer_mask import AnswerMask
 
 SETTINGS = [
     Sampling(temperature=0.7),

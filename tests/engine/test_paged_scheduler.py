@@ -11,11 +11,12 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
-from batchrun.engine.paged.output_lengths import OutputLengths
-from batchrun.engine.paged.page_pool import PagePool
-from batchrun.engine.paged.queue import Sequence, WaitingQueue
-from batchrun.engine.paged.scheduler import Scheduler
+from batchrun.engine.paged.schedule.batches import DecodeBatch, PrefillChunk
+from batchrun.engine.paged.schedule.output_lengths import OutputLengths
+from batchrun.engine.paged.schedule.page_pool import PagePool
+from batchrun.engine.paged.schedule.queue import WaitingQueue
+from batchrun.engine.paged.schedule.scheduler import Scheduler
+from batchrun.engine.paged.schedule.sequence import Sequence
 from batchrun.engine.protocol import Request
 
 

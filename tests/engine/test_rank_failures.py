@@ -17,10 +17,10 @@ from tiny_models import MAX_CONTEXT
 
 from batchrun.engine.paged.parallel import ranks
 from batchrun.engine.paged.parallel.ranks import GRACE_SECONDS
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.process import EngineProcess
+from batchrun.engine.processes.rank_messages import PULSE_SECONDS, STUCK_SECONDS
+from batchrun.engine.processes.rank_messages import SILENT_SECONDS as SILENT
 from batchrun.engine.protocol import Completion, EngineSpec, Request
-from batchrun.engine.rank_messages import PULSE_SECONDS, STUCK_SECONDS
-from batchrun.engine.rank_messages import SILENT_SECONDS as SILENT
 from batchrun.errors import EngineError
 
 NEW = 200

@@ -14,11 +14,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_models import MAX_CONTEXT
 
-from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.paged.parallel.ranks import Ranks
 from batchrun.engine.paged.parallel.share import load_share
 from batchrun.engine.protocol import EngineSpec, Request, RowSampling, Sampling, Scored
+from batchrun.engine.weights.loading import load_model
 
 PAGE = 16
 NEVER = 10**6  # a stop token that no model has: the engine then learns how long answers are, and preempts

@@ -14,13 +14,13 @@ from adapters import make_adapter
 from packers import SETTINGS, configure, repack
 from safetensors.torch import load_file, save_file
 
-from batchrun.engine.fp8 import FP8, Fp8Linear
-from batchrun.engine.loading import load_config, load_model
-from batchrun.engine.paged.architecture import Unsupported
+from batchrun.engine.layers.fp8 import FP8, Fp8Linear
+from batchrun.engine.paged.attention.architecture import Unsupported
 from batchrun.engine.paged.parallel.loading import read_shares
 from batchrun.engine.paged.parallel.sharding import Sharding
 from batchrun.engine.protocol import EngineSpec
-from batchrun.engine.row_adapters import AdaptedLinear
+from batchrun.engine.weights.loading import load_config, load_model
+from batchrun.engine.weights.row_adapters import AdaptedLinear
 
 RANKS = 2
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

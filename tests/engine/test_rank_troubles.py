@@ -15,8 +15,8 @@ from faulty_rank import FAULTS, SLOW, STUCK
 from faulty_ranks import STUCK_SECONDS
 from tiny_models import MAX_CONTEXT
 
-from batchrun.engine.paged.work import DecodeWork, PrefillWork
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.paged.device.work import DecodeWork, PrefillWork
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import EngineSpec, Request
 from batchrun.errors import EngineError, EngineOutOfMemory
 

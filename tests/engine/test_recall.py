@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import model_folder
 
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, Request
 
 NEW = 16

@@ -16,16 +16,16 @@ from adapters import make_adapter
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from batchrun.engine.loading import load_model
-from batchrun.engine.lora import Lora
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.paged.compiling import compile_layers
-from batchrun.engine.paged.page_pool import PagePool
-from batchrun.engine.paged.projections import fuse_projections
+from batchrun.engine.paged.device.compiling import compile_layers
+from batchrun.engine.paged.device.projections import fuse_projections
+from batchrun.engine.paged.schedule.page_pool import PagePool
+from batchrun.engine.processes.wire import RequestPack
 from batchrun.engine.protocol import EngineSpec, Request, Sampling, Scored
-from batchrun.engine.row_adapters import AdaptedLinear, TokenAdapters, attach
-from batchrun.engine.wire import RequestPack
+from batchrun.engine.weights.loading import load_model
+from batchrun.engine.weights.lora import Lora
+from batchrun.engine.weights.row_adapters import AdaptedLinear, TokenAdapters, attach
 from batchrun.errors import ModelError
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)

@@ -10,13 +10,13 @@ import torch
 from tiny_models import model_folder
 
 from batchrun.engine import seeds
-from batchrun.engine.noise import gumbel, signed
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.paged.compiling import compile_sampler
-from batchrun.engine.paged.sampler import Sampler
+from batchrun.engine.paged.device.compiling import compile_sampler
+from batchrun.engine.paged.device.sampler import Sampler
+from batchrun.engine.processes.wire import RequestPack
 from batchrun.engine.protocol import Completion, EngineSpec, Request, RowSampling, Sampling
-from batchrun.engine.wire import RequestPack
+from batchrun.engine.tokens.noise import gumbel, signed
 
 BY_ROW = ("temperature", "top_p", "stop")
 TEMPERATURES, TOP_PS = (0.0, 0.7, 1.5), (1.0, 0.5)

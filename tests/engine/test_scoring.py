@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_models import model_folder
 
-from batchrun.engine.loading import load_model
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
+from batchrun.engine.processes.wire import CompletionPack, RequestPack
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, Request, Scored
-from batchrun.engine.wire import CompletionPack, RequestPack
+from batchrun.engine.weights.loading import load_model
 from batchrun.errors import FaultCode
 
 PREFIX = np.random.default_rng(0).integers(3, 200, 90).astype(np.int32)

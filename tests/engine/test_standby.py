@@ -13,10 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from batchrun.engine import standby
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes import standby
+from batchrun.engine.processes.process import EngineProcess
+from batchrun.engine.processes.standby import VARIABLE, Standby, adopt
 from batchrun.engine.protocol import EngineSpec, Request
-from batchrun.engine.standby import VARIABLE, Standby, adopt
 from batchrun.errors import EngineDied, EngineNotLoaded
 from jobs import environment
 
@@ -110,7 +110,7 @@ def test_its_output_from_before_it_was_handed_over_is_kept(monkeypatch):
 
 def test_a_process_that_stands_by_ends_with_whoever_started_it():
     code = f"""
-from batchrun.engine.standby import Standby
+from batchrun.engine.processes.standby import Standby
 import time
 with Standby({KIND!r}, {{}}) as process:
     print(process._process.pid, flush=True)
@@ -126,7 +126,7 @@ with Standby({KIND!r}, {{}}) as process:
 
 def test_a_process_that_was_handed_over_ends_with_its_worker(waiting):
     code = """
-from batchrun.engine.standby import adopt
+from batchrun.engine.processes.standby import adopt
 import time
 connection, process = adopt()
 print(process.pid, flush=True)

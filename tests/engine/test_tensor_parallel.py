@@ -14,12 +14,12 @@ import pytest
 import tiny_models
 import tp_models
 
-from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.paged.architecture import Unsupported
+from batchrun.engine.paged.attention.architecture import Unsupported
 from batchrun.engine.paged.parallel.ranks import Ranks
 from batchrun.engine.paged.parallel.share import load_share
 from batchrun.engine.protocol import Completion, EngineSpec, Request, Sampling, Scored
+from batchrun.engine.weights.loading import load_model
 
 PAGE = 16
 NEVER = 10**6  # a stop token that no model has: the engine then learns how long answers are, and preempts

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_models import model_folder
 
-from batchrun.engine.loading import load_model
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.paged.runner import Runner
+from batchrun.engine.paged.device.runner import Runner
+from batchrun.engine.processes.wire import PLACE_BITS, CompletionPack, RequestPack
 from batchrun.engine.protocol import Completion, Engine, EngineSpec, Request, Sampling
-from batchrun.engine.token_values import ValuesOfTokens, first
-from batchrun.engine.wire import PLACE_BITS, CompletionPack, RequestPack
+from batchrun.engine.tokens.token_values import ValuesOfTokens, first
+from batchrun.engine.weights.loading import load_model
 
 GREEDY = Sampling(logprobs=3)
 SEEDED = Sampling(temperature=1.3, top_k=40, repetition_penalty=1.2, seed=3, logprobs=3)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.engine.paged import widened_pages
-from batchrun.engine.paged.shapes import query_spans
-from batchrun.engine.paged.widened_pages import WidenedPages
+from batchrun.engine.paged.attention import widened_pages
+from batchrun.engine.paged.attention.widened_pages import WidenedPages
+from batchrun.engine.paged.device.shapes import query_spans
 
 PAGE = 16
 

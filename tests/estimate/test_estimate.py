@@ -22,7 +22,7 @@ import batchrun.estimate.trial as trial
 from batchrun.cli import app
 from batchrun.commands.plan import lines, preview
 from batchrun.driver.prepare import prepare
-from batchrun.engine.batching import by_length, take_batch
+from batchrun.engine.padded.batching import by_length, take_batch
 from batchrun.engine.protocol import Completion, Request
 from batchrun.estimate.cost import Observation, Throughput, estimate, fit
 from batchrun.estimate.sample import interval, sample, spread

@@ -13,10 +13,11 @@ from json_schemas import END, VOCABULARY
 
 pytest.importorskip("triton")
 
-from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.paged import PagedEngine, kernels
-from batchrun.engine.paged.sampler import INVALID_TOKEN
+from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.device import sampler_kernels as kernels
+from batchrun.engine.paged.device.sampler import INVALID_TOKEN
 from batchrun.engine.protocol import EngineSpec, Request, Sampling, TokenTables
+from batchrun.engine.tokens.answer_mask import AnswerMask
 from batchrun.structured.answer_format import answer_format
 from batchrun.structured.thinking import behind_thoughts, white_tokens
 from batchrun.structured.tokens import token_automaton

@@ -26,16 +26,17 @@ import transformers as tf
 
 pytest.importorskip("triton")
 
-from batchrun.engine import fp8, fp8_model
+from batchrun.engine.layers import fp8
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.batches import DecodeBatch
-from batchrun.engine.paged.cascade import CascadePlanner, max_results
-from batchrun.engine.paged.flash import FlashAttention
-from batchrun.engine.paged.gathered import GatheredPages
-from batchrun.engine.paged.metadata import AttentionMetadata, SharedPrefixes
-from batchrun.engine.paged.widened_pages import WidenedPages
+from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.attention.cascade import CascadePlanner, max_results
+from batchrun.engine.paged.attention.flash import FlashAttention
+from batchrun.engine.paged.attention.gathered import GatheredPages
+from batchrun.engine.paged.attention.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.attention.widened_pages import WidenedPages
+from batchrun.engine.paged.schedule.batches import DecodeBatch
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
+from batchrun.engine.weights import fp8_model
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

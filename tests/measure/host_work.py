@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
-from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.cascade import CascadePlanner
-from batchrun.engine.paged.runner import Pending
-from batchrun.engine.paged.scheduler import DecodeBatch, PrefillChunk
-from batchrun.engine.paged.work import DecodeWork
+from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.attention.cascade import CascadePlanner
+from batchrun.engine.paged.device.runner import Pending
+from batchrun.engine.paged.device.work import DecodeWork
+from batchrun.engine.paged.schedule.scheduler import DecodeBatch, PrefillChunk
 from batchrun.engine.protocol import EngineSpec, Request
+from batchrun.engine.weights.loading import load_model
 from tests.support.tiny_models import make_model
 
 TOKEN = 7

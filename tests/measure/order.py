@@ -165,9 +165,9 @@ def as_ids(tokens: list[int]) -> np.ndarray:
 
 
 def computed_tokens(prompts: list[np.ndarray], pages: int) -> int:
-    from batchrun.engine.paged.output_lengths import OutputLengths
-    from batchrun.engine.paged.page_pool import PagePool
-    from batchrun.engine.paged.scheduler import Scheduler
+    from batchrun.engine.paged.schedule.output_lengths import OutputLengths
+    from batchrun.engine.paged.schedule.page_pool import PagePool
+    from batchrun.engine.paged.schedule.scheduler import Scheduler
     from batchrun.engine.protocol import Request
 
     longest = max(map(len, prompts)) + NEW_TOKENS

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import transformers
 
-from batchrun.engine.batching import by_length
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.batching import by_length
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.protocol import EngineSpec, EngineStats, Request
 
 ORDERS = {"sorted by length": by_length, "arrival order": list}

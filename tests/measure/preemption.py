@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from batchrun.dataset.rows import read_rows
 from batchrun.driver.prepare import Prepared, prepare
-from batchrun.engine.process import EngineProcess
+from batchrun.engine.processes.process import EngineProcess
 from batchrun.job.job import Job
 from batchrun.output.attempt import Attempt
 from batchrun.storage import Folder

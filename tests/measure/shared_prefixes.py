@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
-from batchrun.engine.paged.output_lengths import OutputLengths
-from batchrun.engine.paged.page_pool import PagePool
-from batchrun.engine.paged.scheduler import Scheduler
+from batchrun.engine.paged.schedule.output_lengths import OutputLengths
+from batchrun.engine.paged.schedule.page_pool import PagePool
+from batchrun.engine.paged.schedule.scheduler import Scheduler
 from batchrun.engine.protocol import Request
 
 LONGEST = 8000

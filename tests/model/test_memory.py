@@ -9,9 +9,9 @@ import pytest
 import tiny_models
 from packers import repack
 
-from batchrun.engine.loading import load_model
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.weights.loading import load_model
 from batchrun.model.memory import ModelMemory, model_memory
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from batchrun.engine.loading import load_model
 from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.weights.loading import load_model
 
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 

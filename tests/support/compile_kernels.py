@@ -18,17 +18,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchrun.engine import expert_groups, experts_kernels, experts_persistent
-from batchrun.engine.paged import (
-    cascade,
-    cascade_attention,
-    decode_attention,
-    fp8_pages,
-    online_softmax,
-    prefill_attention,
-)
-from batchrun.engine.paged import kernels as small_kernels
-from batchrun.engine.paged.architecture import Layer
+from batchrun.engine.layers import expert_groups, experts_kernels, experts_persistent
+from batchrun.engine.paged.attention import cascade, fp8_pages, online_softmax
+from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
+from batchrun.engine.paged.attention import decode as decode_attention
+from batchrun.engine.paged.attention import prefill as prefill_attention
+from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.device import sampler_kernels as small_kernels
 
 # Compute capability, and bytes of shared memory that a block of threads may have there.
 GPUS = {80: 166912, 90: 232448}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from batchrun.engine.paged import devices
-from batchrun.engine.paged.graphs import DecodeGraphs
+from batchrun.engine.paged.attention import devices
+from batchrun.engine.paged.device.graphs import DecodeGraphs
 
 
 class Event:

@@ -7,7 +7,8 @@ import threading
 import time
 from typing import Any
 
-from batchrun.engine import rank, rank_link
+from batchrun.engine import rank
+from batchrun.engine.processes import rank_link
 
 SILENT_SECONDS = "BATCHRUN_TEST_SILENT_SECONDS"
 """After which a rank and rank 0 give each other up."""
@@ -28,7 +29,7 @@ class Faults:
     def before(self, work: Any) -> None:
         import torch
 
-        from batchrun.engine.paged.work import DecodeWork
+        from batchrun.engine.paged.device.work import DecodeWork
 
         if isinstance(work, DecodeWork):
             if len(work.slots) > self.numbers.get("rows", len(work.slots)):
@@ -50,7 +51,7 @@ def main() -> None:
 
     def preload_faulty(kind: str) -> None:
         preload(kind)
-        from batchrun.engine.paged.runner import Runner
+        from batchrun.engine.paged.device.runner import Runner
 
         faults, run = Faults(), Runner.run
 

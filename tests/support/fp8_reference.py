@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from batchrun.engine.fp8 import quantize_rows
+from batchrun.engine.layers.fp8 import quantize_rows
 
 
 def _in_fp8(x: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from batchrun.engine.paged.architecture import Layer
-from batchrun.engine.paged.gathered import GatheredPages, _read, _write
-from batchrun.engine.paged.metadata import AttentionMetadata
+from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.attention.gathered import GatheredPages, _read, _write
+from batchrun.engine.paged.attention.metadata import AttentionMetadata
 
 
 class PlainCascade(GatheredPages):

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from batchrun.engine.fp8 import quantize_rows
+from batchrun.engine.layers.fp8 import quantize_rows
+from batchrun.engine.paged.device.group import Group
 from batchrun.engine.paged.parallel import peer_sum, sums
-from batchrun.engine.paged.parallel.group import Group
 
 
 def run_ranks(ranks: int, folder: Path, kind: str) -> None:

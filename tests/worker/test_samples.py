@@ -14,7 +14,7 @@ from parts import attempt, faulty_folder, layout
 from tiny_models import model_folder
 
 from batchrun.dataset.reader import RowBatch
-from batchrun.engine.padded import PaddedEngine
+from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import NO_TOKENS, Completion, EngineSpec, Request, Sampling
 from batchrun.errors import FaultCode, RowFault
@@ -113,10 +113,10 @@ def whole() -> list[dict[str, Any]]:
 def test_a_stop_keeps_whole_rows_and_the_samples_of_others_and_the_next_attempt_ends_them_alike(
     whole, kind, options, monkeypatch
 ):
+    import batchrun.engine.padded.steps
     import batchrun.engine.paged.engine
-    import batchrun.engine.steps
 
-    monkeypatch.setattr(batchrun.engine.steps, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(batchrun.engine.padded.steps, "CANCEL_SECONDS", 0.0)
     monkeypatch.setattr(batchrun.engine.paged.engine, "CANCEL_SECONDS", 0.0)
     place, store = faulty_folder()
     one = attempt(place, layout(1), 0, ROWS, "a", samples=SAMPLES)
@@ -141,10 +141,10 @@ def test_a_stop_keeps_whole_rows_and_the_samples_of_others_and_the_next_attempt_
 
 @pytest.mark.parametrize("kind", ["padded", "paged"])
 def test_samples_in_rows_of_their_own_are_those_of_lists_also_after_a_stop(whole, kind, monkeypatch):
+    import batchrun.engine.padded.steps
     import batchrun.engine.paged.engine
-    import batchrun.engine.steps
 
-    monkeypatch.setattr(batchrun.engine.steps, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(batchrun.engine.padded.steps, "CANCEL_SECONDS", 0.0)
     monkeypatch.setattr(batchrun.engine.paged.engine, "CANCEL_SECONDS", 0.0)
     place, _ = faulty_folder()
     one = attempt(place, layout(1), 0, ROWS, "a", each=SAMPLES)

@@ -3,7 +3,7 @@
 Used by the engine's process alone. May import the rest of the engine.
 """
 
-from batchrun.engine.paged.architecture import unsupported
+from batchrun.engine.paged.attention.architecture import unsupported
 from batchrun.engine.paged.engine import PagedEngine
 
 __all__ = ["PagedEngine", "unsupported"]

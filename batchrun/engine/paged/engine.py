@@ -11,27 +11,27 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from batchrun.engine.answer_mask import AnswerMask
-from batchrun.engine.fp8 import format_of
-from batchrun.engine.loading import load_model
+from batchrun.engine.layers.fp8 import format_of
 from batchrun.engine.out_of_memory import is_out_of_memory
-from batchrun.engine.paged import devices
-from batchrun.engine.paged.architecture import Unsupported, unsupported
-from batchrun.engine.paged.batches import DecodeBatch, PrefillChunk
-from batchrun.engine.paged.device_side import allocate_pages, budget_of, make_runner
-from batchrun.engine.paged.output_lengths import OutputLengths
-from batchrun.engine.paged.page_pool import PagePool
+from batchrun.engine.paged.attention import devices
+from batchrun.engine.paged.attention.architecture import Unsupported, unsupported
+from batchrun.engine.paged.device.device_side import allocate_pages, budget_of, make_runner
+from batchrun.engine.paged.device.pending import Pending
+from batchrun.engine.paged.device.runner import SETTLED
+from batchrun.engine.paged.device.sampler import INVALID_TOKEN
 from batchrun.engine.paged.parallel.ranks import Ranks
 from batchrun.engine.paged.parallel.share import load_share
-from batchrun.engine.paged.pending import Pending
-from batchrun.engine.paged.queue import Sequence
-from batchrun.engine.paged.runner import SETTLED
-from batchrun.engine.paged.sampler import INVALID_TOKEN
-from batchrun.engine.paged.scheduler import Scheduler
+from batchrun.engine.paged.schedule.batches import DecodeBatch, PrefillChunk
+from batchrun.engine.paged.schedule.output_lengths import OutputLengths
+from batchrun.engine.paged.schedule.page_pool import PagePool
+from batchrun.engine.paged.schedule.scheduler import Scheduler
+from batchrun.engine.paged.schedule.sequence import Sequence
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request, TokenValues
-from batchrun.engine.scoring import score_completion
-from batchrun.engine.stopping import StopStrings
-from batchrun.engine.token_values import first, join
+from batchrun.engine.tokens.answer_mask import AnswerMask
+from batchrun.engine.tokens.scoring import score_completion
+from batchrun.engine.tokens.stopping import StopStrings
+from batchrun.engine.tokens.token_values import first, join
+from batchrun.engine.weights.loading import load_model
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256

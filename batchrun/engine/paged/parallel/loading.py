@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from batchrun.engine.packed_format import packed_format
-from batchrun.engine.paged.architecture import Unsupported
+from batchrun.engine.paged.attention.architecture import Unsupported
 from batchrun.engine.paged.parallel.sharding import Sharding, Share
+from batchrun.engine.weights.packed_format import packed_format
 
 
 class Slice:

@@ -11,7 +11,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch._C._autograd import DeviceType
 from torch._C._distributed_c10d import _SymmetricMemory
 
-from batchrun.engine.paged.parallel.group import Group
+from batchrun.engine.paged.device.group import Group
 from batchrun.engine.paged.parallel.peer_sum import MAX_RANKS, MEMORY_BYTES, PeerSum
 
 _NATIVE_ATOMICS = 3

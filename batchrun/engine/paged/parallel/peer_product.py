@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from batchrun.engine.paged.parallel.group import Group
+from batchrun.engine.paged.device.group import Group
 
 PIECES = 2
 """Of half of the rows: one is copied while the next is multiplied. With 15,360 tokens of Llama-8B on two H200 a layer's

@@ -17,17 +17,15 @@ from typing import Any
 
 import torch
 
-from batchrun.engine.abort import abort
-from batchrun.engine.launch import environment
-from batchrun.engine.loading import load_config
 from batchrun.engine.out_of_memory import is_out_of_memory
-from batchrun.engine.paged.architecture import Unsupported
-from batchrun.engine.paged.parallel.group import Group, device_of, place_to_meet
+from batchrun.engine.paged.attention.architecture import Unsupported
+from batchrun.engine.paged.device.group import Group, device_of, place_to_meet
+from batchrun.engine.paged.device.pending import Pending
+from batchrun.engine.paged.device.work import Work
 from batchrun.engine.paged.parallel.sharding import Sharding
-from batchrun.engine.paged.pending import Pending
-from batchrun.engine.paged.work import Work
-from batchrun.engine.protocol import EngineSpec
-from batchrun.engine.rank_messages import (
+from batchrun.engine.processes.abort import abort
+from batchrun.engine.processes.launch import environment
+from batchrun.engine.processes.rank_messages import (
     PULSE_SECONDS,
     SILENT_SECONDS,
     STUCK_SECONDS,
@@ -36,6 +34,8 @@ from batchrun.engine.rank_messages import (
     Member,
     Pulse,
 )
+from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.weights.loading import load_config
 from batchrun.errors import EngineDied, EngineError, EngineOutOfMemory, one_line
 
 PROGRAM = "batchrun.engine.rank"

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from batchrun.engine.fp8 import Fp8Linear, quantize_rows
-from batchrun.engine.lora import Lora
-from batchrun.engine.paged.architecture import Unsupported
+from batchrun.engine.layers.fp8 import Fp8Linear, quantize_rows
+from batchrun.engine.paged.attention.architecture import Unsupported
 from batchrun.engine.paged.parallel.sums import (
     columns_of_ranks,
     sum_of_ranks,
     summed_fp8_linear,
     summed_linear,
 )
+from batchrun.engine.weights.lora import Lora
 
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size",
             "shared_expert_intermediate_size")  # fmt: skip

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from batchrun.engine.fp8_model import quantize
-from batchrun.engine.launch import available_cores
-from batchrun.engine.loading import load_config, load_model
+from batchrun.engine.paged.device.group import Group
 from batchrun.engine.paged.parallel import sums
-from batchrun.engine.paged.parallel.group import Group
 from batchrun.engine.paged.parallel.loading import read_shares
 from batchrun.engine.paged.parallel.sharding import Sharding
+from batchrun.engine.processes.launch import available_cores
 from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.weights.fp8_model import quantize
+from batchrun.engine.weights.loading import load_config, load_model
 
 
 def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchrun.engine.fp8 import scaled_product_into
-from batchrun.engine.paged import devices
-from batchrun.engine.paged.parallel.group import Group
+from batchrun.engine.layers.fp8 import scaled_product_into
+from batchrun.engine.paged.attention import devices
+from batchrun.engine.paged.device.group import Group
 
 CHUNK_ROWS = 4096
 """A product of more rows is summed chunk by chunk of at most so many, all but the last while the next is multiplied."""

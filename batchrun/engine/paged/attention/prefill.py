@@ -1,0 +1,208 @@
+"""Attention of prefill batches on a GPU, in Triton: FlashAttention-2 (Dao, 2023), over pages or the batch itself."""
+
+# mypy: disable-error-code="no-untyped-def, attr-defined, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.attention.metadata import LONG_SEQLEN
+from batchrun.engine.paged.attention.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory
+
+# Numbers and addresses that differ from call to call and make no code faster are not compiled for: each variant would
+# cost a run that meets it first about two seconds.
+
+_MAX_PACKED_HEADS = 16
+
+# Keys in a block and blocks in flight, best first.
+PREFILL_BLOCKS = ((64, 3), (64, 2), (32, 2), (16, 1))
+# Queries in a block of threads, and its warps.
+PREFILL_BLOCK_M, PREFILL_WARPS = 64, 4
+
+LONG_BLOCK_M, LONG_BLOCK_N, LONG_WARPS, LONG_MEMORY = 128, 128, 8, 232448
+"""Prefills with a sequence of `LONG_SEQLEN` tokens take larger blocks, where one may have so many bytes of shared
+memory (Hopper). On an H100, two sequences of 8,000 and 16 query heads: 489 instead of 449 TFLOP/s; a continued
+sequence, over its pages, 462 instead of 401. Sequences of 600 would lose a fifth."""
+
+
+@triton.jit(
+    do_not_specialize=["block_table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "cu_seqlens_q", "seq_lens", "starts"],
+)
+def _prefill(
+    query, keys, values, sinks, block_tables, cu_seqlens_q, seq_lens, starts, out, lse, scale, softcap,
+    query_token_stride, query_head_stride, key_token_stride, value_token_stride, block_table_stride,
+    NUM_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, PACKED_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PAGED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    # PACK heads of a group, which have their keys in common, fill a block's queries: it then spans fewer tokens, and
+    # less of it is lost at a sequence's end and to keys that are too late.
+    TOKENS: tl.constexpr = BLOCK_M // PACKED_HEADS
+    # The last queries of a sequence see most keys: they go first, so that no long block is left for the end.
+    query_block, head_pack, seq = (
+        tl.num_programs(0) - 1 - tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2),
+    )
+    query_start = tl.load(cu_seqlens_q + seq)
+    query_len = tl.load(cu_seqlens_q + seq + 1) - query_start
+    if query_block * TOKENS >= query_len:
+        return
+    seq_len = tl.load(seq_lens + seq)
+    offs_m = tl.arange(0, BLOCK_M)
+    query_index = query_block * TOKENS + offs_m // PACKED_HEADS
+    head = head_pack * PACKED_HEADS + offs_m % PACKED_HEADS
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    kv_head = head_pack * PACKED_HEADS // GROUP_SIZE
+    kv_column = kv_head * HEAD_DIM + offs_d
+    mask_q = ((query_index < query_len) & (offs_m < TOKENS * PACKED_HEADS))[:, None] & mask_d[None, :]
+    token = (query_start + query_index).to(tl.int64)
+    q = tl.load(
+        query + (token * query_token_stride + head * query_head_stride)[:, None] + offs_d[None, :],
+        mask=mask_q,
+        other=0.0,
+    )
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if sinks is not None:
+        # A key without a value.
+        m_i = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        l_i += 1.0
+    position = seq_len - query_len + query_index
+    first_position = seq_len - query_len + query_block * TOKENS
+    first = 0
+    if starts is not None:
+        first = tl.load(starts + seq)
+    if WINDOW > 0:
+        first = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        unmasked_stop = first
+    else:
+        unmasked_stop = (first_position + 1) // BLOCK_N * BLOCK_N  # keys before it are seen by every query
+    for start in tl.range(first, unmasked_stop, BLOCK_N, num_stages=NUM_STAGES):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        if PAGED:
+            page = tl.load(block_tables + seq.to(tl.int64) * block_table_stride + start // PAGE_SIZE).to(
+                tl.int64
+            )
+            kv_token = page * PAGE_SIZE + offs_n % PAGE_SIZE
+        else:
+            kv_token = (query_start + offs_n).to(tl.int64)
+        k = tl.load(
+            keys + (kv_token * key_token_stride)[None, :] + kv_column[:, None],
+            mask=mask_d[:, None],
+            other=0.0,
+        )
+        v = tl.load(
+            values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
+            mask=mask_d[None, :],
+            other=0.0,
+        )
+        m_i, l_i, acc = attend(
+            q, k, v, None, None, offs_n[None, :], m_i, l_i, acc, scale, softcap, SOFTCAP, False
+        )
+    for start in tl.range(
+        unmasked_stop, tl.minimum(first_position + TOKENS, seq_len), BLOCK_N, num_stages=NUM_STAGES
+    ):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < seq_len
+        if PAGED:
+            page = tl.load(block_tables + seq.to(tl.int64) * block_table_stride + start // PAGE_SIZE).to(
+                tl.int64
+            )
+            kv_token = page * PAGE_SIZE + offs_n % PAGE_SIZE
+        else:
+            kv_token = (query_start + offs_n).to(tl.int64)
+        k = tl.load(
+            keys + (kv_token * key_token_stride)[None, :] + kv_column[:, None],
+            mask=mask_n[None, :] & mask_d[:, None],
+            other=0.0,
+        )
+        v = tl.load(
+            values + (kv_token * value_token_stride)[:, None] + kv_column[None, :],
+            mask=mask_n[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        mask = offs_n[None, :] <= position[:, None]
+        if WINDOW > 0:
+            mask = mask & (offs_n[None, :] > position[:, None] - WINDOW)
+        m_i, l_i, acc = attend(q, k, v, None, None, mask, m_i, l_i, acc, scale, softcap, SOFTCAP, True)
+    out_ptrs = out + (token * NUM_HEADS + head)[:, None] * HEAD_DIM + offs_d[None, :]
+    tl.store(out_ptrs, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=mask_q)
+    if lse is not None:
+        mask_m = (query_index < query_len) & (offs_m < TOKENS * PACKED_HEADS)
+        tl.store(lse + token * NUM_HEADS + head, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=mask_m)
+
+
+def prefill(
+    query: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor | None, cu_seqlens_q: Tensor, seq_lens: Tensor,
+    max_seqlen_q: int, layer: Layer, sinks: Tensor | None = None, out: Tensor | None = None,
+    starts: Tensor | None = None, lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention of packed sequences, over their pages or, without `block_tables`, over the prefill batch
+    itself.
+
+    Args:
+        query: (tokens, query heads, head size), a head's numbers contiguous. keys, values: (pages, page size, kv
+        heads, head size), or (tokens, kv heads, head size) without `block_tables`. block_tables: (sequences, pages)
+        int32. cu_seqlens_q: (sequences + 1,) int32, where each sequence's queries begin. seq_lens: (sequences,)
+            int32,
+            each sequence's keys; its queries stand at the last of them. max_seqlen_q: queries of the longest sequence.
+        sinks: (query heads,), logits without a value.
+        out: (tokens, query heads, head size), contiguous, where the result goes if it is part of another.
+        starts: (sequences,) int32, the first of each sequence's keys that are attended over, at the beginning of a
+            page and no later than its first query; all of them without it.
+        lse: (tokens, query heads) float32, contiguous, where the scores' log-sum-exp goes.
+
+    Returns:
+        (tokens, query heads, head size).
+    """
+    tokens, heads, head_dim = query.shape
+    if out is None:
+        out = torch.empty((tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+    block_d = triton.next_power_of_2(head_dim)
+    block_m, block_n, num_stages, warps = prefill_tile(
+        head_dim, query.itemsize, shared_memory(query), max_seqlen_q, paged=block_tables is not None
+    )
+    axis = 0 if block_tables is None else 1
+    group_size = heads // layer.kv_heads
+    num_packed = packed_heads(group_size)
+    grid = (triton.cdiv(max_seqlen_q, block_m // num_packed), heads // num_packed, len(seq_lens))
+    _prefill[grid](
+        query, keys, values, sinks,
+        seq_lens if block_tables is None else block_tables, cu_seqlens_q, seq_lens, starts, out, lse,
+        layer.scale * (1.0 if layer.softcap else LOG2_E), layer.softcap or 0.0,
+        query.stride(0), query.stride(1), keys.stride(axis), values.stride(axis),
+        0 if block_tables is None else block_tables.stride(0),
+        NUM_HEADS=heads, GROUP_SIZE=group_size, PACKED_HEADS=num_packed, HEAD_DIM=head_dim,
+        PAGE_SIZE=1 if block_tables is None else keys.shape[1],
+        WINDOW=layer.window or 0, SOFTCAP=layer.softcap is not None, PAGED=block_tables is not None,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def packed_heads(group_size: int) -> int:
+    """How many of a group's heads stand side by side in a prefill's block."""
+    return max(heads for heads in range(1, _MAX_PACKED_HEADS + 1) if group_size % heads == 0)
+
+
+def prefill_tile(
+    head_dim: int, itemsize: int, memory: int, max_seqlen_q: int, paged: bool
+) -> tuple[int, int, int, int]:
+    """Queries and keys in a block, blocks in flight, and warps, with `memory` bytes for a block."""
+    head_bytes = triton.next_power_of_2(head_dim) * itemsize
+    if max_seqlen_q >= LONG_SEQLEN and head_bytes <= 256 and memory >= LONG_MEMORY:
+        return LONG_BLOCK_M, LONG_BLOCK_N, 2 if paged else 3, LONG_WARPS
+    return (
+        PREFILL_BLOCK_M,
+        *fitting_blocks(PREFILL_BLOCKS, PREFILL_BLOCK_M, head_bytes, memory),
+        PREFILL_WARPS,
+    )
