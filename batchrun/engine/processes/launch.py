@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import IO, cast
 
 PR_SET_PDEATHSIG = 1
+# Found before any fork: a child of a process with other threads may not look for it.
+_prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
 
 
 def start(descriptor: int, env: dict[str, str], kind: str = "") -> subprocess.Popen[bytes]:
@@ -27,6 +29,7 @@ def start(descriptor: int, env: dict[str, str], kind: str = "") -> subprocess.Po
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        preexec_fn=die_with_thread,
     )
     os.set_blocking(cast(IO[bytes], process.stdout).fileno(), False)
     return process
@@ -56,9 +59,15 @@ def available_cores() -> int:
     return cores
 
 
+def die_with_thread() -> None:
+    """The kernel kills this process when the thread that started it ends (Linux, prctl(2)). Between fork and exec: one
+    that is paused before it runs a line of Python would else be left behind."""
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def die_with_parent(parent: int) -> None:
-    """The kernel kills this process when the thread that started it ends (Linux, prctl(2))."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """As `die_with_thread`, in the program itself, which ends if its parent has ended before."""
+    die_with_thread()
     if os.getppid() != parent:
         os._exit(0)

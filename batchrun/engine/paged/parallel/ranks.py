@@ -24,7 +24,7 @@ from batchrun.engine.paged.device.pending import Pending
 from batchrun.engine.paged.device.work import Work
 from batchrun.engine.paged.parallel.sharding import Sharding
 from batchrun.engine.processes.abort import abort
-from batchrun.engine.processes.launch import environment
+from batchrun.engine.processes.launch import die_with_thread, environment
 from batchrun.engine.processes.rank_messages import (
     PULSE_SECONDS,
     SILENT_SECONDS,
@@ -180,6 +180,7 @@ class _Rank:
                 env=environment(),
                 pass_fds=[theirs.fileno(), meeting],
                 stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_thread,
             )
         threading.Thread(target=self._pulse, daemon=True).start()
         self.send(member)
