@@ -70,6 +70,12 @@ def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Te
     )
 
 
+@scaled_product.register_fake
+def _(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    dtype = torch.bfloat16 if rows.is_cuda else torch.float32
+    return rows.new_empty(rows.shape[0], weight.shape[0], dtype=dtype)
+
+
 def scaled_product_into(
     rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor
 ) -> None:
@@ -80,12 +86,6 @@ def scaled_product_into(
         )
     else:
         out.copy_(scaled_product(rows, scale, weight, weight_scale))
-
-
-@scaled_product.register_fake
-def _(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    dtype = torch.bfloat16 if rows.is_cuda else torch.float32
-    return rows.new_empty(rows.shape[0], weight.shape[0], dtype=dtype)
 
 
 class Fp8Linear(nn.Module):
