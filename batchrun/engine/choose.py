@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from batchrun.engine.protocol import Engine, EngineSpec
+from batchrun.engine.weights.packed_format import expanded_bytes, fp8_blocks, packed_format
 from batchrun.errors import JobError, ModelError
 from batchrun.imports import distributions_on_demand, hidden
 
@@ -76,12 +77,7 @@ def load_engine(spec: EngineSpec) -> Engine:
     if spec.adapters:
         engine.stats.notes.append(f"{len(spec.adapters)} adapters, of which each row has its own or none")
     engine.stats.notes += _cpu_notes(spec)
-    if spec.quantization is None and "fp8" not in engine.stats.dtype and _in_fp8(spec):
-        engine.stats.notes.append(
-            "the checkpoint's fp8 weights, a scale for each block, are expanded and take twice their files' size: "
-            "model.quantization: fp8 converts them to what this engine multiplies"
-        )
-    engine.stats.notes += _packed_notes(spec)
+    engine.stats.notes += _checkpoint_notes(spec)
     if compiles_at_every_start():
         engine.stats.notes.append(
             "torch came without bytecode and PYTHONDONTWRITEBYTECODE keeps Python from writing it, so that every start "
@@ -109,29 +105,26 @@ def _cpu_notes(spec: EngineSpec) -> list[str]:
     return notes
 
 
-def _in_fp8(spec: EngineSpec) -> bool:
-    from batchrun.engine.weights.fp8_checkpoint import fp8_checkpoint
-    from batchrun.engine.weights.loading import load_config
-
-    return fp8_checkpoint(spec.model_path, load_config(spec)) is not None
-
-
-def _packed_notes(spec: EngineSpec) -> list[str]:
+def _checkpoint_notes(spec: EngineSpec) -> list[str]:
+    """What became of the numbers that a quantized checkpoint is published in."""
     from batchrun.engine.weights.loading import choose_dtype, load_config
-    from batchrun.engine.weights.packed_checkpoint import packed_checkpoint
+    from batchrun.engine.weights.tensor_files import open_tensors
 
     config = load_config(spec)
-    checkpoint = packed_checkpoint(spec.model_path, config)
-    if checkpoint is None:
-        return []
-    if not checkpoint.format.expands:
+    settings = getattr(config, "quantization_config", None) or {}
+    form, blocks = packed_format(settings), fp8_blocks(settings)
+    if form is not None and not form.expands:
         return ["the checkpoint's fixed scales of activations are not used: each token gets its own scale"]
-    what = "fp8" if spec.quantization else "the model's dtype"
-    memory = checkpoint.memory(choose_dtype(spec, config), spec.quantization is not None)
+    if form is None and blocks is None:
+        return []
+    name = form.name if form is not None else "block-scaled fp8"
+    what = "fp8 with a scale for each channel" if spec.quantization else "the model's dtype"
+    shapes = {name: tensor.get_shape() for name, tensor in open_tensors(spec.model_path).items()}
+    memory = expanded_bytes(settings, shapes, choose_dtype(spec, config).itemsize, bool(spec.quantization))
     files = sum(file.stat().st_size for file in Path(spec.model_path).glob("*.safetensors"))
     return [
-        f"the checkpoint's {checkpoint.format.name} weights are expanded to {what} while loading: "
-        f"{_gib(memory)} in memory, {_gib(files)} in its files"
+        f"the checkpoint's {name} weights are expanded to {what} while loading: {_gib(memory)} in memory, "
+        f"{_gib(files)} in its files"
     ]
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.weights.packed_format import FIX, described, packed_format, read_as_fp8
+from batchrun.engine.weights.packed_format import FIX, described, is_read, packed_format
 from batchrun.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ def _refuse_other_models(config: Mapping[str, Any], where: str) -> None:
 
 
 def _refuse_other_formats(settings: Mapping[str, Any] | None, where: str) -> None:
-    if settings and not read_as_fp8(settings) and packed_format(settings) is None:
+    if settings and not is_read(settings):
         raise ModelError(f"quantized weights of this kind are not read ({described(settings)})", where, FIX)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.weights.packed_format import packed_format, runs_in_fp8
+from batchrun.engine.weights.packed_format import is_expanded, runs_in_fp8
 from batchrun.model.check import model_shapes
 from batchrun.model.files import read_json
 
@@ -17,7 +17,7 @@ _FP8_MULTIPLE = 16
 # What each of several GPUs holds whole, beside biases and norms; the layer that gives the logits is divided by tokens.
 _WHOLE = ("embed", "wte", "wpe", ".gate.", ".router.")
 # Of weights in fp8: counted with them, or gone once those are expanded.
-_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale")
+_SCALES = (".weight_scale", "_scale_inv", ".input_scale")
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -91,10 +91,8 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
         fp8_weights += _fp8_bytes(shape) if becomes else number * numbers
     # Likewise, a scale for each head.
     token, fp8_token = number * count * size, count * (size + 4)
-    form = packed_format(settings)
-    expands = form.expands if form is not None else bool(settings.get("weight_block_size"))
     sizes = ((Path(folder) / file).stat().st_size for file in files if file.endswith(".safetensors"))
-    stored = sum(sizes) if expands else None
+    stored = sum(sizes) if is_expanded(settings) else None
     return ModelMemory(weights, fp8_weights, token, fp8_token, whole, *heads, stored)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import tp_models
 from adapters import make_adapter
+from packers import block_settings, configure, repack_in_blocks
 from safetensors.torch import load_file, save_file
 
-from batchrun.engine.layers.fp8 import FP8, Fp8Linear, quantize_rows
+from batchrun.engine.layers.fp8 import Fp8Linear, quantize_rows
+from batchrun.engine.layers.fp8_experts import Fp8Experts
 from batchrun.engine.padded.engine import PaddedEngine
 from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import EngineSpec, Request
@@ -21,7 +25,9 @@ from batchrun.engine.weights.loading import load_model
 from batchrun.engine.weights.lora import read_adapter
 from batchrun.errors import ModelError
 from batchrun.model.adapter import check_adapter
+from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder
+from batchrun.model.memory import model_memory
 
 BLOCK = 24
 CHANNELS: dict[str, Any] = {
@@ -36,40 +42,28 @@ CHANNELS: dict[str, Any] = {
         }
     },
 }  # fmt: skip
-BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
 
 
-def _checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Saves the tiny llama in fp8; gives the weights that its numbers stand for."""
+def _blocks(folder: Path) -> dict[str, torch.Tensor]:
+    """Saves the tiny llama in blocks, of which some are cut; gives the weights that its numbers stand for."""
+    return repack_in_blocks(tiny_models.make_model("llama", folder), BLOCK)
+
+
+def _channels(folder: Path) -> dict[str, torch.Tensor]:
+    """The same with a scale for each output channel."""
     tiny_models.make_model("llama", folder)
     held: dict[str, torch.Tensor] = {}
     means: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if not name.endswith("proj.weight"):
             held[name] = means[name] = weight
-        elif settings["quant_method"] == "fp8":
-            held[name], held[f"{name}_scale_inv"], means[name] = _in_blocks(weight)
         else:
             held[name], scale = quantize_rows(weight)
             held[f"{name}_scale"] = scale.bfloat16()
             means[name] = held[name].float() * held[f"{name}_scale"].float()
     save_file(held, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    configure(folder, CHANNELS)
     return means
-
-
-def _in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, columns = (-(-length // BLOCK) for length in weight.shape)
-    quantized, scales = torch.empty_like(weight, dtype=FP8), torch.empty(rows, columns)
-    meant = torch.empty_like(weight)
-    for row in range(rows):
-        for column in range(columns):
-            place = (slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK))
-            scales[row, column] = weight[place].abs().max() / 448
-            quantized[place] = (weight[place] / scales[row, column]).to(FP8)
-            meant[place] = quantized[place].float() * scales[row, column]
-    return quantized, scales, meant
 
 
 def _spec(folder: Path, **changes: Any) -> EngineSpec:
@@ -77,7 +71,7 @@ def _spec(folder: Path, **changes: Any) -> EngineSpec:
 
 
 def test_channels_and_tokens_are_run_as_they_are(tmp_path: Path) -> None:
-    means = _checkpoint(tmp_path, CHANNELS)
+    means = _channels(tmp_path)
     model = load_model(_spec(tmp_path))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Fp8Linear)}
     assert len(layers) == 14
@@ -96,23 +90,71 @@ def _prompt(number: int) -> Any:
 
 
 def test_blocks_are_expanded_to_what_their_numbers_stand_for(tmp_path: Path) -> None:
-    means = _checkpoint(tmp_path, BLOCKS)
+    means = _blocks(tmp_path)
     held = dict(load_model(_spec(tmp_path)).named_parameters())
     assert {parameter.dtype for parameter in held.values()} == {torch.float32}
     assert all(torch.equal(held[name], weight) for name, weight in means.items() if name in held)
     assert sum(name.endswith("proj.weight") for name in held) == 14
 
 
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+def test_experts_in_blocks_one_tensor_for_each_are_those_of_a_plain_checkpoint(
+    tmp_path: Path, suffix: str
+) -> None:
+    """Qwen3 MoE and DeepSeek are published so; blocks of 20 end within their weights, and a scale lies in another file
+    than its weight."""
+    folders = [tp_models.make_model("qwen3_moe", tmp_path / name) for name in ("blocks", "plain")]
+    meant = repack_in_blocks(folders[0], 20, suffix)
+    save_file(meant, folders[1] / "model.safetensors", {"format": "pt"})
+    _divide_file(folders[0], suffix)
+    check_model(str(folders[0]))
+    for quantization in (None, "fp8"):
+        models = [load_model(_spec(folder, quantization=quantization)) for folder in folders]
+        blocks, plain = (dict(model.named_parameters()) for model in models)
+        assert blocks.keys() == plain.keys()
+        assert all(torch.equal(weight.float(), plain[name].float()) for name, weight in blocks.items())
+        experts = sum(isinstance(module, Fp8Experts) for module in models[0].modules())
+        assert experts == (2 if quantization else 0)
+    planned = [model_memory(str(folder), _files(folder), "auto") for folder in folders]
+    assert planned[0] is not None
+    assert planned[0].stored == sum((folders[0] / name).stat().st_size for name in _files(folders[0]))
+    assert replace(planned[0], stored=None) == planned[1]
+
+
+def _divide_file(folder: Path, suffix: str) -> None:
+    """All tensors whose names end so go to a second file."""
+    held = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for number in (1, 2):
+        file = f"model-{number:05}-of-00002.safetensors"
+        mine = {name: one for name, one in held.items() if name.endswith(suffix) == (number == 2)}
+        save_file(mine, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(mine, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def _files(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(file.name for file in folder.glob("*.safetensors")))
+
+
+def test_scales_of_other_blocks_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    _blocks(tmp_path)
+    configure(tmp_path, block_settings(16))
+    with pytest.raises(ModelError, match=r"scales of 2 x \d are not those of blocks of 16 x 16 of a weight"):
+        load_model(_spec(tmp_path))
+
+
 def test_a_gpu_without_fp8_refuses_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    _checkpoint(tmp_path, CHANNELS)
+    _channels(tmp_path)
     with pytest.raises(ModelError, match="has no fp8 matrix units"):
         load_model(_spec(tmp_path, device="cuda"))
 
 
 def test_blocks_are_converted_where_the_job_asks_for_fp8(tmp_path: Path) -> None:
-    means = _checkpoint(tmp_path, BLOCKS)
+    means = _blocks(tmp_path)
     model = load_model(_spec(tmp_path, quantization="fp8"))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Fp8Linear)}
     assert len(layers) == 14
@@ -126,7 +168,7 @@ def test_blocks_are_converted_where_the_job_asks_for_fp8(tmp_path: Path) -> None
 def test_blocks_get_an_adapters_product_before_they_are_converted(
     tmp_path: Path, quantization: str | None
 ) -> None:
-    means = _checkpoint(tmp_path / "model", BLOCKS)
+    means = _blocks(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "model", ["q_proj"])
     q_proj = "model.layers.1.self_attn.q_proj"
     lora = read_adapter(str(adapter))[q_proj]
@@ -141,7 +183,7 @@ def test_blocks_get_an_adapters_product_before_they_are_converted(
 
 def test_channels_cannot_be_added_to(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", tiny_models.model_folder("llama"))
-    _checkpoint(tmp_path / "model", CHANNELS)
+    _channels(tmp_path / "model")
     folder = str(tmp_path / "model")
     with pytest.raises(ModelError, match="down_proj is in fp8 in the model's checkpoint"):
         check_adapter(str(adapter), ModelFolder(folder, folder, ("model.safetensors",)))
@@ -152,15 +194,13 @@ def test_channels_cannot_be_added_to(tmp_path: Path) -> None:
 
 def test_what_is_quantized_in_another_way_is_not_converted(tmp_path: Path) -> None:
     tiny_models.make_model("llama", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    configure(tmp_path, {"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(ModelError, match="quantized already, in another way"):
         load_model(_spec(tmp_path, quantization="fp8"))
 
 
 def test_layers_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
-    _checkpoint(tmp_path, CHANNELS)
+    _channels(tmp_path)
     held = load_file(tmp_path / "model.safetensors")
     held["model.layers.0.mlp.experts.0.up_proj.weight_scale"] = torch.ones(4, 1)
     save_file(held, tmp_path / "model.safetensors", {"format": "pt"})

@@ -11,11 +11,10 @@ import tiny_models
 import torch
 import tp_models
 from adapters import make_adapter
-from packers import SETTINGS, configure, repack
+from packers import SETTINGS, configure, repack, repack_in_blocks
 from safetensors.torch import load_file, save_file
 
-from batchrun.engine.layers.fp8 import FP8, Fp8Linear
-from batchrun.engine.paged.attention.architecture import Unsupported
+from batchrun.engine.layers.fp8 import Fp8Linear
 from batchrun.engine.paged.parallel.loading import read_shares
 from batchrun.engine.paged.parallel.sharding import Sharding
 from batchrun.engine.protocol import EngineSpec
@@ -28,23 +27,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def _spec(folder: Path, **changes: Any) -> EngineSpec:
     return EngineSpec("paged", str(folder), str(folder), gpus=RANKS, **changes)
-
-
-def _in_blocks(folder: Path, size: int) -> None:
-    """Quantizes the model's linear layers to fp8 with a scale for each block of size x size numbers."""
-    held = {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        held[name] = weight
-        if name.endswith("proj.weight"):
-            blocks = weight.unflatten(1, (-1, size)).unflatten(0, (-1, size))
-            scale = blocks.abs().amax((1, 3)) / 448
-            held[name] = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1).to(FP8)
-            held[f"{name}_scale_inv"] = scale
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
-    configure(
-        folder,
-        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [size, size]},
-    )
 
 
 def _parts(spec: EngineSpec) -> list[tuple[Sharding, Any]]:
@@ -75,21 +57,11 @@ def test_packed_weights_are_divided_once_they_are_expanded(tmp_path: Path, kind:
         assert any(isinstance(module, Fp8Linear) for module in _parts(_spec(tmp_path))[1][1].modules())
 
 
-@pytest.mark.parametrize("size", [8, 16])
-def test_blocks_that_share_a_scale_are_divided(tmp_path: Path, size: int) -> None:
-    """Those of 16 reach over the keys' heads of both ranks, which then have the same scale."""
-    _in_blocks(tiny_models.make_model("llama", tmp_path), size)
+@pytest.mark.parametrize(("name", "size"), [("llama", 8), ("llama", 12), ("qwen3_moe", 20)])
+def test_blocks_that_share_a_scale_are_divided(tmp_path: Path, name: str, size: int) -> None:
+    """Those of 12 and 20 reach over both ranks' parts, which then have the same scale."""
+    repack_in_blocks(tp_models.make_model(name, tmp_path), size)
     _check_parts(_spec(tmp_path))
-
-
-def test_blocks_that_begin_within_a_rank_and_end_in_another_are_refused(tmp_path: Path) -> None:
-    tiny_models.make_model("llama", tmp_path)
-    configure(tmp_path, {"quant_method": "fp8", "weight_block_size": [12, 32]})
-    sharding = Sharding(load_config(_spec(tmp_path)), 1, RANKS)
-    with pytest.raises(
-        Unsupported, match="blocks of 12 that share a scale in its q_proj cannot be divided by 2"
-    ):
-        sharding.share("model.layers.0.self_attn.q_proj.weight_scale_inv", (3, 1))
 
 
 def test_experts_in_mxfp4_are_divided_once_they_are_expanded(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from batchrun.engine.layers.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.layers.fp8_experts import PARAMETERS, Fp8Experts
-from batchrun.engine.weights.fp8_checkpoint import Fp8Checkpoint, expand_blocks, prepare
+from batchrun.engine.weights.fp8_checkpoint import Fp8Checkpoint, prepare
 from batchrun.engine.weights.fp8_model import with_fp8_layers
 from batchrun.engine.weights.lora import Merge
 from batchrun.engine.weights.packed_checkpoint import PackedCheckpoint
@@ -78,11 +78,9 @@ class Fp8Quantizer(HfQuantizer):
         self.remove_quantization_config(model)
         dtype = model.get_input_embeddings().weight.dtype
         checkpoint = self.quantization_config.checkpoint
-        how = (dtype, self.quantization_config.convert, self.quantization_config.merge)
         if isinstance(checkpoint, PackedCheckpoint):
-            checkpoint.expand(model, *how, self.quantization_config.part)
-        else:
-            expand_blocks(model, *how)
+            how = self.quantization_config
+            checkpoint.expand(model, dtype, how.convert, how.merge, how.part)
         return model
 
     def is_serializable(self, **_: Any) -> bool:

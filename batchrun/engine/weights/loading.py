@@ -10,12 +10,16 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
 from batchrun.engine.protocol import EngineSpec
+from batchrun.engine.weights.fp8_blocks import expanding
 from batchrun.engine.weights.lora import Merge
+from batchrun.engine.weights.packed_format import fp8_blocks
 from batchrun.engine.weights.part import Part
 from batchrun.engine.weights.row_adapters import attach_adapters
+from batchrun.engine.weights.tensor_files import open_tensors
 from batchrun.errors import ModelError
 
 # What transformers, safetensors and torch raise for a folder that they cannot make a model of.
@@ -60,7 +64,11 @@ def load_model(
     """
     # The progress bars would be all that is left in the short memory of the process's output.
     transformers_logging.disable_progress_bar()
-    config, tensors, part = source or (load_config(spec), None, None)
+    if source is None:
+        config, part = load_config(spec), None
+        tensors = _expanded_tensors(spec, config)
+    else:
+        config, tensors, part = source
     merge = Merge.of(spec.adapter, part)
     fp8 = _fp8_config(spec, config, merge, part)
     auto: Any = (
@@ -69,7 +77,7 @@ def load_model(
     # Only with accelerate can transformers read weights straight into the device's memory.
     straight = importlib.util.find_spec("accelerate") is not None
     try:
-        model, report = (auto if tensors is None else auto._model_mapping[type(config)]).from_pretrained(
+        model, report = (auto if tensors is None else _model_class(auto, config, spec)).from_pretrained(
             spec.model_path if tensors is None else None,
             config=config,
             dtype=choose_dtype(spec, config),
@@ -105,6 +113,19 @@ def load_model(
     return model
 
 
+def _expanded_tensors(spec: EngineSpec, config: Any) -> dict[str, Any] | None:
+    """The checkpoint's tensors, where some of them have to be expanded as they are read."""
+    blocks = fp8_blocks(getattr(config, "quantization_config", None))
+    return None if blocks is None else expanding(open_tensors(spec.model_path), blocks, spec.device)
+
+
+def _model_class(auto: Any, config: Any, spec: EngineSpec) -> Any:
+    """What `auto` would make of a folder with this config."""
+    if type(config) in auto._model_mapping:
+        return auto._model_mapping[type(config)]
+    return get_class_from_dynamic_module(config.auto_map[auto.__name__], spec.model_path)
+
+
 def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None, part: Part | None) -> Any:
     """Makes transformers convert the weights to fp8 while it reads them, or read those of a quantized checkpoint.
 
@@ -118,19 +139,16 @@ def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None, part: Part |
     from batchrun.engine.weights.packed_checkpoint import PackedCheckpoint, packed_checkpoint
 
     checkpoint = fp8_checkpoint(spec.model_path, config) or packed_checkpoint(spec.model_path, config)
-    if checkpoint is not None:
+    if checkpoint is not None or fp8_blocks(getattr(config, "quantization_config", None)) is not None:
         # From here on it is ours to read, and not the packages' that transformers would ask for.
         del config.quantization_config
-    elif spec.quantization is None:
+    if checkpoint is None and spec.quantization is None:
         return None
     where, fix = "model.quantization", "leave the key out"
     if spec.quantization is None:
         where, fix = spec.model_path, "use the checkpoint in bfloat16"
-    if isinstance(checkpoint, PackedCheckpoint):
-        as_it_is = not checkpoint.format.expands
-    else:
-        as_it_is = checkpoint is not None and checkpoint.block is None
-    stays_fp8 = spec.quantization is not None or as_it_is
+    expands = isinstance(checkpoint, PackedCheckpoint) and checkpoint.format.expands
+    stays_fp8 = spec.quantization is not None or not expands
     if stays_fp8 and (reason := unsupported_device(torch.device(spec.device))):
         raise ModelError(f"fp8 cannot run here, since {reason}", where, fix)
     if config.is_encoder_decoder:

@@ -7,7 +7,6 @@ GPTQModel; Frantar et al., 2022), pack-quantized, int-quantized and float-quanti
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +63,6 @@ class PackedCheckpoint:
             for full, shape, dtype in parts.values():
                 empty = torch.empty(shape, dtype=dtype, device=device)
                 owner.register_parameter(full.rpartition(".")[2], nn.Parameter(empty, requires_grad=False))
-
-    def memory(self, dtype: torch.dtype, convert: bool) -> int:
-        """Bytes of the model's weights once those that are quantized are expanded, and converted to fp8, if wanted."""
-        linear = convert and self.format.kind != "MXFP4"
-        sizes = (
-            (math.prod(shape), 1 if linear and name in self.weights else dtype.itemsize)
-            for name, shape in self.format.expanded(self.shapes).items()
-        )
-        return sum(numbers * size for numbers, size in sizes)
 
     def expand(
         self,
@@ -204,6 +194,9 @@ def _packed(bits: int, parts: dict[str, Tensor]) -> Tensor:
     offset, scale = 2 ** (bits - 1), parts["weight_scale"].float()
     numbers = unpacked(parts["weight_packed"], bits, 1)[:, :columns] - offset
     group = parts.get("weight_g_idx")
+    # Those of -1 were never set: the groups are in order.
+    if group is not None and bool((group < 0).any()):
+        group = None
     group = _groups(columns, scale.shape[1], scale.device) if group is None else group.long()
     if (zeros := parts.get("weight_zero_point")) is not None:
         if zeros.dtype == torch.int32:

@@ -5,6 +5,7 @@ Nothing here needs torch: commands look at a model before any engine is there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,12 +141,50 @@ def _compressed(settings: Mapping[str, Any]) -> PackedFormat | None:
     return None
 
 
-def read_as_fp8(settings: Mapping[str, Any]) -> bool:
-    """Whether `fp8_checkpoint` reads it."""
-    method = settings.get("quant_method")
-    if method == "fp8":
-        return bool(settings.get("weight_block_size"))
-    return method == "compressed-tensors" and channels_and_tokens(settings)
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """fp8 in which a `block` of rows and columns of a weight has a scale; `suffix` is what a weight's scales are called
+    behind its own name."""
+
+    block: tuple[int, int]
+    suffix: str
+
+    def weights(self, names: Iterable[str]) -> list[str]:
+        """Those among a checkpoint's tensors that have scales."""
+        held = set(names)
+        return sorted(name for name in held if name + self.suffix in held)
+
+
+def fp8_blocks(settings: Any) -> Blocks | None:
+    """The blocks that a config's `quantization_config` describes, the official one's (DeepSeek, Qwen3) or those of
+    compressed-tensors; None where it describes none."""
+    if not isinstance(settings, Mapping):
+        return None
+    method, size = settings.get("quant_method"), settings.get("weight_block_size")
+    if method == "fp8" and size:
+        return Blocks((int(size[0]), int(size[1])), "_scale_inv")
+    if method != "compressed-tensors":
+        return None
+    groups = (settings.get("config_groups") or {}).values()
+    schemes = [group.get("weights") for group in groups]
+    sizes = {tuple((scheme or {}).get("block_structure") or ()) for scheme in schemes}
+    if not schemes or len(sizes) != 1 or not all(_is(scheme, "block", dynamic=False) for scheme in schemes):
+        return None
+    size = sizes.pop()
+    return Blocks((int(size[0]), int(size[1])), "_scale") if len(size) == 2 else None
+
+
+def is_read(settings: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this `quantization_config` can be loaded."""
+    if packed_format(settings) is not None or fp8_blocks(settings) is not None:
+        return True
+    return settings.get("quant_method") == "compressed-tensors" and channels_and_tokens(settings)
+
+
+def is_expanded(settings: Mapping[str, Any]) -> bool:
+    """Whether its weights take the model's dtype while they are loaded."""
+    form = packed_format(settings)
+    return fp8_blocks(settings) is not None or (form is not None and form.expands)
 
 
 def runs_in_fp8(settings: Mapping[str, Any]) -> bool:
@@ -154,6 +193,29 @@ def runs_in_fp8(settings: Mapping[str, Any]) -> bool:
         return False
     form = packed_format(settings)
     return channels_and_tokens(settings) or (form is not None and not form.expands)
+
+
+def expanded_bytes(
+    settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], size: int, convert: bool
+) -> int:
+    """What a checkpoint's weights take once those that are quantized are expanded.
+
+    Args:
+        shapes: of its tensors by name.
+        size: bytes of a number that is expanded.
+        convert: whether expanded weights, but for experts in MXFP4, become fp8.
+    """
+    form, blocks = packed_format(settings), fp8_blocks(settings)
+    if blocks is not None:
+        quantized = set(blocks.weights(shapes))
+        found = {name: list(shape) for name, shape in shapes.items() if not name.endswith(blocks.suffix)}
+    else:
+        assert form is not None
+        quantized = set(form.parts(shapes)) if form.kind != "MXFP4" else set()
+        found = form.expanded(shapes)
+    return sum(
+        math.prod(shape) * (1 if convert and name in quantized else size) for name, shape in found.items()
+    )
 
 
 def channels_and_tokens(settings: Mapping[str, Any]) -> bool:

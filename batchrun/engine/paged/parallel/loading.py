@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from batchrun.engine.paged.attention.architecture import Unsupported
 from batchrun.engine.paged.parallel.sharding import Sharding, Share
-from batchrun.engine.weights.packed_format import packed_format
+from batchrun.engine.weights.fp8_blocks import expanding
+from batchrun.engine.weights.packed_format import fp8_blocks, packed_format
+from batchrun.engine.weights.tensor_files import open_tensors
 
 
 class Slice:
@@ -42,30 +41,22 @@ class Slice:
         return self._share.of(self._whole)
 
 
-def read_shares(folder: str, sharding: Sharding) -> dict[str, Slice]:
-    """The checkpoint in `folder`, as a rank has it; no data is read yet. Packed weights are divided once they are
-    expanded, one by one, and read whole.
+def read_shares(folder: str, sharding: Sharding, device: str = "cpu") -> dict[str, Slice]:
+    """The checkpoint in `folder`, as a rank on the `device` has it; no data is read yet. Packed weights are divided
+    once they are expanded, one by one, and read whole; fp8 in blocks is expanded as the rank's part of it is read.
 
     Raises:
-        Unsupported: it is not in safetensors, or in blocks that cannot be divided.
+        Unsupported: it is not in safetensors.
     """
-    wholes: dict[str, Any] = {}
-    for file in _files(Path(folder)):
-        opened: Any = safe_open(file, framework="pt", device="cpu")
-        wholes |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-    form = packed_format(getattr(sharding.config, "quantization_config", None))
+    wholes = open_tensors(folder)
+    if not wholes:
+        raise Unsupported("only safetensors can be read in parts, and there is no model.safetensors")
+    settings = getattr(sharding.config, "quantization_config", None)
+    form, blocks = packed_format(settings), fp8_blocks(settings)
+    if blocks is not None:
+        wholes = expanding(wholes, blocks, device)
     packed = {name for parts in form.parts(wholes).values() for name in parts.values()} if form else set()
     return {
         name: Slice(whole, Share() if name in packed else sharding.share(name, tuple(whole.get_shape())))
         for name, whole in wholes.items()
     }
-
-
-def _files(folder: Path) -> list[Path]:
-    """Those that transformers would read: some folders have the weights twice, in another layout."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise Unsupported("only safetensors can be read in parts, and there is no model.safetensors")

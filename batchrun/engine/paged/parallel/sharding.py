@@ -84,11 +84,7 @@ class Sharding:
         }
 
     def share(self, name: str, shape: tuple[int, ...]) -> Share:
-        """What of a checkpoint's tensor, by name and shape, is this rank's.
-
-        Raises:
-            Unsupported: scales of blocks, of which several ranks would need one.
-        """
+        """What of a checkpoint's tensor, by name and shape, is this rank's."""
         owner, _, kind = name.rpartition(".")
         layer = owner.rpartition(".")[2]
         if name in self._biases and self.rank:
@@ -98,8 +94,6 @@ class Sharding:
             # Of each output channel of a layer in fp8. One divided by rows keeps the scale of the whole channel.
             rows = self._shapes.get(f"{owner}.weight", shape)[0]
             mine = torch.Size((rows, *shape[1:]))
-        if mine is None and kind == "weight_scale_inv":
-            mine = self._blocks(owner, shape)
         if mine is None and ".experts." in name and kind == "weight":
             dim = 0 if layer in _BY_COLUMNS else 1 if layer in _BY_ROWS else None
             return Share() if dim is None else self._even(dim, shape[dim])
@@ -125,19 +119,6 @@ class Sharding:
             share = self.share(f"{layer}.weight", (len(lora.b), lora.a.shape[1]))
             parts[layer] = Lora(share.of(lora.a), lora.b) if share.dim else Lora(lora.a, share.of(lora.b))
         return parts
-
-    def _blocks(self, layer: str, shape: tuple[int, ...]) -> torch.Size:
-        """The shape of this rank's scales for blocks of a layer's weight."""
-        block = self.config.quantization_config["weight_block_size"]
-        weight = self._shapes[f"{layer}.weight"]
-        mine = torch.Size(-(-own // size) for own, size in zip(weight, block, strict=True))
-        for dim, (own, size) in enumerate(zip(weight, block, strict=True)):
-            if mine[dim] != shape[dim] and (own % size or layer.endswith(_JOINED)):
-                raise Unsupported(
-                    f"blocks of {size} that share a scale in its {layer.rpartition('.')[2]} cannot be divided by "
-                    f"{self.size} GPUs"
-                )
-        return mine
 
     def _even(self, dim: int, length: int) -> Share:
         own = length // self.size

@@ -28,7 +28,7 @@ def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
         torch.set_num_threads(max(1, available_cores() // group.size))
     sharding = Sharding(config or load_config(spec), group.rank, group.size)
     if config is None:
-        shares = read_shares(spec.model_path, sharding)
+        shares = read_shares(spec.model_path, sharding, spec.device)
         model = load_model(spec, source=(sharding.config, shares, sharding))
     else:
         # Alike on all ranks, since embeddings and norms have to be.
