@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from batchrun.commands import memory
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.rows import carried_schema
 from batchrun.driver.prepare import Prepared, prepare
+from batchrun.engine.weights.packed_format import runs_in_fp8
 from batchrun.errors import JobError
 from batchrun.estimate.cost import Estimate, Throughput, estimate
 from batchrun.estimate.order import orders
@@ -24,6 +26,7 @@ from batchrun.estimate.records import device_name, model_key, recall, remember
 from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
 from batchrun.model.adapter import check_adapter
+from batchrun.model.files import read_json
 from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.report.summary import size
@@ -68,6 +71,9 @@ def preview(
         raise JobError(what, "plan --compare", "leave out --compare, or name one of them in model.adapter")
     started = time.monotonic()
     prepared = prepare(job)
+    if compare is not None and job.engine.cache_dtype == "auto" and _is_in_fp8(prepared):
+        what = "the checkpoint's weights are in fp8, so that both ways would be the same"
+        raise JobError(what, "plan --compare", "leave out --compare, or compare engine.cache_dtype: fp8")
     workers = _workers(prepared, gpus)
     opening = time.monotonic() - started
     rows = ROWS if trial is None else max(ROWS, job.engine.window_rows)
@@ -186,6 +192,12 @@ def _tried(
     return known, endings
 
 
+def _is_in_fp8(prepared: Prepared) -> bool:
+    """Whether the model's weights run in the fp8 that they are published in."""
+    config = read_json(Path(prepared.model.path) / "config.json")
+    return runs_in_fp8(config.get("quantization_config") or {})
+
+
 def _comparison(
     prepared: Prepared,
     sampled: Sample,
@@ -220,7 +232,13 @@ def _comparison_lines(found: dict[str, Any]) -> list[RenderableType]:
         return []
     other = comparison["quantization"]
     how = "without fp8" if other is None else f"with model.quantization: {other}"
-    shown: list[RenderableType] = [str(agreement.Agreement(**comparison["agreement"]))]
+    about = agreement.Agreement(**comparison["agreement"])
+    shown: list[RenderableType] = [str(about)]
+    if found["invalid_if_cut"]:
+        shown.append(
+            f"valid answers, those that end by themselves: {about.quantized_ended:,} of {about.rows:,} with "
+            f"{about.quantization}, {about.ended:,} without"
+        )
     return [f"{how}, {_how_long(comparison['estimate'])}", *shown] if found["rows_left"] else shown
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.protocol import Completion, EngineSpec, Request
-from batchrun.errors import EngineError
+from batchrun.errors import EngineError, JobError, ModelError
 from batchrun.estimate.sample import Sample, spread
 from batchrun.estimate.trial import requests_of
 from batchrun.telemetry.agreement import Agreement
@@ -31,7 +31,8 @@ def compare(prepared: Prepared, sampled: Sample, quantization: Literal["fp8"], s
     as come out in about half of the seconds without it, at most ROWS.
 
     Raises:
-        EngineError: rows were not finished in time. ModelError, EngineDied: what an engine ended with.
+        JobError: the model, or the machine, has no fp8. EngineError: rows were not finished in time. ModelError,
+            EngineDied: what an engine ended with.
     """
     spec = prepared.codec.engine
     greedy = replace(spec.sampling, temperature=0.0, logprobs=0)
@@ -45,7 +46,13 @@ def compare(prepared: Prepared, sampled: Sample, quantization: Literal["fp8"], s
     chosen = [requests[i] for i in spread(len(requests))[:ROWS]]
     plain = _answers(plain_spec, chosen, seconds / 2)
     again = [request for request in chosen if request.id in plain]
-    quantized = _answers(fp8_spec, again, None)
+    try:
+        quantized = _answers(fp8_spec, again, None)
+    except ModelError as error:
+        if in_fp8 or error.where != "model.quantization":
+            raise
+        # A key that the job does not have.
+        raise JobError(error.what, "plan --compare", "leave out --compare") from error
     return agreement(in_fp8 or quantization, [(plain[one.id], quantized[one.id]) for one in again])
 
 

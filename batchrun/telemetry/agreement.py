@@ -40,11 +40,12 @@ class Agreement:
         others = ""
         if self.first_difference is not None:
             others = f" (the others differ from token {self.first_difference:,} on, in the median)"
+        end = "answer ends by itself" if self.quantized_ended == 1 else "answers end by themselves"
         return (
             f"{self.same:,} of {self.rows:,} sampled rows have the same greedy answer with {self.quantization} as "
             f"without{others}; {self.agreeing / max(1, self.tokens):.1%} of the tokens stand before a difference, and "
             f"their log probabilities differ by {self.logprob_difference:.2g} on average; {self.quantized_ended:,} "
-            f"answers end by themselves with it, {self.ended:,} without"
+            f"{end} with it, {self.ended:,} without"
         )
 
 

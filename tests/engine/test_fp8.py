@@ -172,8 +172,9 @@ def test_joined_weights_are_kept_once() -> None:
     ("name", "what"), [("t5", "only causal language models"), ("gpt2", "no linear layers")]
 )
 def test_what_cannot_be_converted_is_refused_in_one_line(name: str, what: str) -> None:
-    with pytest.raises(ModelError, match=what):
+    with pytest.raises(ModelError, match=what) as caught:
         load_model(_spec(name))
+    assert (caught.value.where, caught.value.fix) == ("model.quantization", "leave the key out")
 
 
 def test_a_gpu_without_fp8_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

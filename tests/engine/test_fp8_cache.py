@@ -6,6 +6,7 @@ The reference is transformers' own attention, to whose keys and values a convers
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,19 @@ def test_sampled_tokens_are_the_same_in_every_batch(folders: dict[str, Path]) ->
     backwards = _tokens(_run(_engine(folders["qwen3"], sampling=sampling, options=options), requests[::-1]))
     # But for a number at the edge of another of fp8, behind which a row may go on otherwise.
     assert sum(together[row] == backwards[row] for row in together) >= 11
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=40, seed=5)])
+def test_a_begun_answer_ends_in_the_same_tokens(folders: dict[str, Path], sampling: Sampling) -> None:
+    requests = _requests(seed=5, rows=12, prefix=20)
+    engine = _engine(folders["mistral"], sampling=sampling, stop_token_ids=(NEVER,))
+    whole = _run(engine, requests)
+    tokens = {number: one.token_ids for number, one in whole.items()}
+    begun = [replace(r, generated=tokens[r.id][: r.id * 5 % len(tokens[r.id])]) for r in requests]
+    again = _run(engine, begun)
+    assert all(again[r.id].token_ids[: len(r.generated)].tolist() == r.generated.tolist() for r in begun)
+    # But for a number at the edge of another of fp8.
+    assert sum(again[row].token_ids.tolist() == tokens[row].tolist() for row in tokens) >= 11
 
 
 def test_a_row_with_broken_logits_fails_alone(folders: dict[str, Path]) -> None:

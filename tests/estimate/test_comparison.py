@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tiny_models
+from packers import repack
 
 import batchrun as library
 from batchrun.commands.plan import lines, preview
 from batchrun.driver.prepare import prepare
-from batchrun.engine.protocol import Completion
-from batchrun.errors import JobError
+from batchrun.engine.protocol import Completion, EngineSpec
+from batchrun.errors import JobError, ModelError
+from batchrun.estimate import comparison
 from batchrun.estimate.comparison import agreement
+from batchrun.estimate.sample import sample
 from batchrun.job.job import Job
 from batchrun.report import page
 from batchrun.storage import Folder
@@ -66,6 +70,10 @@ def test_a_plan_compares_both_ways_and_the_report_of_a_run_with_converted_weight
     said = [str(line) for line in lines(plan)]
     assert any(line.startswith("with model.quantization: fp8, ") for line in said)
     assert any("sampled rows have the same greedy answer with fp8" in line for line in said)
+    assert not any(line.startswith("valid answers") for line in said)
+    said = [str(line) for line in lines(plan | {"invalid_if_cut": True})]
+    ended = f"{about['quantized_ended']} of 40 with fp8, {about['ended']} without"
+    assert f"valid answers, those that end by themselves: {ended}" in said
 
     own = load(job, "model.quantization=fp8")
     library.run(own, client=cluster)
@@ -123,3 +131,19 @@ def test_what_cannot_be_compared_is_refused(tmp_path, tiny_llama, monkeypatch) -
     scored = write_job(tmp_path, tiny_llama, rows=10, engine={"kind": "padded"}, answer={"score": "kind"})
     with pytest.raises(JobError, match="generates nothing"):
         preview(load(scored), trial=10.0, compare="fp8")
+    repack(tiny_models.make_model("llama", tmp_path / "in_fp8"), "static_fp8")
+    same = write_job(tmp_path, tmp_path / "in_fp8", rows=10, engine={"kind": "padded"})
+    with pytest.raises(JobError, match="weights are in fp8, so that both ways would be the same"):
+        preview(load(same), trial=10.0, compare="fp8")
+
+    def answers(spec: EngineSpec, *_: object) -> dict[int, Completion]:
+        if spec.quantization is None:
+            return {}
+        raise ModelError("the model has no linear layers", "model.quantization", "leave the key out")
+
+    monkeypatch.setattr(comparison, "_answers", answers)
+    prepared = prepare(load(job))
+    with pytest.raises(
+        JobError, match=r"plan --compare: the model has no linear layers; leave out --compare"
+    ):
+        comparison.compare(prepared, sample(prepared, 10, 4.0), "fp8", 1.0)

@@ -17,6 +17,7 @@ from batchrun.engine.weights.fp8_model import with_fp8_layers
 from batchrun.engine.weights.lora import Merge
 from batchrun.engine.weights.packed_checkpoint import PackedCheckpoint
 from batchrun.engine.weights.part import Part
+from batchrun.errors import ModelError
 
 METHOD = "batchrun-fp8"
 """The name under which transformers finds the quantizer; no checkpoint has it."""
@@ -49,7 +50,8 @@ class Fp8Quantizer(HfQuantizer):
         elif checkpoint is not None:
             prepare(model, checkpoint)
         elif not with_fp8_layers(model):
-            raise ValueError("it has no linear layers that could be converted to fp8")
+            what = "the model has no linear layers that could be converted to fp8"
+            raise ModelError(what, "model.quantization", "leave the key out")
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
