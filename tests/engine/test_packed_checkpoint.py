@@ -61,6 +61,31 @@ def test_weights_are_what_the_numbers_stand_for(tmp_path: Path, kind: str) -> No
         assert _tokens(tmp_path / "packed", engine) == _tokens(tmp_path / "plain", engine)
 
 
+@pytest.mark.parametrize("kind", ["w4a16", "w8a8", "static_fp8", "awq"])
+def test_layers_that_a_config_leaves_out_keep_their_own_numbers(tmp_path: Path, kind: str) -> None:
+    """Names of tensors tell which: no list of modules, and no expression that says where a scheme applies, is read. A
+    scale of a head's keys, for a cache in fp8, is nobody's weight."""
+    plain = load_file(tiny_models.make_model("llama", tmp_path) / "model.safetensors")
+    meant = repack(tmp_path, kind)
+    held = load_file(tmp_path / "model.safetensors")
+    left_out = "model.layers.0.self_attn.q_proj"
+    held = {name: tensor for name, tensor in held.items() if not name.startswith(f"{left_out}.")}
+    meant[f"{left_out}.weight"] = held[f"{left_out}.weight"] = plain[f"{left_out}.weight"]
+    held["model.layers.1.self_attn.k_scale"] = torch.tensor([0.1])
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    ignored = {"ignore": ["lm_head", r"re:.*layers\.0\.self_attn\.q.*"], "kv_cache_scheme": scheme}
+    configure(tmp_path, {**SETTINGS[kind], **ignored})
+    modules = dict(load_model(_spec(tmp_path)).named_modules())
+    assert type(modules[left_out]) is torch.nn.Linear
+    for name, weight in meant.items():
+        module = modules[name.removesuffix(".weight")]
+        numbers = module.weight.float()
+        assert torch.equal(
+            numbers * module.weight_scale if isinstance(module, Fp8Linear) else numbers, weight
+        )
+
+
 def test_groups_that_were_never_put_in_another_order_are_in_their_own() -> None:
     """compressed-tensors writes -1 for each feature then."""
     shape, scale = torch.tensor([8, 32]), torch.rand(8, 2)
@@ -199,6 +224,15 @@ def test_memory_is_that_of_the_expanded_weights(tmp_path: Path, kind: str) -> No
         {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down_proj": {"bits": 8}}},
         {"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"},
         {"quant_method": "awq", "bits": 4, "checkpoint_format": "gemv"},
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        {
+            **SETTINGS["w4a16"],
+            "config_groups": {
+                name: group
+                for kind in ("w4a16", "w8a16")
+                for name, group in ((kind, SETTINGS[kind]["config_groups"]["group_0"]),)
+            },
+        },
     ],
 )
 def test_other_formats_are_refused_before_anything_is_loaded(

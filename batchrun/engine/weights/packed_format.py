@@ -242,6 +242,9 @@ def _is(scheme: Mapping[str, Any] | None, strategy: str, dynamic: bool) -> bool:
 def described(settings: Mapping[str, Any]) -> str:
     """What a config says about its format, for an error."""
     facts = [str(settings.get("quant_method") or "an unnamed way")]
-    keys = ("format", "checkpoint_format", "bits", "version", "dynamic", "pack_dtype")
+    keys = ("format", "checkpoint_format", "activation_scheme", "bits", "version", "dynamic", "pack_dtype")
     facts += [f"{key} {settings[key]}" for key in keys if settings.get(key)]
+    for group in (settings.get("config_groups") or {}).values():
+        scheme = group.get("weights") or {}
+        facts.append(f"weights of {scheme.get('num_bits')} bits by {scheme.get('strategy')}")
     return ", ".join(facts)
