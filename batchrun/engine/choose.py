@@ -118,7 +118,7 @@ def _checkpoint_notes(spec: EngineSpec) -> list[str]:
     if form is None and blocks is None:
         return []
     name = form.name if form is not None else "block-scaled fp8"
-    what = "fp8 with a scale for each channel" if spec.quantization else "the model's dtype"
+    what = "the model's dtype" + (", then converted to fp8," if spec.quantization else "")
     shapes = {name: tensor.get_shape() for name, tensor in open_tensors(spec.model_path).items()}
     memory = expanded_bytes(settings, shapes, choose_dtype(spec, config).itemsize, bool(spec.quantization))
     files = sum(file.stat().st_size for file in Path(spec.model_path).glob("*.safetensors"))

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.weights.packed_format import is_expanded, runs_in_fp8
+from batchrun.engine.weights.packed_format import becomes_fp8, fp8_bytes, is_expanded, runs_in_fp8
 from batchrun.model.check import model_shapes
 from batchrun.model.files import read_json
 
-# What keeps its format, by how models name it: embeddings, the layer that gives the logits, and routers.
-_KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
-_FP8_MULTIPLE = 16
 # What each of several GPUs holds whole, beside biases and norms; the layer that gives the logits is divided by tokens.
 _WHOLE = ("embed", "wte", "wpe", ".gate.", ".router.")
 # Of weights in fp8: counted with them, or gone once those are expanded.
@@ -80,15 +77,15 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
         if settings and name.endswith(_SCALES):
             continue
         if name in kept_in_fp8:
-            weights += _fp8_bytes(shape)
-            fp8_weights += _fp8_bytes(shape)
+            weights += fp8_bytes(shape)
+            fp8_weights += fp8_bytes(shape)
             continue
         numbers = math.prod(shape)
         weights += number * numbers
         if len(shape) < 2 or any(word in name for word in _WHOLE):
             whole += number * numbers
-        becomes = not kept_in_fp8 and _becomes_fp8(name, shape)
-        fp8_weights += _fp8_bytes(shape) if becomes else number * numbers
+        becomes = not kept_in_fp8 and becomes_fp8(name, shape)
+        fp8_weights += fp8_bytes(shape) if becomes else number * numbers
     # Likewise, a scale for each head.
     token, fp8_token = number * count * size, count * (size + 4)
     sizes = ((Path(folder) / file).stat().st_size for file in files if file.endswith(".safetensors"))
@@ -101,16 +98,6 @@ def attention_heads(config: dict[str, Any]) -> tuple[int, int] | None:
     config = config.get("text_config") or config
     heads = config.get("num_attention_heads")
     return (int(heads), int(config.get("num_key_value_heads") or heads)) if heads else None
-
-
-def _fp8_bytes(shape: list[int]) -> int:
-    """A number a byte, and a float32 scale a row."""
-    return math.prod(shape) + 4 * shape[0]
-
-
-def _becomes_fp8(name: str, shape: list[int]) -> bool:
-    kept = any(word in name for word in _KEPT)
-    return len(shape) == 2 and not kept and all(length % _FP8_MULTIPLE == 0 for length in shape)
 
 
 def _token_heads(config: dict[str, Any]) -> tuple[int, int] | None:

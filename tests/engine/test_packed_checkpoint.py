@@ -244,6 +244,31 @@ def test_other_formats_are_refused_before_anything_is_loaded(
         check_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_layers_that_a_checkpoint_leaves_out_are_converted_with_the_others(
+    tmp_path: Path, adapted: bool
+) -> None:
+    folder = tmp_path / "model"
+    plain = load_file(tiny_models.make_model("llama", folder) / "model.safetensors")
+    repack(folder, "w4a16")
+    q_proj = "model.layers.0.self_attn.q_proj"
+    held = load_file(folder / "model.safetensors")
+    held = {name: tensor for name, tensor in held.items() if not name.startswith(f"{q_proj}.")}
+    held[f"{q_proj}.weight"] = meant = plain[f"{q_proj}.weight"]
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    changes: dict[str, Any] = {"quantization": "fp8"}
+    if adapted:
+        source = tiny_models.model_folder("llama")
+        changes["adapter"] = str(make_adapter(tmp_path / "adapter", source, ["q_proj"]))
+        lora = read_adapter(changes["adapter"])[q_proj]
+        meant = meant + lora.b @ lora.a
+    model = load_model(_spec(folder, **changes))
+    assert torch.equal(model.get_submodule(q_proj).weight.float(), quantize_rows(meant)[0].float())
+    planned = model_memory(str(folder), ("model.safetensors",), "float32")
+    assert planned is not None
+    assert planned.fp8_weights == sum(p.numel() * p.itemsize for p in model.parameters())
+
+
 def test_groups_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tiny_models.make_model("llama", tmp_path)
     repack(tmp_path, "awq")

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from batchrun.engine.layers.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.layers.fp8_experts import PARAMETERS, Fp8Experts
 from batchrun.engine.weights.fp8_checkpoint import Fp8Checkpoint, prepare
-from batchrun.engine.weights.fp8_model import with_fp8_layers
+from batchrun.engine.weights.fp8_model import quantize, with_fp8_layers
 from batchrun.engine.weights.lora import Merge
 from batchrun.engine.weights.packed_checkpoint import PackedCheckpoint
 from batchrun.engine.weights.part import Part
@@ -83,6 +83,11 @@ class Fp8Quantizer(HfQuantizer):
         if isinstance(checkpoint, PackedCheckpoint):
             how = self.quantization_config
             checkpoint.expand(model, dtype, how.convert, how.merge, how.part)
+            if how.convert and checkpoint.format.expands:
+                if how.merge is not None:
+                    how.merge.into(model)
+                # Those that the checkpoint has in the model's own format.
+                quantize(model)
         return model
 
     def is_serializable(self, **_: Any) -> bool:

@@ -24,6 +24,11 @@ _PARTS = {
 }
 # MXFP4 has no layers but experts' tensors, each in two: `down_proj_blocks` and `down_proj_scales`.
 _BLOCKS, _SCALES = "_blocks", "_scales"
+# What keeps its format where a model is converted to fp8, by how models name it: embeddings, the layer that gives the
+# logits, and routers.
+_KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
+# Of a weight's sizes, as fp8 products take them.
+_FP8_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,19 +208,27 @@ def expanded_bytes(
     Args:
         shapes: of its tensors by name.
         size: bytes of a number that is expanded.
-        convert: whether expanded weights, but for experts in MXFP4, become fp8.
+        convert: whether layers become fp8 then.
     """
     form, blocks = packed_format(settings), fp8_blocks(settings)
+    found = form.expanded(shapes) if form is not None else dict(shapes)
     if blocks is not None:
-        quantized = set(blocks.weights(shapes))
-        found = {name: list(shape) for name, shape in shapes.items() if not name.endswith(blocks.suffix)}
-    else:
-        assert form is not None
-        quantized = set(form.parts(shapes)) if form.kind != "MXFP4" else set()
-        found = form.expanded(shapes)
+        found = {name: shape for name, shape in found.items() if not name.endswith(blocks.suffix)}
     return sum(
-        math.prod(shape) * (1 if convert and name in quantized else size) for name, shape in found.items()
+        fp8_bytes(shape) if convert and becomes_fp8(name, shape) else math.prod(shape) * size
+        for name, shape in found.items()
     )
+
+
+def becomes_fp8(name: str, shape: Sequence[int]) -> bool:
+    """Whether `model.quantization: fp8` converts a weight, as far as its name and shape tell."""
+    kept = any(word in name for word in _KEPT)
+    return len(shape) == 2 and not kept and all(length % _FP8_MULTIPLE == 0 for length in shape)
+
+
+def fp8_bytes(shape: Sequence[int]) -> int:
+    """Of a weight in fp8: a number a byte, and a float32 scale a row."""
+    return math.prod(shape) + 4 * shape[0]
 
 
 def channels_and_tokens(settings: Mapping[str, Any]) -> bool:
