@@ -44,7 +44,10 @@ def of(job: Job, prepared: Prepared, sampled: Sample) -> dict[str, Any] | None:
         "row_tokens": round(tokens),
         "rows": found.rows(budget, tokens, False, gpus, fp8_cache),
         "fp8_rows": found.rows(budget, tokens, True, gpus, fp8_cache),
-        "other_cache_rows": found.rows(budget, tokens, fp8, gpus, not fp8_cache),
+        # The padded engine keeps them in the model's format alone.
+        "other_cache_rows": None
+        if job.engine.kind == "padded"
+        else found.rows(budget, tokens, fp8, gpus, not fp8_cache),
         "gpus": gpus,
         "chosen": job.engine.gpus == "auto",
         "each_weights": weights,
@@ -82,10 +85,11 @@ def lines(memory: dict[str, Any] | None) -> list[str]:
             f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
             + ("" if fp8 else "; products take about half as long, answers differ a little")
         )
-    shown.append(
-        f"{other_cache}: a token's keys and values {size(memory[other_token])}, {memory['other_cache_rows']:,} rows"
-        + ("" if fp8_cache else "; answers differ a little")
-    )
+    if (other_cache_rows := memory["other_cache_rows"]) is not None:
+        shown.append(
+            f"{other_cache}: a token's keys and values {size(memory[other_token])}, {other_cache_rows:,} rows"
+            + ("" if fp8_cache else "; answers differ a little")
+        )
     return shown
 
 

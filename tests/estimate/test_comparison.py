@@ -70,7 +70,8 @@ def test_a_plan_compares_both_ways_and_the_report_of_a_run_with_converted_weight
     said = [str(line) for line in lines(plan)]
     assert any(line.startswith("with model.quantization: fp8, ") for line in said)
     assert any("sampled rows have the same greedy answer with fp8" in line for line in said)
-    assert not any(line.startswith("valid answers") for line in said)
+    # There is no schema, and the padded engine has no keys in fp8.
+    assert not any(line.startswith(("valid answers", "with engine.cache_dtype")) for line in said)
     said = [str(line) for line in lines(plan | {"invalid_if_cut": True})]
     ended = f"{about['quantized_ended']} of 40 with fp8, {about['ended']} without"
     assert f"valid answers, those that end by themselves: {ended}" in said
