@@ -96,7 +96,8 @@ class PagedEngine:
         try:
             # Before the model, so that all ranks load at the same time.
             ranks = Ranks(spec, PAGE_SIZE) if spec.gpus > 1 else None
-            engine = cls(spec, load_share(spec, ranks.group) if ranks else load_model(spec), ranks=ranks)
+            with ranks.waiting("loading") if ranks else nullcontext():
+                engine = cls(spec, load_share(spec, ranks.group) if ranks else load_model(spec), ranks=ranks)
         except Unsupported as reason:
             raise ModelError(
                 f"the paged engine cannot run this model, since {reason}",
@@ -173,7 +174,7 @@ class PagedEngine:
         """Reads results back, the oldest first, until so many are left; yields the sequences that have ended."""
         while len(pending) > leaving:
             results = pending.popleft()
-            with self._ranks.waiting() if self._ranks else nullcontext():
+            with self._ranks.waiting("a batch") if self._ranks else nullcontext():
                 columns = results.read()
             self.stats.busy_seconds += results.seconds
             running: list[tuple[Sequence, list[int]]] = []
