@@ -76,12 +76,7 @@ def load_engine(spec: EngineSpec) -> Engine:
     if spec.adapters:
         engine.stats.notes.append(f"{len(spec.adapters)} adapters, of which each row has its own or none")
     engine.stats.notes += _cpu_notes(spec)
-    if spec.quantization is None and "fp8" not in engine.stats.dtype and _in_fp8(spec):
-        engine.stats.notes.append(
-            "the checkpoint's fp8 weights, a scale for each block, are expanded and take twice their files' size: "
-            "model.quantization: fp8 converts them to what this engine multiplies"
-        )
-    engine.stats.notes += _packed_notes(spec)
+    engine.stats.notes += _checkpoint_notes(spec, in_fp8="fp8" in engine.stats.dtype)
     if compiles_at_every_start():
         engine.stats.notes.append(
             "torch came without bytecode and PYTHONDONTWRITEBYTECODE keeps Python from writing it, so that every start "
@@ -109,18 +104,18 @@ def _cpu_notes(spec: EngineSpec) -> list[str]:
     return notes
 
 
-def _in_fp8(spec: EngineSpec) -> bool:
+def _checkpoint_notes(spec: EngineSpec, in_fp8: bool) -> list[str]:
+    """What became of the weights of a quantized checkpoint, which the engine has `in_fp8` or expanded."""
     from batchrun.engine.weights.fp8_checkpoint import fp8_checkpoint
-    from batchrun.engine.weights.loading import load_config
-
-    return fp8_checkpoint(spec.model_path, load_config(spec)) is not None
-
-
-def _packed_notes(spec: EngineSpec) -> list[str]:
     from batchrun.engine.weights.loading import choose_dtype, load_config
     from batchrun.engine.weights.packed_checkpoint import packed_checkpoint
 
     config = load_config(spec)
+    if spec.quantization is None and not in_fp8 and fp8_checkpoint(spec.model_path, config) is not None:
+        return [
+            "the checkpoint's fp8 weights, a scale for each block, are expanded and take twice their files' size: "
+            "model.quantization: fp8 converts them to what this engine multiplies"
+        ]
     checkpoint = packed_checkpoint(spec.model_path, config)
     if checkpoint is None:
         return []
