@@ -358,7 +358,9 @@ class Runner:
         with self._scoring.states(0, columns) as states:
             needed = torch.cat([logits_to_keep, columns])
             logits = self._forward(tokens, positions, metadata, logits_to_keep, needed)
-        return logits, self._copied(self._scoring.logprobs(states[0], wanted, places, scored.places))
+        with self._sampler.whole_logits():
+            logprobs = self._scoring.logprobs(states[0], wanted, places, scored.places)
+        return logits, self._copied(logprobs)
 
     def _forward(
         self,
