@@ -17,7 +17,7 @@ PAGE = 16
 @given(
     seed=st.integers(0, 10**6), rows=st.integers(1, 30), documents=st.integers(1, 4), most=st.integers(1, 40)
 )
-def test_every_table_finds_its_own_pages_among_those_that_its_span_brings_back(
+def test_every_table_finds_its_own_pages_among_those_that_its_turn_brings_back(
     seed: int, rows: int, documents: int, most: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -34,13 +34,16 @@ def test_every_table_finds_its_own_pages_among_those_that_its_span_brings_back(
         patch.setattr(widened_pages, "WIDENED_TOKENS", most * PAGE)
         plan = WidenedPages.of(query_spans(news), tables, news, lens, PAGE)
     assert (tables == before).all()
-    assert [row for first, stop, _ in plan.spans for row in range(first, stop)] == list(range(rows))
-    assert sum(stop - first for first, stop in plan.page_spans) == len(plan.pages)
-    for (first, stop, longest), page_span in zip(plan.spans, plan.page_spans, strict=True):
+    spans = [span for turn in plan.spans for span in turn]
+    assert [row for first, stop, _ in spans for row in range(first, stop)] == list(range(rows))
+    whole = query_spans(news)
+    for first, stop, longest in spans:
         assert longest == max(news[first:stop])
-        pages = plan.pages[slice(*page_span)]
+        assert any(begin <= first and stop <= end for begin, end, _ in whole)
+    assert len(spans) < len(plan.pages) + len(whole)
+    for turn, pages in zip(plan.spans, plan.pages, strict=True):
         assert len(set(pages)) == len(pages)
-        assert len(pages) <= most or stop - first == 1
-        for row in range(first, stop):
+        assert len(pages) <= most or turn[-1][1] - turn[0][0] == 1
+        for row in range(turn[0][0], turn[-1][1]):
             found = pages[plan.block_tables[row, : need[row]]]
             assert (found == tables[row, : need[row]]).all()

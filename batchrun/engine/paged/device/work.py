@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchrun.engine.paged.attention.cascade import CascadePlan, CascadePlanner
-from batchrun.engine.paged.attention.metadata import AttentionMetadata, SharedPrefixes, Spans
+from batchrun.engine.paged.attention.metadata import AttentionMetadata, PrefillTurn, SharedPrefixes, Spans
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.device.sampler import Sampler
 from batchrun.engine.paged.device.scored_chunks import ScoredChunks
@@ -88,9 +88,9 @@ class Starts:
 class PrefillWork:
     """A prefill batch: `copies` (3, copies) int64 are pages to copy first, from where, to where and how many tokens;
     the others are as in `AttentionMetadata`, `tokens` and `positions` (tokens,) int64; `widened` are the pages to be
-    brought back to the model's format, if any are. The longest chunks come first and padding last. `adapters`
-    (sequences,) int32 are numbers of adapters, 0 for none. `scored` has no names of sequences. `plan`: which pages
-    sequences read together."""
+    brought back to the model's format, turn by turn, if any are. The longest chunks come first and padding last.
+    `adapters` (sequences,) int32 are numbers of adapters, 0 for none. `scored` has no names of sequences. `plans`: what
+    sequences of each turn read together; there is one turn where no pages are widened."""
 
     copies: Longs | None
     tokens: Longs
@@ -105,7 +105,7 @@ class PrefillWork:
     adapters: Ints
     starts: Starts | None
     scored: ScoredChunks | None
-    plan: CascadePlan | None = None
+    plans: Many[CascadePlan | None]
 
     @classmethod
     def of(
@@ -144,15 +144,16 @@ class PrefillWork:
             tokens=tokens.astype(np.int64),
             positions=positions.astype(np.int64),
             slot_mapping=pages * page_size + positions % page_size,
-            block_tables=block_tables if widened is None else widened.block_tables,
+            block_tables=block_tables,
             query_lens=np.array(query_lens, np.int64),
             seq_lens=seq_lens,
-            query_spans=spans if widened is None else widened.spans,
+            query_spans=spans,
             no_context=no_context,
             widened=widened,
             adapters=np.array([*(s.sequence.request.adapter for s in chunks), 0], np.int32),
             starts=Starts.of(sequences, stops, last_tokens, sampler) if sequences else None,
             scored=ScoredChunks.of(chunks, np.concatenate([[0], ends])),
+            plans=[None] * (1 if widened is None else len(widened.spans)),
         )
         return work, sequences
 
@@ -167,8 +168,17 @@ class PrefillWork:
         """The batch with what its sequences read together, if that is anything."""
         if self.no_context:
             return self
-        plan = cascade.plan_prefill(self.block_tables, self.query_lens, self.seq_lens, page_size)
-        return replace(self, plan=plan)
+        plans = [
+            cascade.plan_prefill(
+                self.block_tables, self.query_lens, self.seq_lens, page_size, spans[0][0], spans[-1][1]
+            )
+            for spans in self._turns
+        ]
+        return replace(self, plans=plans)
+
+    @property
+    def _turns(self) -> list[Spans]:
+        return [self.query_spans] if self.widened is None else self.widened.spans
 
     def metadata(self, upload: Callable[[NDArray[Any], type], Tensor]) -> AttentionMetadata:
         """What attention is told of it, on the device."""
@@ -176,16 +186,16 @@ class PrefillWork:
         def ints(values: NDArray[Any]) -> Tensor:
             return upload(values, np.int32)
 
+        pages = [None] if self.widened is None else [upload(own, np.int64) for own in self.widened.pages]
+        shared = [None if plan is None else SharedPrefixes.of(plan, ints) for plan in self.plans]
+        turns = zip(self._turns, shared, pages, strict=True)
         return AttentionMetadata(
             slot_mapping=upload(self.slot_mapping, np.int64),
-            block_tables=ints(self.block_tables),
+            block_tables=ints(self.block_tables if self.widened is None else self.widened.block_tables),
             seq_lens=ints(self.seq_lens),
             cu_seqlens_q=ints(np.concatenate([[0], np.cumsum(self.query_lens)])),
-            query_spans=self.query_spans,
+            turns=[PrefillTurn(*turn) for turn in turns],
             no_context=self.no_context,
-            shared_prefixes=None if self.plan is None else SharedPrefixes.of(self.plan, ints),
-            widened=None if self.widened is None else upload(self.widened.pages, np.int64),
-            widened_spans=[] if self.widened is None else self.widened.page_spans,
         )
 
     def for_ranks(self) -> Self:
