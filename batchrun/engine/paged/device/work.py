@@ -16,7 +16,7 @@ from batchrun.engine.paged.attention.metadata import AttentionMetadata, PrefillT
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.device.sampler import Sampler
 from batchrun.engine.paged.device.scored_chunks import ScoredChunks
-from batchrun.engine.paged.device.shapes import query_spans, round_tokens
+from batchrun.engine.paged.device.shapes import length_kind, query_spans, round_tokens
 from batchrun.engine.paged.schedule.batches import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.schedule.page_pool import NULL_PAGE
 from batchrun.engine.paged.schedule.scheduler import MIN_PREFILL_TOKENS
@@ -88,7 +88,7 @@ class Starts:
 class PrefillWork:
     """A prefill batch: `copies` (3, copies) int64 are pages to copy first, from where, to where and how many tokens;
     the others are as in `AttentionMetadata`, `tokens` and `positions` (tokens,) int64; `widened` are the pages to be
-    brought back to the model's format, turn by turn, if any are. The longest chunks come first and padding last.
+    brought back to the model's format, turn by turn, if any are. Long chunks come first and padding last.
     `adapters` (sequences,) int32 are numbers of adapters, 0 for none. `scored` has no names of sequences. `plans`: what
     sequences of each turn read together; there is one turn where no pages are widened."""
 
@@ -112,7 +112,12 @@ class PrefillWork:
         cls, chunks: list[PrefillChunk], page_size: int, sampler: Sampler, widens: bool
     ) -> tuple[Self, list[Sequence]]:
         """The batch, and the sequences whose first new tokens come out of it."""
-        chunks = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
+        no_context = not any(chunk.start for chunk in chunks)
+        if widens and not no_context:
+            # Those with the same pages side by side, so that these are brought back in few turns.
+            chunks = sorted(chunks, key=lambda c: (-length_kind(c.stop - c.start), c.sequence.pages))
+        else:
+            chunks = sorted(chunks, key=lambda c: c.start - c.stop)
         copies = [(chunk.copy_from, chunk.copy_to, chunk.copied) for chunk in chunks if chunk.copied]
         query_lens = [s.stop - s.start for s in chunks]
         # Padding, up to one of few numbers of tokens, belongs to a sequence of its own on the null page.
@@ -135,8 +140,7 @@ class PrefillWork:
         sequences = [chunks[i].sequence for i in completed]
         stops, last_tokens = [chunks[i].stop for i in completed], [int(ends[i]) - 1 for i in completed]
         seq_lens = np.array([*(s.stop for s in chunks), padding], np.int64)
-        spans, no_context = query_spans(query_lens), all(s.start == 0 for s in chunks)
-        widened = None
+        spans, widened = query_spans(query_lens), None
         if widens and not no_context:
             widened = WidenedPages.of(spans, block_tables, query_lens, seq_lens, page_size)
         work = cls(
