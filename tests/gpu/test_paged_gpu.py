@@ -123,9 +123,12 @@ def test_every_token_is_the_references_choice_or_next_to_it(
     assert max(gaps) < 0.3 * np.mean(spread)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 63, 64, 65, 300])
-def test_an_fp8_product_is_that_of_its_numbers_for_any_number_of_rows(rows: int) -> None:
-    x, weight = torch.randn(rows, 4096, device=DEVICE), torch.randn(1024, 4096, device=DEVICE)
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [*((rows, 1024) for rows in (1, 2, 16, 63, 64, 65, 300)), (149, fp8.MANY_WEIGHTS // 4096)],
+)
+def test_an_fp8_product_is_that_of_its_numbers_for_any_number_of_rows(rows: int, columns: int) -> None:
+    x, weight = torch.randn(rows, 4096, device=DEVICE), torch.randn(columns, 4096, device=DEVICE)
     (x, x_scale), (weight, weight_scale) = fp8.quantize_rows(x), fp8.quantize_rows(weight)
     want = x.float() @ weight.float().t() * x_scale * weight_scale.t()
     got = fp8.scaled_product(x, x_scale, weight, weight_scale).float()
