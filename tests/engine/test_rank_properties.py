@@ -123,7 +123,8 @@ def _check_like(want: Completion, have: Completion) -> None:
         assert np.allclose(have.values["logprobs"], want.values["logprobs"][:length], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", tp_models.CONFIGS)
+# But for one whose experts are computed like another's.
+@pytest.mark.parametrize("name", sorted({*tp_models.CONFIGS} - {"mixtral"}))
 def test_two_ranks_and_four_answer_like_one_whatever_the_rows_are(name: str, tmp_path: Path) -> None:
     folder = tp_models.make_model(name, tmp_path / "model")
     seeds = (1, 2) if name == "qwen3" else ()
