@@ -88,8 +88,9 @@ class PagedEngine:
         )
 
     @classmethod
-    def load(cls, spec: EngineSpec) -> Self:
-        """Loads the weights onto `spec.device`, finds out how much memory is left, and takes it for the pool.
+    def load(cls, spec: EngineSpec, config: Any = None) -> Self:
+        """Loads the weights onto `spec.device`, finds out how much memory is left, and takes it for the pool. Over
+        several GPUs they can be random ones, of a model of the `config`.
 
         Raises:
             ModelError: the model cannot be loaded, or not by this engine: `unsupported` says why.
@@ -97,9 +98,10 @@ class PagedEngine:
         started = time.perf_counter()
         try:
             # Before the model, so that all ranks load at the same time.
-            ranks = Ranks(spec, PAGE_SIZE) if spec.gpus > 1 else None
+            ranks = Ranks(spec, PAGE_SIZE, config) if spec.gpus > 1 else None
             with ranks.waiting("loading") if ranks else nullcontext():
-                engine = cls(spec, load_share(spec, ranks.group) if ranks else load_model(spec), ranks=ranks)
+                model = load_share(spec, ranks.group, config) if ranks else load_model(spec)
+                engine = cls(spec, model, ranks=ranks)
         except Unsupported as reason:
             raise ModelError(
                 f"the paged engine cannot run this model, since {reason}",
