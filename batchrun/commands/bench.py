@@ -9,6 +9,7 @@ import copy
 import pkgutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -249,27 +250,26 @@ def format_results(results: Sequence[Measured]) -> str:
 
 def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceilings: Ceilings) -> Measured:
     dtype = getattr(torch, spec.dtype)
-    running = _load(kind, spec, config)
-    # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
     vocabulary = config.get_text_config().vocab_size
-    warm = workload.requests(vocabulary, other_tokens=1)
-    _run(running, warm if spec.device != "cpu" else warm[:CPU_WARM_ROWS])
     prompts_alone = [
         replace(request, max_new_tokens=1) for request in workload.requests(vocabulary, other_tokens=2)
     ]
-    prompt_seconds, _, completions = _run(running, prompts_alone)
-    _check(kind, prompts_alone, completions)
-    before = copy.deepcopy(running.stats)
     requests = workload.requests(vocabulary)
-    seconds, first, completions = _run(running, requests)
-    _check(kind, requests, completions)
+    with _loaded(kind, spec, config) as running:
+        # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
+        warm = workload.requests(vocabulary, other_tokens=1)
+        _run(running, warm if spec.device != "cpu" else warm[:CPU_WARM_ROWS])
+        prompt_seconds, _, completions = _run(running, prompts_alone)
+        _check(kind, prompts_alone, completions)
+        before = copy.deepcopy(running.stats)
+        seconds, first, completions = _run(running, requests)
+        _check(kind, requests, completions)
+        stats = copy.deepcopy(running.stats)
     for name in ("requests", "completions", "prompt_tokens", "output_tokens", "computed_tokens", "batches"):
-        setattr(running.stats, name, getattr(running.stats, name) - getattr(before, name))
+        setattr(stats, name, getattr(stats, name) - getattr(before, name))
     prompt_tokens = sum(len(p) for p in workload.prompts)
     weight_bytes = fp8.FP8.itemsize if spec.quantization else dtype.itemsize
     floor = floor_seconds(config, workload, ceilings, dtype.itemsize, weight_bytes, spec.cache_dtype == "fp8")
-    floor /= spec.gpus
-    stats = copy.deepcopy(running.stats)
     return Measured(
         kind,
         workload.name,
@@ -278,7 +278,7 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
         sum(workload.new_tokens),
         seconds,
         first,
-        floor,
+        floor / spec.gpus,
         prompt_seconds,
         stats,
         workload.notes,
@@ -286,11 +286,14 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
     )
 
 
-def _load(kind: str, spec: EngineSpec, config: Any) -> Any:
+@contextmanager
+def _loaded(kind: str, spec: EngineSpec, config: Any) -> Iterator[Any]:
     """The engine, on random weights."""
     engine = pkgutil.resolve_name(BUILT_IN[kind])
     if spec.gpus > 1:
-        return engine.load(spec, config)
+        with closing(engine.load(spec, config)) as running:
+            yield running
+        return
     torch.manual_seed(0)
     with torch.device(spec.device):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -298,7 +301,7 @@ def _load(kind: str, spec: EngineSpec, config: Any) -> Any:
         ).eval()
     if spec.quantization:
         fp8_model.quantize(model)
-    return engine(spec, model)
+    yield engine(spec, model)
 
 
 def _run(engine: Any, requests: list[Request]) -> tuple[float, float, list[Completion]]:

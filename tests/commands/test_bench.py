@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import transformers
 
 from batchrun.commands import bench as benchmark
@@ -50,6 +51,7 @@ def test_an_engine_over_two_gpus_is_measured_and_remembered_as_one(
     parts = {"engine": {"kind": "paged"}, "generation": {"max_new_tokens": 5}, "rows": 4}
     job = load(write_job(tmp_path, tiny_llama, **parts), "engine.gpus=2")
     (result,) = bench_job(job)
+    assert not torch.distributed.is_initialized(), "its ranks have ended"
     assert (result.engine, result.gpus, result.output_tokens) == ("paged", 2, 20)
     assert "2 of cpu, float32; paged" in format_results([result])
     known = recall(prepare(job), mean_prompt=10.0)

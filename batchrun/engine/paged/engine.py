@@ -113,6 +113,11 @@ class PagedEngine:
 
     unsupported = staticmethod(unsupported)
 
+    def close(self) -> None:
+        """Ends the other ranks, if there are any: with the process they end by themselves."""
+        if self._ranks:
+            self._ranks.close()
+
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
         """See `Engine.generate`. Closing the generator aborts every sequence; the engine can be used again."""
         feed = _Feed(requests)
