@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,14 +23,15 @@ import exact_fp8
 from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.layers.fp8 import quantize_rows
-from batchrun.engine.paged.attention import cascade, page_kernels
+from batchrun.engine.paged.attention import cascade, page_kernels, prefill_hopper
 from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
 from batchrun.engine.paged.attention import decode as decode_attention
+from batchrun.engine.paged.attention import prefill as prefill_attention
 from batchrun.engine.paged.attention.architecture import Layer
 from batchrun.engine.paged.attention.cascade import CascadePlanner
 from batchrun.engine.paged.attention.flash import FlashAttention
 from batchrun.engine.paged.attention.gathered import GatheredPages
-from batchrun.engine.paged.attention.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.attention.metadata import LONG_SEQLEN, AttentionMetadata, SharedPrefixes
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.device import sampler_kernels as kernels
 from batchrun.engine.paged.device.sampler import top_p_threshold
@@ -185,6 +187,63 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(
     pages.assert_equal(reference)
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that has a kernel of its own for long prompts."""
+    monkeypatch.setattr(prefill_attention, "is_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    prefill_attention._hopper_kernel.cache_clear()
+    yield
+    prefill_attention._hopper_kernel.cache_clear()
+
+
+def test_where_triton_does_not_compile_hoppers_kernel_long_prompts_have_the_other_and_a_note_says_so(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_hopper, "_prefill_long", None)
+    monkeypatch.setattr(prefill_attention, "NOTES", [])
+    layer, tokens = Layer(query_heads=2, kv_heads=2, head_dim=128, scale=0.1), 20
+    query, key, value = (_random(tokens, 2, 128) for _ in range(3))
+    for _ in range(2):
+        out = prefill_attention.prefill(
+            query, key, value, None, _int([0, tokens]), _int([tokens]), LONG_SEQLEN, layer
+        )
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (query, key, value)), is_causal=True, scale=0.1
+    )
+    torch.testing.assert_close(out, expected.transpose(0, 1), **CLOSE)
+    assert [note.partition(", since")[0] for note in prefill_attention.NOTES] == [
+        "prefills of long prompts take longer"
+    ]
+
+
+def test_only_what_hoppers_kernel_is_made_for_goes_to_it(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_hopper, "compile_for", lambda *layer: None)
+    plain = Layer(query_heads=8, kv_heads=2, head_dim=128, scale=0.1)
+
+    def served(layer: Layer, page_size: int | None = None) -> bool:
+        return (
+            prefill_attention._hopper_kernel(layer, page_size, DTYPE, torch.device(DEVICE))
+            is prefill_hopper.prefill_long
+        )
+
+    assert all(served(replace(plain, query_heads=2 * group)) for group in (1, 2, 4, 8, 16))
+    assert served(plain, 256)
+    assert served(plain, 128)
+    assert not served(plain, 64)
+    others: list[dict[str, Any]] = [
+        {"head_dim": 64},
+        {"query_heads": 6},
+        {"query_heads": 64},
+        {"window": 100},
+        {"softcap": 20.0},
+        {"sinks": True},
+    ]
+    assert not any(served(replace(plain, **other)) for other in others)
+
+
 @pytest.mark.parametrize(("layer", "has_sinks"), [(LAYERS[0], True), (LAYERS[-1], False)])
 def test_prefills_that_read_pages_together_give_attention_over_all_keys(
     layer: Layer, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +387,7 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_decode",
         "_combine",
         "_prefill",
+        "_prefill_long",
         "_write_quantized",
         "_widen",
         "_attend_prefixes",
