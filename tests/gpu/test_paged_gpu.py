@@ -308,10 +308,11 @@ def test_no_shape_is_compiled_twice_and_memory_stays_flat() -> None:
     assert torch.cuda.memory_reserved() < held + (1 << 30)
 
 
-@pytest.mark.parametrize("heads", [8, 2], ids=["four queries for a key", "one"])
-@pytest.mark.parametrize("paged", [False, True], ids=["new", "continued"])
+@pytest.mark.parametrize(
+    ("heads", "paged"), [(2, False), (4, True), (8, False), (8, True), (16, True), (6, False)]
+)
 def test_attention_of_long_prompts_is_that_of_float32_whatever_lies_between_them(
-    paged: bool, heads: int
+    heads: int, paged: bool
 ) -> None:
     layer = Layer(query_heads=heads, kv_heads=2, head_dim=128, scale=0.09)
     rng = torch.Generator(DEVICE).manual_seed(heads)

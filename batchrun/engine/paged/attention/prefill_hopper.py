@@ -49,13 +49,13 @@ def _fetch_blocks(
         if i < blocks:
             stage = i % NUM_STAGES
             row = _row(block_table, query_start, (blocks - 1 - i) * BLOCK_N, PAGED, PAGE_SIZE)
-            mbarrier.wait(k_free.index(stage), i // NUM_STAGES + 1 & 1)
+            mbarrier.wait(k_free.index(stage), (i // NUM_STAGES + 1) & 1)
             mbarrier.expect(k_full.index(stage), keys.block_type.nbytes)
             _fetch(keys, [row, column], k_full.index(stage), k_tiles.index(stage))
         if i > 0:
             stage = (i - 1) % NUM_STAGES
             row = _row(block_table, query_start, (blocks - i) * BLOCK_N, PAGED, PAGE_SIZE)
-            mbarrier.wait(v_free.index(stage), (i - 1) // NUM_STAGES + 1 & 1)
+            mbarrier.wait(v_free.index(stage), ((i - 1) // NUM_STAGES + 1) & 1)
             mbarrier.expect(v_full.index(stage), values.block_type.nbytes)
             _fetch(values, [row, column], v_full.index(stage), v_tiles.index(stage))
 
@@ -102,11 +102,11 @@ def _attend(
         scores = warpgroup_mma(
             q_tile,
             k_tiles.index(stage).permute((1, 0)),
-            gl.zeros((p.shape[0], BLOCK_N), gl.float32, LAYOUT),
+            gl.zeros_like(p),
             use_acc=False,
             is_async=True,
         )
-        mbarrier.wait(v_full.index(last), (i - 1) // NUM_STAGES & 1)
+        mbarrier.wait(v_full.index(last), ((i - 1) // NUM_STAGES) & 1)
         weights = gl.convert_layout(p.to(q_tile.dtype), OPERAND)
         sums = warpgroup_mma(weights, v_tiles.index(last), acc, is_async=True)
         qk = warpgroup_mma_wait(1, deps=[scores])
@@ -115,7 +115,7 @@ def _attend(
         p, alpha, m_i, l_i = _probabilities(qk, m_i, l_i, scale, first_key, position, LAYOUT, BLOCK_N, MASKED)
         # The next keys are waited for here, since the compiler would else move the wait for the product with values
         # to before the probabilities. It moves none past a wait for memory.
-        mbarrier.wait(k_full.index((i + 1) % NUM_STAGES), (i + 1) // NUM_STAGES & 1, pred=i + 1 < blocks)
+        mbarrier.wait(k_full.index((i + 1) % NUM_STAGES), ((i + 1) // NUM_STAGES) & 1, pred=i + 1 < blocks)
         acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
         mbarrier.arrive(v_free.index(last), count=1)
         acc = acc * alpha[:, None]
@@ -188,7 +188,7 @@ def _attend_queries(
         masked, blocks, own, barriers, p, m_i, l_i, acc, scale, position, blocks, BLOCK_N, NUM_STAGES, False
     )
     last = (blocks - 1) % NUM_STAGES
-    mbarrier.wait(v_full.index(last), (blocks - 1) // NUM_STAGES & 1)
+    mbarrier.wait(v_full.index(last), ((blocks - 1) // NUM_STAGES) & 1)
     weights = gl.convert_layout(p.to(q_tile.dtype), OPERAND)
     acc = warpgroup_mma(weights, v_tiles.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
