@@ -217,6 +217,22 @@ def test_where_triton_does_not_compile_hoppers_kernel_long_prompts_have_the_othe
     ]
 
 
+def test_memory_that_ran_out_is_not_taken_for_a_triton_that_does_not_compile(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*layer: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(prefill_hopper, "compile_for", full)
+    monkeypatch.setattr(prefill_attention, "NOTES", [])
+    kind = Layer(8, 2, 128, 0.1), None, DTYPE, torch.device(DEVICE)
+    with pytest.raises(torch.OutOfMemoryError):
+        prefill_attention._hopper_kernel(*kind)
+    monkeypatch.setattr(prefill_hopper, "compile_for", lambda *layer: None)
+    assert prefill_attention._hopper_kernel(*kind) is prefill_hopper.prefill_long
+    assert not prefill_attention.NOTES
+
+
 def test_only_what_hoppers_kernel_is_made_for_goes_to_it(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,8 +30,9 @@ PREFILL_BLOCK_M, PREFILL_WARPS = 64, 4
 
 LONG_BLOCK_M, LONG_BLOCK_N, LONG_WARPS, LONG_MEMORY = 128, 128, 8, 232448
 """Prefills with a sequence of `LONG_SEQLEN` tokens take larger blocks, where one may have so many bytes of shared
-memory (Hopper). On an H100, two sequences of 8,000 and 16 query heads: 489 instead of 449 TFLOP/s; a continued
-sequence, over its pages, 462 instead of 401. Sequences of 600 would lose a fifth."""
+memory (Hopper) and `prefill_hopper` is not made for them. On an H100, two sequences of 8,000 and 16 query heads: 489
+instead of 449 TFLOP/s; a continued sequence, over its pages, 462 instead of 401. Sequences of 600 would lose a
+fifth."""
 
 
 @triton.jit(
@@ -226,6 +227,8 @@ def _hopper_kernel(
         from batchrun.engine.paged.attention import prefill_hopper
 
         prefill_hopper.compile_for(layer, page_size, dtype, device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         NOTES.append(
             f"prefills of long prompts take longer, since Triton {triton.__version__} does not compile the kernel that "
