@@ -15,11 +15,16 @@ import pytest
 import torch
 from distributed import Client
 from faulty_jobs import Setting
+from hypothesis import settings
 from tiny_models import make_model
 
 from batchrun.cluster import connect
 from batchrun.job.settings import ClusterSettings
 from jobs import environment
+
+# A busy machine makes any example late.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -23,15 +22,18 @@ import exact_fp8
 from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.layers.fp8 import quantize_rows
-from batchrun.engine.paged.attention import cascade, page_kernels, prefill_hopper
+from batchrun.engine.paged.attention import cascade, page_kernels, widened_pages
 from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
 from batchrun.engine.paged.attention import decode as decode_attention
-from batchrun.engine.paged.attention import prefill as prefill_attention
 from batchrun.engine.paged.attention.architecture import Layer
-from batchrun.engine.paged.attention.cascade import CascadePlanner
+from batchrun.engine.paged.attention.cascade import CascadePlan, CascadePlanner
 from batchrun.engine.paged.attention.flash import FlashAttention
 from batchrun.engine.paged.attention.gathered import GatheredPages
-from batchrun.engine.paged.attention.metadata import LONG_SEQLEN, AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.attention.metadata import (
+    AttentionMetadata,
+    PrefillTurn,
+    SharedPrefixes,
+)
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.device import sampler_kernels as kernels
 from batchrun.engine.paged.device.sampler import top_p_threshold
@@ -105,6 +107,19 @@ def _own(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _random(tokens, layer.kv_heads, layer.head_dim), wider[:, : layer.kv_heads]
 
 
+def _in_turns(
+    metadata: AttentionMetadata, widened: WidenedPages, plans: list[CascadePlan | None]
+) -> AttentionMetadata:
+    """What attention over pages in fp8 is told of a prefill."""
+    turns = [
+        PrefillTurn(
+            spans, None if plan is None else SharedPrefixes.of(plan, _int), torch.from_numpy(own).to(DEVICE)
+        )
+        for spans, plan, own in zip(widened.spans, plans, widened.pages, strict=True)
+    ]
+    return replace(metadata, block_tables=_int(widened.block_tables), turns=turns)
+
+
 @pytest.mark.parametrize(("layer", "chunk", "fp8"), _pairs(LAYERS, [None, 32, 64], [False, True]))
 def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     layer: Layer, chunk: int | None, fp8: bool, monkeypatch: pytest.MonkeyPatch
@@ -168,17 +183,11 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(
         slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
     )
     # As if the first two were of another length, and computed apart.
-    told = replace(metadata, query_spans=[(0, 2, 40), (2, 4, 64)], no_context=not paged)
+    spans = [(0, 2, 40), (2, 4, 64)]
+    told = replace(metadata, turns=[PrefillTurn(spans)], no_context=not paged)
     if pages.scales is not None:
-        plan = WidenedPages.of(
-            told.query_spans, block_tables.cpu().numpy(), new, seq_lens.cpu().numpy(), page_size=64
-        )
-        told = replace(
-            told,
-            block_tables=_int(plan.block_tables),
-            widened=torch.from_numpy(plan.pages).to(DEVICE),
-            widened_spans=plan.page_spans,
-        )
+        plan = WidenedPages.of(spans, block_tables.cpu().numpy(), new, seq_lens.cpu().numpy(), page_size=64)
+        told = _in_turns(told, plan, [None] * len(plan.pages))
     out = FlashAttention().prefill(query, *own, pages.keys, pages.values, told, layer, sinks, pages.scales)
     expected = GatheredPages().prefill(
         query, *own, reference.keys, reference.values, metadata, layer, sinks, reference.scales
@@ -187,93 +196,25 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(
     pages.assert_equal(reference)
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU that has a kernel of its own for long prompts."""
-    monkeypatch.setattr(prefill_attention, "is_gpu", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    prefill_attention._hopper_kernel.cache_clear()
-    yield
-    prefill_attention._hopper_kernel.cache_clear()
-
-
-def test_where_triton_does_not_compile_hoppers_kernel_long_prompts_have_the_other_and_a_note_says_so(
-    hopper: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prefill_hopper, "_prefill_long", None)
-    monkeypatch.setattr(prefill_attention, "NOTES", [])
-    layer, tokens = Layer(query_heads=2, kv_heads=2, head_dim=128, scale=0.1), 20
-    query, key, value = (_random(tokens, 2, 128) for _ in range(3))
-    for _ in range(2):
-        out = prefill_attention.prefill(
-            query, key, value, None, _int([0, tokens]), _int([tokens]), LONG_SEQLEN, layer
-        )
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1) for x in (query, key, value)), is_causal=True, scale=0.1
-    )
-    torch.testing.assert_close(out, expected.transpose(0, 1), **CLOSE)
-    assert [note.partition(", since")[0] for note in prefill_attention.NOTES] == [
-        "prefills of long prompts take longer"
-    ]
-
-
-def test_memory_that_ran_out_is_not_taken_for_a_triton_that_does_not_compile(
-    hopper: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*layer: Any) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(prefill_hopper, "compile_for", full)
-    monkeypatch.setattr(prefill_attention, "NOTES", [])
-    kind = Layer(8, 2, 128, 0.1), None, DTYPE, torch.device(DEVICE)
-    with pytest.raises(torch.OutOfMemoryError):
-        prefill_attention._hopper_kernel(*kind)
-    monkeypatch.setattr(prefill_hopper, "compile_for", lambda *layer: None)
-    assert prefill_attention._hopper_kernel(*kind) is prefill_hopper.prefill_long
-    assert not prefill_attention.NOTES
-
-
-def test_only_what_hoppers_kernel_is_made_for_goes_to_it(
-    hopper: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prefill_hopper, "compile_for", lambda *layer: None)
-    plain = Layer(query_heads=8, kv_heads=2, head_dim=128, scale=0.1)
-
-    def served(layer: Layer, page_size: int | None = None) -> bool:
-        return (
-            prefill_attention._hopper_kernel(layer, page_size, DTYPE, torch.device(DEVICE))
-            is prefill_hopper.prefill_long
-        )
-
-    assert all(served(replace(plain, query_heads=2 * group)) for group in (1, 2, 4, 8, 16))
-    assert served(plain, 256)
-    assert served(plain, 128)
-    assert not served(plain, 64)
-    others: list[dict[str, Any]] = [
-        {"head_dim": 64},
-        {"query_heads": 6},
-        {"query_heads": 64},
-        {"window": 100},
-        {"softcap": 20.0},
-        {"sinks": True},
-    ]
-    assert not any(served(replace(plain, **other)) for other in others)
-
-
-@pytest.mark.parametrize(("layer", "has_sinks"), [(LAYERS[0], True), (LAYERS[-1], False)])
+@pytest.mark.parametrize(
+    ("layer", "has_sinks", "turns"),
+    [(LAYERS[0], True, 0), (LAYERS[-1], False, 0), (LAYERS[0], True, 1), (LAYERS[-1], False, 2)],
+)
 def test_prefills_that_read_pages_together_give_attention_over_all_keys(
-    layer: Layer, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
+    layer: Layer, has_sinks: bool, turns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two groups, of two pages and of one, and a sequence in neither, whose numbers are as if there were none."""
+    """Two groups, of two pages and of one, and a sequence in neither, whose numbers are as if there were none. Pages in
+    fp8 are brought back in one turn or in two, each of which has groups of its own."""
     for name, value in {"ROW_COST": 0, "GROUP_COST": 0, "PREFILL_COST": 1}.items():
         monkeypatch.setattr(cascade, name, value)
     lens, older = np.array([9, 7, 3, 9, 1, 4]), np.array([150, 130, 70, 64, 128, 0])
     tables = np.array([[1, 2, 3], [1, 2, 4], [5, 6, 0], [5, 7, 0], [1, 2, 8], [0, 0, 0]], np.int32)
     planner = CascadePlanner(layer, cascade_attention.query_blocks(layer), 2)
-    plan = planner.plan_prefill(tables, lens, older + lens, 64)
-    assert plan is not None
-    assert plan.starts.tolist() == [128, 128, 64, 64, 128, 0]
-    pages = Pages(layer, fp8=False)
+    bounds = [(0, 3), (3, 6)] if turns == 2 else [(0, 6)]
+    plans = [planner.plan_prefill(tables, lens, older + lens, 64, *bound) for bound in bounds]
+    starts = [[] if plan is None else plan.starts.tolist() for plan in plans]
+    assert starts == ([[128, 128, 0, 0, 0, 0], []] if turns == 2 else [[128, 128, 64, 64, 128, 0]])
+    pages = Pages(layer, fp8=bool(turns))
     reference, alone = pages.copy(), pages.copy()
     query, own = _random(33, layer.query_heads, layer.head_dim), _own(layer, 33)
     sinks = _random(layer.query_heads) * 3 if has_sinks else None
@@ -284,14 +225,26 @@ def test_prefills_that_read_pages_together_give_attention_over_all_keys(
         block_tables=_int(tables),
         seq_lens=_int(older + lens),
         cu_seqlens_q=_int(np.concatenate([[0], np.cumsum(lens)])),
-        query_spans=[(0, 2, 9), (2, 6, 9)],
     )
-    shared = replace(metadata, shared_prefixes=SharedPrefixes.of(plan, _int))
+    spans = [(0, 2, 9), (2, 6, 9)]
+    if turns:
+        # Eight pages and the null page, all at once or no more than seven.
+        monkeypatch.setattr(widened_pages, "WIDENED_TOKENS", (9 if turns == 1 else 7) * 64)
+        widened = WidenedPages.of(spans, tables, lens.tolist(), older + lens, 64)
+        assert [(own[0][0], own[-1][1]) for own in widened.spans] == bounds
+        shared, each = (_in_turns(metadata, widened, each) for each in (plans, [None] * turns))
+    else:
+        (plan,) = plans
+        assert plan is not None
+        shared = replace(metadata, turns=[PrefillTurn(spans, SharedPrefixes.of(plan, _int))])
+        each = replace(metadata, turns=[PrefillTurn(spans)])
     out, by_itself = (
-        FlashAttention().prefill(query, *own, kept.keys, kept.values, told, layer, sinks)
-        for kept, told in ((pages, shared), (alone, metadata))
+        FlashAttention().prefill(query, *own, kept.keys, kept.values, told, layer, sinks, kept.scales)
+        for kept, told in ((pages, shared), (alone, each))
     )
-    expected = GatheredPages().prefill(query, *own, reference.keys, reference.values, metadata, layer, sinks)
+    expected = GatheredPages().prefill(
+        query, *own, reference.keys, reference.values, metadata, layer, sinks, reference.scales
+    )
     torch.testing.assert_close(out, expected, **CLOSE)
     assert torch.equal(out[29:], by_itself[29:])
 

@@ -33,7 +33,7 @@ from batchrun.engine.paged.attention.architecture import Layer
 from batchrun.engine.paged.attention.cascade import CascadePlanner, max_results
 from batchrun.engine.paged.attention.flash import FlashAttention
 from batchrun.engine.paged.attention.gathered import GatheredPages
-from batchrun.engine.paged.attention.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.attention.metadata import AttentionMetadata, PrefillTurn, SharedPrefixes
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.schedule.batches import DecodeBatch
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
@@ -124,9 +124,12 @@ def test_every_token_is_the_references_choice_or_next_to_it(
     assert max(gaps) < 0.3 * np.mean(spread)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 63, 64, 65, 300])
-def test_an_fp8_product_is_that_of_its_numbers_for_any_number_of_rows(rows: int) -> None:
-    x, weight = torch.randn(rows, 4096, device=DEVICE), torch.randn(1024, 4096, device=DEVICE)
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [*((rows, 1024) for rows in (1, 2, 16, 63, 64, 65, 300)), (149, fp8.MANY_WEIGHTS // 4096)],
+)
+def test_an_fp8_product_is_that_of_its_numbers_for_any_number_of_rows(rows: int, columns: int) -> None:
+    x, weight = torch.randn(rows, 4096, device=DEVICE), torch.randn(columns, 4096, device=DEVICE)
     (x, x_scale), (weight, weight_scale) = fp8.quantize_rows(x), fp8.quantize_rows(weight)
     want = x.float() @ weight.float().t() * x_scale * weight_scale.t()
     got = fp8.scaled_product(x, x_scale, weight, weight_scale).float()
@@ -215,32 +218,42 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int, 
         tokens = [torch.arange(end - n, end, device=DEVICE) for end, n in zip(ends, new, strict=True)]
         return torch.cat([block_tables[row, t // 256].long() * 256 + t % 256 for row, t in enumerate(tokens)])
 
+    def on_device(values: Any) -> torch.Tensor:
+        return torch.from_numpy(values).to(DEVICE)
+
+    def prefills_agree(new: list[int], planner: CascadePlanner | None = None) -> None:
+        """With a planner sequences read together what it says."""
+        metadata = AttentionMetadata(
+            slot_mapping=slot_mapping(new),
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            cu_seqlens_q=on_device(np.cumsum([0, *new], dtype=np.int32)),
+        )
+        tables, ends = block_tables.cpu().numpy(), seq_lens.long().cpu().numpy()
+        spans, pages, places = [[(0, rows, max(new))]], [None], tables
+        if in_fp8:
+            widened = WidenedPages.of(spans[0], tables, new, ends, page_size=256)
+            spans, pages, places = (
+                widened.spans,
+                [on_device(own) for own in widened.pages],
+                widened.block_tables,
+            )
+        turns = []
+        for span, own in zip(spans, pages, strict=True):
+            plan = None
+            if planner is not None:
+                plan = planner.plan_prefill(tables, np.array(new), ends, 256, span[0][0], span[-1][1])
+                assert plan is not None or rows < 40 or layer.kv_heads == 1
+            turns.append(PrefillTurn(span, None if plan is None else SharedPrefixes.of(plan, on_device), own))
+        ours = replace(metadata, block_tables=on_device(places), turns=turns)
+        agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), ours, metadata)
+
     query = random(rows, layer.query_heads, layer.head_dim)
     step = AttentionMetadata(
         slot_mapping=slot_mapping([1] * rows), block_tables=block_tables, seq_lens=seq_lens
     )
     agree("decode", query, step, step)
-    new = [1 + 37 * row % 500 for row in range(rows)]
-    cu_seqlens_q = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=DEVICE)
-    packed = AttentionMetadata(
-        slot_mapping=slot_mapping(new),
-        block_tables=block_tables,
-        seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        query_spans=[(0, rows, max(new))],
-    )
-    ours = packed
-    if in_fp8:
-        tables, ends = block_tables.cpu().numpy(), seq_lens.cpu().numpy()
-        widened = WidenedPages.of(packed.query_spans, tables, new, ends, page_size=256)
-        ours = replace(
-            packed,
-            query_spans=widened.spans,
-            block_tables=torch.from_numpy(widened.block_tables).to(DEVICE),
-            widened=torch.from_numpy(widened.pages).to(DEVICE),
-            widened_spans=widened.page_spans,
-        )
-    agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), ours, packed)
+    prefills_agree([1 + 37 * row % 500 for row in range(rows)])
     if layer.window is None:
         # Every other row begins with the same 512 tokens, the others with the same 256.
         block_tables[::2, :2], block_tables[1::2, :1] = (
@@ -263,6 +276,10 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int, 
                 max_results(rows),
             )
             agree("decode", query, replace(step, shared_prefixes=shared), step)
+        planner._prefill_worth = 1
+        prefills_agree(
+            np.minimum(1 + 5 * np.arange(rows) % 17, seq_lens.cpu().numpy() - 512).tolist(), planner
+        )
 
 
 def test_sampled_tokens_are_the_same_in_another_batch() -> None:

@@ -19,6 +19,7 @@ from batchrun.engine.paged.device.device_side import allocate_pages, budget_of, 
 from batchrun.engine.paged.device.pending import Pending
 from batchrun.engine.paged.device.runner import SETTLED
 from batchrun.engine.paged.device.sampler import INVALID_TOKEN
+from batchrun.engine.paged.parallel.divided_sampler import sampler_of
 from batchrun.engine.paged.parallel.ranks import Ranks
 from batchrun.engine.paged.parallel.share import load_share
 from batchrun.engine.paged.schedule.batches import DecodeBatch, PrefillChunk
@@ -60,7 +61,8 @@ class PagedEngine:
         device = next(model.parameters()).device
         group = ranks.group if ranks else None
         budget = budget_of(spec, model, group)
-        self._runner = make_runner(spec, model, budget, page_size, group, ranks.launch if ranks else None)
+        sampler, launch = sampler_of(spec, model), ranks.launch if ranks else None
+        self._runner = make_runner(spec, model, sampler, budget, page_size, group, launch)
         self._answer_mask = self._runner.mask
         self._stop_ids = frozenset(spec.stop_token_ids)
         self._stop_strings = StopStrings(spec)

@@ -37,7 +37,7 @@ class FlashAttention:
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages,
-        shared prefixes once."""
+        each turn's shared prefixes once."""
         assert metadata.cu_seqlens_q is not None
         if scales is None:
             page_kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
@@ -47,37 +47,37 @@ class FlashAttention:
                 key, value, key_cache, value_cache, scales, metadata.slot_mapping
             )
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        shared, lse = metadata.shared_prefixes, None
-        if shared is not None:
-            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         # Sequences without older tokens need no detour through the pages.
         keys, values, block_tables = (
             (key, value, None) if metadata.no_context else (key_cache, value_cache, metadata.block_tables)
         )
-        for number, (first, stop, longest) in enumerate(metadata.query_spans):
+        for turn in metadata.turns:
             if scales is not None and block_tables is not None:
-                assert metadata.widened is not None
-                pages = metadata.widened[slice(*metadata.widened_spans[number])]
-                keys, values = fp8_pages.widened(key_cache, value_cache, scales, pages, query.dtype)
-            starts = None if shared is None else shared.starts_of(first, stop)
-            prefill_attention.prefill(
-                query,
-                keys,
-                values,
-                None if block_tables is None else block_tables[first:stop],
-                metadata.cu_seqlens_q[first : stop + 1],
-                metadata.seq_lens[first:stop],
-                longest,
-                layer,
-                sinks,
-                out,
-                starts,
-                None if starts is None else lse,
-            )
-        if shared is not None and lse is not None:
-            cascade_attention.merge_prefixes(
-                query, key_cache, value_cache, metadata.block_tables, shared, layer, out, lse
-            )
+                assert turn.widened is not None
+                keys, values = fp8_pages.widened(key_cache, value_cache, scales, turn.widened, query.dtype)
+            shared, lse = turn.shared_prefixes, None
+            if shared is not None:
+                lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+            for first, stop, longest in turn.query_spans:
+                starts = None if shared is None else shared.starts_of(first, stop)
+                prefill_attention.prefill(
+                    query,
+                    keys,
+                    values,
+                    None if block_tables is None else block_tables[first:stop],
+                    metadata.cu_seqlens_q[first : stop + 1],
+                    metadata.seq_lens[first:stop],
+                    longest,
+                    layer,
+                    sinks,
+                    out,
+                    starts,
+                    None if starts is None else lse,
+                )
+            if shared is not None and lse is not None:
+                cascade_attention.merge_prefixes(
+                    query, keys, values, metadata.block_tables, shared, layer, out, lse
+                )
         return out
 
     def decode(
