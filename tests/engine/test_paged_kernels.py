@@ -29,7 +29,11 @@ from batchrun.engine.paged.attention.architecture import Layer
 from batchrun.engine.paged.attention.cascade import CascadePlan, CascadePlanner
 from batchrun.engine.paged.attention.flash import FlashAttention
 from batchrun.engine.paged.attention.gathered import GatheredPages
-from batchrun.engine.paged.attention.metadata import AttentionMetadata, PrefillTurn, SharedPrefixes
+from batchrun.engine.paged.attention.metadata import (
+    AttentionMetadata,
+    PrefillTurn,
+    SharedPrefixes,
+)
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.device import sampler_kernels as kernels
 from batchrun.engine.paged.device.sampler import top_p_threshold
@@ -352,6 +356,7 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_decode",
         "_combine",
         "_prefill",
+        "_prefill_long",
         "_write_quantized",
         "_widen",
         "_attend_prefixes",

@@ -28,6 +28,7 @@ pytest.importorskip("triton")
 
 from batchrun.engine.layers import fp8
 from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.attention import prefill
 from batchrun.engine.paged.attention.architecture import Layer
 from batchrun.engine.paged.attention.cascade import CascadePlanner, max_results
 from batchrun.engine.paged.attention.flash import FlashAttention
@@ -322,3 +323,53 @@ def test_no_shape_is_compiled_twice_and_memory_stays_flat() -> None:
         list(engine.generate(iter(_requests(300, 0, seed))))
     assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == 0
     assert torch.cuda.memory_reserved() < held + (1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("heads", "paged"), [(2, False), (4, True), (8, False), (8, True), (16, True), (6, False)]
+)
+def test_attention_of_long_prompts_is_that_of_float32_whatever_lies_between_them(
+    heads: int, paged: bool
+) -> None:
+    layer = Layer(query_heads=heads, kv_heads=2, head_dim=128, scale=0.09)
+    rng = torch.Generator(DEVICE).manual_seed(heads)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE, generator=rng).bfloat16()
+
+    new, old = [4100, 2500, 300, 256, 1], [777, 0, 128, 3000, 5] if paged else [0] * 5
+    stops = [n + o for n, o in zip(new, old, strict=True)]
+    query, out = random(sum(new), heads, 128), torch.empty(sum(new), heads, 128, device=DEVICE).bfloat16()
+    own = [[random(stop, 2, 128) for stop in stops] for _ in range(2)]
+    if paged:
+        pages = [-(-stop // 256) for stop in stops]
+        tables = torch.zeros(5, max(pages), dtype=torch.int32, device=DEVICE)
+        order = torch.randperm(sum(pages), device=DEVICE, generator=rng).int()
+        for row, some in enumerate(order.split(pages)):
+            tables[row, : len(some)] = some
+        # What is behind a sequence's end is no number.
+        keys, values = (
+            torch.full((sum(pages), 256, 2, 128), torch.nan, device=DEVICE).bfloat16() for _ in range(2)
+        )
+        for target, source in zip((keys, values), own, strict=True):
+            for row, tokens in enumerate(source):
+                places = torch.arange(len(tokens), device=DEVICE)
+                target[tables[row, places // 256].long(), places % 256] = tokens
+    else:
+        tables, (keys, values) = None, [torch.cat(one) for one in own]
+        values[sum(new[:2]) : sum(new[:3])] = torch.nan
+    ints = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, *np.cumsum(new)], stops)]
+    prefill.prefill(query, keys, values, tables, *ints, max(new), layer, out=out)
+    begin = 0
+    for row, (n, o) in enumerate(zip(new, old, strict=True)):
+        k, v = (one[row].float().repeat_interleave(heads // 2, 1).transpose(0, 1) for one in own)
+        q = query[begin : begin + n].float().transpose(0, 1)
+        mask = torch.arange(n + o, device=DEVICE) <= torch.arange(o, n + o, device=DEVICE)[:, None]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=layer.scale
+        )
+        if paged or row != 2:
+            torch.testing.assert_close(
+                out[begin : begin + n].float(), expected.transpose(0, 1), atol=1e-2, rtol=2e-2
+            )
+        begin += n

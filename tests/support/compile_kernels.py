@@ -17,9 +17,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from batchrun.engine.layers import expert_groups, experts_kernels, experts_persistent
-from batchrun.engine.paged.attention import cascade, fp8_pages, online_softmax
+from batchrun.engine.paged.attention import cascade, fp8_pages, online_softmax, prefill_hopper
 from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
 from batchrun.engine.paged.attention import decode as decode_attention
 from batchrun.engine.paged.attention import prefill as prefill_attention
@@ -120,6 +122,27 @@ def main() -> None:
                 report(gpu, name, fp8_pages._widen, own, 4, FP8)
         report(gpu, "any", small_kernels._likeliest_allowed, {"BLOCK": 4096}, 8)
         report_experts(gpu, memory)
+    report_long_prefill()
+
+
+def report_long_prefill() -> None:
+    """As in llama, over pages."""
+    heads, num_kv_heads, head_dim, *_ = SHAPES["llama"]
+    block_n = prefill_hopper.BLOCK_N
+    layout = gl.NVMMASharedLayout.get_default_for([block_n, head_dim], gl.bfloat16)
+    described = f"tensordesc<bf16[{block_n}, {head_dim}],{layout!r}>"
+    constants = {
+        "NUM_HEADS": heads,
+        "GROUP_SIZE": heads // num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "PAGED": True,
+        "PAGE_SIZE": 256,
+        "BLOCK_M": prefill_hopper.BLOCK_M,
+        "BLOCK_N": block_n,
+        "NUM_STAGES": prefill_hopper.NUM_STAGES,
+    }
+    types = dict.fromkeys(("keys", "values"), described)
+    report(90, "llama", prefill_hopper._prefill_long, constants, prefill_hopper.WARPS, types)
 
 
 def report_experts(gpu: int, memory: int) -> None:
@@ -206,6 +229,7 @@ def check_names() -> None:
             cascade_attention,
             decode_attention,
             prefill_attention,
+            prefill_hopper,
             fp8_pages,
             small_kernels,
             experts_kernels,
@@ -240,7 +264,8 @@ def report(
         signature[name] = type_name or NUMBERS.get(name, "i32")
         if name not in NUMBERS:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps})
     told = {"gpu": gpu, "kernel": kernel.__name__, "model": model, "shared": compiled.metadata.shared}
     print(json.dumps(told), flush=True)

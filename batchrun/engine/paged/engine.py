@@ -320,6 +320,7 @@ class PagedEngine:
         stats.steps = runner.launches
         stats.prompt_tokens = scheduler.prompt_tokens - scheduler.shared_tokens
         stats.shared_tokens = scheduler.shared_tokens
+        stats.notes += [note for note in runner.cache.backend.notes if note not in stats.notes]
         prompt_tokens, output_tokens = scheduler.active_tokens
         stats.gauges |= {
             "active_rows": scheduler.active,

@@ -7,6 +7,8 @@ prompts of 600 tokens 327 : 444, of 109 of 150 tokens 216 : 393, of 5 of 3000 to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ class FlashAttention:
     name = "triton"
     # Once for all queries of a prefill: a block of them that converted its keys by itself took 1.6 to 2 times as long.
     widens_pages = True
+    notes: Sequence[str] = prefill_attention.NOTES
 
     def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
         """See `AttentionBackend`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -89,11 +89,12 @@ class AttentionBackend(Protocol):
     `key_cache` and `value_cache` are (pages, page size, kv heads, head size) of one layer; query, key and value are
     (tokens, heads, head size); `sinks` (query heads,) are logits without a value, where a model has them. Where the
     cache is in fp8, `scales` (2, pages, kv heads, page size) float32 are those of the layer's keys and values. Gives
-    (tokens, query heads, head size).
+    (tokens, query heads, head size). `notes` are for the user, as `EngineStats.notes`.
     """
 
     name: str
     widens_pages: bool
+    notes: Sequence[str]
 
     def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
         """Queries of sequences that read a shared prefix together: of a small and a large block of threads, no fewer
