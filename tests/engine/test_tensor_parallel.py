@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forked_ranks
+import forked_programs
 import numpy as np
 import pytest
 import tiny_models
@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    forked_ranks.use(monkeypatch)
+    forked_programs.use(monkeypatch)
 
 
 def _spec(folder: Path, **changes: Any) -> EngineSpec:
