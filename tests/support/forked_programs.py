@@ -1,5 +1,5 @@
-"""Engines' processes that are forked off the tests' own: they need not import torch again, which takes most of a short
-test.
+"""Engines' processes that are forked off the tests' own, or off their worker: they need not import torch again, which
+takes most of a short test.
 
 What they do from their start on is the same. That they can be started as programs, every run of a job holds, and
 tests/driver/test_run_on_ranks.py of ranks.
@@ -16,10 +16,14 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
+from batchrun.engine.choose import preload
 
+if TYPE_CHECKING:
+    import pytest
+
+_popen = subprocess.Popen
 PROGRAMS = {"batchrun.engine.server", "batchrun.engine.rank", "faulty_rank"}
 
 
@@ -90,10 +94,17 @@ def _become(words: list[str], env: Mapping[str, str], pass_fds: list[int], outpu
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on, until the test or the fixture has ended."""
-    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", _start)
 
-    def start(words: Any, **options: Any) -> Any:
-        is_engine = isinstance(words, list) and words[1:2] == ["-m"] and words[2] in PROGRAMS
-        return ForkedProgram(words, **options) if is_engine else popen(words, **options)
 
-    monkeypatch.setattr(subprocess, "Popen", start)
+def use_in_worker() -> None:
+    """In a Dask worker, for the rest of its life. Transformers must not be imported yet: it would be without torch."""
+    assert "transformers" not in sys.modules
+    preload("padded")
+    preload("paged")
+    subprocess.Popen = _start  # type: ignore[misc, assignment]
+
+
+def _start(words: Any, **options: Any) -> Any:
+    is_engine = isinstance(words, list) and words[1:2] == ["-m"] and words[2] in PROGRAMS
+    return ForkedProgram(words, **options) if is_engine else _popen(words, **options)
