@@ -149,7 +149,9 @@ def test_samples_in_rows_are_those_of_lists_each_beside_its_input(tmp_path, tiny
     assert len(set(places)) == failed
 
 
-def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(tmp_path, tiny_llama):
+def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(
+    tmp_path, tiny_llama, engines_cluster
+):
     form = {"choices": ["yes", "no", "maybe"]}
     rows = {"failed": "failed", "samples": "rows", "columns": {"sample": "try"}}
     job = job_of(tmp_path, tiny_llama, engine={"kind": "padded"}, answer=form, output=rows,
@@ -170,8 +172,9 @@ def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(tmp_pat
     }
     assert mixed, "some rows have both"
     assert {before[i]["error"] for i in failed} == {"INVALID_OUTPUT: the answer was cut before its end"}
-    more = ("--error", "INVALID_OUTPUT", "--set", "generation.max_new_tokens=60")
-    assert batchrun("retry", str(job), *more)[0] == ExitCode.COMPLETE
+    longer = load(job, "generation.max_new_tokens=60")
+    again = library.retry(longer, errors=["INVALID_OUTPUT"], client=engines_cluster)
+    assert again.exit_code == ExitCode.COMPLETE
     checked = verify(load(job))
     assert checked.exit_code == ExitCode.COMPLETE
     assert (checked.to_json()["rows"], checked.to_json()["input_rows"]) == (ROWS * SAMPLES, ROWS)
