@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
+import forked_programs
 import numpy as np
 import pytest
 from faulty_rank import SILENT_SECONDS
@@ -47,9 +48,11 @@ def process(tiny_llama: Path) -> Iterator[EngineProcess]:
     options = {"max_rows": 4, "decode_steps": 2, "tables": bytes(1 << 22)}
     folder = str(tiny_llama)
     spec = EngineSpec("faulty_ranks:Engine", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
-    engine = EngineProcess(spec, {SILENT_SECONDS: "8"})
-    yield engine
-    engine.stop()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forked_programs.use(monkeypatch)
+        engine = EngineProcess(spec, {SILENT_SECONDS: "8"})
+        yield engine
+        engine.stop()
 
 
 def test_what_says_nothing_is_given_up_within_a_minute() -> None:

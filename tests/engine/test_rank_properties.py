@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forked_ranks
+import forked_programs
 import numpy as np
 import pytest
 import tp_models
@@ -31,7 +31,7 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    forked_ranks.use(monkeypatch)
+    forked_programs.use(monkeypatch)
     # Every look at rows is also one at which of them are given up.
     monkeypatch.setattr(engine, "CANCEL_SECONDS", 0)
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import forked_programs
 import numpy as np
 import pytest
 from faulty_rank import FAULTS, SLOW, STUCK
@@ -28,9 +29,11 @@ def process(tiny_llama: Path) -> Iterator[EngineProcess]:
     options = {"max_rows": 6, "decode_steps": 2, "prefill_tokens": 128}
     folder = str(tiny_llama)
     spec = EngineSpec("faulty_ranks:Engine", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
-    process = EngineProcess(spec, {FAULTS: "rows 3 slow 5 read 5", STUCK_SECONDS: "4"})
-    yield process
-    process.stop()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forked_programs.use(monkeypatch)
+        process = EngineProcess(spec, {FAULTS: "rows 3 slow 5 read 5", STUCK_SECONDS: "4"})
+        yield process
+        process.stop()
 
 
 def _answers(process: EngineProcess, rows: int, first_token: int = 3) -> list[int]:
