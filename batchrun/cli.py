@@ -259,6 +259,9 @@ def bench(
             help="of the shape's or folder's keys and values: auto, fp8", show_default="auto; the job's"
         ),
     ] = "auto",
+    gpus: Annotated[
+        int, typer.Option(min=1, help="that share the paged engine", show_default="1; the job's")
+    ] = 1,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -274,6 +277,7 @@ def bench(
                 engines,
                 quantization=quantization,
                 cache_dtype=cache_dtype,
+                gpus=gpus,
             )
         else:
             results = benchmark.bench_job(_load(job_file, overrides, reply), rows, engines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,21 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import forked_programs
 import pytest
 import torch
 from distributed import Client
 from faulty_jobs import Setting
+from hypothesis import settings
 from tiny_models import make_model
 
 from batchrun.cluster import connect
 from batchrun.job.settings import ClusterSettings
 from jobs import environment
+
+# A busy machine makes any example late.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test
@@ -31,9 +38,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Client]:
-    """A client of a local cluster that many runs share; its worker finds the tests' own engines."""
+@contextmanager
+def _local_cluster() -> Iterator[Client]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
     try:
@@ -43,6 +49,21 @@ def cluster() -> Iterator[Client]:
         os.environ.pop("PYTHONPATH")
         if before is not None:
             os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Client]:
+    """A client of a local cluster that many runs share; its worker finds the tests' own engines."""
+    with _local_cluster() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def engines_cluster() -> Iterator[Client]:
+    """Another, for runs of engines that compute: its worker forks their processes, see `forked_programs`."""
+    with _local_cluster() as client:
+        client.run(forked_programs.use_in_worker)
+        yield client
 
 
 @pytest.fixture

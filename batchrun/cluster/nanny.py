@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from multiprocessing import resource_tracker, spawn
@@ -56,12 +57,23 @@ def apart() -> Iterator[None]:
         return prepared
 
     spawn.get_preparation_data = prepare_worker
+    _start_quiet_tracker()
     # To stay, since Dask's queues are unregistered when the cluster has ended.
     resource_tracker.unregister = _introduce_and_unregister
     try:
         yield
     finally:
         spawn.get_preparation_data = prepare
+
+
+def _start_quiet_tracker() -> None:
+    """Python's tracker of semaphores outlives a driver that is killed, removes what that had, and would then warn of it
+    on a terminal where the shell's prompt is already. It takes its filters of warnings from whoever starts it."""
+    sys.warnoptions.append("ignore:resource_tracker")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove("ignore:resource_tracker")
 
 
 def _introduce_and_unregister(name: Sized, rtype: str) -> None:

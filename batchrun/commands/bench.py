@@ -9,6 +9,7 @@ import copy
 import pkgutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One engine's run over a workload, everything warm. `floor_seconds` is what the ceilings allow at best,
-    `prompt_seconds` what the same rows took with a single new token each."""
+    """One engine's run over a workload, everything warm. `floor_seconds` is what the ceilings of its `gpus` allow at
+    best, `prompt_seconds` what the same rows took with a single new token each."""
 
     engine: str
     workload: str
@@ -78,6 +79,7 @@ class Measured:
     prompt_seconds: float
     stats: EngineStats
     notes: tuple[str, ...] = ()
+    gpus: int = 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -101,6 +103,7 @@ def bench(
     seed: int = 0,
     quantization: str | None = None,
     cache_dtype: str = "auto",
+    gpus: int = 1,
 ) -> list[Measured]:
     """Runs a workload through each engine and times it, from the first request to the last completion.
 
@@ -113,16 +116,21 @@ def bench(
         options: engine settings, as in the job file.
         quantization: of the weights, "fp8" or None.
         cache_dtype: of keys and values, "fp8" or "auto".
+        gpus: that share the engine.
 
     Raises:
-        JobError: an unknown workload or engine. ModelError: no such model. EngineError: a row was not answered.
+        JobError: an unknown workload or engine. ModelError: no such model, or none that so many GPUs can share.
+        EngineError: a row was not answered.
     """
     device = device or _device()
     fp8_cache = cache_dtype == "fp8"
     if not engines:
-        engines = ["paged"] if fp8_cache else ["padded"] if device == "cpu" else list(BUILT_IN)
+        only_paged = fp8_cache or gpus > 1
+        engines = ["paged"] if only_paged else ["padded"] if device == "cpu" else list(BUILT_IN)
     if fp8_cache and "padded" in engines:
         raise JobError("only the paged engine keeps keys and values in fp8", "bench", "use --engine paged")
+    if gpus > 1 and "padded" in engines:
+        raise JobError("the padded engine runs on one GPU", "bench", "use --engine paged")
     for kind in engines:
         if kind not in BUILT_IN:
             raise JobError(f"no engine {kind!r} to measure", "bench", f"use {', '.join(BUILT_IN)}")
@@ -145,6 +153,7 @@ def bench(
         device=device,
         max_context=workload.longest,
         options=options or {},
+        gpus=gpus,
     )
     return [_measure(kind, spec, config, workload, ceilings) for kind in engines]
 
@@ -179,7 +188,7 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
     workload = Workload("job", prompts, sampled.new_tokens, tuple(notes))
     if engines is None and job.engine.kind in BUILT_IN:
         engines = [job.engine.kind]
-    options = job.engine.model_dump(exclude={"kind", "cache_dtype"})
+    options = job.engine.model_dump(exclude={"kind", "cache_dtype", "gpus"})
     results = bench(
         prepared.model.path,
         workload,
@@ -188,6 +197,7 @@ def bench_job(job: Job, rows: int | None = None, engines: Sequence[str] | None =
         options=options,
         quantization=job.model.quantization,
         cache_dtype=job.engine.cache_dtype,
+        gpus=prepared.gpus,
     )
     for result in results:
         remember(model_key(prepared), result.engine, None, _throughput(result))
@@ -200,7 +210,8 @@ def _throughput(result: Measured) -> Throughput:
         Observation(rows, tokens, rows, result.prompt_seconds),
         Observation(rows, tokens, result.output_tokens, result.seconds),
     ]
-    return Throughput(f"a bench of {rows:,} rows", result.engine, device_name(), seen, own_rows=False)
+    source = f"a bench of {rows:,} rows"
+    return Throughput(source, result.engine, device_name(), seen, own_rows=False, gpus=result.gpus)
 
 
 def _device() -> str:
@@ -225,8 +236,10 @@ def format_results(results: Sequence[Measured]) -> str:
     ]
     last = results[-1].stats
     notes = dict.fromkeys(note for r in results for note in (*r.notes, *r.stats.notes))
+    shared = f"{results[-1].gpus} of " if results[-1].gpus > 1 else ""
     lines.append(
-        f"{last.device}, {last.dtype}; " + ", ".join(f"{r.engine}: {r.stats.attention}" for r in results)
+        f"{shared}{last.device}, {last.dtype}; "
+        + ", ".join(f"{r.engine}: {r.stats.attention}" for r in results)
     )
     if last.device == "cpu" and all(r.engine != "paged" for r in results):
         lines.append(
@@ -236,32 +249,27 @@ def format_results(results: Sequence[Measured]) -> str:
 
 
 def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceilings: Ceilings) -> Measured:
-    torch.manual_seed(0)
     dtype = getattr(torch, spec.dtype)
-    with torch.device(spec.device):
-        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
-    if spec.quantization:
-        fp8_model.quantize(model)
-    running = pkgutil.resolve_name(BUILT_IN[kind])(spec, model)
-    # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
     vocabulary = config.get_text_config().vocab_size
-    warm = workload.requests(vocabulary, other_tokens=1)
-    _run(running, warm if spec.device != "cpu" else warm[:CPU_WARM_ROWS])
     prompts_alone = [
         replace(request, max_new_tokens=1) for request in workload.requests(vocabulary, other_tokens=2)
     ]
-    prompt_seconds, _, completions = _run(running, prompts_alone)
-    _check(kind, prompts_alone, completions)
-    before = copy.deepcopy(running.stats)
     requests = workload.requests(vocabulary)
-    seconds, first, completions = _run(running, requests)
-    _check(kind, requests, completions)
+    with _loaded(kind, spec, config) as running:
+        # Once for whatever an engine prepares when it first meets a shape; other tokens, so that nothing is shared.
+        warm = workload.requests(vocabulary, other_tokens=1)
+        _run(running, warm if spec.device != "cpu" else warm[:CPU_WARM_ROWS])
+        prompt_seconds, _, completions = _run(running, prompts_alone)
+        _check(kind, prompts_alone, completions)
+        before = copy.deepcopy(running.stats)
+        seconds, first, completions = _run(running, requests)
+        _check(kind, requests, completions)
+        stats = copy.deepcopy(running.stats)
     for name in ("requests", "completions", "prompt_tokens", "output_tokens", "computed_tokens", "batches"):
-        setattr(running.stats, name, getattr(running.stats, name) - getattr(before, name))
+        setattr(stats, name, getattr(stats, name) - getattr(before, name))
     prompt_tokens = sum(len(p) for p in workload.prompts)
     weight_bytes = fp8.FP8.itemsize if spec.quantization else dtype.itemsize
     floor = floor_seconds(config, workload, ceilings, dtype.itemsize, weight_bytes, spec.cache_dtype == "fp8")
-    stats = copy.deepcopy(running.stats)
     return Measured(
         kind,
         workload.name,
@@ -270,11 +278,30 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
         sum(workload.new_tokens),
         seconds,
         first,
-        floor,
+        floor / spec.gpus,
         prompt_seconds,
         stats,
         workload.notes,
+        spec.gpus,
     )
+
+
+@contextmanager
+def _loaded(kind: str, spec: EngineSpec, config: Any) -> Iterator[Any]:
+    """The engine, on random weights."""
+    engine = pkgutil.resolve_name(BUILT_IN[kind])
+    if spec.gpus > 1:
+        with closing(engine.load(spec, config)) as running:
+            yield running
+        return
+    torch.manual_seed(0)
+    with torch.device(spec.device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=getattr(torch, spec.dtype)
+        ).eval()
+    if spec.quantization:
+        fp8_model.quantize(model)
+    yield engine(spec, model)
 
 
 def _run(engine: Any, requests: list[Request]) -> tuple[float, float, list[Completion]]:

@@ -12,6 +12,7 @@ from batchrun.job.job import Job
 from batchrun.output.output import Output
 from batchrun.output.verify import Verification
 from batchrun.output.verify import verify as verify_output
+from batchrun.telemetry.printable import counted
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,15 @@ class Checked:
     def lines(self) -> list[str]:
         """The same for a person; of many problems the first 20."""
         found = self.found
-        counts = f"{found.rows:,} rows = {found.ok:,} ok + {found.failed:,} failed, in {found.parts:,} parts"
+        rows, parts = counted(found.rows, "row"), counted(found.parts, "part")
+        counts = f"{rows} = {found.ok:,} ok + {found.failed:,} failed, in {parts}"
         if found.passed:
             samples = found.rows // max(1, found.input_rows or found.rows)
             there = "once" if found.input_rows is None else f"with its {samples} samples"
             lines = [f"verified: {counts}; every row of the plan is there {there}, beside its own input"]
             if found.without_digest:
                 lines.append(
-                    f"note: {found.without_digest:,} parts were written by an earlier version, without a digest: "
+                    f"note: {counted(found.without_digest, 'part')} of an earlier version, without a digest: "
                     "their pages are checked, but not every byte of their footers"
                 )
             return lines

@@ -33,8 +33,9 @@ def local_folder(name: str, settings: ModelSettings, part: Part) -> str:
     if "://" in name and not name.startswith("file://"):
         return _downloaded(name, settings, part)
     if name.startswith((".", "~")) or os.path.isabs(local) or name.count("/") > 1:
-        what = "a file, not a model's folder" if os.path.isfile(local) else "no such folder"
-        raise ModelError(what, name, "give a model's folder, a hub id, or an fsspec URL")
+        folder = f"{'an' if part == 'adapter' else 'a'} {part}'s folder"
+        what = f"a file, not {folder}" if os.path.isfile(local) else "no such folder"
+        raise ModelError(what, name, f"give {folder}, a hub id, or an fsspec URL")
     return _from_hub(name, settings, part)
 
 

@@ -274,11 +274,13 @@ def _other_rows(planned: int, found: str) -> ChangedError:
 
 def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
+    size = 0
     for table in tables:
         waiting.append(table)
-        if sum(t.nbytes for t in waiting) >= ROW_GROUP_BYTES:
+        size += table.nbytes
+        if size >= ROW_GROUP_BYTES:
             yield pa.concat_tables(waiting)
-            waiting = []
+            waiting, size = [], 0
     if waiting:
         yield pa.concat_tables(waiting)
 

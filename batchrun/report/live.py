@@ -173,7 +173,7 @@ def _batches(now: Progress) -> str:
     fill = now.padding_efficiency
     facts = [] if fill is None else [f"padding efficiency {fill:.3f}"]
     if now.pool_fill is not None:
-        facts.append(f"key/value pages {now.pool_fill:.0%} full")
+        facts.append(f"pool {now.pool_fill:.0%} full")
     return ", ".join([*facts, f"{counted(now.waiting, _held(now.counts))} in engines"]) if facts else UNKNOWN
 
 

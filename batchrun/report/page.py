@@ -210,5 +210,11 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_ENVIRONMENT.filters |= {"duration": duration, "size": size, "short": _short, "money": money}
+_ENVIRONMENT.filters |= {
+    "duration": duration,
+    "size": size,
+    "counted": counted,
+    "short": _short,
+    "money": money,
+}
 _TEMPLATE = _ENVIRONMENT.get_template("page.html.jinja")

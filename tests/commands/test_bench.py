@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import forked_programs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import transformers
 
 from batchrun.commands import bench as benchmark
@@ -17,8 +20,10 @@ from batchrun.commands.bench import bench, bench_job, format_results
 from batchrun.commands.plan import lines, preview
 from batchrun.commands.roofline import Ceilings, floor_seconds
 from batchrun.commands.workloads import WORKLOADS, Workload
+from batchrun.driver.prepare import prepare
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, FaultCode, JobError, ModelError, RowFault
+from batchrun.estimate.records import recall
 from jobs import load, write_job
 
 
@@ -36,6 +41,27 @@ def test_both_engines_run_the_same_rows_and_are_compared() -> None:
     table = format_results(results)
     assert "paged" in table
     assert "padded" in table
+
+
+def test_an_engine_over_two_gpus_is_measured_and_remembered_as_one(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked_programs.use(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    parts = {"engine": {"kind": "paged"}, "generation": {"max_new_tokens": 5}, "rows": 4}
+    job = load(write_job(tmp_path, tiny_llama, **parts), "engine.gpus=2")
+    (result,) = bench_job(job)
+    assert not torch.distributed.is_initialized(), "its ranks have ended"
+    assert (result.engine, result.gpus, result.output_tokens) == ("paged", 2, 20)
+    assert "2 of cpu, float32; paged" in format_results([result])
+    known = recall(prepare(job), mean_prompt=10.0)
+    assert known is not None
+    assert known.gpus == 2
+    assert recall(prepare(load(tmp_path / "job.yaml")), mean_prompt=10.0) is None
+    with pytest.raises(JobError, match="runs on one GPU"):
+        bench("tiny", "6/3", engines=["padded"], gpus=2)
+    with pytest.raises(ModelError, match="cannot be divided by 3"):
+        bench("tiny", "6/3", rows=2, device="cpu", gpus=3)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

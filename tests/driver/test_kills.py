@@ -24,7 +24,7 @@ from jobs import batchrun, check_complete, load, start, write_job
 
 # Another one is taken from the environment: BATCHRUN_TEST_SEED.
 SEED = 13
-KILLS = 14
+KILLS = 10
 ROWS = 240
 RUNS = 3  # runs that end by a kill of the driver; the other kills hit workers and engines of a living run
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pytest
+from distributed import Client
 
+import batchrun as library
 from batchrun.commands.verify import verify
 from jobs import answers, batchrun, load, start, wait_until, write_job
 
@@ -28,21 +32,32 @@ def _ranks(pid: int) -> list[psutil.Process]:
     return [one for one in found if one.is_running() and "batchrun.engine.rank" in one.cmdline()]
 
 
-def test_two_ranks_write_what_one_writes(tmp_path: Path, tiny_llama: Path) -> None:
-    told = {}
-    for gpus in (1, 2):
-        job = _job(tmp_path / str(gpus), tiny_llama)
-        code, out, err = batchrun(
-            "run", str(job), "--set", "model.dtype=float32", "--set", f"engine.gpus={gpus}"
-        )
-        assert code == 0, err
-        assert ("are 2 processes on the CPU here" in " ".join(out.split())) == (gpus == 2)
-        told[gpus] = answers(job.parent / "out")
-    assert told[1].num_rows == ROWS
-    assert told[1].select(["text", "answer"]).equals(told[2].select(["text", "answer"]))
+def _answers(job: Path) -> pa.Table:
+    return answers(job.parent / "out").select(["text", "answer"])
 
 
-def test_a_rank_that_is_killed_during_a_run_costs_no_row(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, engines_cluster: Client) -> pa.Table:
+    """What one rank writes."""
+    job = _job(tmp_path_factory.mktemp("alone") / "job", tiny_llama)
+    result = library.run(load(job, "model.dtype=float32"), client=engines_cluster)
+    assert not any("processes on the CPU" in note for one in result.engines for note in one.notes)
+    found = _answers(job)
+    assert found.num_rows == ROWS
+    return found
+
+
+def test_two_ranks_write_what_one_writes(tmp_path: Path, tiny_llama: Path, alone: pa.Table) -> None:
+    job = _job(tmp_path / "job", tiny_llama)
+    code, out, err = batchrun("run", str(job), "--set", "model.dtype=float32", "--set", "engine.gpus=2")
+    assert code == 0, err
+    assert "are 2 processes on the CPU here" in " ".join(out.split())
+    assert _answers(job).equals(alone)
+
+
+def test_a_rank_that_is_killed_during_a_run_costs_no_row(
+    tmp_path: Path, tiny_llama: Path, alone: pa.Table
+) -> None:
     job = _job(tmp_path / "job", tiny_llama)
     words = ("--set", "model.dtype=float32", "--set", "engine.gpus=2", "--set", "engine.max_rows=4")
     process = start("run", str(job), *words, "--set", "output.flush_seconds=0.2")
@@ -53,10 +68,5 @@ def test_a_rank_that_is_killed_during_a_run_costs_no_row(tmp_path: Path, tiny_ll
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert not rank.is_running()
-    table = answers(output)
-    assert table.num_rows == ROWS
-    alone = _job(tmp_path / "alone", tiny_llama)
-    code, _, err = batchrun("run", str(alone), "--set", "model.dtype=float32")
-    assert code == 0, err
-    assert table.select(["text", "answer"]).equals(answers(alone.parent / "out").select(["text", "answer"]))
+    assert _answers(job).equals(alone)
     assert verify(load(job)).found.passed

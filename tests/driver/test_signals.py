@@ -304,6 +304,22 @@ def test_a_tracker_that_was_killed_and_came_again_prints_no_traceback():
     assert "Traceback" not in done.stderr
 
 
+def test_a_driver_that_is_killed_leaves_no_warning_on_the_terminal():
+    """Python's tracker of semaphores wrote of leaked ones behind the shell's next prompt."""
+    code = """if True:
+        import multiprocessing, os, signal
+        from batchrun.cluster.nanny import apart
+        with apart():
+            queue = multiprocessing.get_context("spawn").Queue()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    # Until the tracker, which holds its end of the pipe, has ended too.
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+
+
 def test_a_store_is_not_waited_for_once_the_run_was_told_to_stop(monkeypatch):
     stop = threading.Event()
     threading.Timer(0.5, stop.set).start()

@@ -21,13 +21,13 @@ from jobs import batchrun, check_complete, load, start, wait_until, write_job
 
 pytestmark = pytest.mark.timeout(600)
 
-ROWS = 120
+ROWS = 80
 ENGINE = {"kind": "engines:SecondsEngine"}  # 0.2 s a row: a partition takes seconds, and is staged meanwhile
 
 
 @pytest.fixture
 def job(tmp_path: Path, tiny_llama: Path) -> Path:
-    return write_job(tmp_path, tiny_llama, rows=ROWS, engine=ENGINE)
+    return write_job(tmp_path, tiny_llama, rows=ROWS, engine=ENGINE, output={"rows_per_part": 10})
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import forked_programs
 import numpy as np
 import pytest
 import torch
@@ -126,7 +127,8 @@ def test_a_model_with_a_decoder_of_its_own_starts_over():
 
 
 @pytest.mark.parametrize("kind", ["padded", "paged"])
-def test_a_caller_that_leaves_gets_the_tokens_so_far_within_two_seconds(kind):
+def test_a_caller_that_leaves_gets_the_tokens_so_far_within_two_seconds(kind, monkeypatch):
+    forked_programs.use(monkeypatch)
     options = {"cache_tokens": 65536, "max_rows": 16} if kind == "paged" else {}
     long = replace(spec(Sampling(), kind, **options), max_context=8000)
     rows = [replace(r, max_new_tokens=6000) for r in requests(8)]

@@ -113,9 +113,8 @@ def test_what_only_a_gpu_runs_gives_the_answers_of_a_cpu(
     assert engine.stats.device == "a GPU"
     # More than whole pages: some are copied.
     assert engine.stats.shared_tokens > 3 * 32
-    # Decode steps of four rows, and the prefill of those that follow the first, unless it brings pages in fp8 back. A
-    # window sees no shared prefix whole.
-    assert len(merged) == (0 if name != "llama" else 1 if cache_dtype == "fp8" else 2)
+    # Decode steps of four rows, and the prefill of those that follow the first. A window sees no shared prefix whole.
+    assert len(merged) == (2 if name == "llama" else 0)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from batchrun.engine.paged import PagedEngine, unsupported
 from batchrun.engine.paged.attention.architecture import Unsupported, attention_layers
+from batchrun.engine.paged.attention.gathered import GatheredPages
 from batchrun.engine.paged.device.compiling import compile_layers
 from batchrun.engine.paged.device.projections import fuse_projections
 from batchrun.engine.paged.engine import PREFILLS_AHEAD
@@ -338,6 +339,19 @@ def test_requests_are_pulled_as_room_appears_and_none_means_later(folders: dict[
         ids.append(completion.id)
         assert pulled - len(ids) <= 4 + 2 + 2 + 1
     assert sorted(ids) == list(range(20))
+
+
+def test_what_the_kernels_have_to_tell_the_user_is_told_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(GatheredPages, "notes", notes)
+    engine = _engine(folders["llama"])
+    for request in _requests(0, 2):
+        _run(engine, [request])
+        notes[:] = ["slower, since"]
+        _run(engine, [request])
+    assert engine.stats.notes == ["slower, since"]
 
 
 def test_a_closed_stream_leaves_the_engine_usable(folders: dict[str, Path], models: dict[str, Any]) -> None:

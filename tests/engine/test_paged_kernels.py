@@ -22,14 +22,18 @@ import exact_fp8
 from compile_kernels import GPUS, SHAPES
 
 from batchrun.engine.layers.fp8 import quantize_rows
-from batchrun.engine.paged.attention import cascade, page_kernels
+from batchrun.engine.paged.attention import cascade, page_kernels, widened_pages
 from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
 from batchrun.engine.paged.attention import decode as decode_attention
 from batchrun.engine.paged.attention.architecture import Layer
-from batchrun.engine.paged.attention.cascade import CascadePlanner
+from batchrun.engine.paged.attention.cascade import CascadePlan, CascadePlanner
 from batchrun.engine.paged.attention.flash import FlashAttention
 from batchrun.engine.paged.attention.gathered import GatheredPages
-from batchrun.engine.paged.attention.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.attention.metadata import (
+    AttentionMetadata,
+    PrefillTurn,
+    SharedPrefixes,
+)
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.device import sampler_kernels as kernels
 from batchrun.engine.paged.device.sampler import top_p_threshold
@@ -103,6 +107,19 @@ def _own(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _random(tokens, layer.kv_heads, layer.head_dim), wider[:, : layer.kv_heads]
 
 
+def _in_turns(
+    metadata: AttentionMetadata, widened: WidenedPages, plans: list[CascadePlan | None]
+) -> AttentionMetadata:
+    """What attention over pages in fp8 is told of a prefill."""
+    turns = [
+        PrefillTurn(
+            spans, None if plan is None else SharedPrefixes.of(plan, _int), torch.from_numpy(own).to(DEVICE)
+        )
+        for spans, plan, own in zip(widened.spans, plans, widened.pages, strict=True)
+    ]
+    return replace(metadata, block_tables=_int(widened.block_tables), turns=turns)
+
+
 @pytest.mark.parametrize(("layer", "chunk", "fp8"), _pairs(LAYERS, [None, 32, 64], [False, True]))
 def test_decode_writes_the_new_token_and_is_attention_over_a_rows_own_pages(
     layer: Layer, chunk: int | None, fp8: bool, monkeypatch: pytest.MonkeyPatch
@@ -166,17 +183,11 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(
         slot_mapping=slot_mapping, block_tables=block_tables, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q
     )
     # As if the first two were of another length, and computed apart.
-    told = replace(metadata, query_spans=[(0, 2, 40), (2, 4, 64)], no_context=not paged)
+    spans = [(0, 2, 40), (2, 4, 64)]
+    told = replace(metadata, turns=[PrefillTurn(spans)], no_context=not paged)
     if pages.scales is not None:
-        plan = WidenedPages.of(
-            told.query_spans, block_tables.cpu().numpy(), new, seq_lens.cpu().numpy(), page_size=64
-        )
-        told = replace(
-            told,
-            block_tables=_int(plan.block_tables),
-            widened=torch.from_numpy(plan.pages).to(DEVICE),
-            widened_spans=plan.page_spans,
-        )
+        plan = WidenedPages.of(spans, block_tables.cpu().numpy(), new, seq_lens.cpu().numpy(), page_size=64)
+        told = _in_turns(told, plan, [None] * len(plan.pages))
     out = FlashAttention().prefill(query, *own, pages.keys, pages.values, told, layer, sinks, pages.scales)
     expected = GatheredPages().prefill(
         query, *own, reference.keys, reference.values, metadata, layer, sinks, reference.scales
@@ -185,20 +196,25 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(
     pages.assert_equal(reference)
 
 
-@pytest.mark.parametrize(("layer", "has_sinks"), [(LAYERS[0], True), (LAYERS[-1], False)])
+@pytest.mark.parametrize(
+    ("layer", "has_sinks", "turns"),
+    [(LAYERS[0], True, 0), (LAYERS[-1], False, 0), (LAYERS[0], True, 1), (LAYERS[-1], False, 2)],
+)
 def test_prefills_that_read_pages_together_give_attention_over_all_keys(
-    layer: Layer, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
+    layer: Layer, has_sinks: bool, turns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two groups, of two pages and of one, and a sequence in neither, whose numbers are as if there were none."""
+    """Two groups, of two pages and of one, and a sequence in neither, whose numbers are as if there were none. Pages in
+    fp8 are brought back in one turn or in two, each of which has groups of its own."""
     for name, value in {"ROW_COST": 0, "GROUP_COST": 0, "PREFILL_COST": 1}.items():
         monkeypatch.setattr(cascade, name, value)
     lens, older = np.array([9, 7, 3, 9, 1, 4]), np.array([150, 130, 70, 64, 128, 0])
     tables = np.array([[1, 2, 3], [1, 2, 4], [5, 6, 0], [5, 7, 0], [1, 2, 8], [0, 0, 0]], np.int32)
     planner = CascadePlanner(layer, cascade_attention.query_blocks(layer), 2)
-    plan = planner.plan_prefill(tables, lens, older + lens, 64)
-    assert plan is not None
-    assert plan.starts.tolist() == [128, 128, 64, 64, 128, 0]
-    pages = Pages(layer, fp8=False)
+    bounds = [(0, 3), (3, 6)] if turns == 2 else [(0, 6)]
+    plans = [planner.plan_prefill(tables, lens, older + lens, 64, *bound) for bound in bounds]
+    starts = [[] if plan is None else plan.starts.tolist() for plan in plans]
+    assert starts == ([[128, 128, 0, 0, 0, 0], []] if turns == 2 else [[128, 128, 64, 64, 128, 0]])
+    pages = Pages(layer, fp8=bool(turns))
     reference, alone = pages.copy(), pages.copy()
     query, own = _random(33, layer.query_heads, layer.head_dim), _own(layer, 33)
     sinks = _random(layer.query_heads) * 3 if has_sinks else None
@@ -209,14 +225,26 @@ def test_prefills_that_read_pages_together_give_attention_over_all_keys(
         block_tables=_int(tables),
         seq_lens=_int(older + lens),
         cu_seqlens_q=_int(np.concatenate([[0], np.cumsum(lens)])),
-        query_spans=[(0, 2, 9), (2, 6, 9)],
     )
-    shared = replace(metadata, shared_prefixes=SharedPrefixes.of(plan, _int))
+    spans = [(0, 2, 9), (2, 6, 9)]
+    if turns:
+        # Eight pages and the null page, all at once or no more than seven.
+        monkeypatch.setattr(widened_pages, "WIDENED_TOKENS", (9 if turns == 1 else 7) * 64)
+        widened = WidenedPages.of(spans, tables, lens.tolist(), older + lens, 64)
+        assert [(own[0][0], own[-1][1]) for own in widened.spans] == bounds
+        shared, each = (_in_turns(metadata, widened, each) for each in (plans, [None] * turns))
+    else:
+        (plan,) = plans
+        assert plan is not None
+        shared = replace(metadata, turns=[PrefillTurn(spans, SharedPrefixes.of(plan, _int))])
+        each = replace(metadata, turns=[PrefillTurn(spans)])
     out, by_itself = (
-        FlashAttention().prefill(query, *own, kept.keys, kept.values, told, layer, sinks)
-        for kept, told in ((pages, shared), (alone, metadata))
+        FlashAttention().prefill(query, *own, kept.keys, kept.values, told, layer, sinks, kept.scales)
+        for kept, told in ((pages, shared), (alone, each))
     )
-    expected = GatheredPages().prefill(query, *own, reference.keys, reference.values, metadata, layer, sinks)
+    expected = GatheredPages().prefill(
+        query, *own, reference.keys, reference.values, metadata, layer, sinks, reference.scales
+    )
     torch.testing.assert_close(out, expected, **CLOSE)
     assert torch.equal(out[29:], by_itself[29:])
 
@@ -310,6 +338,7 @@ def test_the_likeliest_allowed_token_is_the_first_of_equals(vocabulary: int) -> 
         assert token == (-2 if broken else equal[0])
 
 
+@pytest.mark.timeout(600)
 def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
     """Without a GPU: the interpreter runs what no compiler would take."""
     root = Path(__file__).parents[2]
@@ -328,6 +357,7 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_decode",
         "_combine",
         "_prefill",
+        "_prefill_long",
         "_write_quantized",
         "_widen",
         "_attend_prefixes",
@@ -345,5 +375,7 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_persistent_product",
     }
     assert {one["kernel"] for one in told} == attention | experts
+    only_newer = {"_write_quantized", "_widen", "_quantize", "_persistent_product"}
+    assert {one["kernel"] for one in told if one["gpu"] == 80} == (attention | experts) - only_newer
     for one in told:
         assert one["shared"] <= GPUS[one["gpu"]], one

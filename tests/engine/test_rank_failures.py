@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
+import forked_programs
 import numpy as np
 import pytest
 from faulty_rank import SILENT_SECONDS
@@ -21,7 +22,7 @@ from batchrun.engine.processes.process import EngineProcess
 from batchrun.engine.processes.rank_messages import PULSE_SECONDS, STUCK_SECONDS
 from batchrun.engine.processes.rank_messages import SILENT_SECONDS as SILENT
 from batchrun.engine.protocol import Completion, EngineSpec, Request
-from batchrun.errors import EngineError
+from batchrun.errors import EngineError, EngineNotLoaded
 
 NEW = 200
 
@@ -44,12 +45,14 @@ def _gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def process(tiny_llama: Path) -> Iterator[EngineProcess]:
-    options = {"max_rows": 4, "decode_steps": 2}
+    options = {"max_rows": 4, "decode_steps": 2, "tables": bytes(1 << 22)}
     folder = str(tiny_llama)
     spec = EngineSpec("faulty_ranks:Engine", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
-    engine = EngineProcess(spec, {SILENT_SECONDS: "8"})
-    yield engine
-    engine.stop()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forked_programs.use(monkeypatch)
+        engine = EngineProcess(spec, {SILENT_SECONDS: "8"})
+        yield engine
+        engine.stop()
 
 
 def test_what_says_nothing_is_given_up_within_a_minute() -> None:
@@ -57,9 +60,9 @@ def test_what_says_nothing_is_given_up_within_a_minute() -> None:
     assert STUCK_SECONDS + 2 * PULSE_SECONDS + GRACE_SECONDS < 60
 
 
-def test_a_paused_rank_is_noticed_while_a_batch_that_it_does_not_read_is_sent(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[EngineError]:
+    """What this process would end with as rank 0."""
     ended: SimpleQueue[EngineError] = SimpleQueue()
 
     def end(error: EngineError) -> None:
@@ -67,14 +70,64 @@ def test_a_paused_rank_is_noticed_while_a_batch_that_it_does_not_read_is_sent(
         threading.Event().wait()
 
     for name, value in {
-        "PROGRAM": "silent_rank", "PULSE_SECONDS": 0.1, "SILENT_SECONDS": 1, "GRACE_SECONDS": 0.1, "abort": end,
+        "PULSE_SECONDS": 0.1, "SILENT_SECONDS": 1, "STUCK_SECONDS": 1, "GRACE_SECONDS": 0.1, "abort": end,
     }.items():  # fmt: skip
         monkeypatch.setattr(ranks, name, value)
+    return ended
+
+
+def test_a_paused_rank_is_noticed_while_a_batch_that_it_does_not_read_is_sent(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, ended: SimpleQueue[EngineError]
+) -> None:
+    monkeypatch.setattr(ranks, "PROGRAM", "silent_rank")
     group = ranks.Ranks(EngineSpec("paged", str(tiny_llama), str(tiny_llama), gpus=2), 16)
     batch = bytes(1 << 22)
     threading.Thread(target=group._others[0].send, args=(batch,), daemon=True).start()
     assert "rank 1 of 2 has said nothing" in str(ended.get(timeout=30))
     group.close()
+
+
+def test_ranks_of_which_none_gets_on_with_loading_are_noticed(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, ended: SimpleQueue[EngineError]
+) -> None:
+    monkeypatch.setattr(ranks, "PROGRAM", "idle_rank")
+    monkeypatch.setattr(ranks, "SILENT_SECONDS", 30)
+    group = ranks.Ranks(EngineSpec("paged", str(tiny_llama), str(tiny_llama), gpus=2), 16)
+    with group.waiting("loading"):
+        assert "none of 2 ranks got on with loading for 1 s" in str(ended.get(timeout=30))
+    group.close()
+
+
+def test_a_rank_that_is_paused_while_it_loads_ends_the_group_and_the_next_one_loads(
+    process: EngineProcess,
+) -> None:
+    loading: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            process.load()
+        except EngineError as error:
+            loading.append(error)
+
+    caller = threading.Thread(target=load)
+    caller.start()
+    began = time.monotonic()
+    while not (process.pid and (others := _children(process.pid))):
+        assert time.monotonic() - began < 30
+        time.sleep(0.02)
+    # It has not read yet what it is part of, which is large: rank 0 waits for that.
+    group = (process.pid, *others)
+    os.kill(group[1], signal.SIGSTOP)
+    caller.join(60)
+    assert not caller.is_alive(), "nobody noticed"
+    (error,) = loading
+    assert isinstance(error, EngineNotLoaded)
+    assert "EngineError: rank 1 of 2 has said nothing for 8.0 s" in str(error)
+    while not all(map(_gone, group)):
+        assert time.monotonic() - began < 60, "a process is left"
+        time.sleep(0.05)
+    rows = [c for c in process.generate(iter(_requests(2))) if c is not None]
+    assert [len(c.token_ids) for c in rows] == [NEW, NEW]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])

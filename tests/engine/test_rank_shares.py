@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 import tp_models
 from adapters import make_adapter
 from packers import SETTINGS, configure, repack, repack_in_blocks
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from batchrun.engine.layers.fp8 import Fp8Linear
-from batchrun.engine.paged.parallel.loading import read_shares
-from batchrun.engine.paged.parallel.sharding import Sharding
+from batchrun.engine.paged.parallel.loading import Slice, read_shares
+from batchrun.engine.paged.parallel.sharding import Sharding, Share
 from batchrun.engine.protocol import EngineSpec
 from batchrun.engine.weights.loading import load_config, load_model
 from batchrun.engine.weights.row_adapters import AdaptedLinear
@@ -46,6 +48,30 @@ def _check_parts(spec: EngineSpec) -> None:
         for name, part in parts.items():
             assert torch.equal(part.float(), sharding.of_weight(name, whole[name]).float()), name
         assert sum(part.numel() for part in parts.values()) < sum(one.numel() for one in whole.values())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_that_a_checkpoint_keeps_apart_are_divided_each(tmp_path: Path, name: str) -> None:
+    _check_parts(_spec(tp_models.make_model(name, tmp_path)))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_part_of_a_tensor_in_a_file_takes_memory_for_itself_alone(tmp_path: Path, dim: int) -> None:
+    rows = 4096
+    save_file({"weight": torch.zeros(rows, rows)}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        part = Slice(file.get_slice("weight"), Share(dim, (rows // 4,), rows // 4))
+        before = _own_memory()
+        read = part[...].clone()
+        grown = _own_memory() - before
+    assert list(read.shape) == part.get_shape()
+    assert grown < 1.2 * read.nbytes
+
+
+def _own_memory() -> int:
+    """Bytes that this process has, but for files that are mapped into it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

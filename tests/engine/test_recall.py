@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import forked_programs
 import numpy as np
 import pytest
 from tiny_models import model_folder
@@ -42,14 +43,16 @@ class Asking:
         return {one.id: one for one in self.done}
 
 
-@pytest.fixture(params=["padded", "paged"])
+@pytest.fixture(scope="module", params=["padded", "paged"])
 def engine(request: pytest.FixtureRequest) -> Iterator[EngineProcess]:
     folder = str(model_folder("llama"))
     options = {"batch_tokens": 120, "cache_tokens": 4096, "max_rows": 4, "decode_steps": 4}
     process = EngineProcess(EngineSpec(request.param, folder, folder, max_context=512, options=options))
-    process.load()
-    yield process
-    process.stop()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        forked_programs.use(monkeypatch)
+        process.load()
+        yield process
+        process.stop()
 
 
 def requests(count: int = 24) -> list[Request]:

@@ -28,11 +28,12 @@ pytest.importorskip("triton")
 
 from batchrun.engine.layers import fp8
 from batchrun.engine.paged import PagedEngine
+from batchrun.engine.paged.attention import prefill
 from batchrun.engine.paged.attention.architecture import Layer
 from batchrun.engine.paged.attention.cascade import CascadePlanner, max_results
 from batchrun.engine.paged.attention.flash import FlashAttention
 from batchrun.engine.paged.attention.gathered import GatheredPages
-from batchrun.engine.paged.attention.metadata import AttentionMetadata, SharedPrefixes
+from batchrun.engine.paged.attention.metadata import AttentionMetadata, PrefillTurn, SharedPrefixes
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.schedule.batches import DecodeBatch
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
@@ -123,9 +124,12 @@ def test_every_token_is_the_references_choice_or_next_to_it(
     assert max(gaps) < 0.3 * np.mean(spread)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 63, 64, 65, 300])
-def test_an_fp8_product_is_that_of_its_numbers_for_any_number_of_rows(rows: int) -> None:
-    x, weight = torch.randn(rows, 4096, device=DEVICE), torch.randn(1024, 4096, device=DEVICE)
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [*((rows, 1024) for rows in (1, 2, 16, 63, 64, 65, 300)), (149, fp8.MANY_WEIGHTS // 4096)],
+)
+def test_an_fp8_product_is_that_of_its_numbers_for_any_number_of_rows(rows: int, columns: int) -> None:
+    x, weight = torch.randn(rows, 4096, device=DEVICE), torch.randn(columns, 4096, device=DEVICE)
     (x, x_scale), (weight, weight_scale) = fp8.quantize_rows(x), fp8.quantize_rows(weight)
     want = x.float() @ weight.float().t() * x_scale * weight_scale.t()
     got = fp8.scaled_product(x, x_scale, weight, weight_scale).float()
@@ -214,32 +218,42 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int, 
         tokens = [torch.arange(end - n, end, device=DEVICE) for end, n in zip(ends, new, strict=True)]
         return torch.cat([block_tables[row, t // 256].long() * 256 + t % 256 for row, t in enumerate(tokens)])
 
+    def on_device(values: Any) -> torch.Tensor:
+        return torch.from_numpy(values).to(DEVICE)
+
+    def prefills_agree(new: list[int], planner: CascadePlanner | None = None) -> None:
+        """With a planner sequences read together what it says."""
+        metadata = AttentionMetadata(
+            slot_mapping=slot_mapping(new),
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            cu_seqlens_q=on_device(np.cumsum([0, *new], dtype=np.int32)),
+        )
+        tables, ends = block_tables.cpu().numpy(), seq_lens.long().cpu().numpy()
+        spans, pages, places = [[(0, rows, max(new))]], [None], tables
+        if in_fp8:
+            widened = WidenedPages.of(spans[0], tables, new, ends, page_size=256)
+            spans, pages, places = (
+                widened.spans,
+                [on_device(own) for own in widened.pages],
+                widened.block_tables,
+            )
+        turns = []
+        for span, own in zip(spans, pages, strict=True):
+            plan = None
+            if planner is not None:
+                plan = planner.plan_prefill(tables, np.array(new), ends, 256, span[0][0], span[-1][1])
+                assert plan is not None or rows < 40 or layer.kv_heads == 1
+            turns.append(PrefillTurn(span, None if plan is None else SharedPrefixes.of(plan, on_device), own))
+        ours = replace(metadata, block_tables=on_device(places), turns=turns)
+        agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), ours, metadata)
+
     query = random(rows, layer.query_heads, layer.head_dim)
     step = AttentionMetadata(
         slot_mapping=slot_mapping([1] * rows), block_tables=block_tables, seq_lens=seq_lens
     )
     agree("decode", query, step, step)
-    new = [1 + 37 * row % 500 for row in range(rows)]
-    cu_seqlens_q = torch.tensor([0, *np.cumsum(new)], dtype=torch.int32, device=DEVICE)
-    packed = AttentionMetadata(
-        slot_mapping=slot_mapping(new),
-        block_tables=block_tables,
-        seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        query_spans=[(0, rows, max(new))],
-    )
-    ours = packed
-    if in_fp8:
-        tables, ends = block_tables.cpu().numpy(), seq_lens.cpu().numpy()
-        widened = WidenedPages.of(packed.query_spans, tables, new, ends, page_size=256)
-        ours = replace(
-            packed,
-            query_spans=widened.spans,
-            block_tables=torch.from_numpy(widened.block_tables).to(DEVICE),
-            widened=torch.from_numpy(widened.pages).to(DEVICE),
-            widened_spans=widened.page_spans,
-        )
-    agree("prefill", random(sum(new), layer.query_heads, layer.head_dim), ours, packed)
+    prefills_agree([1 + 37 * row % 500 for row in range(rows)])
     if layer.window is None:
         # Every other row begins with the same 512 tokens, the others with the same 256.
         block_tables[::2, :2], block_tables[1::2, :1] = (
@@ -262,6 +276,10 @@ def test_flash_attention_gives_what_plain_attention_gives(name: str, rows: int, 
                 max_results(rows),
             )
             agree("decode", query, replace(step, shared_prefixes=shared), step)
+        planner._prefill_worth = 1
+        prefills_agree(
+            np.minimum(1 + 5 * np.arange(rows) % 17, seq_lens.cpu().numpy() - 512).tolist(), planner
+        )
 
 
 def test_sampled_tokens_are_the_same_in_another_batch() -> None:
@@ -305,3 +323,53 @@ def test_no_shape_is_compiled_twice_and_memory_stays_flat() -> None:
         list(engine.generate(iter(_requests(300, 0, seed))))
     assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == 0
     assert torch.cuda.memory_reserved() < held + (1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("heads", "paged"), [(2, False), (4, True), (8, False), (8, True), (16, True), (6, False)]
+)
+def test_attention_of_long_prompts_is_that_of_float32_whatever_lies_between_them(
+    heads: int, paged: bool
+) -> None:
+    layer = Layer(query_heads=heads, kv_heads=2, head_dim=128, scale=0.09)
+    rng = torch.Generator(DEVICE).manual_seed(heads)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE, generator=rng).bfloat16()
+
+    new, old = [4100, 2500, 300, 256, 1], [777, 0, 128, 3000, 5] if paged else [0] * 5
+    stops = [n + o for n, o in zip(new, old, strict=True)]
+    query, out = random(sum(new), heads, 128), torch.empty(sum(new), heads, 128, device=DEVICE).bfloat16()
+    own = [[random(stop, 2, 128) for stop in stops] for _ in range(2)]
+    if paged:
+        pages = [-(-stop // 256) for stop in stops]
+        tables = torch.zeros(5, max(pages), dtype=torch.int32, device=DEVICE)
+        order = torch.randperm(sum(pages), device=DEVICE, generator=rng).int()
+        for row, some in enumerate(order.split(pages)):
+            tables[row, : len(some)] = some
+        # What is behind a sequence's end is no number.
+        keys, values = (
+            torch.full((sum(pages), 256, 2, 128), torch.nan, device=DEVICE).bfloat16() for _ in range(2)
+        )
+        for target, source in zip((keys, values), own, strict=True):
+            for row, tokens in enumerate(source):
+                places = torch.arange(len(tokens), device=DEVICE)
+                target[tables[row, places // 256].long(), places % 256] = tokens
+    else:
+        tables, (keys, values) = None, [torch.cat(one) for one in own]
+        values[sum(new[:2]) : sum(new[:3])] = torch.nan
+    ints = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, *np.cumsum(new)], stops)]
+    prefill.prefill(query, keys, values, tables, *ints, max(new), layer, out=out)
+    begin = 0
+    for row, (n, o) in enumerate(zip(new, old, strict=True)):
+        k, v = (one[row].float().repeat_interleave(heads // 2, 1).transpose(0, 1) for one in own)
+        q = query[begin : begin + n].float().transpose(0, 1)
+        mask = torch.arange(n + o, device=DEVICE) <= torch.arange(o, n + o, device=DEVICE)[:, None]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=layer.scale
+        )
+        if paged or row != 2:
+            torch.testing.assert_close(
+                out[begin : begin + n].float(), expected.transpose(0, 1), atol=1e-2, rtol=2e-2
+            )
+        begin += n

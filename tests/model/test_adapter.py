@@ -85,7 +85,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_starts(
 
 def test_an_adapter_that_is_not_there_is_refused(tmp_path: Path) -> None:
     model = {"name": str(tiny_models.model_folder("llama")), "adapter": "./none"}
-    refused("run", job_of(tmp_path, model=model), where="./none", fix="hub id")
+    refused("run", job_of(tmp_path, model=model), where="./none", fix="give an adapter's folder, a hub id")
 
 
 def test_an_adapter_is_described_in_a_line(tmp_path: Path, adapter: Path) -> None:

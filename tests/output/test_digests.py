@@ -129,13 +129,19 @@ def without_digests(folder: Folder) -> None:
     folder.put(MANIFEST, document.encode(written))
 
 
+def test_one_part_is_not_called_parts():
+    lines = Checked("out", verify.Verification(1, 1, 1, 0, without_digest=1)).lines()
+    assert lines[0].startswith("verified: 1 row = 1 ok + 0 failed, in 1 part;")
+    assert lines[1].startswith("note: 1 part of an earlier version")
+
+
 def test_outputs_without_digests_stay_readable_and_verify_says_so(place: Folder) -> None:
     without_digests(place)
     found = check(place)
     assert found.passed, found.problems
     assert found.without_digest == 2
     lines = Checked("out", found).lines()
-    assert "2 parts were written by an earlier version, without a digest" in lines[1]
+    assert "2 parts of an earlier version, without a digest" in lines[1]
     before = place.read(MANIFEST)
     assert manifest.write(output(place, PLAN, ROWS)).ok == sum(ROWS)
     assert place.read(MANIFEST) == before, "a run after success writes nothing"

@@ -320,7 +320,7 @@ def _one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Without shrinking, which takes minutes here: the schedule that failed is short enough to read.
 ExactlyOnce.TestCase.settings = settings(
-    max_examples=300,
+    max_examples=200,
     phases=[Phase.generate],
     stateful_step_count=40,
     deadline=None,
@@ -347,7 +347,7 @@ ExactlyOnceOfSamples.TestCase.settings = settings(ExactlyOnce.TestCase.settings,
 TestExactlyOnceOfSamples = ExactlyOnceOfSamples.TestCase
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     rows=st.integers(1, 6),
     of=st.integers(2, 3),

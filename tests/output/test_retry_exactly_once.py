@@ -294,7 +294,7 @@ def _one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Retries.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=100,
     phases=[Phase.generate],
     stateful_step_count=30,
     deadline=None,

@@ -77,7 +77,7 @@ def test_the_view_names_job_model_and_what_each_worker_does(view):
     assert "compiling the model" in words[2]
     for expected in (
         "267 ended by themselves, 30 (10.1%) cut at generation.max_new_tokens",
-        "30%", "about 69 s left", "300 of 1,000", "2 of 10 parts", "NULL_PROMPT 3", "pages 75% full", "0.667",
+        "30%", "about 69 s left", "300 of 1,000", "2 of 10 parts", "NULL_PROMPT 3", "pool 75% full", "0.667",
         "10.0.0.1:9000", "generating, 200 tokens/s, 10 rows in hand", "sealing", "GPU 75% busy",
         "0.0333 so far, about 0.1",
     ):  # fmt: skip
@@ -98,6 +98,16 @@ def test_of_several_samples_engines_hold_samples_and_not_rows(view):
     words = " ".join(shown(view, replace(COURSE[5], counts=counts, worker_views=[worker]), 110))
     assert "10 samples in hand" in words
     assert "10 samples in engines" in words
+
+
+def test_eighty_columns_hold_what_engines_hold_even_of_a_full_gpu(view):
+    engine = replace(
+        COURSE[5].engines[0], requests=22_048, completions=10_000, gauges={"pages": 9, "pages_free": 0}
+    )
+    worker = replace(COURSE[5].worker_views[0], engine=engine)
+    counts = replace(COURSE[5].counts, more_samples=200)
+    lines = shown(view, replace(COURSE[5], counts=counts, worker_views=[worker]), 80)
+    assert " ".join(lines[6].split()).endswith(" 0.667, pool 100% full, 12,048 samples in engines")
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])

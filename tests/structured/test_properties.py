@@ -57,7 +57,7 @@ def test_every_answer_that_ends_is_valid_and_fits_its_column(seed: int) -> None:
     assert wanted.values(wanted.texts(column)).equals(column)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS)
 def test_every_answer_of_a_recursive_schema_is_valid_and_fits_its_column(seed: int) -> None:
     r = random.Random(seed)

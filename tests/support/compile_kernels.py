@@ -1,6 +1,7 @@
 """Compiles the kernels of attention, of experts and of answers' masks for GPUs, on a machine that needs none.
 
-It says what shared memory each takes.
+It says what shared memory each takes. Kernels of attention take turns: each variant for each model is compiled for one
+of the GPUs, and each variant for each GPU.
 
     python tests/support/compile_kernels.py
 
@@ -10,6 +11,7 @@ In a process of its own: where Triton interprets, it compiles nothing.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import product
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from batchrun.engine.layers import expert_groups, experts_kernels, experts_persistent
-from batchrun.engine.paged.attention import cascade, fp8_pages, online_softmax
+from batchrun.engine.paged.attention import cascade, fp8_pages, online_softmax, prefill_hopper
 from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
 from batchrun.engine.paged.attention import decode as decode_attention
 from batchrun.engine.paged.attention import prefill as prefill_attention
@@ -54,6 +58,8 @@ FP8 = {
     **dict.fromkeys(("key_cache", "value_cache"), "fp8e4nv"),
     **dict.fromkeys(("key_scales", "value_scales"), "fp32"),
 }
+# How many variants of kernels there were so far, by GPU and model.
+variants: Counter[tuple[int, str]] = Counter()
 NUMBERS = {"scale": "fp32", "softcap": "fp32", "alpha": "fp32", "limit": "fp32"}
 
 
@@ -120,6 +126,27 @@ def main() -> None:
                 report(gpu, name, fp8_pages._widen, own, 4, FP8)
         report(gpu, "any", small_kernels._likeliest_allowed, {"BLOCK": 4096}, 8)
         report_experts(gpu, memory)
+    report_long_prefill()
+
+
+def report_long_prefill() -> None:
+    """As in llama, over pages."""
+    heads, num_kv_heads, head_dim, *_ = SHAPES["llama"]
+    block_n = prefill_hopper.BLOCK_N
+    layout = gl.NVMMASharedLayout.get_default_for([block_n, head_dim], gl.bfloat16)
+    described = f"tensordesc<bf16[{block_n}, {head_dim}],{layout!r}>"
+    constants = {
+        "NUM_HEADS": heads,
+        "GROUP_SIZE": heads // num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "PAGED": True,
+        "PAGE_SIZE": 256,
+        "BLOCK_M": prefill_hopper.BLOCK_M,
+        "BLOCK_N": block_n,
+        "NUM_STAGES": prefill_hopper.NUM_STAGES,
+    }
+    types = dict.fromkeys(("keys", "values"), described)
+    report(90, "llama", prefill_hopper._prefill_long, constants, prefill_hopper.WARPS, types)
 
 
 def report_experts(gpu: int, memory: int) -> None:
@@ -206,6 +233,7 @@ def check_names() -> None:
             cascade_attention,
             decode_attention,
             prefill_attention,
+            prefill_hopper,
             fp8_pages,
             small_kernels,
             experts_kernels,
@@ -219,6 +247,14 @@ def check_names() -> None:
             assert named <= set(kernel.arg_names), (kernel.__name__, named)
 
 
+def is_its_turn(gpu: int, model: str) -> bool:
+    """Whether this GPU is the one for which the model's next variant is compiled."""
+    if model == "any":
+        return True
+    variants[gpu, model] += 1
+    return (variants[gpu, model] + [*SHAPES].index(model)) % len(GPUS) == [*GPUS].index(gpu)
+
+
 def report(
     gpu: int,
     model: str,
@@ -227,6 +263,8 @@ def report(
     warps: int,
     types: dict[str, str] | None = None,
 ) -> None:
+    if not types and not is_its_turn(gpu, model):
+        return
     signature, attributes = {}, {}
     pointers = POINTERS | (types or {})
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -240,7 +278,8 @@ def report(
         signature[name] = type_name or NUMBERS.get(name, "i32")
         if name not in NUMBERS:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps})
     told = {"gpu": gpu, "kernel": kernel.__name__, "model": model, "shared": compiled.metadata.shared}
     print(json.dumps(told), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ class PlainCascade(GatheredPages):
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        if metadata.shared_prefixes is None:
+        (turn,) = metadata.turns
+        if turn.shared_prefixes is None:
             return super().prefill(query, key, value, key_cache, value_cache, metadata, layer, sinks, scales)
-        assert scales is None
-        _write(key, value, key_cache, value_cache, None, metadata)
+        _write(key, value, key_cache, value_cache, scales, metadata)
         sequences, lengths = [], []
         bounds = metadata.cu_seqlens_q.tolist()
         for number, (first, stop) in enumerate(itertools.pairwise(bounds)):
@@ -54,7 +55,8 @@ class PlainCascade(GatheredPages):
             sequences += [number] * (stop - first)
             lengths += range(length - (stop - first) + 1, length + 1)
         self.prefills += 1
-        return _joined(query, key_cache, value_cache, metadata, layer, sequences, lengths)[0]
+        told = replace(metadata, shared_prefixes=turn.shared_prefixes)
+        return _joined(query, key_cache, value_cache, told, layer, sequences, lengths, scales)[0]
 
 
 def _joined(

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from batchrun.engine.layers.fp8 import quantize_rows
 from batchrun.engine.paged.device.group import Group
+from batchrun.engine.paged.device.sampler import INVALID_TOKEN, Sampler
 from batchrun.engine.paged.parallel import peer_sum, sums
+from batchrun.engine.paged.parallel.divided_sampler import DividedSampler
+from batchrun.engine.paged.parallel.sharding import DividedHead
+from batchrun.engine.protocol import Sampling
 
 
 def run_ranks(ranks: int, folder: Path, kind: str) -> None:
@@ -68,6 +72,24 @@ def check_linear(rank: int, dtype: torch.dtype) -> None:
         want = sum(functional.linear(*(_exact(*quantize_rows(one)) for one in pair))
                    for pair in zip(inputs, weights, strict=True))  # fmt: skip
         _check(sums.summed_fp8_linear(*fp8[0], *fp8[1], bias, dtype), want + 1)
+
+
+def check_likeliest(rank: int, size: int) -> None:
+    """The token that whole logits give: the first of equals on different ranks, none where a logit is no number."""
+    whole = nn.Linear(16, 11, bias=False).requires_grad_(False).to(_device)
+    whole.weight.copy_(_numbers(4, 0, 11 * 16).view(11, 16))
+    whole.weight[9] = whole.weight[2]
+    x = torch.cat(
+        [_numbers(5, 0, 40 * 16).view(40, 16), whole.weight[2:3], torch.full((1, 16), torch.nan).to(_device)]
+    )
+    head = DividedHead(whole, rank, size, tied=False)
+    sampler, nobodys = DividedSampler(Sampling(), head), torch.zeros(len(x), dtype=torch.long)
+    want = Sampler(Sampling()).sample(whole(x), nobodys, nobodys)
+    assert want[40] == 2
+    assert want[41] == INVALID_TOKEN
+    assert torch.equal(sampler.sample(head(x), nobodys, nobodys), want)
+    with sampler.whole_logits():
+        assert torch.allclose(head(x), whole(x), equal_nan=True)
 
 
 def _exact(numbers: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -142,6 +164,7 @@ def main() -> None:
     else:
         assert sums._peers is None
         check_linear(rank, torch.float32)
+        check_likeliest(rank, size)
         check_sums(_over_files(rank, size, folder), rank, [5, 64, 300, 1000], [torch.float32, torch.float16])
     dist.barrier()
 

@@ -19,6 +19,7 @@ CONFIGS = {
     "phi3": lambda: tf.Phi3Config(**_SIZES),
     "gpt_oss": lambda: tf.GptOssConfig(**_SIZES, **_EXPERTS, num_local_experts=4, sliding_window=8),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_SIZES, **_EXPERTS, num_experts=4, moe_intermediate_size=32),
+    "mixtral": lambda: tf.MixtralConfig(**_SIZES, **_EXPERTS, num_local_experts=4),
 }
 
 

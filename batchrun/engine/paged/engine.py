@@ -19,6 +19,7 @@ from batchrun.engine.paged.device.device_side import allocate_pages, budget_of, 
 from batchrun.engine.paged.device.pending import Pending
 from batchrun.engine.paged.device.runner import SETTLED
 from batchrun.engine.paged.device.sampler import INVALID_TOKEN
+from batchrun.engine.paged.parallel.divided_sampler import sampler_of
 from batchrun.engine.paged.parallel.ranks import Ranks
 from batchrun.engine.paged.parallel.share import load_share
 from batchrun.engine.paged.schedule.batches import DecodeBatch, PrefillChunk
@@ -60,7 +61,8 @@ class PagedEngine:
         device = next(model.parameters()).device
         group = ranks.group if ranks else None
         budget = budget_of(spec, model, group)
-        self._runner = make_runner(spec, model, budget, page_size, group, ranks.launch if ranks else None)
+        sampler, launch = sampler_of(spec, model), ranks.launch if ranks else None
+        self._runner = make_runner(spec, model, sampler, budget, page_size, group, launch)
         self._answer_mask = self._runner.mask
         self._stop_ids = frozenset(spec.stop_token_ids)
         self._stop_strings = StopStrings(spec)
@@ -86,8 +88,9 @@ class PagedEngine:
         )
 
     @classmethod
-    def load(cls, spec: EngineSpec) -> Self:
-        """Loads the weights onto `spec.device`, finds out how much memory is left, and takes it for the pool.
+    def load(cls, spec: EngineSpec, config: Any = None) -> Self:
+        """Loads the weights onto `spec.device`, finds out how much memory is left, and takes it for the pool. Over
+        several GPUs they can be random ones, of a model of the `config`.
 
         Raises:
             ModelError: the model cannot be loaded, or not by this engine: `unsupported` says why.
@@ -95,8 +98,10 @@ class PagedEngine:
         started = time.perf_counter()
         try:
             # Before the model, so that all ranks load at the same time.
-            ranks = Ranks(spec, PAGE_SIZE) if spec.gpus > 1 else None
-            engine = cls(spec, load_share(spec, ranks.group) if ranks else load_model(spec), ranks=ranks)
+            ranks = Ranks(spec, PAGE_SIZE, config) if spec.gpus > 1 else None
+            with ranks.waiting("loading") if ranks else nullcontext():
+                model = load_share(spec, ranks.group, config) if ranks else load_model(spec)
+                engine = cls(spec, model, ranks=ranks)
         except Unsupported as reason:
             raise ModelError(
                 f"the paged engine cannot run this model, since {reason}",
@@ -107,6 +112,11 @@ class PagedEngine:
         return engine
 
     unsupported = staticmethod(unsupported)
+
+    def close(self) -> None:
+        """Ends the other ranks, if there are any: with the process they end by themselves."""
+        if self._ranks:
+            self._ranks.close()
 
     def generate(self, requests: Iterator[Request | None]) -> Iterator[Completion]:
         """See `Engine.generate`. Closing the generator aborts every sequence; the engine can be used again."""
@@ -173,7 +183,7 @@ class PagedEngine:
         """Reads results back, the oldest first, until so many are left; yields the sequences that have ended."""
         while len(pending) > leaving:
             results = pending.popleft()
-            with self._ranks.waiting() if self._ranks else nullcontext():
+            with self._ranks.waiting("a batch") if self._ranks else nullcontext():
                 columns = results.read()
             self.stats.busy_seconds += results.seconds
             running: list[tuple[Sequence, list[int]]] = []
@@ -310,6 +320,7 @@ class PagedEngine:
         stats.steps = runner.launches
         stats.prompt_tokens = scheduler.prompt_tokens - scheduler.shared_tokens
         stats.shared_tokens = scheduler.shared_tokens
+        stats.notes += [note for note in runner.cache.backend.notes if note not in stats.notes]
         prompt_tokens, output_tokens = scheduler.active_tokens
         stats.gauges |= {
             "active_rows": scheduler.active,

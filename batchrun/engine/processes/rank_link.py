@@ -13,18 +13,20 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
+from batchrun.engine.processes.host_progress import HostProgress
 from batchrun.engine.processes.rank_messages import PULSE_SECONDS, SILENT_SECONDS, Pulse
 
 
 class Link:
     """One thread receives, so that rank 0 need not wait for this process, and one shows that it is alive.
 
-    `inbox` has what rank 0 tells, `progress` says how far this rank has come, see `Pulse`.
+    `inbox` has what rank 0 tells, `progress` says how far this rank has come, see `Pulse`: until something better is
+    set, how far the thread has that makes this.
     """
 
     def __init__(self, connection: Connection, parent: int) -> None:
         self.inbox: SimpleQueue[Any] = SimpleQueue()
-        self.progress: Callable[[], int] = int
+        self.progress: Callable[[], int] = HostProgress().look
         self._connection, self._parent = connection, parent
         self._sending = threading.Lock()
         self._silent = 0

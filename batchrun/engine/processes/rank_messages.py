@@ -11,8 +11,8 @@ SILENT_SECONDS = 40
 """Both send a sign of life every PULSE_SECONDS, by a thread of their own. One that has stopped, or whose machine has,
 is given up before a minute has passed; importing and compiling let threads run far more often than that."""
 STUCK_SECONDS = 45
-"""All ranks live, and none gets on with a batch: see `Progress`. Its smallest steps, a layer on a device, a pass of a
-compiler, take far less."""
+"""All ranks live, and none gets on with loading, or with a batch: see `HostProgress`. The smallest steps, a page of a
+file, a layer on a device, a pass of a compiler, take far less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """A sign of life, either way, and how far a rank has come: see `Progress.look`."""
+    """A sign of life, either way, and how far a rank has come: see `HostProgress.look`."""
 
     progress: int = 0
 

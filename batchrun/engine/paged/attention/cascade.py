@@ -99,15 +99,19 @@ class CascadePlanner:
         return self._plan
 
     def plan_prefill(
-        self, block_tables: Ints, query_lens: Numbers, seq_lens: Numbers, page_size: int
-    ) -> CascadePlan | None:
-        """Which sequences of a prefill batch read together pages that were there before: those of whole pages, all of
-        whose tokens their queries see. None where that would not save time.
+        self, block_tables: Ints, query_lens: Numbers, seq_lens: Numbers, page_size: int,
+        first: int = 0, stop: int | None = None,
+    ) -> CascadePlan | None:  # fmt: skip
+        """Which sequences of a prefill batch, from `first` to before `stop`, read together pages that were there
+        before: those of whole pages, all of whose tokens their queries see. None where that would not save time.
 
         A sequence's own queries go through its keys together anyway, so that only those of several sequences count
         which fill blocks better than the queries of each.
         """
-        order, common = _order_by_pages(block_tables, (seq_lens - query_lens) // page_size)
+        older = (seq_lens - query_lens) // page_size
+        older[:first] = 0
+        older[len(older) if stop is None else stop :] = 0
+        order, common = _order_by_pages(block_tables, older)
         if not common.any():
             return None
         small, lens = self._block_rows[0], query_lens[order]

@@ -7,6 +7,8 @@ prompts of 600 tokens 327 : 444, of 109 of 150 tokens 216 : 393, of 5 of 3000 to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ class FlashAttention:
     name = "triton"
     # Once for all queries of a prefill: a block of them that converted its keys by itself took 1.6 to 2 times as long.
     widens_pages = True
+    notes: Sequence[str] = prefill_attention.NOTES
 
     def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
         """See `AttentionBackend`."""
@@ -34,7 +37,7 @@ class FlashAttention:
         metadata: AttentionMetadata, layer: Layer, sinks: Tensor | None, scales: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend`: over the call's own keys where there are no older ones, else through the pages,
-        shared prefixes once."""
+        each turn's shared prefixes once."""
         assert metadata.cu_seqlens_q is not None
         if scales is None:
             page_kernels.write_kv_cache(key, value, key_cache, value_cache, metadata.slot_mapping)
@@ -44,37 +47,37 @@ class FlashAttention:
                 key, value, key_cache, value_cache, scales, metadata.slot_mapping
             )
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        shared, lse = metadata.shared_prefixes, None
-        if shared is not None:
-            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         # Sequences without older tokens need no detour through the pages.
         keys, values, block_tables = (
             (key, value, None) if metadata.no_context else (key_cache, value_cache, metadata.block_tables)
         )
-        for number, (first, stop, longest) in enumerate(metadata.query_spans):
+        for turn in metadata.turns:
             if scales is not None and block_tables is not None:
-                assert metadata.widened is not None
-                pages = metadata.widened[slice(*metadata.widened_spans[number])]
-                keys, values = fp8_pages.widened(key_cache, value_cache, scales, pages, query.dtype)
-            starts = None if shared is None else shared.starts_of(first, stop)
-            prefill_attention.prefill(
-                query,
-                keys,
-                values,
-                None if block_tables is None else block_tables[first:stop],
-                metadata.cu_seqlens_q[first : stop + 1],
-                metadata.seq_lens[first:stop],
-                longest,
-                layer,
-                sinks,
-                out,
-                starts,
-                None if starts is None else lse,
-            )
-        if shared is not None and lse is not None:
-            cascade_attention.merge_prefixes(
-                query, key_cache, value_cache, metadata.block_tables, shared, layer, out, lse
-            )
+                assert turn.widened is not None
+                keys, values = fp8_pages.widened(key_cache, value_cache, scales, turn.widened, query.dtype)
+            shared, lse = turn.shared_prefixes, None
+            if shared is not None:
+                lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+            for first, stop, longest in turn.query_spans:
+                starts = None if shared is None else shared.starts_of(first, stop)
+                prefill_attention.prefill(
+                    query,
+                    keys,
+                    values,
+                    None if block_tables is None else block_tables[first:stop],
+                    metadata.cu_seqlens_q[first : stop + 1],
+                    metadata.seq_lens[first:stop],
+                    longest,
+                    layer,
+                    sinks,
+                    out,
+                    starts,
+                    None if starts is None else lse,
+                )
+            if shared is not None and lse is not None:
+                cascade_attention.merge_prefixes(
+                    query, keys, values, metadata.block_tables, shared, layer, out, lse
+                )
         return out
 
     def decode(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -50,27 +50,37 @@ class SharedPrefixes:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillTurn:
+    """Sequences of a prefill whose attention is computed before that of the next ones.
+
+    `query_spans` are those to compute together, see `shapes.query_spans`, and `shared_prefixes` what groups of them
+    begin with. Where the cache is in fp8, `widened` (pages,) int64 are to be brought back to the model's format first.
+    """
+
+    query_spans: Spans
+    shared_prefixes: SharedPrefixes | None = None
+    widened: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """Where the tokens of one model call are in the pool.
 
     `slot_mapping` (tokens,) int64 is where each token's key and value go, page * page size + offset. `block_tables`
     (sequences, pages) int32 and `seq_lens` (sequences,) int32 are each sequence's pages and tokens, this call's
-    included. A decode step has one token per sequence. A prefill has `cu_seqlens_q` (sequences + 1,) int32, where
-    each sequence's tokens begin in the prefill batch; `query_spans` are sequences to compute together, see
-    `shapes.query_spans`; `no_context` when no sequence has older tokens. Where pages are brought back to the model's
-    format for it, `block_tables` count among `widened` (pages,) int64, those of each span by themselves: they are
-    `widened_spans` of it.
+    included. A decode step has one token per sequence, and may have `shared_prefixes`. A prefill has `cu_seqlens_q`
+    (sequences + 1,) int32, where each sequence's tokens begin in the prefill batch; `turns`, which cover its sequences;
+    `no_context` when no sequence has older tokens. Where a turn has `widened` pages, the `block_tables` of its
+    sequences count among those.
     """
 
     slot_mapping: Tensor
     block_tables: Tensor
     seq_lens: Tensor
     cu_seqlens_q: Tensor | None = None
-    query_spans: Spans = field(default_factory=list)
+    turns: list[PrefillTurn] = field(default_factory=list)
     no_context: bool = False
     shared_prefixes: SharedPrefixes | None = None
-    widened: Tensor | None = None
-    widened_spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 class AttentionBackend(Protocol):
@@ -79,11 +89,12 @@ class AttentionBackend(Protocol):
     `key_cache` and `value_cache` are (pages, page size, kv heads, head size) of one layer; query, key and value are
     (tokens, heads, head size); `sinks` (query heads,) are logits without a value, where a model has them. Where the
     cache is in fp8, `scales` (2, pages, kv heads, page size) float32 are those of the layer's keys and values. Gives
-    (tokens, query heads, head size).
+    (tokens, query heads, head size). `notes` are for the user, as `EngineStats.notes`.
     """
 
     name: str
     widens_pages: bool
+    notes: Sequence[str]
 
     def cascade_queries(self, layer: Layer) -> tuple[int, int] | None:
         """Queries of sequences that read a shared prefix together: of a small and a large block of threads, no fewer

@@ -49,14 +49,15 @@ class KVCache:
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         self.allocate(1)
 
-    def cascade_planner(self) -> CascadePlanner | None:
-        """Where attention can read what several sequences begin with once for all of them."""
+    def cascade_planner(self, *, prefills: bool) -> CascadePlanner | None:
+        """Where attention of prefills, or of decode steps, can read what several sequences begin with once for all of
+        them."""
         # What is in a window of one sequence is not in that of another. Blocks have to do for all layers.
         layer = max(self.layers, key=lambda layer: layer.query_heads)
         queries = self.backend.cascade_queries(layer)
         if queries is None or any(other.window for other in self.layers):
             return None
-        if self._dtype == FP8:
+        if self._dtype == FP8 and not (prefills and self.widens_pages):
             # Large blocks have too many numbers to convert at once. On an H200, 8 key heads and 32 query heads, 40
             # groups of 25 rows with 4,000 tokens: 640 us a step in small ones, 1,030 in large ones, 460 in bfloat16.
             queries = queries[0], queries[0]

@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from batchrun.engine.paged.attention.architecture import Layer
+from batchrun.engine.paged.attention.devices import is_gpu
 from batchrun.engine.paged.attention.metadata import LONG_SEQLEN
 from batchrun.engine.paged.attention.online_softmax import LOG2_E, attend, fitting_blocks, shared_memory
+from batchrun.errors import one_line
 
 # Numbers and addresses that differ from call to call and make no code faster are not compiled for: each variant would
 # cost a run that meets it first about two seconds.
@@ -25,8 +30,9 @@ PREFILL_BLOCK_M, PREFILL_WARPS = 64, 4
 
 LONG_BLOCK_M, LONG_BLOCK_N, LONG_WARPS, LONG_MEMORY = 128, 128, 8, 232448
 """Prefills with a sequence of `LONG_SEQLEN` tokens take larger blocks, where one may have so many bytes of shared
-memory (Hopper). On an H100, two sequences of 8,000 and 16 query heads: 489 instead of 449 TFLOP/s; a continued
-sequence, over its pages, 462 instead of 401. Sequences of 600 would lose a fifth."""
+memory (Hopper) and `prefill_hopper` is not made for them. On an H100, two sequences of 8,000 and 16 query heads: 489
+instead of 449 TFLOP/s; a continued sequence, over its pages, 462 instead of 401. Sequences of 600 would lose a
+fifth."""
 
 
 @triton.jit(
@@ -167,6 +173,12 @@ def prefill(
     tokens, heads, head_dim = query.shape
     if out is None:
         out = torch.empty((tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+    if max_seqlen_q >= LONG_SEQLEN and starts is None and lse is None:
+        page_size = None if block_tables is None else keys.shape[1]
+        prefill_long = _hopper_kernel(layer, page_size, query.dtype, query.device)
+        if prefill_long is not None:
+            prefill_long(query, keys, values, block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, layer, out)
+            return out
     block_d = triton.next_power_of_2(head_dim)
     block_m, block_n, num_stages, warps = prefill_tile(
         head_dim, query.itemsize, shared_memory(query), max_seqlen_q, paged=block_tables is not None
@@ -187,6 +199,43 @@ def prefill(
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, NUM_STAGES=num_stages, num_warps=warps,
     )  # fmt: skip
     return out
+
+
+NOTES: list[str] = []
+"""What a user is to know of these kernels, once it is known."""
+
+
+@functools.cache
+def _hopper_kernel(
+    layer: Layer, page_size: int | None, dtype: torch.dtype, device: torch.device
+) -> Callable[..., None] | None:
+    """The kernel for long prompts on a Hopper GPU, compiled, where there is one for such layers and pages.
+
+    Gluon, which it is written in, changes from one version of Triton to the next. Where one does not compile it, long
+    prompts have the kernel of all others, and `NOTES` say so.
+    """
+    if not (
+        is_gpu(device)
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and layer.head_dim == 128
+        and layer.query_heads // layer.kv_heads in (1, 2, 4, 8, 16)
+        and (layer.window, layer.softcap, layer.sinks) == (None, None, False)
+        and (page_size is None or page_size % 128 == 0)
+    ):
+        return None
+    try:
+        from batchrun.engine.paged.attention import prefill_hopper
+
+        prefill_hopper.compile_for(layer, page_size, dtype, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        NOTES.append(
+            f"prefills of long prompts take longer, since Triton {triton.__version__} does not compile the kernel that "
+            f"is made for this GPU: {one_line(error)}"
+        )
+        return None
+    return prefill_hopper.prefill_long
 
 
 def packed_heads(group_size: int) -> int:

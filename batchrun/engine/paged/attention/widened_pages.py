@@ -17,14 +17,12 @@ WIDENED_TOKENS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class WidenedPages:
-    """`spans` as `shapes.query_spans` has them, or parts of them; `block_tables` (sequences, pages) count among the
-    pages of their span; `pages` (pages,) int64 are those of one span after another, each once, and `page_spans` where
-    they begin and end."""
+    """`pages` has for each turn those of its sequences, each page once, (pages,) int64. `block_tables` (sequences,
+    pages) count among those of the sequence's turn. `spans` has for each turn its part of `shapes.query_spans`."""
 
-    spans: Spans
     block_tables: NDArray[np.int32]
-    pages: NDArray[np.int64]
-    page_spans: list[tuple[int, int]]
+    pages: list[NDArray[np.int64]]
+    spans: list[Spans]
 
     @classmethod
     def of(
@@ -38,21 +36,22 @@ class WidenedPages:
         """Of sequences with `block_tables` (sequences, pages), new and all tokens (sequences,)."""
         used = np.arange(block_tables.shape[1]) < -(-seq_lens // page_size)[:, None]
         tables = np.where(used, block_tables, NULL_PAGE)
-        most, turns = WIDENED_TOKENS // page_size, []
-        open_spans = [(first, stop) for first, stop, _ in reversed(spans)]
-        while open_spans:
-            first, stop = open_spans.pop()
+        most, pages, parts = WIDENED_TOKENS // page_size, [], []
+        open_turns = [(0, len(tables))]
+        while open_turns:
+            first, stop = open_turns.pop()
             own, places = np.unique(tables[first:stop], return_inverse=True)
             if len(own) > most and stop - first > 1:
                 middle = (first + stop) // 2
-                open_spans += [(middle, stop), (first, middle)]
+                open_turns += [(middle, stop), (first, middle)]
             else:
                 tables[first:stop] = places.reshape(stop - first, -1)
-                turns.append((first, stop, own))
-        ends = np.cumsum([len(own) for *_, own in turns]).tolist()
-        return cls(
-            [(first, stop, max(query_lens[first:stop])) for first, stop, _ in turns],
-            tables,
-            np.concatenate([own for *_, own in turns]).astype(np.int64),
-            list(zip([0, *ends[:-1]], ends, strict=True)),
-        )
+                pages.append(own.astype(np.int64))
+                parts.append(_within(spans, first, stop, query_lens))
+        return cls(tables, pages, parts)
+
+
+def _within(spans: Spans, first: int, stop: int, query_lens: list[int]) -> Spans:
+    """The spans' parts between `first` and `stop`."""
+    parts = [(max(begin, first), min(end, stop)) for begin, end, _ in spans]
+    return [(begin, end, max(query_lens[begin:end])) for begin, end in parts if begin < end]

@@ -17,7 +17,6 @@ from batchrun.engine.paged.device.runner import Launch, Runner
 from batchrun.engine.paged.device.sampler import Sampler
 from batchrun.engine.processes import stage
 from batchrun.engine.protocol import EngineSpec
-from batchrun.engine.tokens.answer_mask import AnswerMask
 from batchrun.engine.tokens.token_values import ValuesOfTokens
 from batchrun.errors import ModelError
 
@@ -31,6 +30,7 @@ def budget_of(spec: EngineSpec, model: Any, group: Group | None) -> Budget:
 def make_runner(
     spec: EngineSpec,
     model: Any,
+    sampler: Sampler,
     budget: Budget,
     page_size: int,
     group: Group | None,
@@ -53,7 +53,6 @@ def make_runner(
     if devices.is_gpu(device):
         fuse_projections(model)
         use_grouped_experts(model)
-    sampler = Sampler(spec.sampling, AnswerMask.of(spec, model))
     if budget.compile:
         compile_layers(model, cache.modules)
         if not sampler.greedy:

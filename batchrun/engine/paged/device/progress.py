@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -11,20 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchrun.engine.processes.host_progress import HostProgress
 
-class Progress:
-    """Of the thread that made it, and of what that thread has put on its device.
 
-    A thread that waits for another rank, or for its device, stays at one place of its Python code; one that traces,
-    compiles or launches does not. A device comes past the marks that stand behind each layer and each decode step.
-    """
+class Progress(HostProgress):
+    """Of a process, and of what the thread that makes it has put on its device: that comes past the marks that stand
+    behind each layer and each decode step."""
 
     def __init__(self, device: torch.device) -> None:
-        self._thread = threading.get_ident()
+        super().__init__()
         self._on_gpu = device.type == "cuda"
         self._marks: deque[Any] = deque()
-        self._place: tuple[int, int] | None = None
-        self._count = 0
 
     def mark(self) -> None:
         """The device has come so far once it comes past all that was launched before. A CPU computes while the thread
@@ -42,13 +37,8 @@ class Progress:
             layer.register_forward_hook(lambda *_: self.mark())
 
     def look(self) -> int:
-        """A number that has grown if anything got on since the last look. In another thread, always the same one."""
-        frame = sys._current_frames().get(self._thread)
-        place = frame and (id(frame), frame.f_lasti)
-        went_on = place != self._place
-        self._place = place
+        """As `HostProgress.look`, or that the device came past a mark."""
         while self._marks and self._marks[0].query():
             self._marks.popleft()
-            went_on = True
-        self._count += went_on
-        return self._count
+            self._count += 1
+        return super().look()

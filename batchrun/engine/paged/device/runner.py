@@ -102,7 +102,8 @@ class Runner:
         pages = power_of_two(-(-max_context // cache.page_size))
         self._largest_shape = Shape(bucket(max_sequences), pages)
         self._inputs = zeros(torch.int32, input_size(Shape(bucket(max_sequences), pages, MAX_ITEMS)))
-        self._cascade = cache.cascade_planner()
+        self._cascade = cache.cascade_planner(prefills=False)
+        self._prefill_cascade = cache.cascade_planner(prefills=True)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         self._seen = zeros(torch.bool, slots, vocabulary) if sampler.penalizes else None
         self._states = zeros(torch.int32, slots) if sampler.mask is not None else None
@@ -126,9 +127,8 @@ class Runner:
     def prefill(self, chunks: list[PrefillChunk]) -> Pending:
         """Computes a prefill batch; gives the first new token of every sequence that it completes."""
         work, sequences = PrefillWork.of(chunks, self.cache.page_size, self._sampler, self.cache.widens_pages)
-        # A prefill reads no pages in fp8 together.
-        if self._cascade is not None and self.cache.scales is None:
-            work = work.planned(self._cascade, self.cache.page_size)
+        if self._prefill_cascade is not None:
+            work = work.planned(self._prefill_cascade, self.cache.page_size)
         return replace(self._launch(work), sequences=sequences, scored=work.scored)
 
     def decode(self, batch: DecodeBatch) -> Pending:
@@ -358,7 +358,9 @@ class Runner:
         with self._scoring.states(0, columns) as states:
             needed = torch.cat([logits_to_keep, columns])
             logits = self._forward(tokens, positions, metadata, logits_to_keep, needed)
-        return logits, self._copied(self._scoring.logprobs(states[0], wanted, places, scored.places))
+        with self._sampler.whole_logits():
+            logprobs = self._scoring.logprobs(states[0], wanted, places, scored.places)
+        return logits, self._copied(logprobs)
 
     def _forward(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,10 @@ class Sampler:
             rows = RowTensors.of(own)
             drawn = (self.warp(logits, rows) + torch.where(rows.draws, noise, 0.0)).argmax(dim=-1)
         return torch.where(usable, drawn, INVALID_TOKEN)
+
+    def whole_logits(self) -> AbstractContextManager[None]:
+        """Inside, the model gives logits of all tokens, wherever it gives a sampler less."""
+        return nullcontext()
 
     def _likeliest(self, logits: Tensor, states: Tensor | None) -> Tensor:
         if self.mask is None or states is None:

@@ -89,12 +89,18 @@ def query_spans(query_lens: list[int]) -> Spans:
     """Which sequences of a prefill batch attention computes together.
 
     Documents and short questions about them in one grid would have each question take a document's blocks, nearly all
-    of them for nothing. `query_lens` are in falling order but for the last, which is padding.
+    of them for nothing. `query_lens` are in falling order of `length_kind` but for
+    the last, which is padding.
     """
-    kinds = [(tokens >= SHORT_SEQLEN) + (tokens >= LONG_SEQLEN) for tokens in query_lens[:-1]]
+    kinds = [length_kind(tokens) for tokens in query_lens[:-1]]
     changes = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
     bounds = itertools.pairwise([0, *changes, len(query_lens)])
     return [(first, stop, max(query_lens[first:stop])) for first, stop in bounds]
+
+
+def length_kind(tokens: int) -> int:
+    """Of a sequence with so many tokens in a prefill batch: 0 if it is short, 2 if it is long."""
+    return (tokens >= SHORT_SEQLEN) + (tokens >= LONG_SEQLEN)
 
 
 def round_tokens(tokens: int) -> int:

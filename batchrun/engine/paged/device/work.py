@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchrun.engine.paged.attention.cascade import CascadePlan, CascadePlanner
-from batchrun.engine.paged.attention.metadata import AttentionMetadata, SharedPrefixes, Spans
+from batchrun.engine.paged.attention.metadata import AttentionMetadata, PrefillTurn, SharedPrefixes, Spans
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
 from batchrun.engine.paged.device.sampler import Sampler
 from batchrun.engine.paged.device.scored_chunks import ScoredChunks
-from batchrun.engine.paged.device.shapes import query_spans, round_tokens
+from batchrun.engine.paged.device.shapes import length_kind, query_spans, round_tokens
 from batchrun.engine.paged.schedule.batches import DecodeBatch, Ints, PrefillChunk
 from batchrun.engine.paged.schedule.page_pool import NULL_PAGE
 from batchrun.engine.paged.schedule.scheduler import MIN_PREFILL_TOKENS
@@ -88,9 +88,9 @@ class Starts:
 class PrefillWork:
     """A prefill batch: `copies` (3, copies) int64 are pages to copy first, from where, to where and how many tokens;
     the others are as in `AttentionMetadata`, `tokens` and `positions` (tokens,) int64; `widened` are the pages to be
-    brought back to the model's format, if any are. The longest chunks come first and padding last. `adapters`
-    (sequences,) int32 are numbers of adapters, 0 for none. `scored` has no names of sequences. `plan`: which pages
-    sequences read together."""
+    brought back to the model's format, turn by turn, if any are. Long chunks come first and padding last.
+    `adapters` (sequences,) int32 are numbers of adapters, 0 for none. `scored` has no names of sequences. `plans`: what
+    sequences of each turn read together; there is one turn where no pages are widened."""
 
     copies: Longs | None
     tokens: Longs
@@ -105,14 +105,19 @@ class PrefillWork:
     adapters: Ints
     starts: Starts | None
     scored: ScoredChunks | None
-    plan: CascadePlan | None = None
+    plans: Many[CascadePlan | None]
 
     @classmethod
     def of(
         cls, chunks: list[PrefillChunk], page_size: int, sampler: Sampler, widens: bool
     ) -> tuple[Self, list[Sequence]]:
         """The batch, and the sequences whose first new tokens come out of it."""
-        chunks = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
+        no_context = not any(chunk.start for chunk in chunks)
+        if widens and not no_context:
+            # Those with the same pages side by side, so that these are brought back in few turns.
+            chunks = sorted(chunks, key=lambda c: (-length_kind(c.stop - c.start), c.sequence.pages))
+        else:
+            chunks = sorted(chunks, key=lambda c: c.start - c.stop)
         copies = [(chunk.copy_from, chunk.copy_to, chunk.copied) for chunk in chunks if chunk.copied]
         query_lens = [s.stop - s.start for s in chunks]
         # Padding, up to one of few numbers of tokens, belongs to a sequence of its own on the null page.
@@ -135,8 +140,7 @@ class PrefillWork:
         sequences = [chunks[i].sequence for i in completed]
         stops, last_tokens = [chunks[i].stop for i in completed], [int(ends[i]) - 1 for i in completed]
         seq_lens = np.array([*(s.stop for s in chunks), padding], np.int64)
-        spans, no_context = query_spans(query_lens), all(s.start == 0 for s in chunks)
-        widened = None
+        spans, widened = query_spans(query_lens), None
         if widens and not no_context:
             widened = WidenedPages.of(spans, block_tables, query_lens, seq_lens, page_size)
         work = cls(
@@ -144,15 +148,16 @@ class PrefillWork:
             tokens=tokens.astype(np.int64),
             positions=positions.astype(np.int64),
             slot_mapping=pages * page_size + positions % page_size,
-            block_tables=block_tables if widened is None else widened.block_tables,
+            block_tables=block_tables,
             query_lens=np.array(query_lens, np.int64),
             seq_lens=seq_lens,
-            query_spans=spans if widened is None else widened.spans,
+            query_spans=spans,
             no_context=no_context,
             widened=widened,
             adapters=np.array([*(s.sequence.request.adapter for s in chunks), 0], np.int32),
             starts=Starts.of(sequences, stops, last_tokens, sampler) if sequences else None,
             scored=ScoredChunks.of(chunks, np.concatenate([[0], ends])),
+            plans=[None] * (1 if widened is None else len(widened.spans)),
         )
         return work, sequences
 
@@ -167,8 +172,17 @@ class PrefillWork:
         """The batch with what its sequences read together, if that is anything."""
         if self.no_context:
             return self
-        plan = cascade.plan_prefill(self.block_tables, self.query_lens, self.seq_lens, page_size)
-        return replace(self, plan=plan)
+        plans = [
+            cascade.plan_prefill(
+                self.block_tables, self.query_lens, self.seq_lens, page_size, spans[0][0], spans[-1][1]
+            )
+            for spans in self._turns
+        ]
+        return replace(self, plans=plans)
+
+    @property
+    def _turns(self) -> list[Spans]:
+        return [self.query_spans] if self.widened is None else self.widened.spans
 
     def metadata(self, upload: Callable[[NDArray[Any], type], Tensor]) -> AttentionMetadata:
         """What attention is told of it, on the device."""
@@ -176,16 +190,16 @@ class PrefillWork:
         def ints(values: NDArray[Any]) -> Tensor:
             return upload(values, np.int32)
 
+        pages = [None] if self.widened is None else [upload(own, np.int64) for own in self.widened.pages]
+        shared = [None if plan is None else SharedPrefixes.of(plan, ints) for plan in self.plans]
+        turns = zip(self._turns, shared, pages, strict=True)
         return AttentionMetadata(
             slot_mapping=upload(self.slot_mapping, np.int64),
-            block_tables=ints(self.block_tables),
+            block_tables=ints(self.block_tables if self.widened is None else self.widened.block_tables),
             seq_lens=ints(self.seq_lens),
             cu_seqlens_q=ints(np.concatenate([[0], np.cumsum(self.query_lens)])),
-            query_spans=self.query_spans,
+            turns=[PrefillTurn(*turn) for turn in turns],
             no_context=self.no_context,
-            shared_prefixes=None if self.plan is None else SharedPrefixes.of(self.plan, ints),
-            widened=None if self.widened is None else upload(self.widened.pages, np.int64),
-            widened_spans=[] if self.widened is None else self.widened.page_spans,
         )
 
     def for_ranks(self) -> Self:

@@ -13,6 +13,7 @@ from batchrun.engine.out_of_memory import is_out_of_memory
 from batchrun.engine.paged.device.device_side import allocate_pages, budget_of, make_runner
 from batchrun.engine.paged.device.group import Group, device_of
 from batchrun.engine.paged.device.runner import Runner
+from batchrun.engine.paged.parallel.divided_sampler import sampler_of
 from batchrun.engine.paged.parallel.share import load_share
 from batchrun.engine.processes.rank_link import Link
 from batchrun.engine.processes.rank_messages import Done, Failure, Member
@@ -42,6 +43,6 @@ def _load(member: Member, group: Group) -> Runner:
     spec = replace(member.spec, device=str(group.device))
     model = load_share(spec, group, pickle.loads(member.config) if member.config else None)
     budget = budget_of(spec, model, group)
-    runner = make_runner(spec, model, budget, member.page_size, group)
+    runner = make_runner(spec, model, sampler_of(spec, model), budget, member.page_size, group)
     allocate_pages(spec, runner, budget, group)
     return runner

@@ -46,8 +46,8 @@ STOP_SECONDS = 5.0
 
 
 class Ranks:
-    """Ranks 1 and up of an engine. If one ends, fails or says nothing for `SILENT_SECONDS`, or none gets on with a
-    batch for `STUCK_SECONDS`, this process ends: what it waits for on its device would never come.
+    """Ranks 1 and up of an engine. If one ends, fails or says nothing for `SILENT_SECONDS`, or none gets on with what
+    they are `waiting` for in `STUCK_SECONDS`, this process ends: it would never come.
 
     `cache_tokens`, once known, are those of the pages: an engine that follows on one without memory has no more.
     """
@@ -67,13 +67,16 @@ class Ranks:
         self.group = Group(0, spec.gpus, store, device_of(spec, 0))
         self._closed = threading.Event()
         self.cache_tokens = 0
-        self._is_waiting = False
+        self._waits_for = ""
         self._work: Work | None = None
         self._others: list[_Rank] = []
         pickled = pickle.dumps(config) if config else None
-        for rank in range(1, spec.gpus):
-            self._others.append(_Rank(self, Member(spec, page_size, rank, store, pickled), self._meeting))
+        members = [Member(spec, page_size, rank, store, pickled) for rank in range(1, spec.gpus)]
+        self._others += [_Rank(self, member, self._meeting) for member in members]
         threading.Thread(target=self._watch, daemon=True).start()
+        # Watched, since one that is paused by now may not read it all: tables of answers are large.
+        for other, member in zip(self._others, members, strict=True):
+            other.send(member)
 
     def launch(self, work: Work, run: Callable[[Work], Pending]) -> Pending:
         """Has every rank run a batch, this one by `run`, and waits until all have begun.
@@ -84,7 +87,7 @@ class Ranks:
             EngineError: it failed otherwise.
         """
         self._work = work
-        with self.waiting():
+        with self.waiting("a batch"):
             for other in self._others:
                 other.send(work.for_ranks())
             try:
@@ -97,13 +100,13 @@ class Ranks:
         return pending
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What is done inside waits for the other ranks, and ends with the process once none of them gets on."""
-        self._is_waiting = True
+    def waiting(self, what: str) -> Iterator[None]:
+        """What is done inside, by all ranks, ends with the process once none of them gets on with it."""
+        self._waits_for = what
         try:
             yield
         finally:
-            self._is_waiting = False
+            self._waits_for = ""
 
     @property
     def closed(self) -> bool:
@@ -156,11 +159,12 @@ class Ranks:
                 if other.silent > SILENT_SECONDS:
                     self.fail(EngineDied(f"{other.name} has said nothing for {SILENT_SECONDS} s"))
             progress = [self.group.progress.look(), *(other.progress for other in self._others)]
-            stuck = stuck + PULSE_SECONDS if self._is_waiting and progress == before else 0
+            waits_for = self._waits_for
+            stuck = stuck + PULSE_SECONDS if waits_for and progress == before else 0
             before = progress
             if stuck > STUCK_SECONDS:
-                what = f"none of {self.group.size} ranks got on with a batch for {STUCK_SECONDS} s"
-                self.fail(EngineDied(f"{what}: a device hangs, or ranks wait for each other"))
+                what = f"none of {self.group.size} ranks got on with {waits_for} for {STUCK_SECONDS} s"
+                self.fail(EngineDied(f"{what}: a device or a store hangs, or ranks wait for each other"))
 
 
 class _Rank:
@@ -183,7 +187,6 @@ class _Rank:
                 preexec_fn=die_with_thread,
             )
         threading.Thread(target=self._pulse, daemon=True).start()
-        self.send(member)
         threading.Thread(target=self._hear, daemon=True).start()
 
     def send(self, message: Any) -> None:

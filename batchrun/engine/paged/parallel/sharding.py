@@ -179,22 +179,26 @@ class DividedHead(nn.Module):
     def __init__(self, head: nn.Linear, rank: int, size: int, tied: bool) -> None:
         """`tied`: the weight is the embeddings', and stays whole."""
         super().__init__()
-        self.out_features, self._size = head.out_features, size
+        self.out_features, self.size = head.out_features, size
         self.in_features = head.in_features
         own = -(-head.out_features // size)
         begin, end = min(rank * own, head.out_features), min((rank + 1) * own, head.out_features)
         self._missing = own - (end - begin)
+        self.first, self.whole = begin, True
+        self.has_tokens_everywhere = (size - 1) * own < head.out_features
         # A copy, so that the whole is freed.
         weight = head.weight.data[begin:end]
         self.weight = nn.Parameter(weight if tied else weight.clone(), requires_grad=False)
         self.bias = None if head.bias is None else nn.Parameter(head.bias.data[begin:end], False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., vocabulary) of (..., in features)."""
+        """(..., vocabulary) of (..., in features); this rank's tokens alone, from `first` on, if not `whole`."""
+        if not self.whole:
+            return functional.linear(x, self.weight, self.bias)
         logits = functional.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
         if self._missing:
             logits = functional.pad(logits, (0, self._missing))
-        whole: Tensor = columns_of_ranks(logits, self._size)[:, : self.out_features]
+        whole: Tensor = columns_of_ranks(logits, self.size)[:, : self.out_features]
         return whole.view(*x.shape[:-1], self.out_features)
 
 
