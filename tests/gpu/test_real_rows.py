@@ -60,6 +60,7 @@ def _turn(
     assert len(got) == rows
     seconds = time.perf_counter() - started
     gauges = {"preemptions": engine.stats.gauges["preemptions"], "shared_tokens": engine.stats.shared_tokens}
+    assert not engine.stats.notes, f"run this without other programs on the card: {engine.stats.notes}"
     assert most >= at_once
     print(f"{rows} rows, {seconds:.1f} s, {dict(reasons)}, at most {most} at once, {gauges}", flush=True)
     return got

@@ -38,6 +38,7 @@ def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
         if spec.quantization:
             quantize(model)
     group.join()
+    group.progress.has_read()
     sums.connect(group)
     sharding.finish(model)
     return model
