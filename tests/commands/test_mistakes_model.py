@@ -117,7 +117,12 @@ REFERENCES = (
     ("a file of weights", file_of_weights, "model.gguf", "give a model's folder"),
     ("a name with spaces", of_model(name="my great model"), "my great model", "hub id"),
     ("an unknown protocol", of_model(name="hff://org/name"), "hff://org/name", "did you mean 'hf'?"),
-    ("a tokenizer that is not there", of_model(tokenizer="/no/tokenizer"), "/no/tokenizer", "give a model's"),
+    (
+        "a tokenizer that is not there",
+        of_model(tokenizer="/no/tokenizer"),
+        "/no/tokenizer",
+        "give a tokenizer's",
+    ),
 )
 
 ENGINES = (
