@@ -23,7 +23,7 @@ from batchrun.driver.prepare import prepare
 from batchrun.engine.choose import BUILT_IN
 from batchrun.engine.layers import fp8
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
-from batchrun.engine.weights import fp8_model
+from batchrun.engine.weights.loading import random_model
 from batchrun.errors import EngineError, JobError, ModelError, first_line
 from batchrun.estimate.cost import Observation, Throughput
 from batchrun.estimate.records import device_name, model_key, remember
@@ -294,14 +294,7 @@ def _loaded(kind: str, spec: EngineSpec, config: Any) -> Iterator[Any]:
         with closing(engine.load(spec, config)) as running:
             yield running
         return
-    torch.manual_seed(0)
-    with torch.device(spec.device):
-        model = transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=getattr(torch, spec.dtype)
-        ).eval()
-    if spec.quantization:
-        fp8_model.quantize(model)
-    yield engine(spec, model)
+    yield engine(spec, random_model(spec, copy.deepcopy(config)))
 
 
 def _run(engine: Any, requests: list[Request]) -> tuple[float, float, list[Completion]]:

@@ -113,6 +113,19 @@ def load_model(
     return model
 
 
+def random_model(spec: EngineSpec, config: Any) -> Any:
+    """A model of the `config` on `spec.device`, ready for inference, with weights that are the same each time."""
+    from batchrun.engine.weights.fp8_model import quantize
+
+    torch.manual_seed(0)
+    auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
+    with torch.device(spec.device):
+        model = auto.from_config(config, dtype=dtype).eval()
+    if spec.quantization:
+        quantize(model)
+    return model
+
+
 def _expanded_tensors(spec: EngineSpec, config: Any) -> dict[str, Any] | None:
     """The checkpoint's tensors, where some of them have to be expanded as they are read."""
     blocks = fp8_blocks(getattr(config, "quantization_config", None))

@@ -89,8 +89,7 @@ def query_spans(query_lens: list[int]) -> Spans:
     """Which sequences of a prefill batch attention computes together.
 
     Documents and short questions about them in one grid would have each question take a document's blocks, nearly all
-    of them for nothing. `query_lens` are in falling order of `length_kind` but for
-    the last, which is padding.
+    of them for nothing. `query_lens` are in falling order of `length_kind` but for the last, which is padding.
     """
     kinds = [length_kind(tokens) for tokens in query_lens[:-1]]
     changes = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]

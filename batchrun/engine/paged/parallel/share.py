@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from batchrun.engine.paged.device.group import Group
 from batchrun.engine.paged.parallel import sums
@@ -13,8 +12,7 @@ from batchrun.engine.paged.parallel.loading import read_shares
 from batchrun.engine.paged.parallel.sharding import Sharding
 from batchrun.engine.processes.launch import available_cores
 from batchrun.engine.protocol import EngineSpec
-from batchrun.engine.weights.fp8_model import quantize
-from batchrun.engine.weights.loading import load_config, load_model
+from batchrun.engine.weights.loading import load_config, load_model, random_model
 
 
 def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
@@ -31,12 +29,8 @@ def load_share(spec: EngineSpec, group: Group, config: Any = None) -> Any:
         shares = read_shares(spec.model_path, sharding, spec.device)
         model = load_model(spec, source=(sharding.config, shares, sharding))
     else:
-        # Alike on all ranks, since embeddings and norms have to be.
-        torch.manual_seed(0)
-        with torch.device(group.device):
-            model = AutoModelForCausalLM.from_config(sharding.config, dtype=getattr(torch, spec.dtype)).eval()
-        if spec.quantization:
-            quantize(model)
+        # Alike on all ranks, as embeddings and norms have to be.
+        model = random_model(spec, sharding.config)
     group.join()
     group.progress.has_read()
     sums.connect(group)
