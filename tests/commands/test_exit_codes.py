@@ -17,7 +17,7 @@ import batchrun as library
 from batchrun import signals
 from batchrun.cli import app
 from batchrun.commands.reply import replying
-from batchrun.errors import ExitCode, Incomplete, JobError
+from batchrun.errors import ExitCode, Incomplete, InputError, JobError
 from batchrun.report.result import RunResult
 from batchrun.storage import NotFound
 from batchrun.storage.protocols import refuse_unknown
@@ -125,4 +125,23 @@ def test_whatever_breaks_after_a_stop_is_the_stop(monkeypatch, capsys):
         with pytest.raises(typer.Exit) as ended, replying(as_json=False, debug=False):
             raise AttributeError("partially initialized module 'pandas' has no attribute 'plotting'")
         assert ended.value.exit_code == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
+
+
+def test_an_interrupt_that_a_lock_turns_into_an_error_of_the_store_is_the_stop(capsys):
+    """As one does in the moment in which Condition.wait takes its lock back."""
+
+    lock = threading.Lock()
+
+    def listed() -> None:
+        try:
+            with lock:
+                lock.release()
+                raise KeyboardInterrupt
+        except Exception as error:
+            raise InputError(f"cannot be listed ({error})", "s3://lake/x", "check path and access") from None
+
+    with pytest.raises(typer.Exit) as ended, replying(as_json=False, debug=False):
+        listed()
+    assert ended.value.exit_code == ExitCode.INTERRUPTED
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
