@@ -16,7 +16,15 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from batchrun import signals
-from batchrun.errors import BatchrunError, ExitCode, InternalError, Interrupted, is_bug, one_line
+from batchrun.errors import (
+    BatchrunError,
+    ExitCode,
+    InternalError,
+    Interrupted,
+    is_bug,
+    is_interrupt,
+    one_line,
+)
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
@@ -83,7 +91,7 @@ class Reply:
         """The error's text, the line that is shown, and the exit code."""
         # A stop in the midst of an import leaves modules by halves: what other threads make of those is no bug.
         unexpected = not isinstance(error, BatchrunError)
-        if _interrupted(error) or (signals.stop.is_set() and unexpected):
+        if is_interrupt(error) or (signals.stop.is_set() and unexpected):
             return self.stopped()
         if is_bug(error):
             error = InternalError.of(error)
@@ -93,14 +101,6 @@ class Reply:
         text = self.redact(one_line(error))
         hint = "" if self._debug else "; add --debug for the traceback"
         return text, f"error: unexpected {text}{hint}", ExitCode.FAILED
-
-
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether an interrupt came first. One that falls into a wait for a lock comes out of it as an error of the lock,
-    which a store's caller takes for the store's."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _wrapped(line: str) -> str:

@@ -17,6 +17,8 @@ import batchrun as library
 from batchrun import signals
 from batchrun.cli import app
 from batchrun.commands.reply import replying
+from batchrun.driver.notify import _failure
+from batchrun.driver.recorder import _outcome
 from batchrun.errors import ExitCode, Incomplete, InputError, JobError
 from batchrun.report.result import RunResult
 from batchrun.storage import NotFound
@@ -128,7 +130,7 @@ def test_whatever_breaks_after_a_stop_is_the_stop(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
 
 
-def test_an_interrupt_that_a_lock_turns_into_an_error_of_the_store_is_the_stop(capsys):
+def test_an_interrupt_that_a_lock_turns_into_an_error_of_the_store_is_the_stop(capsys, tmp_path, tiny_llama):
     """As one does in the moment in which Condition.wait takes its lock back."""
 
     lock = threading.Lock()
@@ -145,3 +147,8 @@ def test_an_interrupt_that_a_lock_turns_into_an_error_of_the_store_is_the_stop(c
         listed()
     assert ended.value.exit_code == ExitCode.INTERRUPTED
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
+    # The run's record, its report and whoever is notified hear the same.
+    with pytest.raises(InputError) as found:
+        listed()
+    assert _outcome(found.value) == ("interrupted", "stopped")
+    assert _failure(load(write_job(tmp_path, tiny_llama)), found.value)["status"] == "interrupted"
