@@ -24,7 +24,8 @@ AGAIN = 0.01
 SAME_STOP = 0.5
 
 STAGING = "stopping: staging what is finished; once more to stop at once"
-AT_ONCE = "stopped at once: what is staged is safe; the same command goes on from there"
+AT_ONCE = "stopped at once"
+GOES_ON = "the same command goes on from there"
 
 stop = threading.Event()
 
@@ -35,7 +36,9 @@ def silent() -> None:
 
 # What the process says where the main thread does not come back in time.
 last_words: Callable[[], None] = silent
-# What is safe of what it was stopped in, once that is known: for its last words.
+# For its last words, too: whether the command, given again, goes on from where it was stopped; and what is safe, once
+# that is known.
+resumable = False
 safe = ""
 
 _lock = threading.Lock()
@@ -103,7 +106,7 @@ def _handle(number: int, frame: object) -> None:
     if stop.is_set():
         if now - _stopped_at < SAME_STOP:
             return
-        _say(AT_ONCE)
+        _say(f"{AT_ONCE}: what is staged is safe; {GOES_ON}" if resumable else AT_ONCE)
         os._exit(_exit_code)
     stop.set()
     _stopped_at, _end_by = now, now + GRACE
