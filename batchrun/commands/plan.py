@@ -29,11 +29,11 @@ from batchrun.model.adapter import check_adapter
 from batchrun.model.files import read_json
 from batchrun.output import state
 from batchrun.output.part import part_schema
-from batchrun.report.summary import size
 from batchrun.telemetry import agreement
 from batchrun.telemetry.gpu import local_workers, visible_gpus
 from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
+from batchrun.units import size
 
 # Seconds after which a plan makes do with what it has read.
 SAMPLE_SECONDS = 4.0

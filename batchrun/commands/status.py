@@ -15,12 +15,13 @@ from batchrun.output import chunk, lease, manifest, state
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL
 from batchrun.output.output import Output
-from batchrun.report.summary import error_lines, number, size
+from batchrun.report.summary import error_lines, number
 from batchrun.storage import NotFound
 from batchrun.telemetry import record
 from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import RunRecord
+from batchrun.units import size
 
 # Partitions whose chunks are read at a time.
 READERS = 16

@@ -246,7 +246,7 @@ def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -
     failed_rows.refuse_taken(carried, job.output)
     # Its bytes are hashed beside this, and nobody waits for them yet.
     model = resolve(job.model)
-    check_model(model.path)
+    check_model(model.path, job.model)
     for adapter in model.all_adapters:
         check_adapter(adapter, model)
     return Prepared(job, plans, known, model, pinned)

@@ -16,11 +16,12 @@ from rich.text import Text
 
 from batchrun.counters import Counters
 from batchrun.job.job import Job
-from batchrun.report.summary import CUT, money, number, size
+from batchrun.report.summary import CUT, money, number
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import counted, printable
 from batchrun.telemetry.progress import Progress, ProgressCallback, WorkerView, duration
 from batchrun.telemetry.rates import Rates, line, log_lines
+from batchrun.units import size
 
 SHOWN_WORKERS = 8
 UNKNOWN = "–"

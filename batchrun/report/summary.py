@@ -26,15 +26,6 @@ CELL = 600
 NOTABLE = 0.02
 
 
-def size(count: float) -> str:
-    """Bytes as a person says them, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"
-
-
 def rows_table(table: pa.Table, columns: Sequence[str]) -> Table:
     """A few rows of an output, the given columns, long values cut."""
     shown = Table(show_lines=True)
