@@ -17,7 +17,7 @@ from batchrun.cluster.local import environments, unused_gpus
 from batchrun.commands import memory
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.rows import carried_schema
-from batchrun.driver.prepare import Prepared, prepare
+from batchrun.driver.prepare import Prepared, finished, prepare
 from batchrun.engine.weights.packed_format import runs_in_fp8
 from batchrun.errors import JobError
 from batchrun.estimate.cost import Estimate, Throughput, estimate
@@ -71,6 +71,7 @@ def preview(
         raise JobError(what, "plan --compare", "leave out --compare, or name one of them in model.adapter")
     started = time.monotonic()
     prepared = prepare(job)
+    finished(prepared)
     if compare is not None and job.engine.cache_dtype == "auto" and _is_in_fp8(prepared):
         what = "the checkpoint's weights are in fp8, so that both ways would be the same"
         raise JobError(what, "plan --compare", "leave out --compare, or compare engine.cache_dtype: fp8")
@@ -243,10 +244,9 @@ def _comparison_lines(found: dict[str, Any]) -> list[RenderableType]:
 
 
 def _left(prepared: Prepared) -> list[Partition]:
-    """The partitions that have no part yet; all of them where the output is another job's or nobody's."""
+    """The partitions that have no part yet."""
     plan = prepared.plan
-    pinned = prepared.pinned
-    if pinned is None or (pinned.plan_hash, pinned.job_hash) != (plan.hash, prepared.identity.job_hash):
+    if prepared.pinned is None:
         return plan.partitions
     committed = state.scan(prepared.folder, prepared.layout).committed
     return [partition for partition in plan.partitions if not committed[partition.index]]
