@@ -30,12 +30,14 @@ GOES_ON = "the same command goes on from there"
 stop = threading.Event()
 
 
-def silent() -> None:
+def silent(text: str = "") -> None:
     """Nothing is left to say."""
 
 
 # What the process says where the main thread does not come back in time.
 last_words: Callable[[], None] = silent
+# Says to a program that reads standard output, and to nobody else, why the command ends at once.
+tell_program: Callable[[str], None] = silent
 # For its last words, too: whether the command, given again, goes on from where it was stopped; and what is safe, once
 # that is known.
 resumable = False
@@ -106,7 +108,10 @@ def _handle(number: int, frame: object) -> None:
     if stop.is_set():
         if now - _stopped_at < SAME_STOP:
             return
-        _say(f"{AT_ONCE}: what is staged is safe; {GOES_ON}" if resumable else AT_ONCE)
+        text = f"{AT_ONCE}: what is staged is safe; {GOES_ON}" if resumable else AT_ONCE
+        _say(text)
+        with suppress(Exception):
+            tell_program(text)
         os._exit(_exit_code)
     stop.set()
     _stopped_at, _end_by = now, now + GRACE

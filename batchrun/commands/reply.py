@@ -43,14 +43,15 @@ class Reply:
     def __init__(self, as_json: bool, debug: bool, log_format: LogFormat) -> None:
         self.redact = Redactor()
         self._json = _our_own_output() if as_json else None
+        self._printed = False
         self._debug, self._log_format = debug, log_format
 
     def print(self, value: dict[str, Any], lines: Sequence[RenderableType]) -> None:
         """The value for a program, or the lines for a person."""
-        with display(self._json):
-            if self._json is not None:
-                print(json.dumps(self.redact.values(value)), file=self._json)
-                return
+        if self._json is not None:
+            self._print_object(self.redact.values(value))
+            return
+        with display():
             for line in lines:
                 out.print(_wrapped(printable(self.redact(line))) if isinstance(line, str) else line)
 
@@ -66,14 +67,23 @@ class Reply:
     def end(self, text: str, shown: str, code: ExitCode) -> None:
         """The last line of a command that has not come to its end, once."""
         signals.last_words = signals.silent
-        with display(self._json):
-            if self._json is not None:
-                value = {"status": code.name.lower(), "exit_code": int(code), "error": text}
-                print(json.dumps(value), file=self._json)
+        self.tell_program(text, code)
+        with display():
             if self._log_format == "json":
                 logs.log.error("%s", shown, extra={"fields": {"event": "end", "exit_code": int(code)}})
             else:
                 err.print(printable(shown))
+
+    def tell_program(self, text: str, code: ExitCode) -> None:
+        """The same for a program alone."""
+        self._print_object({"status": code.name.lower(), "exit_code": int(code), "error": text})
+
+    def _print_object(self, value: dict[str, Any]) -> None:
+        """The one that there is with --json, whatever comes after it."""
+        if self._json is not None and not self._printed:
+            self._printed = True
+            with display(self._json):
+                print(json.dumps(value), file=self._json)
 
     def stopped(self) -> tuple[str, str, ExitCode]:
         """Text, line and exit code of a command that a signal ended: what is safe, as far as that is known."""
@@ -129,6 +139,7 @@ def replying(
     logs.configure(log_format, reply.redact)
     signals.decided(ExitCode.INTERRUPTED)
     signals.last_words = lambda: reply.end(*reply.stopped())
+    signals.tell_program = lambda text: reply.tell_program(text, ExitCode(signals.exit_code()))
     try:
         yield reply
     except typer.Exit:

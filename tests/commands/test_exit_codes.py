@@ -167,6 +167,7 @@ def test_whatever_breaks_after_a_stop_is_the_stop(monkeypatch, capsys):
 @pytest.mark.parametrize("resumable", [True, False])
 def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(monkeypatch, capsys, resumable):
     monkeypatch.setattr(signals, "stop", threading.Event())
+    monkeypatch.setattr(signals, "safe", "")
     with pytest.raises(typer.Exit), replying(False, False, resumable=resumable):
         raise KeyboardInterrupt
     once = capsys.readouterr().err
@@ -181,6 +182,25 @@ def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(monkeypatch, cap
     assert second.value.code == ExitCode.INTERRUPTED
     safe = ": what is staged is safe; the same command goes on from there"
     assert told == [f"stopped at once{safe if resumable else ''}"]
+
+
+def test_a_program_is_told_once_also_of_a_stop_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(signals, "stop", threading.Event())
+    monkeypatch.setattr(signals.os, "_exit", sys.exit)
+    monkeypatch.setattr(signals, "_stopped_at", 0.0)
+
+    def stop_twice(said: dict[str, int]) -> None:
+        with replying(as_json=True, debug=False) as reply:
+            if said:
+                reply.print(said, [])
+            signals.stop.set()
+            signals._handle(signal.SIGINT, None)
+
+    stopped = {"status": "interrupted", "exit_code": 4, "error": "stopped at once"}
+    for said, expected in (({}, stopped), ({"rows": 3}, {"rows": 3})):
+        with pytest.raises(SystemExit):
+            stop_twice(said)
+        assert json.loads(capsys.readouterr().out) == expected
 
 
 @pytest.mark.parametrize(
