@@ -66,7 +66,10 @@ def run_lines(result: RunResult) -> list[str]:
         f"{result.output}/data"
     ]
     if result.failed:
-        lines.append(f"{counted(result.failed, 'row')} failed; the error column says why, row by row")
+        lines.append(
+            f"{counted(result.failed, 'row')} failed, each with its reason in the error column; "
+            "once the cause is fixed, `batchrun retry` runs them again"
+        )
         lines += error_lines(result.errors, result.examples)
     lines += _answer_lines(result)
     counts = result.counts
@@ -137,10 +140,12 @@ CUT = "cut at generation.max_new_tokens"
 
 def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
     """Failed rows by code, the most frequent first, each with an example."""
-    return [
-        f"  {code} {count:,}, e.g. {examples[code][0]}" if examples.get(code) else f"  {code} {count:,}"
-        for code, count in sorted(errors.items(), key=lambda item: (-item[1], item[0]))
-    ]
+    lines = []
+    for code, count in sorted(errors.items(), key=lambda item: (-item[1], item[0])):
+        # An example names its code, as the output does.
+        shown = [f", e.g. {one.replace(f'{code}: ', '', 1)}" for one in examples.get(code, ())]
+        lines.append(f"  {code} {count:,}" + "".join(shown[:1]))
+    return lines
 
 
 def engine_line(stats: EngineStats) -> str:
