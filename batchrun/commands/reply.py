@@ -53,7 +53,7 @@ class Reply:
             return
         with display():
             for line in lines:
-                out.print(_wrapped(printable(self.redact(line))) if isinstance(line, str) else line)
+                out.print(_wrapped(printable(self.redact(line)), out) if isinstance(line, str) else line)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Says what the command ended with, and ends the process with its code."""
@@ -72,7 +72,7 @@ class Reply:
             if self._log_format == "json":
                 logs.log.error("%s", shown, extra={"fields": {"event": "end", "exit_code": int(code)}})
             else:
-                err.print(printable(shown))
+                err.print(_wrapped(printable(shown), err))
 
     def tell_program(self, text: str, code: ExitCode) -> None:
         """The same for a program alone."""
@@ -116,12 +116,12 @@ def _interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _wrapped(line: str) -> str:
+def _wrapped(line: str, console: Console) -> str:
     """On a terminal, a line that is too long is broken between words; paths stay whole, to be copied."""
-    if not out.is_terminal or cell_len(line) <= out.width:
+    if not console.is_terminal or cell_len(line) <= console.width:
         return line
     return textwrap.fill(
-        line, out.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        line, console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
 
 
