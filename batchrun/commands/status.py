@@ -102,10 +102,10 @@ def _run_lines(run: RunRecord) -> Iterator[str]:
     cost = "" if run.cost is None else f", cost {run.cost:,.2f}"
     counts = run.counts
     copied = f", {counts.copied:,} copied" if counts.copied else ""
-    generated = counted(counts.rows - counts.copied, "row")
+    done = counted(counts.rows - counts.copied, "row")
     yield (
-        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {generated} "
-        f"generated{copied}, {number(rate)} tokens/s, {counted(run.workers, 'worker')}{run.group}{cost}"
+        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {done} "
+        f"done{copied}, {number(rate)} tokens/s, {counted(run.workers, 'worker')}{run.group}{cost}"
     )
     if run.engine_logs:
         more = f" to {run.engine_logs[-1].rpartition('/')[2]}" if len(run.engine_logs) > 1 else ""

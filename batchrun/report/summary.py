@@ -77,9 +77,10 @@ def run_lines(result: RunResult) -> list[str]:
         lines.append("nothing was left to do")
         return lines
     before = f", {counts.reused:,} taken from an earlier run" if counts.reused else ""
-    generated = counted(counts.rows - counts.copied, "row")
+    # Not "generated": those among them that have no prompt never were, nor those that are scored.
+    done = counted(counts.rows - counts.copied, "row")
     lines.append(
-        f"{duration(result.seconds)}: {generated} generated{_copied(counts)}{before}; "
+        f"{duration(result.seconds)}: {done} done{_copied(counts)}{before}; "
         f"{counts.prompt_tokens:,} tokens in, "
         f"{counts.output_tokens:,} out, {number(counts.output_tokens / max(result.seconds, 1e-9))} tokens/s out"
         f"{_per_gpu(result)}"
