@@ -93,7 +93,7 @@ def preview(
         "files": len(plan.files),
         "rows": plan.rows,
         "rows_left": sum(partition.rows for partition in left),
-        "bytes": sum(sum(file.group_bytes) for file in plan.files),
+        "bytes": plan.input_bytes,
         "partitions": len(plan.partitions),
         "largest_partition": max(partition.rows for partition in plan.partitions),
         "columns": _columns(prepared),
