@@ -51,7 +51,7 @@ def test_a_limit_that_cannot_hold_is_refused(tmp_path, tiny_llama, change, says)
 
 
 def test_a_wrong_value_is_shown_once(tmp_path, tiny_llama):
-    with pytest.raises(JobError, match="limits.deadline: 'soon' is neither") as caught:
+    with pytest.raises(JobError, match=r"limits\.deadline: 'soon' is neither") as caught:
         load(write_job(tmp_path, tiny_llama), "limits.deadline=soon")
     assert str(caught.value).count("soon") == 1
 
