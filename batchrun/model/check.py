@@ -65,7 +65,10 @@ def _refuse_quantized_experts(
     config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], where: str
 ) -> None:
     if found := quantized_experts(config.get("quantization_config"), shapes):
-        fix = "use the model's bfloat16 checkpoint, also with model.quantization: fp8, or block-scaled fp8 or MXFP4"
+        fix = (
+            "use the model's bfloat16 checkpoint (with model.quantization: fp8, where that is too large), or one in "
+            "block-scaled fp8 or MXFP4"
+        )
         raise ModelError(f"{found}, are not read", where, fix)
 
 
