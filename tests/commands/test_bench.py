@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from tiny_models import model_folder
 
 from batchrun.commands import bench as benchmark
 from batchrun.commands.bench import bench, bench_job, format_results
@@ -21,6 +22,7 @@ from batchrun.commands.plan import lines, preview
 from batchrun.commands.roofline import Ceilings, floor_seconds
 from batchrun.commands.workloads import WORKLOADS, Workload
 from batchrun.driver.prepare import prepare
+from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, FaultCode, JobError, ModelError, RowFault
 from batchrun.estimate.records import recall
@@ -92,6 +94,21 @@ def test_what_cannot_be_measured_is_named() -> None:
         bench("tiny", "write", engines=["vapour"], device="cpu")
     with pytest.raises(ModelError, match="nowhere"):
         bench("/nowhere", "write", device="cpu")
+
+
+def test_fp8_of_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(
+        ModelError, match="no linear layers that could be converted to fp8; measure it without"
+    ):
+        bench(str(model_folder("gpt2")), "6/3", rows=2, device="cpu", quantization="fp8")
+
+
+def test_the_paged_engines_random_weights_need_no_folder_on_one_gpu_either() -> None:
+    options: dict[str, object] = {"cache_tokens": 512}
+    spec = EngineSpec("paged", "/none", "/none", dtype="float32", max_context=64, options=options)
+    engine = PagedEngine.load(spec, benchmark._config("tiny"))
+    (completion,) = engine.generate(iter([Request(0, np.array([5, 6, 7], np.int32), 4)]))
+    assert len(completion.token_ids) == 4
 
 
 def test_a_bench_of_a_job_is_remembered_and_a_plan_says_that_it_knows_no_output_lengths(

@@ -423,3 +423,9 @@ def test_a_template_that_fails_for_most_of_the_first_rows_is_refused_with_exampl
     check_sample(builder, [batch.slice(0, 80)])
     check_sample(builder, [batch.slice(100)])
     check_sample(builder, [])
+
+
+def test_prompts_that_are_too_long_are_told_how_to_be_shorter() -> None:
+    batch = batch_of(t=["x" * 99] * 3 + ["x"])
+    with pytest.raises(InputError, match=r"3 of the first 4 .*set prompt\.truncate: right"):
+        check_sample(builder_of(batch, column="t", context=64, new=8), [batch])
