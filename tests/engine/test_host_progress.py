@@ -32,10 +32,11 @@ def _waiting(wait: Callable[[threading.Event], object]) -> Iterator[HostProgress
     waiting = threading.Thread(target=run, daemon=True)
     waiting.start()
     progress = made.get()
-    last, now = -1, progress.look()
-    while now != last:
+    # At one place for so long: a busy machine stops it elsewhere for a moment.
+    looks = [progress.look()]
+    while len(looks) < 10 or looks[-1] != looks[-10]:
         time.sleep(0.05)
-        last, now = now, progress.look()
+        looks.append(progress.look())
     yield progress
     end.set()
 
@@ -68,7 +69,7 @@ def test_pages_of_a_file_that_another_thread_reads_are_progress_until_the_weight
         threading.Event.wait,
         lambda _: time.sleep(10),
         # As CUDA waits by default: a core is busy, and no other thread is kept from running.
-        lambda _: hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000),
+        lambda _: hashlib.pbkdf2_hmac("sha256", b"", b"", 6_000_000),
     ],
     ids=["blocked", "asleep", "spinning"],
 )
@@ -76,9 +77,14 @@ def test_memory_that_is_touched_while_a_thread_waits_is_no_progress(
     wait: Callable[[threading.Event], object],
 ) -> None:
     with _waiting(wait) as progress:
-        before = progress.look()
-        with mmap.mmap(-1, BYTES) as memory:
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-            for start in range(0, BYTES, mmap.PAGESIZE):
-                memory[start] = 1
-            assert progress.look() == before
+        # Threads of other tests' clusters may read a file at that moment.
+        assert not all(_grows_while_touching(progress) for _ in range(5))
+
+
+def _grows_while_touching(progress: HostProgress) -> bool:
+    before = progress.look()
+    with mmap.mmap(-1, BYTES) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        for start in range(0, BYTES, mmap.PAGESIZE):
+            memory[start] = 1
+        return progress.look() > before
