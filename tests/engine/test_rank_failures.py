@@ -93,7 +93,7 @@ def test_ranks_of_which_none_gets_on_with_loading_are_noticed(
     monkeypatch.setattr(ranks, "PROGRAM", "idle_rank")
     monkeypatch.setattr(ranks, "SILENT_SECONDS", 30)
     group = ranks.Ranks(EngineSpec("paged", str(tiny_llama), str(tiny_llama), gpus=2), 16)
-    # Threads of other tests' clusters touch memory of this process.
+    # Threads of other tests' clusters read files.
     group.group.progress.has_read()
     with group.waiting("loading"):
         assert "none of 2 ranks got on with loading for 1 s" in str(ended.get(timeout=30))

@@ -160,8 +160,7 @@ class PagedEngine:
                     return
         finally:
             for work_in_flight in pending:
-                work_in_flight.read()
-                self.stats.busy_seconds += work_in_flight.seconds
+                self._wait_for(work_in_flight)
             scheduler.abort_all()
             self._count()
 
@@ -186,9 +185,7 @@ class PagedEngine:
         """Reads results back, the oldest first, until so many are left; yields the sequences that have ended."""
         while len(pending) > leaving:
             results = pending.popleft()
-            with self._ranks.waiting("a batch") if self._ranks else nullcontext():
-                columns = results.read()
-            self.stats.busy_seconds += results.seconds
+            columns = self._wait_for(results)
             running: list[tuple[Sequence, list[int]]] = []
             has_stop_strings = bool(self._stop_strings)
             ended: dict[Sequence, str] = {}
@@ -222,6 +219,13 @@ class PagedEngine:
                     self._scheduler.finish(sequence)
                     self.stats.completions += 1
                     yield score_completion(sequence.request, sequence.scores)
+
+    def _wait_for(self, results: Pending) -> list[list[int]]:
+        """See `Pending.read`."""
+        with self._ranks.waiting("a batch") if self._ranks else nullcontext():
+            columns = results.read()
+        self.stats.busy_seconds += results.seconds
+        return columns
 
     def _launch(self, launch: Callable[[Work], Pending], work: Work) -> Pending | None:
         """What was launched, or None when it did not fit the device."""
