@@ -24,7 +24,7 @@ from batchrun.driver.workers import Workers
 from batchrun.engine.processes.standby import Standby
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
-from batchrun.output import identity, lease, manifest, plans
+from batchrun.output import identity, lease, manifest, plans, state
 from batchrun.output.identity import Identity
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
@@ -139,12 +139,23 @@ def finish(
                 dispatch.execute(workers.client)
             finally:
                 workers.end()
-        done = _conclude(prepared.job, output, dispatch)
-        # Whatever still interrupts the process, the output is complete.
-        signals.decided(ExitCode.FAILED_ROWS if done.failed else ExitCode.COMPLETE)
-        signals.safe = f"stopped; the output is complete: {prepared.folder.name}"
+        try:
+            done = _conclude(prepared.job, output, dispatch)
+        except KeyboardInterrupt:
+            # The manifest may have been in its place already.
+            written = manifest.read(prepared.folder)
+            if written is not None and written.describes(state.scan(prepared.folder, prepared.layout)):
+                _decide(prepared, written)
+            raise
+        _decide(prepared, done)
         dispatch.milestones.reach("manifest")
         return done
+
+
+def _decide(prepared: Prepared, done: Manifest) -> None:
+    """Whatever still interrupts the process, the output is complete."""
+    signals.decided(ExitCode.FAILED_ROWS if done.failed else ExitCode.COMPLETE)
+    signals.safe = f"stopped; the output is complete: {prepared.folder.name}"
 
 
 def _conclude(job: Job, output: Output, dispatch: Dispatch) -> Manifest:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,12 +21,14 @@ from chaos.processes import start_store
 from slow_server import Relay, slow_server
 from stores import s3_bucket
 
+from batchrun import run, signals
 from batchrun.cluster import connect
-from batchrun.errors import StorageError
+from batchrun.errors import ExitCode, StorageError
 from batchrun.job.settings import ClusterSettings
+from batchrun.output import manifest
 from batchrun.storage import Folder, deadline
 from batchrun.storage import folder as folders
-from jobs import SUPPORT, environment, start, write_job
+from jobs import SUPPORT, environment, load, start, write_job
 
 # The promise is 5 s; a machine that runs tests is busy with others.
 SOON = 10.0
@@ -212,6 +215,25 @@ def test_a_stop_after_the_manifest_ends_with_what_the_data_is(tmp_path, tiny_lla
     assert code == 0, said
     assert "the same command goes on" not in said
     assert seconds < SOON
+
+
+def test_a_stop_in_the_moment_in_which_the_manifest_comes_ends_with_what_the_data_is(
+    tmp_path, tiny_llama, cluster, monkeypatch
+):
+    """As between a file's rename and the sync of its folder; it ended with 4 and "the same command goes on"."""
+    monkeypatch.setattr(signals, "_exit_code", ExitCode.INTERRUPTED)
+    monkeypatch.setattr(signals, "safe", "")
+    write = manifest.write
+
+    def interrupted(*how: Any) -> None:
+        write(*how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "write", interrupted)
+    job = load(write_job(tmp_path, tiny_llama))
+    with pytest.raises(KeyboardInterrupt):
+        run(job, client=cluster)
+    assert (signals.exit_code(), signals.safe) == (0, f"stopped; the output is complete: {tmp_path / 'out'}")
 
 
 def test_a_terminal_that_is_closed_stops_a_run_with_4(tmp_path, tiny_llama):
