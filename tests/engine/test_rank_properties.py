@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forked_programs
 import numpy as np
 import pytest
 import tp_models
+import warm
 from adapters import make_adapter
 from tiny_models import MAX_CONTEXT, model_folder
 
@@ -31,7 +31,7 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    forked_programs.use(monkeypatch)
+    warm.fork_engines(monkeypatch)
     # Every look at rows is also one at which of them are given up.
     monkeypatch.setattr(engine, "CANCEL_SECONDS", 0)
 
