@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forked_programs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+import warm
 from tiny_models import model_folder
 
 from batchrun.commands import bench as benchmark
@@ -48,7 +48,7 @@ def test_both_engines_run_the_same_rows_and_are_compared() -> None:
 def test_an_engine_over_two_gpus_is_measured_and_remembered_as_one(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forked_programs.use(monkeypatch)
+    warm.fork_engines(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     parts = {"engine": {"kind": "paged"}, "generation": {"max_new_tokens": 5}, "rows": 4}
     job = load(write_job(tmp_path, tiny_llama, **parts), "engine.gpus=2")

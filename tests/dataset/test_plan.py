@@ -22,9 +22,7 @@ from batchrun.dataset.source import DataFile
 from batchrun.errors import InputError, OutputError
 from batchrun.job.settings import InputSettings
 
-BOUNDED = settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+BOUNDED = settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 layouts = st.lists(st.lists(st.integers(0, 40), max_size=4), min_size=1, max_size=4)
 terms = st.one_of(

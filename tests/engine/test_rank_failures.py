@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
-import forked_programs
 import numpy as np
 import pytest
+import warm
 from faulty_rank import SILENT_SECONDS
 from tiny_models import MAX_CONTEXT
 
@@ -49,7 +49,7 @@ def process(tiny_llama: Path) -> Iterator[EngineProcess]:
     folder = str(tiny_llama)
     spec = EngineSpec("faulty_ranks:Engine", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        forked_programs.use(monkeypatch)
+        warm.fork_engines(monkeypatch)
         engine = EngineProcess(spec, {SILENT_SECONDS: "8"})
         yield engine
         engine.stop()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import forked_programs
 import numpy as np
 import pytest
 import tp_models
+import warm
 from adapters import make_adapter
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -35,7 +35,7 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    forked_programs.use(monkeypatch)
+    warm.fork_engines(monkeypatch)
     # Every look at rows is also one at which of them are given up.
     monkeypatch.setattr(engine, "CANCEL_SECONDS", 0)
 

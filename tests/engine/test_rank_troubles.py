@@ -10,9 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import forked_programs
 import numpy as np
 import pytest
+import warm
 from faulty_rank import FAULTS, LOADING, SLOW, STUCK, WARMING_UP
 from faulty_ranks import STUCK_SECONDS
 from tiny_models import MAX_CONTEXT
@@ -31,7 +31,7 @@ def process(tiny_llama: Path) -> Iterator[EngineProcess]:
     folder = str(tiny_llama)
     spec = EngineSpec("faulty_ranks:Engine", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        forked_programs.use(monkeypatch)
+        warm.fork_engines(monkeypatch)
         process = EngineProcess(spec, {FAULTS: "rows 3 slow 5 read 5", STUCK_SECONDS: "4"})
         yield process
         process.stop()

@@ -40,7 +40,7 @@ def observed(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.floats(1e-6, 1e-2),
     st.floats(1e-6, 1e-2),

@@ -64,7 +64,7 @@ def complete(place: Folder) -> manifest.Manifest:
 # Documents
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**32))
 def test_a_damaged_document_is_never_read(seed: int) -> None:
     rng = random.Random(seed)
