@@ -123,10 +123,13 @@ def _handle(number: int, frame: object) -> None:
 
 def _interrupt_again(found: sys.UnraisableHookArgs) -> None:
     """Python drops what is raised in a finalizer or in a callback of its garbage collection, and prints a traceback.
-    Of an interrupt there is nothing to be said, and it was meant for what ran below."""
+    Of an interrupt there is nothing to be said, and it was meant for what ran below; nor of what such a callback finds
+    half done after it."""
     global _swallowed
-    if not stop.is_set() or not issubclass(found.exc_type, KeyboardInterrupt):
+    if not stop.is_set():
         sys.__unraisablehook__(found)
+        return
+    if not issubclass(found.exc_type, KeyboardInterrupt):
         return
     _swallowed = True
     main = threading.main_thread().ident

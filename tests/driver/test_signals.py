@@ -288,12 +288,16 @@ def test_a_stop_in_a_finalizer_interrupts_what_ran_and_prints_no_traceback():
             def __del__(self):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0)
+        class BegunByHalves:
+            def __del__(self):
+                raise AssertionError("invalid stop_timing() call")
         try:
             del_me = Finalized()
             del del_me
             time.sleep(3)
             print("not interrupted")
         except KeyboardInterrupt:
+            BegunByHalves()
             print("interrupted", flush=True)
         os._exit(0)
     """
