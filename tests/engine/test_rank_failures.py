@@ -33,7 +33,18 @@ def _requests(count: int) -> list[Request]:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(n) for task in Path(f"/proc/{pid}/task").glob("*/children") for n in task.read_text().split()]
+    """Those that are programs of their own already: one that is paused before is waited for by whoever starts it."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [
+        child
+        for task in tasks
+        for child in map(int, task.read_text().split())
+        if _words(child) != _words(pid)
+    ]
+
+
+def _words(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _gone(pid: int) -> bool:

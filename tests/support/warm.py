@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -57,9 +58,14 @@ class WarmProcess:
             "asker": os.getpid(),
             "blocked": [int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
         }
+        self._reading = threading.Lock()
         self._warm = _connect(kind)
         socket.send_fds(self._warm, [json.dumps(request).encode()], descriptors)
         (self.pid,) = NUMBER.unpack(self._warm.recv(NUMBER.size))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_warm"):
+            self._warm.close()
 
     def poll(self) -> int | None:
         """Its status as `subprocess` gives it, if it has ended."""
@@ -71,14 +77,16 @@ class WarmProcess:
     def wait(self, timeout: float | None = None) -> int:
         """Its status. Raises subprocess.TimeoutExpired."""
         if self.returncode is None:
-            self._warm.settimeout(timeout)
-            try:
-                said = self._warm.recv(NUMBER.size)
-            except (TimeoutError, BlockingIOError):
-                raise subprocess.TimeoutExpired("a process", timeout or 0) from None
-            # Where nobody can tell any more, it was ended with whoever would have.
-            self.returncode = NUMBER.unpack(said)[0] if said else -signal.SIGKILL
-            self._warm.close()
+            # Another thread may wait for it, too: the socket is closed when nobody can.
+            ready = select.poll()
+            ready.register(self._warm, select.POLLIN)
+            if not ready.poll(None if timeout is None else timeout * 1000):
+                raise subprocess.TimeoutExpired("a process", timeout or 0)
+            with self._reading:
+                if self.returncode is None:
+                    said = self._warm.recv(NUMBER.size)
+                    # Where nobody can tell any more, it was ended with whoever would have.
+                    self.returncode = NUMBER.unpack(said)[0] if said else -signal.SIGKILL
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -247,5 +255,5 @@ def _poll_worker(self: Any, flag: int = os.WNOHANG) -> int | None:
     self.returncode = worker.poll() if flag == os.WNOHANG else worker.wait()
     if self.returncode is not None:
         # The next process of this number may be a program.
-        del _workers[self.pid]
+        _workers.pop(self.pid, None)
     return self.returncode
