@@ -83,7 +83,9 @@ def test_with_json_nothing_but_the_object_is_on_standard_output(fails):
         from batchrun.commands import init
         from batchrun.errors import InputError
         def noisy(*_):
-            threading.Thread(target=print, args=["python"]).start()
+            other = threading.Thread(target=print, args=["python"])
+            other.start()
+            other.join()
             os.write(1, b"library\\n")
             subprocess.run(["echo", "child"], check=True)
             atexit.register(print, "exit")
