@@ -29,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 complete, 1 failed, 2 refused before start, 3 complete with failed rows, "
+    epilog="Exit codes: 0 complete, 1 failed, 2 refused, 3 complete with failed rows, "
     "4 interrupted and resumable.",
 )
 
@@ -60,7 +60,9 @@ def _show_version(wanted: bool) -> None:
 def options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and exit"),
+        typer.Option(
+            "--version", metavar="", callback=_show_version, is_eager=True, help="show the version and exit"
+        ),
     ] = False,
 ) -> None:
     pass
@@ -228,6 +230,7 @@ def clean(
 
 @app.command(epilog="Example: batchrun bench --model tiny --workload extract --rows 20 --engine padded")
 def bench(
+    context: typer.Context,
     job_file: Annotated[Path | None, typer.Argument(help="take model and rows from this job")] = None,
     overrides: Overrides = [],
     model: Annotated[
@@ -269,6 +272,7 @@ def bench(
     with replying(as_json, debug) as reply:
         from batchrun.commands import bench as benchmark
 
+        _refuse_unused(context, job_file, overrides)
         if job_file is None:
             results = benchmark.bench(
                 model,
@@ -283,6 +287,18 @@ def bench(
             results = benchmark.bench_job(_load(job_file, overrides, reply), rows, engines)
         values = [asdict(result) for result in results]
         reply.print({"results": values}, benchmark.format_results(results).splitlines())
+
+
+def _refuse_unused(context: typer.Context, job_file: Path | None, overrides: list[str]) -> None:
+    """What a bench with a job takes from the job, and what changes a job where there is none."""
+    if job_file is None and overrides:
+        raise JobError("--set is for a job's keys, and no job is given", "bench", "add the job file")
+    for option in ("model", "workload", "shape", "quantization", "cache_dtype", "gpus"):
+        source = context.get_parameter_source(option)
+        if job_file is not None and source is not None and source.name == "COMMANDLINE":
+            name = option.replace("_", "-")
+            fix = "leave it out, or change the job by --set, such as --set model.name=org/name"
+            raise JobError(f"--{name} is for a bench without a job", "bench", fix)
 
 
 def _for_this_run(address: str | None, max_error_rate: float | None) -> list[str]:

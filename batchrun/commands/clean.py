@@ -14,6 +14,7 @@ from batchrun.output.layout import JOB
 from batchrun.output.lease import Lease
 from batchrun.output.output import Output, open_folder
 from batchrun.telemetry import record
+from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 
 Confirm = Callable[[str], None]
@@ -88,4 +89,5 @@ def _worth(output: Output) -> str:
     time = duration(sum(run.gpu_seconds for run in runs))
     prices = [run.cost for run in runs if run.cost is not None]
     cost = f", which cost {sum(prices):,.2f} ({time} of GPUs' time)" if prices else f" ({time} of GPUs' time)"
-    return f"{rows:,} answered rows in {int(committed.sum()):,} parts of {output.folder.name}{cost}"
+    answered, parts = counted(rows, "answered row"), counted(int(committed.sum()), "part")
+    return f"{answered} in {parts} of {output.folder.name}{cost}"

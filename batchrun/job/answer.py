@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, Tag, field_validator, model_validator
 
 from batchrun.errors import JobError
 from batchrun.job.generation import COLUMN, VALUE, VALUE_OR_COLUMN
@@ -99,6 +99,13 @@ class AnswerSettings(Settings):
         description="the texts around the reasoning, such as [<think>, </think>]; by default as the tokenizer and the "
         "chat template have them",
     )
+
+    @field_validator("schema_", mode="before")
+    @classmethod
+    def _a_schema_or_its_name(cls, schema: Any) -> Any:
+        if not isinstance(schema, dict | None) and not (isinstance(schema, str) and schema):
+            raise ValueError("give a JSON Schema as a mapping, a file with one, or module:Class")
+        return schema
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:

@@ -20,7 +20,7 @@ _MUST = {
     "finite_number": "must be a finite number",
     "literal_error": "must be {expected}",
     "string_type": "must be text, in quotes",
-    "string_too_short": "must not be empty: give a name",
+    "string_too_short": "must not be empty",
     "list_type": "must be a list, such as [a, b]",
     "too_short": "must have at least one",
     "dict_type": "must be a mapping of key: value",
@@ -41,6 +41,8 @@ def explain(error: Any, job: type[BaseModel]) -> str:
     field = _section_around(location, job).model_fields.get(location[-1]) if location else None
     if error["type"] == "missing":
         return f"{name} is missing: add it{f' ({field.description})' if field else ''}"
+    if error["type"] == "string_too_short" and field:
+        return f"{name} is empty: give one ({field.description})"
     # Errors about numbers have names such as int_parsing, int_from_float and float_type.
     must = _MUST.get(error["type"]) or _MUST.get(error["type"].partition("_")[0])
     if must:

@@ -37,6 +37,7 @@ class OutputSettings(Settings):
     )
     row_column: str | None = Field(
         None,
+        min_length=1,
         description="a column with each row's input file and row in it, from 0, such as orders.parquet:123",
     )
     partition_by: list[str] = Field(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from datetime import datetime
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from batchrun.job.durations import parse_deadline
 
@@ -17,10 +18,26 @@ _ADDRESS = re.compile(r"(?!https?://)(\w+://)?[^\s/]+:\d+(/.*)?|inproc://.+")
 _SIZE = re.compile(r"auto|\d*\.?\d+(e\d+)? ?([kmgtp]i?)?b?", re.IGNORECASE)
 
 
+def _kinds_of(annotation: Any) -> list[Any]:
+    """The plain types that a key's type is made of."""
+    inner = get_args(annotation)
+    return [kind for one in inner for kind in _kinds_of(one)] if inner else [annotation]
+
+
 class Settings(BaseModel):
     """A section of the job file: unknown keys are refused, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, given: Any, key: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and `logprobs: true` is hardly meant as `logprobs: 1`."""
+        if isinstance(given, bool):
+            kinds = set(_kinds_of(cls.model_fields[str(key.field_name)].annotation))
+            if bool not in kinds and kinds & {int, float}:
+                raise PydanticKnownError("int_type" if int in kinds else "float_type")
+        return given
 
 
 class InputSettings(Settings):
@@ -77,9 +94,12 @@ class ModelSettings(Settings):
 
     name: str = Field(min_length=1, description="hub id, local folder, or fsspec URL of a folder")
     revision: str | None = Field(None, description="of a hub id: a branch, tag or commit")
-    tokenizer: str | None = Field(None, description="a tokenizer from elsewhere; the model's own by default")
+    tokenizer: str | None = Field(
+        None, min_length=1, description="a tokenizer from elsewhere; the model's own by default"
+    )
     adapter: str | None = Field(
         None,
+        min_length=1,
         description="a LoRA adapter as peft saves it, merged into the weights while they are loaded: a hub id, local "
         "folder, or fsspec URL of a folder",
     )

@@ -44,8 +44,8 @@ def environment(tree: Any) -> dict[str, str]:
 def unexpanded(message: str, tree: Any, location: Sequence[Any]) -> str:
     """An error's message about the key at `location` with `${NAME}` in place of what the environment gave."""
     for key in location:
-        inside = isinstance(tree, Mapping | list)
-        tree = tree[key] if inside and (key in tree or isinstance(tree, list)) else None
+        inside = key in tree if isinstance(tree, Mapping) else isinstance(tree, list) and isinstance(key, int)
+        tree = tree[key] if inside else None
     for _, text in _texts(tree):
         for name, value in environment(text).items():
             if len(value) >= _SHORTEST:

@@ -182,7 +182,7 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str, str]]:
     computed = sum(run.computed_tokens for run in facts.runs)
     if computed:
         real = sum(run.real_tokens for run in facts.runs)
-        yield "padding efficiency", f"{real / computed:.1%}", "of computed tokens are no padding"
+        yield "padding efficiency", f"{real / computed:.1%}", "of computed tokens are not padding"
     shared = sum(run.shared_tokens for run in facts.runs)
     if shared:
         # Of several samples each is a prompt to the engine, which counts of its own what it was run on.

@@ -167,6 +167,14 @@ def test_without_a_terminal_cleaning_all_is_refused_unless_it_is_said_twice(here
     assert not everything_under(here / "out")
 
 
+def test_one_part_is_called_one_part(here: Path) -> None:
+    for part in sorted((here / "out/data").iterdir())[1:]:
+        part.unlink()
+    told: list[str] = []
+    clean(load(here / "job.yaml"), everything=True, confirm=told.append)
+    assert "answered rows in 1 part of" in told[0]
+
+
 @pytest.mark.parametrize(("answer", "code"), [("n", 2), ("y", 0)])
 def test_on_a_terminal_cleaning_all_asks_and_shows_rows_and_cost(here: Path, answer: str, code: int) -> None:
     leader, follower = pty.openpty()

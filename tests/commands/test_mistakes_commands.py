@@ -82,6 +82,8 @@ WORDS = (
     ),
     ("an unknown engine", ["bench", "--engine", "vllm"], "bench", "use padded, paged"),
     ("no rows", ["bench", "--rows", "0"], "--rows", "greater than or equal to 1"),
+    ("a model beside a job", ["bench", "JOB", "--model", "tiny"], "--model", "--set model.name="),
+    ("--set without a job", ["bench", "--set", "model.dtype=float16"], "--set", "add the job file"),
     ("an unknown shape", ["bench", "--model", "gpt5"], "gpt5", "give a local folder"),
     ("no dataset", ["init"], "dataset", "batchrun init --help"),
     (
