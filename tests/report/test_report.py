@@ -327,6 +327,13 @@ def test_the_bill_adds_up_to_what_the_workers_cost(finished):
     assert whole.per_million_tokens == pytest.approx(run.cost / run.counts.tokens * 1e6)
 
 
+def test_a_priced_run_that_ended_before_its_first_row_has_a_page(finished):
+    facts = Facts.read(load(finished / "job.yaml"))
+    (run,) = facts.runs
+    text = render(replace(facts, runs=[replace(run, counts=Counters())]))
+    assert "per 1,000 rows" in text
+
+
 def sampled(started: str, seconds: list[float], rows: list[int]) -> RunRecord:
     zeros = [0] * len(seconds)
     samples = dict.fromkeys(
