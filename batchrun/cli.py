@@ -44,7 +44,7 @@ Force = Annotated[
     bool, typer.Option("--force", metavar="", help="take over from another driver that seems to be at work")
 ]
 ErrorRate = Annotated[
-    float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this once")
+    float | None, typer.Option(min=0, max=1, help="share of failed rows that stops it, for this run alone")
 ]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="of progress and warnings")]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="show the traceback of an error")]
@@ -73,9 +73,10 @@ def plan(
     job_file: JobFile,
     overrides: Overrides = [],
     trial: Annotated[
-        str | None, typer.Option(metavar="TIME", help="try the engine on sampled rows for so long, e.g. 60s")
+        str | None,
+        typer.Option(metavar="TIME", help="try the engine on sampled rows for this long, e.g. 60s"),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="estimate for this many GPUs")] = None,
     compare: Annotated[
         Literal["fp8"] | None,
         typer.Option(

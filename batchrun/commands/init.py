@@ -104,7 +104,7 @@ output:
 # cluster:
 #   price_per_gpu_hour: 2.50        # then `batchrun plan` tells what it costs, and limits.max_cost holds
 # limits:
-#   max_cost: 20                    # stop, resumable, once it has cost so much
+#   max_cost: 20                    # stop, resumable, once it has cost this much
 #   deadline: 6h                    # or at a time
 """
 

@@ -85,8 +85,8 @@ class AnswerSettings(Settings):
         None,
         ge=0,
         le=100,
-        description="log probabilities as columns: of each token of the answer, their mean, and those of so many "
-        "likeliest tokens in its place; 0 is without the latter",
+        description="log probabilities as columns: of each token of the answer, their mean, and those of the N "
+        "likeliest tokens in its place; 0 leaves those out",
     )
     reasoning: str | None = Field(
         None,

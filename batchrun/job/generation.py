@@ -96,7 +96,7 @@ class GenerationSettings(Settings):
     top_p: Annotated[
         Annotated[TopP, Tag(VALUE)] | Annotated[TopPFromColumn, Tag(COLUMN)], VALUE_OR_COLUMN
     ] = Field(1.0, description="sample from the likeliest tokens of this share")
-    top_k: int = Field(0, ge=0, description="sample from so many likeliest tokens; 0 is all")
+    top_k: int = Field(0, ge=0, description="sample from this many of the likeliest tokens; 0 is all")
     min_p: float = Field(0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest")
     repetition_penalty: float = Field(
         1.0, gt=0, description="above 1, tokens that were there are less likely"

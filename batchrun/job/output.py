@@ -44,15 +44,15 @@ class OutputSettings(Settings):
         default_factory=list,
         description="keys of the input's key=value folders: the parts are written into such folders of data/",
     )
-    rows_per_part: int = Field(8192, ge=1, description="at most so many rows in a partition and its part")
-    bytes_per_part: int = Field(256 << 20, ge=1, description="at most so many input bytes in a partition")
+    rows_per_part: int = Field(8192, ge=1, description="at most this many rows in a partition and its part")
+    bytes_per_part: int = Field(256 << 20, ge=1, description="at most this many input bytes in a partition")
     compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field("zstd", description="of the parts")
-    flush_rows: int = Field(2048, ge=1, description="finished rows are staged once there are so many")
+    flush_rows: int = Field(2048, ge=1, description="finished rows are staged once there are this many")
     flush_bytes: int = Field(
-        16 << 20, ge=1, description="finished rows are staged once they have so many bytes"
+        16 << 20, ge=1, description="finished rows are staged once they have this many bytes"
     )
     flush_seconds: float = Field(
-        15.0, gt=0, description="finished rows are staged after so many seconds at the latest"
+        15.0, gt=0, description="finished rows are staged after this many seconds at the latest"
     )
     storage_options: dict[str, Any] = Field(
         default_factory=dict,

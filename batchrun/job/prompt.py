@@ -99,7 +99,9 @@ class PromptSettings(Settings):
         None, description="the side cut off a prompt that is too long"
     )
     empty: Literal["fail", "send"] = Field("fail", description="what an empty prompt becomes")
-    max_bytes: int = Field(1 << 20, ge=1, description="a longer rendered prompt is never tokenized whole")
+    max_bytes: int = Field(
+        1 << 20, ge=1, description="a longer rendered prompt is cut (prompt.truncate), or its row fails"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -51,7 +51,7 @@ class InputSettings(Settings):
     filters: list[Any] | None = Field(
         None, description="rows to keep, in pyarrow's form: [[column, op, value], ...]"
     )
-    limit: int | None = Field(None, ge=1, description="the first so many rows only")
+    limit: int | None = Field(None, ge=1, description="only the first N rows")
     order: Literal["prefix"] | None = Field(
         None,
         description="prefix: rows whose prompts begin alike go into the same partitions, which then are read from "
@@ -169,7 +169,7 @@ class EngineSettings(Settings):
     decode_steps: int = Field(8, ge=1, le=64, description="paged: steps between two looks at the results")
     memory_fraction: float = Field(0.9, gt=0, lt=1, description="paged: share of the GPU's memory to use")
     cache_tokens: int | None = Field(
-        None, ge=1, description="paged: at most so many tokens of keys and values"
+        None, ge=1, description="paged: at most this many tokens of keys and values"
     )
     cache_dtype: Literal["auto", "fp8"] = Field(
         "auto",
@@ -320,7 +320,7 @@ class LimitSettings(Settings):
     max_cost: float | None = Field(
         None,
         gt=0,
-        description="stop, resumable, once all runs of this output together have cost so much: GPU hours times "
+        description="stop, resumable, once all runs of this output together have cost this much: GPU hours times "
         "cluster.price_per_gpu_hour",
     )
     deadline: str | None = Field(
@@ -331,7 +331,7 @@ class LimitSettings(Settings):
     max_rows: int | None = Field(
         None,
         ge=1,
-        description="stop, resumable, once so many rows of the output are done; a few more may be by then",
+        description="stop, resumable, once this many rows of the output are done; a few more may be by then",
     )
 
     @field_validator("deadline", mode="before")

@@ -26,7 +26,8 @@ from batchrun.prompt.template import prompt_columns
 # A sample is tried a few rows at a time, and no longer than this once most of them fail.
 SAMPLE_ROWS, SAMPLE_SECONDS = 4, 4.0
 _TOO_LONG_FIX = (
-    "set prompt.truncate: right, or fewer generation.max_new_tokens, or use a model with a longer context"
+    "set prompt.truncate: right, fewer generation.max_new_tokens or more prompt.max_bytes, "
+    "or use a model with a longer context"
 )
 
 

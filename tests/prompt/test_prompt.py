@@ -429,3 +429,5 @@ def test_prompts_that_are_too_long_are_told_how_to_be_shorter() -> None:
     batch = batch_of(t=["x" * 99] * 3 + ["x"])
     with pytest.raises(InputError, match=r"3 of the first 4 .*set prompt\.truncate: right"):
         check_sample(builder_of(batch, column="t", context=64, new=8), [batch])
+    with pytest.raises(InputError, match=r"prompt\.max_bytes is 1.* more prompt\.max_bytes"):
+        check_sample(builder_of(batch, column="t", max_bytes=1), [batch])
