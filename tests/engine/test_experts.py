@@ -115,7 +115,7 @@ def test_a_layer_gives_what_transformers_loop_over_experts_gives(
     monkeypatch.setattr(experts_kernels, "tile_for", lambda *_: TILES[tile])
     if tile == "as they are":
         # As on a GPU without descriptors.
-        monkeypatch.setattr(experts_kernels, "_describable", lambda *_: False)
+        monkeypatch.setattr(experts_kernels, "is_describable", lambda *_: False)
     model = _model(name)
     reference = copy.deepcopy(model)
     reference.set_experts_implementation("eager")

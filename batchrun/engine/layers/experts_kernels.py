@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from batchrun.engine.layers.descriptors import is_describable
 from batchrun.engine.layers.expert_groups import Groups
 from batchrun.engine.layers.experts_persistent import persistent_product
 from batchrun.engine.layers.fp8 import FP8, FP8_MAX
@@ -257,8 +258,8 @@ def grouped_product(
     """
     _, columns, features = weight.shape
     num_tiles = groups.tiles.shape[1]
-    described = not interleaved and _describable(weight, tile)
-    if described and not gate and bias is None and _describable(x, tile):
+    described = not interleaved and not tile.swapped and is_describable(weight)
+    if described and not gate and bias is None and is_describable(x):
         blocks = _descriptor(weight, tile, 1)
         persistent_product(
             x, weight, blocks, out, groups, tile.rows, tile.warps, tile.stages, x_scale, weight_scale
@@ -274,15 +275,6 @@ def grouped_product(
         BLOCK_N=tile.columns, BLOCK_K=tile.features, NUM_STAGES=tile.stages,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps,
     )  # fmt: skip
-
-
-def _describable(numbers: Tensor, tile: Tile) -> bool:
-    """Whether a GPU copies blocks of them by itself (Hopper's tensor memory accelerator), which spares the threads
-    their addresses: it wants those of a row side by side."""
-    if numbers.is_cuda and torch.cuda.get_device_capability(numbers.device)[0] != 9:
-        return False
-    apart = (stride * numbers.itemsize % 16 for stride in numbers.stride()[:-1])
-    return not tile.swapped and numbers.stride(-1) == 1 and not any(apart) and numbers.data_ptr() % 16 == 0
 
 
 def _descriptor(weight: Tensor, tile: Tile, parts: int) -> TensorDescriptor:
