@@ -14,6 +14,7 @@ from batchrun.model import light
 
 def main() -> None:
     """Runs the command line, and ends with a code that tells of the data."""
+    _replace_closed_streams()
     signals.install()
     os.environ[light.VARIABLE] = "1"
     code: int | str | None = 0
@@ -46,6 +47,16 @@ def end(code: int | str | None) -> NoReturn:
         atexit._run_exitfuncs()
     _flush()
     os._exit(code or 0)
+
+
+def _replace_closed_streams() -> None:
+    """What is written to a stream that is closed (`>&-`) goes nowhere: else the next file that is opened would get its
+    number, and with it what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def _flush() -> None:

@@ -109,7 +109,7 @@ def run(
 ) -> None:
     """Start a job, or go on where an earlier run of it ended."""
 
-    with replying(as_json, debug, log_format) as reply:
+    with replying(as_json, debug, log_format, resumable=True) as reply:
         job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], reply)
 
         def work(job: Job, **how: Any) -> RunResult:
@@ -143,7 +143,7 @@ def retry(
 ) -> None:
     """Run the failed rows of a complete output again, once their cause is fixed."""
 
-    with replying(as_json, debug, log_format) as reply:
+    with replying(as_json, debug, log_format, resumable=True) as reply:
         job = _load(job_file, [*overrides, *_for_this_run(address, max_error_rate)], reply)
 
         def work(job: Job, **how: Any) -> RunResult:

@@ -173,6 +173,15 @@ class InternalError(BatchrunError):
         return told
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether a signal stopped what raised this, and nothing was told of it yet. An interrupt in a wait for a
+    lock may come out of it as an error of the lock, which its caller takes for one of the store."""
+    first: BaseException | None = error
+    while first is not None and not isinstance(first, KeyboardInterrupt | Interrupted):
+        first = first.__cause__ or first.__context__
+    return isinstance(first, KeyboardInterrupt)
+
+
 def is_bug(error: BaseException) -> bool:
     """Whether batchrun's own code is to blame: an error of `BUGS` that it raised itself, or that Python, numpy or
     pyarrow raised for it. One out of other code (a model's, an engine's, a filesystem's) is not."""

@@ -24,18 +24,23 @@ AGAIN = 0.01
 SAME_STOP = 0.5
 
 STAGING = "stopping: staging what is finished; once more to stop at once"
-AT_ONCE = "stopped at once: what is staged is safe; the same command goes on from there"
+AT_ONCE = "stopped at once"
+GOES_ON = "the same command goes on from there"
 
 stop = threading.Event()
 
 
-def silent() -> None:
+def silent(text: str = "") -> None:
     """Nothing is left to say."""
 
 
 # What the process says where the main thread does not come back in time.
 last_words: Callable[[], None] = silent
-# What is safe of what it was stopped in, once that is known: for its last words.
+# Says to a program that reads standard output, and to nobody else, why the command ends at once.
+tell_program: Callable[[str], None] = silent
+# For its last words, too: whether the command, given again, goes on from where it was stopped; and what is safe, once
+# that is known.
+resumable = False
 safe = ""
 
 _lock = threading.Lock()
@@ -103,7 +108,10 @@ def _handle(number: int, frame: object) -> None:
     if stop.is_set():
         if now - _stopped_at < SAME_STOP:
             return
-        _say(AT_ONCE)
+        text = f"{AT_ONCE}: what is staged is safe; {GOES_ON}" if resumable else AT_ONCE
+        _say(text)
+        with suppress(Exception):
+            tell_program(text)
         os._exit(_exit_code)
     stop.set()
     _stopped_at, _end_by = now, now + GRACE
@@ -115,10 +123,13 @@ def _handle(number: int, frame: object) -> None:
 
 def _interrupt_again(found: sys.UnraisableHookArgs) -> None:
     """Python drops what is raised in a finalizer or in a callback of its garbage collection, and prints a traceback.
-    Of an interrupt there is nothing to be said, and it was meant for what ran below."""
+    Of an interrupt there is nothing to be said, and it was meant for what ran below; nor of what such a callback finds
+    half done after it."""
     global _swallowed
-    if not stop.is_set() or not issubclass(found.exc_type, KeyboardInterrupt):
+    if not stop.is_set():
         sys.__unraisablehook__(found)
+        return
+    if not issubclass(found.exc_type, KeyboardInterrupt):
         return
     _swallowed = True
     main = threading.main_thread().ident

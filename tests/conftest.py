@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,27 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import forked_programs
 import pytest
 import torch
+import warm
 from distributed import Client
 from faulty_jobs import Setting
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from tiny_models import make_model
 
 from batchrun.cluster import connect
 from batchrun.job.settings import ClusterSettings
 from jobs import environment
 
-# A busy machine makes any example late.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+# A busy machine makes any example late, and any that takes long to draw. A commit has the same examples whenever it is
+# tested; others, with `--hypothesis-profile random`.
+_slow: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, **_slow)
+settings.register_profile("random", **_slow)
+settings.load_profile("same")
+
+warm.begin()
+warm.fork_workers()
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test
@@ -38,8 +43,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
-@contextmanager
-def _local_cluster() -> Iterator[Client]:
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Client]:
+    """A client of a local cluster that many runs share; its worker finds the tests' own engines."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
     try:
@@ -49,21 +55,6 @@ def _local_cluster() -> Iterator[Client]:
         os.environ.pop("PYTHONPATH")
         if before is not None:
             os.environ["PYTHONPATH"] = before
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Client]:
-    """A client of a local cluster that many runs share; its worker finds the tests' own engines."""
-    with _local_cluster() as client:
-        yield client
-
-
-@pytest.fixture(scope="session")
-def engines_cluster() -> Iterator[Client]:
-    """Another, for runs of engines that compute: its worker forks their processes, see `forked_programs`."""
-    with _local_cluster() as client:
-        client.run(forked_programs.use_in_worker)
-        yield client
 
 
 @pytest.fixture

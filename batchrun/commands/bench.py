@@ -290,11 +290,11 @@ def _measure(kind: str, spec: EngineSpec, config: Any, workload: Workload, ceili
 def _loaded(kind: str, spec: EngineSpec, config: Any) -> Iterator[Any]:
     """The engine, on random weights."""
     engine = pkgutil.resolve_name(BUILT_IN[kind])
-    if spec.gpus > 1:
-        with closing(engine.load(spec, config)) as running:
-            yield running
+    if kind == "padded":
+        yield engine(spec, random_model(spec, config))
         return
-    yield engine(spec, random_model(spec, copy.deepcopy(config)))
+    with closing(engine.load(spec, config)) as running:
+        yield running
 
 
 def _run(engine: Any, requests: list[Request]) -> tuple[float, float, list[Completion]]:

@@ -9,8 +9,8 @@ from batchrun.driver.prepare import Prepared
 from batchrun.estimate.sample import Sample
 from batchrun.job.job import Job
 from batchrun.model.memory import model_memory
-from batchrun.report.summary import size
 from batchrun.telemetry.printable import counted
+from batchrun.units import size
 
 # Of one engine; more than that no machine has.
 MOST_GPUS = 16

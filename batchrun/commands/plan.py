@@ -17,7 +17,7 @@ from batchrun.cluster.local import environments, unused_gpus
 from batchrun.commands import memory
 from batchrun.dataset.plan import Partition, carried_columns
 from batchrun.dataset.rows import carried_schema
-from batchrun.driver.prepare import Prepared, prepare
+from batchrun.driver.prepare import Prepared, finished, prepare
 from batchrun.engine.weights.packed_format import runs_in_fp8
 from batchrun.errors import JobError
 from batchrun.estimate.cost import Estimate, Throughput, estimate
@@ -29,11 +29,11 @@ from batchrun.model.adapter import check_adapter
 from batchrun.model.files import read_json
 from batchrun.output import state
 from batchrun.output.part import part_schema
-from batchrun.report.summary import size
 from batchrun.telemetry import agreement
 from batchrun.telemetry.gpu import local_workers, visible_gpus
 from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
+from batchrun.units import size
 
 # Seconds after which a plan makes do with what it has read.
 SAMPLE_SECONDS = 4.0
@@ -71,6 +71,7 @@ def preview(
         raise JobError(what, "plan --compare", "leave out --compare, or name one of them in model.adapter")
     started = time.monotonic()
     prepared = prepare(job)
+    finished(prepared)
     if compare is not None and job.engine.cache_dtype == "auto" and _is_in_fp8(prepared):
         what = "the checkpoint's weights are in fp8, so that both ways would be the same"
         raise JobError(what, "plan --compare", "leave out --compare, or compare engine.cache_dtype: fp8")
@@ -92,7 +93,7 @@ def preview(
         "files": len(plan.files),
         "rows": plan.rows,
         "rows_left": sum(partition.rows for partition in left),
-        "bytes": sum(sum(file.group_bytes) for file in plan.files),
+        "bytes": plan.input_bytes,
         "partitions": len(plan.partitions),
         "largest_partition": max(partition.rows for partition in plan.partitions),
         "columns": _columns(prepared),
@@ -243,10 +244,9 @@ def _comparison_lines(found: dict[str, Any]) -> list[RenderableType]:
 
 
 def _left(prepared: Prepared) -> list[Partition]:
-    """The partitions that have no part yet; all of them where the output is another job's or nobody's."""
+    """The partitions that have no part yet."""
     plan = prepared.plan
-    pinned = prepared.pinned
-    if pinned is None or (pinned.plan_hash, pinned.job_hash) != (plan.hash, prepared.identity.job_hash):
+    if prepared.pinned is None:
         return plan.partitions
     committed = state.scan(prepared.folder, prepared.layout).committed
     return [partition for partition in plan.partitions if not committed[partition.index]]

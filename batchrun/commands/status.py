@@ -15,12 +15,13 @@ from batchrun.output import chunk, lease, manifest, state
 from batchrun.output.chunk import BadChunk, Origin
 from batchrun.output.layout import PARTIAL
 from batchrun.output.output import Output
-from batchrun.report.summary import error_lines, number, size
+from batchrun.report.summary import error_lines, number
 from batchrun.storage import NotFound
 from batchrun.telemetry import record
 from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import RunRecord
+from batchrun.units import size
 
 # Partitions whose chunks are read at a time.
 READERS = 16
@@ -101,10 +102,10 @@ def _run_lines(run: RunRecord) -> Iterator[str]:
     cost = "" if run.cost is None else f", cost {run.cost:,.2f}"
     counts = run.counts
     copied = f", {counts.copied:,} copied" if counts.copied else ""
-    generated = counted(counts.rows - counts.copied, "row")
+    done = counted(counts.rows - counts.copied, "row")
     yield (
-        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {generated} "
-        f"generated{copied}, {number(rate)} tokens/s, {counted(run.workers, 'worker')}{run.group}{cost}"
+        f"run of {run.started}: {run.outcome} after {duration(run.seconds)}, {done} "
+        f"done{copied}, {number(rate)} tokens/s, {counted(run.workers, 'worker')}{run.group}{cost}"
     )
     if run.engine_logs:
         more = f" to {run.engine_logs[-1].rpartition('/')[2]}" if len(run.engine_logs) > 1 else ""

@@ -110,6 +110,15 @@ class Plan:
             for file in (self.files[part.file],)
         )
 
+    @property
+    def input_bytes(self) -> int:
+        """Uncompressed bytes of its rows, by their share of each row group, those included that filters leave out."""
+        return sum(
+            file.group_bytes[part.row_group] * part.num_rows // max(1, file.group_rows[part.row_group])
+            for part in self.in_input_order()
+            for file in (self.files[part.file],)
+        )
+
     def in_input_order(self) -> list[Slice]:
         """The slices that the partitions' rows are from, in the input's order, each row in one of them."""
         slices = [part for partition in self.partitions for part in partition.slices]

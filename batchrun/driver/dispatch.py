@@ -343,7 +343,8 @@ class Dispatch:
         while self.in_flight and (now := time.monotonic()) < began + DRAIN_TIMEOUT:
             if now >= next_call:
                 tell(client, request_stop, self.order.run)
-                next_call = now + STOP_EVERY
+                # It may have taken as long: receipts are read between two calls.
+                next_call = time.monotonic() + STOP_EVERY
             try:
                 future = self.finished.get(timeout=0.2)
             except queue.Empty:

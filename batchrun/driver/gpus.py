@@ -12,6 +12,7 @@ from batchrun.model.folder import ModelFolder
 from batchrun.model.memory import ModelMemory, attention_heads, model_memory
 from batchrun.telemetry.gpu import gpu_now, visible_gpus
 from batchrun.telemetry.printable import counted
+from batchrun.units import size
 
 # Rows at once below which an engine mostly reads weights: on an H100 a decode step of 64 rows takes about as long as
 # one of 16.
@@ -90,13 +91,13 @@ def _choose(job: Job, model: ModelFolder, row_tokens: Callable[[], float]) -> in
     chosen = smallest(memory, budget, tokens, fp8, len(visible), fp8_cache)
     if chosen is None:
         most = max(n for n in (1, 2, 4, 8, 16) if n <= len(visible) and memory.is_divided_by(n))
-        gib = memory.weights_of(1, fp8) / (1 << 30)
+        other = " or model.quantization: fp8" if memory.fp8_weights < memory.weights and not fp8 else ""
         raise JobError(
-            f"weights of {gib:,.1f} GiB and {USEFUL_ROWS} rows of {tokens:,.0f} tokens "
+            f"weights of {size(memory.weights_of(1, fp8))} and {USEFUL_ROWS} rows of {tokens:,.0f} tokens "
             f"do not fit on {counted(most, 'GPU')}, the most that {counted(len(visible), 'GPU')} here and "
             f"{memory.key_heads} key heads allow",
             where,
-            "use a larger machine or model.quantization: fp8, or set engine.gpus to a number",
+            f"use a larger machine{other}, or set engine.gpus to a number",
         )
     return chosen
 

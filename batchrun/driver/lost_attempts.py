@@ -71,7 +71,9 @@ class LostAttemptPolicy:
             log.warning("partition %d is lost again, to %s; it is tried alone, at the end", partition, reason)
             return False
         self._staged[partition] = staged
-        log.warning("partition %d lost its attempt to %s; it goes on", partition, reason)
+        log.warning(
+            "partition %d is tried again from what is staged: its attempt was lost to %s", partition, reason
+        )
         return True
 
     def able(self, workers: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from batchrun.errors import BatchrunError, ExitCode, one_line
+from batchrun.errors import ExitCode, is_interrupt, one_line
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.redact import Redactor
 
@@ -47,8 +47,8 @@ def _success(job: Job, result: RunResult) -> dict[str, Any]:
 
 
 def _failure(job: Job, error: BaseException) -> dict[str, Any]:
-    stopped = isinstance(error, KeyboardInterrupt)
-    code = error.exit_code if isinstance(error, BatchrunError) else ExitCode(4 if stopped else 1)
+    stopped = is_interrupt(error)
+    code = ExitCode.INTERRUPTED if stopped else getattr(error, "exit_code", ExitCode.FAILED)
     status, what = code.name.lower(), "stopped" if stopped else one_line(error)
     values = {"status": status, "exit_code": int(code), "error": what, "output": job.output.path}
     return {**values, "job": job.title, "text": f"{job.title}: {status}, {what}"}

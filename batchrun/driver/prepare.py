@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from batchrun.dataset.plan import Plan, carried_columns, check_output_names, joined
+from batchrun.dataset.plan import Plan, carried_columns, check_output_names, difference, joined
 from batchrun.dataset.planner import extend, make_plan
 from batchrun.dataset.rows import all_rows
 from batchrun.driver.gpus import gpus_of, with_gpus
@@ -19,9 +19,10 @@ from batchrun.job.job import Job
 from batchrun.model.adapter import check_adapter
 from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder, resolve
-from batchrun.output import failed_rows, identity, plans, retry
+from batchrun.output import failed_rows, identity, manifest, plans, retry, state
 from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
+from batchrun.output.manifest import Manifest
 from batchrun.output.output import Output, layout_of, open_folder
 from batchrun.prompt.codec import PromptCodec, open_codec
 from batchrun.prompt.row_settings import row_columns
@@ -161,6 +162,39 @@ def try_prompt(prepared: Prepared) -> None:
         check_sample(builder, all_rows(prepared.job, plan, builder.columns))
 
 
+def finished(prepared: Prepared) -> Manifest | None:
+    """The manifest of an output that is complete already, for which nothing is to be written, not even a lease.
+
+    Raises:
+        ChangedError: the output was made from other inputs or another job.
+        OutputError: it has other files, and no run of a job was ever started there.
+    """
+    folder = prepared.folder
+    if prepared.pinned is None:
+        # Whatever is in data/ is somebody else's, and so is the folder: not even a plan is left in it.
+        state.scan(folder, prepared.layout).refuse_foreign(folder)
+        return None
+    compare(prepared, prepared.pinned)
+    written = manifest.read(folder)
+    if written is None or written.failed_folder != prepared.job.output.failed:
+        return None
+    return written if written.describes(state.scan(folder, prepared.layout)) else None
+
+
+def compare(prepared: Prepared, pinned: Identity) -> None:
+    """Raises ChangedError where the output is of other inputs or of another job, which no retry brought in."""
+    folder = prepared.folder
+
+    def input_changes() -> list[str]:
+        stored = plans.read(folder)
+        return difference(joined(stored), prepared.plan) if stored else []
+
+    def retried() -> list[Identity]:
+        return [one.identity for one in retry.read(folder)]
+
+    identity.refuse_other(pinned, prepared.identity, folder.name, input_changes, retried)
+
+
 def row_tokens(prepared: Prepared) -> float:
     """Tokens of a row, prompt and answer: the first rows' mean prompt, and the longest answer there may be."""
     codec = prepared.codec
@@ -246,7 +280,7 @@ def _prepare(job: Job, plans: list[Plan], known: int, pinned: Identity | None) -
     failed_rows.refuse_taken(carried, job.output)
     # Its bytes are hashed beside this, and nobody waits for them yet.
     model = resolve(job.model)
-    check_model(model.path)
+    check_model(model.path, job.model)
     for adapter in model.all_adapters:
         check_adapter(adapter, model)
     return Prepared(job, plans, known, model, pinned)

@@ -14,9 +14,11 @@ from batchrun.storage import deadline
 T = TypeVar("T")
 
 # Seconds to wait for a finished task's receipt from its worker; for all of them together once the run is to stop.
-RECEIPT_TIMEOUT, RECEIPTS_AT_STOP = 60.0, 2.0
+RECEIPT_TIMEOUT, RECEIPTS_AT_STOP = 60.0, 0.5
 # Seconds for those of many tasks at once: of one whose worker has just left, the others need not wait longer.
 FETCH_TIMEOUT = 5.0
+# What Dask calls a task that was finished, once its worker has left.
+LEFT = ("lost", "pending")
 
 
 class ReceiptReader:
@@ -37,6 +39,8 @@ class ReceiptReader:
             TimeoutError: it was waited for in vain.
             Exception: what the task, or its end, raised.
         """
+        if self._stop.is_set() and future.status in LEFT:
+            raise TimeoutError("the task's worker left with its receipt")
         if future.key not in self._fetched:
             self._fetched = self._fetch([future, *others])
         if future.key in self._fetched:

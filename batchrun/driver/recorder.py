@@ -15,7 +15,15 @@ from types import ModuleType
 
 from batchrun.counters import SUMS
 from batchrun.driver.prepare import Prepared
-from batchrun.errors import BatchrunError, ExitCode, InternalError, LeaseHeld, StorageError, one_line
+from batchrun.errors import (
+    BatchrunError,
+    ExitCode,
+    InternalError,
+    LeaseHeld,
+    StorageError,
+    is_interrupt,
+    one_line,
+)
 from batchrun.storage.folder import PROBE_PATIENCE
 from batchrun.telemetry import agreement, engine_log, record
 from batchrun.telemetry.milestones import Milestones
@@ -179,7 +187,7 @@ def _import_ahead() -> None:
 
 
 def _outcome(error: BaseException) -> tuple[str, str]:
-    if isinstance(error, KeyboardInterrupt):
+    if is_interrupt(error):
         return "interrupted", "stopped"
     if isinstance(error, BatchrunError):
         interrupted = error.exit_code == ExitCode.INTERRUPTED or isinstance(error, LeaseHeld)
@@ -189,9 +197,7 @@ def _outcome(error: BaseException) -> tuple[str, str]:
 
 def _traceback(error: BaseException) -> str:
     """Where the program went wrong; empty for an error that is no bug."""
-    if isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, BatchrunError) and not isinstance(error, InternalError)
-    ):
+    if is_interrupt(error) or (isinstance(error, BatchrunError) and not isinstance(error, InternalError)):
         return ""
     return "".join(traceback.format_exception(error))
 

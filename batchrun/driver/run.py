@@ -14,18 +14,17 @@ from distributed import Client
 
 from batchrun import signals
 from batchrun.counters import Counters
-from batchrun.dataset.plan import difference, joined
 from batchrun.dataset.rows import places_in
 from batchrun.driver.dispatch import Dispatch
 from batchrun.driver.limits import Limits
-from batchrun.driver.prepare import Prepared, look, settle, try_prompt
+from batchrun.driver.prepare import Prepared, compare, finished, look, settle, try_prompt
 from batchrun.driver.recorder import observed
 from batchrun.driver.supervise import supervised
 from batchrun.driver.workers import Workers
 from batchrun.engine.processes.standby import Standby
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
-from batchrun.output import identity, lease, manifest, plans, retry, state
+from batchrun.output import identity, lease, manifest, plans, state
 from batchrun.output.identity import Identity
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
@@ -92,7 +91,7 @@ def _run(
 ) -> RunResult:
     prepared = look(job)
     with first_contact():
-        done = _finished(prepared)
+        done = finished(prepared)
     if done is not None:
         return result(prepared, done, milestones)
     prepared = settle(prepared)
@@ -140,12 +139,23 @@ def finish(
                 dispatch.execute(workers.client)
             finally:
                 workers.end()
-        done = _conclude(prepared.job, output, dispatch)
-        # Whatever still interrupts the process, the output is complete.
-        signals.decided(ExitCode.FAILED_ROWS if done.failed else ExitCode.COMPLETE)
-        signals.safe = f"stopped; the output is complete: {prepared.folder.name}"
+        try:
+            done = _conclude(prepared.job, output, dispatch)
+        except KeyboardInterrupt:
+            # The manifest may have been in its place already.
+            written = manifest.read(prepared.folder)
+            if written is not None and written.describes(state.scan(prepared.folder, prepared.layout)):
+                _decide(prepared, written)
+            raise
+        _decide(prepared, done)
         dispatch.milestones.reach("manifest")
         return done
+
+
+def _decide(prepared: Prepared, done: Manifest) -> None:
+    """Whatever still interrupts the process, the output is complete."""
+    signals.decided(ExitCode.FAILED_ROWS if done.failed else ExitCode.COMPLETE)
+    signals.safe = f"stopped; the output is complete: {prepared.folder.name}"
 
 
 def _conclude(job: Job, output: Output, dispatch: Dispatch) -> Manifest:
@@ -171,25 +181,6 @@ def _uncommitted(output: Output) -> dict[int, int]:
     return {i: output.rows[i] for i in np.flatnonzero(~found.committed).tolist()}
 
 
-def _finished(prepared: Prepared) -> Manifest | None:
-    """The manifest of an output that is complete already, for which nothing is to be written, not even a lease.
-
-    Raises:
-        ChangedError: the output was made from other inputs or another job.
-        OutputError: it has other files, and no run of a job was ever started there.
-    """
-    folder = prepared.folder
-    if prepared.pinned is None:
-        # Whatever is in data/ is somebody else's, and so is the folder: not even a plan is left in it.
-        state.scan(folder, prepared.layout).refuse_foreign(folder)
-        return None
-    _compare(prepared, prepared.pinned)
-    written = manifest.read(folder)
-    if written is None or written.failed_folder != prepared.job.output.failed:
-        return None
-    return written if written.describes(state.scan(folder, prepared.layout)) else None
-
-
 def _pin(prepared: Prepared) -> Identity:
     """Pins the job and its plans, or the plans that are new; what the output is pinned to from now on.
 
@@ -199,28 +190,14 @@ def _pin(prepared: Prepared) -> Identity:
     stored = None if prepared.pinned is None else identity.read(folder)
     if stored is not None:
         if stored != prepared.pinned:
-            _compare(prepared, stored)
+            compare(prepared, stored)
         plans.add(folder, prepared.plans, max(prepared.known, 1))
         return stored
     # The job pins its first plan. A job without a plan would pin an input that nobody can tell any more.
     plans.add(folder, prepared.plans, prepared.known)
     stored = identity.pin(folder, prepared.identity)
-    _compare(prepared, stored)
+    compare(prepared, stored)
     return stored
-
-
-def _compare(prepared: Prepared, pinned: Identity) -> None:
-    """Raises ChangedError where the output is of other inputs or of another job, which no retry brought in."""
-    folder = prepared.folder
-
-    def input_changes() -> list[str]:
-        stored = plans.read(folder)
-        return difference(joined(stored), prepared.plan) if stored else []
-
-    def retried() -> list[Identity]:
-        return [one.identity for one in retry.read(folder)]
-
-    identity.refuse_other(pinned, prepared.identity, folder.name, input_changes, retried)
 
 
 def result(

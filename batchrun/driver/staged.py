@@ -13,7 +13,7 @@ from batchrun.storage import Folder, deadline
 from batchrun.worker.order import WorkOrder
 
 # Seconds to look at the store for it, and those after a stop from which on nobody waits for that any more.
-LOOK_SECONDS, LATEST = 1.0, 3.0
+LOOK_SECONDS, LATEST = 1.0, 3.5
 
 
 @dataclass

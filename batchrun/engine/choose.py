@@ -15,6 +15,7 @@ from batchrun.engine.protocol import Engine, EngineSpec
 from batchrun.engine.weights.packed_format import expanded_bytes, fp8_blocks, packed_format
 from batchrun.errors import JobError, ModelError
 from batchrun.imports import distributions_on_demand, hidden
+from batchrun.units import size
 
 # transformers imports them wherever they are installed, for training losses, images and assisted decoding: 1.5 of the
 # 10 s that importing took on a machine that has them.
@@ -123,13 +124,9 @@ def _checkpoint_notes(spec: EngineSpec) -> list[str]:
     memory = expanded_bytes(settings, shapes, choose_dtype(spec, config).itemsize, bool(spec.quantization))
     files = sum(file.stat().st_size for file in Path(spec.model_path).glob("*.safetensors"))
     return [
-        f"the checkpoint's {name} weights are expanded to {what} while loading: {_gib(memory)} in memory, "
-        f"{_gib(files)} in its files"
+        f"the checkpoint's {name} weights are expanded to {what} while loading: {size(memory)} in memory, "
+        f"{size(files)} in its files"
     ]
-
-
-def _gib(count: float) -> str:
-    return f"{count / (1 << 30):.3g} GiB"
 
 
 def _load(kind: str, spec: EngineSpec) -> Engine:

@@ -22,6 +22,7 @@ from batchrun.dataset.plan import Plan, Slice
 from batchrun.driver.prepare import Prepared
 from batchrun.job.job import Job
 from batchrun.prompt.template import leading_columns, literal_text, plain_fields
+from batchrun.units import size
 
 SECONDS = 2.0
 # Partitions' worth of rows that each order of the fields is tried on.
@@ -73,7 +74,7 @@ class Orders:
             shown.append(f"input.order: prefix would save about {self.prefix_saved:.0%} of the prompt tokens that are "
                          f"computed now, and read the input up to {reading}")  # fmt: skip
         if (self.is_ordered or worth) and self.partition_bytes > MUCH_READING:
-            shown.append(f"warning: with input.order: prefix a worker reads {self.partition_bytes / 2**30:,.1f} GiB "
+            shown.append(f"warning: with input.order: prefix a worker reads {size(self.partition_bytes)} "
                          "for each partition: lower output.rows_per_part or bytes_per_part")  # fmt: skip
         if self.move is not None:
             shown.append(f"put {{{{ {self.move.field} }}}} before {{{{ {self.move.before} }}}}: about "

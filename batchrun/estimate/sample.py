@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchrun.dataset.plan import Partition, Plan, Slice
-from batchrun.dataset.rows import rows_of
+from batchrun.dataset.rows import read_rows
 from batchrun.dataset.source import concurrently
 from batchrun.driver.prepare import Prepared
 from batchrun.engine.protocol import TokenIds
@@ -98,7 +98,10 @@ def sample(prepared: Prepared, rows: int = ROWS, seconds: float = math.inf) -> S
     show_every = max(1, min(rows, plan.rows) // SHOWN_PROMPTS)
     remote = any("://" in file.path for file in plan.files)
     for pieces in concurrently(lambda place: list(_read(prepared, *place)), places, remote):
-        for run, records in pieces:
+        for run, records, fault in pieces:
+            if fault is not None:
+                found.faults += [fault] * records.num_rows
+                continue
             built = strict.prompts(records)
             long = [_is_too_long(prompt) for prompt in built]
             found.too_long += sum(long)
@@ -179,15 +182,17 @@ def _bytes_per_row(plan: Plan, part: Slice) -> float:
 
 def _read(
     prepared: Prepared, part: Slice, wanted: list[tuple[int, int, int]]
-) -> Iterator[tuple[int, pa.RecordBatch]]:
-    columns = prepared.codec.builder.columns
+) -> Iterator[tuple[int, pa.RecordBatch, RowFault | None]]:
+    """What is wanted of a slice, with its run, and the fault of rows that cannot be read."""
+    columns, plan = prepared.codec.builder.columns, prepared.plan
     alone = Partition(0, (part,), part.rows)
     seen = 0
-    for records in rows_of(prepared.job, prepared.plan, alone, columns):
+    for batch in read_rows(prepared.job, plan.schema, alone, plan.files_of(alone), columns):
+        records = batch.records
         for run, first, end in wanted:
             low, high = max(first - seen, 0), min(end - seen, records.num_rows)
             if low < high:
-                yield run, records.slice(low, high - low)
+                yield run, records.slice(low, high - low), batch.fault
         seen += records.num_rows
         if seen >= wanted[-1][2]:
             return

@@ -47,12 +47,10 @@ def explain(error: Any, job: type[BaseModel]) -> str:
         message = must.format(keys=_keys_at(location, job), **error.get("ctx", {}))
     else:
         message = error["msg"].removeprefix("Value error, ")
-    shown = (
-        ""
-        if "storage_options" in name or name == "notify.url" or isinstance(error["input"], dict | BaseModel)
-        else f" (got {_short(error['input'])})"
-    )
-    return f"{name or 'job'}: {message}{shown}"
+    given, secret = error["input"], "storage_options" in name or name == "notify.url"
+    said = isinstance(given, str) and _short(given) in message
+    told = secret or said or isinstance(given, dict | BaseModel)
+    return f"{name or 'job'}: {message}" + ("" if told else f" (got {_short(given)})")
 
 
 def keys_of(error: Any) -> list[str | int]:

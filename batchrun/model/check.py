@@ -9,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.weights.packed_format import FIX, described, is_read, packed_format
+from batchrun.engine.layers.fp8_weights import why_not_fp8
+from batchrun.engine.weights.packed_format import FIX, described, is_read, packed_format, quantized_experts
 from batchrun.errors import ModelError
+from batchrun.job.settings import ModelSettings
 
 INDEX = "model.safetensors.index.json"
 # Bytes; safetensors' own limit.
@@ -25,19 +27,25 @@ ENCODERS = (
 )
 
 
-def check_model(folder: str) -> None:
+def check_model(folder: str, settings: ModelSettings) -> None:
     """Looks at config.json, and at the headers of the weights.
 
     Raises:
-        ModelError: no model that generates text; weights that are missing, cut short or not in the format.
+        ModelError: no model that generates text; weights that are missing, cut short, not in the format, or cannot be
+            quantized as the job asks.
     """
-    path = Path(folder)
+    path, config = Path(folder), dict[str, Any]()
     # Finding the model tells of these.
     with suppress(OSError, ValueError, AttributeError):
-        config = json.loads((path / "config.json").read_bytes())
+        config |= json.loads((path / "config.json").read_bytes())
         _refuse_other_models(config, folder)
         _refuse_other_formats(config.get("quantization_config"), folder)
-    _refuse_damaged_weights(path)
+    shapes = _sound_weights(path)
+    if not settings.trust_remote_code:
+        # Models with code of their own may have experts of linear layers, as transformers' have not.
+        _refuse_quantized_experts(config, shapes, folder)
+    if settings.quantization is not None:
+        _refuse_fp8(config, shapes)
 
 
 def _refuse_other_models(config: Mapping[str, Any], where: str) -> None:
@@ -53,6 +61,24 @@ def _refuse_other_formats(settings: Mapping[str, Any] | None, where: str) -> Non
         raise ModelError(f"quantized weights of this kind are not read ({described(settings)})", where, FIX)
 
 
+def _refuse_quantized_experts(
+    config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], where: str
+) -> None:
+    if found := quantized_experts(config.get("quantization_config"), shapes):
+        fix = (
+            "use the model's bfloat16 checkpoint (with model.quantization: fp8, where that is too large), or one in "
+            "block-scaled fp8 or MXFP4"
+        )
+        raise ModelError(f"{found}, are not read", where, fix)
+
+
+def _refuse_fp8(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    form = packed_format(config.get("quantization_config"))
+    expanded = form.expanded(shapes) if form is not None and form.expands else shapes
+    if reason := why_not_fp8(config, expanded):
+        raise ModelError(reason, "model.quantization", "leave the key out")
+
+
 def _generates(architecture: str, model_type: str) -> bool:
     task = re.search(r"For([A-Z]\w*)$", architecture)
     if task:
@@ -60,11 +86,13 @@ def _generates(architecture: str, model_type: str) -> bool:
     return not (architecture.endswith("Model") and "LMHead" not in architecture and model_type in ENCODERS)
 
 
-def _refuse_damaged_weights(path: Path) -> None:
-    """Holds the length of every *.safetensors file against its header, and all of them against the index."""
+def _sound_weights(path: Path) -> dict[str, list[int]]:
+    """The shapes of all tensors by name, once the length of every *.safetensors file was held against its header, and
+    all of them against the index."""
     held = {file.name: tensor_shapes(file) for file in sorted(path.glob("*.safetensors"))}
+    shapes = {name: shape for tensors in held.values() for name, shape in tensors.items()}
     if not (path / INDEX).is_file():
-        return
+        return shapes
     try:
         index: Mapping[str, str] = json.loads((path / INDEX).read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -75,6 +103,7 @@ def _refuse_damaged_weights(path: Path) -> None:
     if lost := sorted(name for name, file in index.items() if name not in held[file]):
         what = f"lacks {len(lost)} weights that the index names, such as {lost[0]}"
         raise ModelError(what, str(path / index[lost[0]]), "copy the whole model")
+    return shapes
 
 
 def model_shapes(folder: str, files: Sequence[str]) -> dict[str, list[int]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchrun.engine.weights.packed_format import becomes_fp8, fp8_bytes, is_expanded, runs_in_fp8
+from batchrun.engine.layers.fp8_weights import becomes_fp8, fp8_bytes, why_not_fp8
+from batchrun.engine.weights.packed_format import is_expanded, runs_in_fp8
 from batchrun.model.check import model_shapes
 from batchrun.model.files import read_json
 
@@ -71,6 +72,7 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
         if runs_in_fp8(settings)
         else set()
     )
+    converts = not kept_in_fp8 and why_not_fp8(config, shapes) is None
     number = _BYTES.get(dtype, 2)
     weights = fp8_weights = whole = 0
     for name, shape in shapes.items():
@@ -84,7 +86,7 @@ def model_memory(folder: str, files: tuple[str, ...], dtype: str) -> ModelMemory
         weights += number * numbers
         if len(shape) < 2 or any(word in name for word in _WHOLE):
             whole += number * numbers
-        becomes = not kept_in_fp8 and becomes_fp8(name, shape)
+        becomes = converts and becomes_fp8(name, shape)
         fp8_weights += fp8_bytes(shape) if becomes else number * numbers
     # Likewise, a scale for each head.
     token, fp8_token = number * count * size, count * (size + 4)

@@ -48,9 +48,9 @@ class State:
         """Raises OutputError, naming files in data/ that readers would take for answers of this plan."""
         if not self.foreign:
             return
-        shown = ", ".join(self.foreign[:5]) + (", ..." if len(self.foreign) > 5 else "")
-        what = f"{len(self.foreign)} files in data/ are not of this job: {shown}"
-        raise OutputError(what, folder.name, "give output.path an empty folder, or move them away")
+        more = f" and {len(self.foreign) - 5:,} more" if len(self.foreign) > 5 else ""
+        what = f"data/ holds what is not of this job: {', '.join(self.foreign[:5])}{more}"
+        raise OutputError(what, folder.name, "give output.path an empty folder, or move it away")
 
 
 def scan(folder: Folder, layout: Layout) -> State:

@@ -25,6 +25,9 @@ from batchrun.prompt.template import prompt_columns
 
 # A sample is tried a few rows at a time, and no longer than this once most of them fail.
 SAMPLE_ROWS, SAMPLE_SECONDS = 4, 4.0
+_TOO_LONG_FIX = (
+    "set prompt.truncate: right, or fewer generation.max_new_tokens, or use a model with a longer context"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +255,11 @@ def check_sample(builder: PromptBuilder, batches: Iterable[pa.RecordBatch], rows
         raise killed()
     if len(faults) * 2 > seen:
         shown = "; ".join(f"row {i}: {fault}" for i, fault in faults[:3])
+        too_long = sum(fault.code is FaultCode.PROMPT_TOO_LONG for _, fault in faults)
         raise InputError(
             f"{len(faults)} of the first {seen} rows have no prompt ({shown})",
             "prompt",
-            "check the template and the data",
+            _TOO_LONG_FIX if too_long * 2 > len(faults) else "check the template and the data",
         )
 
 

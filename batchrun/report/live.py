@@ -16,11 +16,12 @@ from rich.text import Text
 
 from batchrun.counters import Counters
 from batchrun.job.job import Job
-from batchrun.report.summary import CUT, money, number, size
+from batchrun.report.summary import CUT, money, number
 from batchrun.telemetry import logs
 from batchrun.telemetry.printable import counted, printable
 from batchrun.telemetry.progress import Progress, ProgressCallback, WorkerView, duration
 from batchrun.telemetry.rates import Rates, line, log_lines
+from batchrun.units import size
 
 SHOWN_WORKERS = 8
 UNKNOWN = "–"
@@ -81,7 +82,9 @@ class View:
                 name,
                 Text(printable(value), style="red" if failing else "", no_wrap=True, overflow="ellipsis"),
             )
-        return Group(head, bar, facts)
+        # The last line, where the cursor stands, has room for the ^C that a terminal echoes: behind a full one it would
+        # take a line of its own, and the view's first line would stay on the screen.
+        return Group(head, bar, facts, Text())
 
     def _facts(self, now: Progress | None) -> Iterator[tuple[str, str]]:
         price = self.job.cluster.price_per_gpu_hour

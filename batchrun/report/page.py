@@ -18,13 +18,14 @@ from batchrun.output.layout import Layout
 from batchrun.output.output import Output
 from batchrun.report import answers, bill, plots
 from batchrun.report.answers import Look
-from batchrun.report.summary import money, number, size
+from batchrun.report.summary import money, number
 from batchrun.storage import Folder
 from batchrun.telemetry import record
 from batchrun.telemetry.printable import counted
 from batchrun.telemetry.progress import duration
 from batchrun.telemetry.record import REPORT, RunRecord
 from batchrun.telemetry.redact import Redactor
+from batchrun.units import size
 
 SHOWN_RUNS = 50
 

@@ -26,15 +26,6 @@ CELL = 600
 NOTABLE = 0.02
 
 
-def size(count: float) -> str:
-    """Bytes as a person says them, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"
-
-
 def rows_table(table: pa.Table, columns: Sequence[str]) -> Table:
     """A few rows of an output, the given columns, long values cut."""
     shown = Table(show_lines=True)
@@ -75,7 +66,10 @@ def run_lines(result: RunResult) -> list[str]:
         f"{result.output}/data"
     ]
     if result.failed:
-        lines.append(f"{counted(result.failed, 'row')} failed; the error column says why, row by row")
+        lines.append(
+            f"{counted(result.failed, 'row')} failed, each with its reason in the error column; "
+            "once the cause is fixed, `batchrun retry` runs them again"
+        )
         lines += error_lines(result.errors, result.examples)
     lines += _answer_lines(result)
     counts = result.counts
@@ -83,9 +77,10 @@ def run_lines(result: RunResult) -> list[str]:
         lines.append("nothing was left to do")
         return lines
     before = f", {counts.reused:,} taken from an earlier run" if counts.reused else ""
-    generated = counted(counts.rows - counts.copied, "row")
+    # Not "generated": those among them that have no prompt never were, nor those that are scored.
+    done = counted(counts.rows - counts.copied, "row")
     lines.append(
-        f"{duration(result.seconds)}: {generated} generated{_copied(counts)}{before}; "
+        f"{duration(result.seconds)}: {done} done{_copied(counts)}{before}; "
         f"{counts.prompt_tokens:,} tokens in, "
         f"{counts.output_tokens:,} out, {number(counts.output_tokens / max(result.seconds, 1e-9))} tokens/s out"
         f"{_per_gpu(result)}"
@@ -146,10 +141,12 @@ CUT = "cut at generation.max_new_tokens"
 
 def error_lines(errors: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> list[str]:
     """Failed rows by code, the most frequent first, each with an example."""
-    return [
-        f"  {code} {count:,}, e.g. {examples[code][0]}" if examples.get(code) else f"  {code} {count:,}"
-        for code, count in sorted(errors.items(), key=lambda item: (-item[1], item[0]))
-    ]
+    lines = []
+    for code, count in sorted(errors.items(), key=lambda item: (-item[1], item[0])):
+        # An example names its code, as the output does.
+        shown = [f", e.g. {one.replace(f'{code}: ', '', 1)}" for one in examples.get(code, ())]
+        lines.append(f"  {code} {count:,}" + "".join(shown[:1]))
+    return lines
 
 
 def engine_line(stats: EngineStats) -> str:

@@ -109,7 +109,8 @@ async def _stop_work() -> None:
     deadline = time.monotonic() + FLUSH_ON_EXIT
     while any(one.may_hold_answers for one in worker_state.attempts) and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
-    worker_state.stop_engines()
+    # Not on the event loop: the driver reads receipts meanwhile.
+    await asyncio.to_thread(worker_state.stop_engines)
 
 
 async def _leave() -> None:

@@ -13,6 +13,7 @@ from collections import deque
 from pathlib import Path
 
 import psutil
+from warm import WarmModule
 
 ROOT = Path(__file__).parents[2]
 SLOTS = 2
@@ -80,28 +81,23 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def _away(self, process: subprocess.Popen[bytes]) -> bool:
+    def _away(self, process: WarmModule) -> bool:
         if process.poll() is None:
             return False
         return time.monotonic() - self._gone.setdefault(process.pid, time.monotonic()) > REVIVAL
 
-    def _start_scheduler(self) -> subprocess.Popen[bytes]:
+    def _start_scheduler(self) -> WarmModule:
         host, port = self.address.removeprefix("tcp://").split(":")
         return self._start("scheduler", "--host", host, "--port", port, "--no-dashboard")
 
-    def _start_worker(self, address: str) -> subprocess.Popen[bytes]:
+    def _start_worker(self, address: str) -> WarmModule:
         own = ["--no-nanny", "--nthreads", str(SLOTS), "--no-dashboard", "--death-timeout", "60"]
         return self._start("worker", address, "--host", "127.0.0.1", *own)
 
-    def _start(self, what: str, *words: str) -> subprocess.Popen[bytes]:
+    def _start(self, what: str, *words: str) -> WarmModule:
         with open(self.folder / f"{what}.log", "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", f"distributed.cli.dask_{what}", *words],
-                env=self.env,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-            )
+            module = [f"distributed.cli.dask_{what}", *words]
+            return WarmModule(module, self.env, log, log, self.folder)
 
 
 class Driver:
@@ -114,13 +110,8 @@ class Driver:
         self.log = folder / f"driver-{Driver._count}.log"
         self.out = folder / f"driver-{Driver._count}.json"
         with open(self.log, "wb") as err, open(self.out, "wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "batchrun", "run", str(job), "--json", *words],
-                env=env,
-                stdout=out,
-                stderr=err,
-                cwd=folder,
-            )
+            module = ["batchrun", "run", str(job), "--json", *words]
+            self.process = WarmModule(module, env, out, err, folder)
 
     @property
     def ended(self) -> int | None:

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forked_programs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+import warm
+from tiny_models import model_folder
 
 from batchrun.commands import bench as benchmark
 from batchrun.commands.bench import bench, bench_job, format_results
@@ -21,6 +22,7 @@ from batchrun.commands.plan import lines, preview
 from batchrun.commands.roofline import Ceilings, floor_seconds
 from batchrun.commands.workloads import WORKLOADS, Workload
 from batchrun.driver.prepare import prepare
+from batchrun.engine.paged import PagedEngine
 from batchrun.engine.protocol import Completion, EngineSpec, EngineStats, Request
 from batchrun.errors import EngineError, FaultCode, JobError, ModelError, RowFault
 from batchrun.estimate.records import recall
@@ -46,7 +48,7 @@ def test_both_engines_run_the_same_rows_and_are_compared() -> None:
 def test_an_engine_over_two_gpus_is_measured_and_remembered_as_one(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forked_programs.use(monkeypatch)
+    warm.fork_engines(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     parts = {"engine": {"kind": "paged"}, "generation": {"max_new_tokens": 5}, "rows": 4}
     job = load(write_job(tmp_path, tiny_llama, **parts), "engine.gpus=2")
@@ -92,6 +94,21 @@ def test_what_cannot_be_measured_is_named() -> None:
         bench("tiny", "write", engines=["vapour"], device="cpu")
     with pytest.raises(ModelError, match="nowhere"):
         bench("/nowhere", "write", device="cpu")
+
+
+def test_fp8_of_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(
+        ModelError, match="no linear layers that could be converted to fp8; measure it without"
+    ):
+        bench(str(model_folder("gpt2")), "6/3", rows=2, device="cpu", quantization="fp8")
+
+
+def test_the_paged_engines_random_weights_need_no_folder_on_one_gpu_either() -> None:
+    options: dict[str, object] = {"cache_tokens": 512}
+    spec = EngineSpec("paged", "/none", "/none", dtype="float32", max_context=64, options=options)
+    engine = PagedEngine.load(spec, benchmark._config("tiny"))
+    (completion,) = engine.generate(iter([Request(0, np.array([5, 6, 7], np.int32), 4)]))
+    assert len(completion.token_ids) == 4
 
 
 def test_a_bench_of_a_job_is_remembered_and_a_plan_says_that_it_knows_no_output_lengths(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +19,8 @@ import batchrun as library
 from batchrun import signals
 from batchrun.cli import app
 from batchrun.commands.reply import replying
+from batchrun.driver.notify import _failure
+from batchrun.driver.recorder import _outcome
 from batchrun.errors import ExitCode, Incomplete, InputError, JobError
 from batchrun.report.result import RunResult
 from batchrun.storage import NotFound
@@ -60,6 +64,42 @@ def test_a_complete_run_that_cannot_be_shown_has_its_own_code(finished, stream, 
         assert run_again(finished, descriptor, stderr) == ExitCode.FAILED_ROWS
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_changes_nothing_else(tmp_path, closed):
+    command = f"exec {sys.executable} -m batchrun status {tmp_path}/none.yaml --json {closed}"
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment())
+    assert ran.returncode == ExitCode.REFUSED, ran.stderr
+    assert ran.stderr.count("\n") == ("2>&-" not in closed), ran.stderr
+    assert ran.stdout.count("\n") == (">&-" not in closed.replace("2>&-", "")), ran.stdout
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_with_json_nothing_but_the_object_is_on_standard_output(fails):
+    """Whoever prints: Python, in any thread, a library in C, a child process, or something at the very end."""
+    program = f"""if True:
+        import atexit, os, subprocess, sys, threading
+        from batchrun.commands import init
+        from batchrun.errors import InputError
+        def noisy(*_):
+            other = threading.Thread(target=print, args=["python"])
+            other.start()
+            other.join()
+            os.write(1, b"library\\n")
+            subprocess.run(["echo", "child"], check=True)
+            atexit.register(print, "exit")
+            if {fails}:
+                raise InputError("no file", "data", "give one")
+            return []
+        init.init = noisy
+        sys.argv = ["batchrun", "init", "data", "--json"]
+        from batchrun.__main__ import main
+        main()
+    """
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+    assert list(json.loads(ran.stdout)) == (["status", "exit_code", "error"] if fails else ["written"])
+    assert {"python", "library", "child", "exit"} <= set(ran.stderr.splitlines())
 
 
 def test_a_part_that_the_store_does_not_show_yet_is_no_failure_of_the_run(finished, monkeypatch):
@@ -128,7 +168,63 @@ def test_whatever_breaks_after_a_stop_is_the_stop(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
 
 
-def test_an_interrupt_that_a_lock_turns_into_an_error_of_the_store_is_the_stop(capsys):
+@pytest.mark.parametrize("resumable", [True, False])
+def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(monkeypatch, capsys, resumable):
+    monkeypatch.setattr(signals, "stop", threading.Event())
+    monkeypatch.setattr(signals, "safe", "")
+    with pytest.raises(typer.Exit), replying(False, False, resumable=resumable):
+        raise KeyboardInterrupt
+    once = capsys.readouterr().err
+    assert once == ("stopped; the same command goes on from there\n" if resumable else "stopped\n")
+    told: list[str] = []
+    monkeypatch.setattr(signals, "_say", told.append)
+    monkeypatch.setattr(signals.os, "_exit", sys.exit)
+    monkeypatch.setattr(signals, "_stopped_at", 0.0)
+    signals.stop.set()
+    with pytest.raises(SystemExit) as second:
+        signals._handle(signal.SIGTERM, None)
+    assert second.value.code == ExitCode.INTERRUPTED
+    safe = ": what is staged is safe; the same command goes on from there"
+    assert told == [f"stopped at once{safe if resumable else ''}"]
+
+
+def test_a_program_is_told_once_also_of_a_stop_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(signals, "stop", threading.Event())
+    monkeypatch.setattr(signals.os, "_exit", sys.exit)
+    monkeypatch.setattr(signals, "_stopped_at", 0.0)
+
+    def stop_twice(said: dict[str, int]) -> None:
+        with replying(as_json=True, debug=False) as reply:
+            if said:
+                reply.print(said, [])
+            signals.stop.set()
+            signals._handle(signal.SIGINT, None)
+
+    stopped = {"status": "interrupted", "exit_code": 4, "error": "stopped at once"}
+    for said, expected in (({}, stopped), ({"rows": 3}, {"rows": 3})):
+        with pytest.raises(SystemExit):
+            stop_twice(said)
+        assert json.loads(capsys.readouterr().out) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("plan", ""), ("run", "; the same command goes on from there")]
+)
+def test_plan_keeps_nothing_and_promises_nothing_when_it_is_stopped(command, said):
+    program = f"""if True:
+        import signal, sys
+        from batchrun.job.job import Job
+        Job.load = lambda *_: signal.raise_signal(signal.SIGTERM)
+        sys.argv = ["batchrun", "{command}", "job.yaml", "--json"]
+        from batchrun.__main__ import main
+        main()
+    """
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+    assert (ran.returncode, ran.stderr) == (4, f"stopped{said}\n")
+    assert json.loads(ran.stdout) == {"status": "interrupted", "exit_code": 4, "error": f"stopped{said}"}
+
+
+def test_an_interrupt_that_a_lock_turns_into_an_error_of_the_store_is_the_stop(capsys, tmp_path, tiny_llama):
     """As one does in the moment in which Condition.wait takes its lock back."""
 
     lock = threading.Lock()
@@ -145,3 +241,8 @@ def test_an_interrupt_that_a_lock_turns_into_an_error_of_the_store_is_the_stop(c
         listed()
     assert ended.value.exit_code == ExitCode.INTERRUPTED
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped")
+    # The run's record, its report and whoever is notified hear the same.
+    with pytest.raises(InputError) as found:
+        listed()
+    assert _outcome(found.value) == ("interrupted", "stopped")
+    assert _failure(load(write_job(tmp_path, tiny_llama)), found.value)["status"] == "interrupted"

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mistakes import job_of, mistakes, refused
+from tiny_models import model_folder
 
 
 def config(folder: Path, **keys: Any) -> None:
@@ -161,6 +163,13 @@ def test_a_wrong_model_is_refused_in_one_line(mistake, tmp_path, tiny_llama):
 def test_a_wrong_reference_to_a_model_is_refused_in_one_line(mistake, tmp_path, tiny_llama):
     changed = {"name": str(tiny_llama), **mistake.make(tmp_path)["model"]}
     refused("run", job_of(tmp_path, model=changed), where=mistake.where, fix=mistake.fix)
+
+
+@pytest.mark.parametrize(("name", "what"), [("gpt2", "no linear layers"), ("t5", "only causal")])
+def test_fp8_that_would_convert_nothing_is_refused_in_one_line(name, what, tmp_path):
+    model = {"name": str(model_folder(name)), "quantization": "fp8"}
+    said = refused("plan", job_of(tmp_path, model=model), where="model.quantization", fix="leave the key out")
+    assert what in said
 
 
 def test_messages_without_a_chat_template_are_refused_in_one_line(tmp_path, tiny_llama):

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from mistakes import refused
 
 from batchrun.driver.prepare import prepare
 from batchrun.errors import JobError, ModelError
+from batchrun.output import identity
+from batchrun.output.output import open_folder
 from jobs import environment, load, write_job
 
 LOSSY = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
@@ -73,6 +76,20 @@ def test_a_model_that_generates_no_text_is_refused(architecture, model_type, tmp
 def test_an_engine_that_is_not_there_is_refused(kind, says, tmp_path, tiny_llama):
     with pytest.raises(JobError, match=says):
         prepare(load(write_job(tmp_path, tiny_llama, engine={"kind": kind})))
+
+
+def test_a_plan_into_an_output_that_a_run_would_not_touch_is_refused_like_the_run(tmp_path, tiny_llama):
+    folder = tmp_path / "job"
+    folder.mkdir()
+    job = write_job(folder, tiny_llama)
+    identity.pin(open_folder(load(job)), prepare(load(job)).identity)
+    changed = ("plan", job, "--set", "generation.max_new_tokens=8")
+    said = refused(*changed, where="max_new_tokens: 64 -> 8", fix="use another output.path")
+    assert "it holds answers of another job" in said
+    notes = folder / "notes/data/mine.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    refused("plan", job, "--set", "output.path=notes", where="data/mine.txt", fix="an empty folder")
 
 
 def test_a_role_that_the_chat_template_leaves_out_is_refused(tmp_path, tiny_llama):

@@ -14,7 +14,7 @@ from tiny import batches_of, plan_of, rows_of, write
 from batchrun.dataset.location import read_footer
 from batchrun.dataset.plan import Plan, difference, joined
 from batchrun.driver import prepare as preparing
-from batchrun.driver.run import _compare
+from batchrun.driver.prepare import compare
 from batchrun.errors import ChangedError, InputError
 from batchrun.job.settings import InputSettings
 from batchrun.output import identity, plans
@@ -104,10 +104,10 @@ def test_an_output_begun_without_footers_goes_on_under_its_own_plan(tmp_path: Pa
     again = preparing.prepare(job)
     assert again.plan.hash == earlier.hash != fresh.plan.hash
     assert again.layout.part(0).endswith(f"{earlier.hash[:8]}.parquet")
-    _compare(again, again.pinned)
+    compare(again, again.pinned)
     os.utime(tmp_path / "in.parquet", (1, 1))
     with pytest.raises(ChangedError, match=r"changed: .*in\.parquet"):
-        _compare(preparing.prepare(job), pinned)
+        compare(preparing.prepare(job), pinned)
 
 
 def test_a_file_cut_short_is_named_when_planning(path: Path) -> None:

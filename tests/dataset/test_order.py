@@ -55,7 +55,7 @@ def everything(plan: Plan, how: InputSettings) -> list[tuple[int, int]]:
     ]
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     layout=st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=3),
     rows=st.integers(1, 12),

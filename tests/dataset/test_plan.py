@@ -22,9 +22,7 @@ from batchrun.dataset.source import DataFile
 from batchrun.errors import InputError, OutputError
 from batchrun.job.settings import InputSettings
 
-BOUNDED = settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+BOUNDED = settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 layouts = st.lists(st.lists(st.integers(0, 40), max_size=4), min_size=1, max_size=4)
 terms = st.one_of(
@@ -311,3 +309,12 @@ def test_the_files_of_one_partition_are_all_that_goes_with_it(tmp_path: Path) ->
 def test_listing_finds_the_version_that_asking_by_name_finds(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"n": [1]})
     assert find_files([str(tmp_path)], {}) == find_files([str(tmp_path / "a.parquet")], {})
+
+
+def test_the_bytes_of_a_plan_are_those_of_its_rows(tmp_path: Path) -> None:
+    """It said those of whole files, however few rows of them were wanted."""
+    path = write(tmp_path / "a.parquet", {"n": range(1000)}, groups=500)
+    first, second = (pq.read_metadata(path).row_group(i).total_byte_size for i in range(2))
+    whole, some = (plan_of(InputSettings(path=str(tmp_path), limit=limit)) for limit in (None, 50))
+    assert whole.input_bytes == pytest.approx(first + second, abs=10)
+    assert some.input_bytes == pytest.approx(first / 10, abs=10)

@@ -47,13 +47,13 @@ def _run(job: Path, client: Any, *changes: str) -> list[dict[str, Any]]:
     return rows.to_pylist()
 
 
-def test_each_row_gets_the_answer_of_the_job_with_its_adapter_merged(job, tmp_path, engines_cluster):
+def test_each_row_gets_the_answer_of_the_job_with_its_adapter_merged(job, tmp_path, cluster):
     """By the padded engine; that of both is the same is held by the engines' own tests."""
     engine = "engine.kind=padded"
     of_rows = ("model.adapters={short: a, long: b}", "model.adapter_column=which")
-    together = _run(job, engines_cluster, engine, *of_rows, "output.path=together")
+    together = _run(job, cluster, engine, *of_rows, "output.path=together")
     apart = {
-        name: _run(job, engines_cluster, engine, f"model.adapter={place}", f"output.path={name}")
+        name: _run(job, cluster, engine, f"model.adapter={place}", f"output.path={name}")
         for name, place in (("short", "a"), ("long", "b"), (None, "null"))
     }
     for number, (name, row) in enumerate(zip(NAMES, together, strict=True)):
@@ -67,18 +67,18 @@ def test_each_row_gets_the_answer_of_the_job_with_its_adapter_merged(job, tmp_pa
     with pytest.raises(ChangedError, match="model: "):
         library.run(
             load(job, engine, "model.adapters={short: b, long: a}", of_rows[1], "output.path=together"),
-            client=engines_cluster,
+            client=cluster,
         )
     with pytest.raises(ChangedError, match=r"model\.adapter_column"):
-        library.run(load(job, engine, "output.path=together"), client=engines_cluster)
+        library.run(load(job, engine, "output.path=together"), client=cluster)
 
 
-def test_scored_rows_have_their_own_adapters(job, tmp_path, engines_cluster):
+def test_scored_rows_have_their_own_adapters(job, tmp_path, cluster):
     score = ("engine.kind=paged", "answer.score=text", "model.adapter_column=which")
     found = {}
     for name, places in (("both", "{short: a, long: b}"), ("other", "{short: b, long: a}")):
         own = load(job, f"model.adapters={places}", *score, f"output.path={name}")
-        library.run(own, client=engines_cluster)
+        library.run(own, client=cluster)
         found[name] = answers(tmp_path / name)["answer"].to_pylist()
     for name, one, other in zip(NAMES, found["both"], found["other"], strict=True):
         assert (one == other) == (name in (None, "lang"))

@@ -15,7 +15,7 @@ ROWS = 12
 TOKEN = pa.struct({"token_id": pa.int32(), "token": pa.string(), "logprob": pa.float32()})
 
 
-def test_log_probabilities_are_columns_and_the_same_from_both_engines(tmp_path, tiny_llama, engines_cluster):
+def test_log_probabilities_are_columns_and_the_same_from_both_engines(tmp_path, tiny_llama, cluster):
     tables = {}
     for kind in ("padded", "paged"):
         path = tmp_path / kind
@@ -24,7 +24,7 @@ def test_log_probabilities_are_columns_and_the_same_from_both_engines(tmp_path, 
             path, tiny_llama, rows=ROWS, engine={"kind": kind}, answer={"logprobs": 2},
             generation={"max_new_tokens": 6},
         )  # fmt: skip
-        library.run(job, client=engines_cluster)
+        library.run(job, client=cluster)
         assert verify(load(job)).found.passed
         tables[kind] = answers(path / "out")
     padded, paged = tables["padded"], tables["paged"]
@@ -46,4 +46,4 @@ def test_log_probabilities_are_columns_and_the_same_from_both_engines(tmp_path, 
             assert likeliest[0]["logprob"] == pytest.approx(chosen, abs=1e-4)
             assert all(isinstance(token["token"], str) for token in likeliest)
     with pytest.raises(ChangedError, match="logprobs"):
-        library.run(load(tmp_path / "paged/job.yaml", "answer.logprobs=3"), client=engines_cluster)
+        library.run(load(tmp_path / "paged/job.yaml", "answer.logprobs=3"), client=cluster)

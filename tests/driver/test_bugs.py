@@ -10,7 +10,7 @@ from batchrun.commands.status import status
 from batchrun.errors import ExitCode, is_bug
 from batchrun.storage import Folder
 from batchrun.telemetry import record
-from jobs import batchrun, check_complete, load, write_job
+from jobs import batchrun, check_complete, load, start_program, write_job
 
 ROWS = 60
 PRELOAD = "def dask_setup(worker):\n    import batchrun.{module} as broken\n    broken.{name} = None\n"
@@ -71,8 +71,9 @@ def test_a_bug_in_the_driver_is_told_the_same_way(tmp_path, tiny_llama, monkeypa
         "    del batchrun.driver.stalls.Stalls.forget\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    code, _, err = batchrun("run", str(write_job(tmp_path, tiny_llama)))
-    assert is_reported(code, err, "batchrun/driver/dispatch.py", "AttributeError")
+    process = start_program("run", str(write_job(tmp_path, tiny_llama)))
+    _, err = process.communicate(timeout=120)
+    assert is_reported(process.returncode, err, "batchrun/driver/dispatch.py", "AttributeError")
 
 
 def raised(code: str, module: str) -> Exception:

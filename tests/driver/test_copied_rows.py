@@ -34,8 +34,7 @@ def test_each_prompt_reaches_a_workers_engine_about_once_over_all_partitions(tmp
     assert result.requests <= 1.05 * DISTINCT
     told = "\n".join(summary.run_lines(result))
     assert (
-        f"{result.requests} rows generated, {ROWS - result.requests} copied from rows with the same prompt"
-        in told
+        f"{result.requests} rows done, {ROWS - result.requests} copied from rows with the same prompt" in told
     )
     run = record.read_all(result.folder)[-1]
     assert run.counts.copied == ROWS - result.requests

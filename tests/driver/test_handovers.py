@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from paced_engine import SLOW, STEP
 
-from jobs import start, wait_until, write_job
+from jobs import start_driver, wait_until, write_job
 
 PARTS, ROWS = 4, 60
 
@@ -35,7 +35,7 @@ def job(tmp_path: Path, tiny_llama: Path) -> Path:
 
 def begin(job: Path) -> Any:
     log = str(job.parent / "log")
-    return start(
+    return start_driver(
         "run", str(job), "--json", **{"BATCHRUN_TEST_LOG": log, STEP: "0.02", SLOW: str(job.parent / "slow")}
     )
 

@@ -6,13 +6,13 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from chaos.processes import below
+from warm import WarmCommand
 
 from batchrun.commands.verify import verify
 from batchrun.dataset.plan import Plan
@@ -20,7 +20,7 @@ from batchrun.dataset.reader import read_partition
 from batchrun.output import chunk, identity
 from batchrun.output.layout import STAGE, Layout, plan_key
 from batchrun.storage import Folder
-from jobs import batchrun, check_complete, load, start, write_job
+from jobs import batchrun, check_complete, load, start_driver, write_job
 
 # Another one is taken from the environment: BATCHRUN_TEST_SEED.
 SEED = 13
@@ -88,7 +88,7 @@ class Watcher:
         return [seed for batch in batches for seed in batch.row_ids.view("int64").tolist()]
 
 
-def family(process: subprocess.Popen[str]) -> dict[str, list[psutil.Process]]:
+def family(process: WarmCommand) -> dict[str, list[psutil.Process]]:
     """The run's living processes by what they are."""
     return {"driver": [psutil.Process(process.pid)], **below([process.pid])}
 
@@ -108,7 +108,7 @@ def test_many_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothing_
     environment = {"BATCHRUN_TEST_LOG": str(watcher.log), "BATCHRUN_TEST_DELAY": "0.1"}
     kills = {"driver": 0, "worker": 0, "engine": 0}
     pids: set[int] = set()
-    process = start("run", str(job), **environment)
+    process = start_driver("run", str(job), **environment)
     while sum(kills.values()) < count:
         moment = time.monotonic() + rng.uniform(0.2, 1.5)
         while time.monotonic() < moment:
@@ -118,7 +118,7 @@ def test_many_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothing_
             # Killed so often that a partition made no progress: given up, and resumable like any other end.
             _, err = process.communicate()
             assert "in a row" in err or "again and again" in err, f"seed {seed}: {err}"
-            process = start("run", str(job), **environment)
+            process = start_driver("run", str(job), **environment)
             continue
         members = family(process)
         pids |= {member.pid for group in members.values() for member in group}
@@ -135,7 +135,7 @@ def test_many_kills_of_driver_worker_and_engine_lose_nothing_and_repeat_nothing_
             process.communicate()
             wait_gone(pids)
             watcher.look()
-            process = start("run", str(job), **environment)
+            process = start_driver("run", str(job), **environment)
     while process.poll() is None:
         watcher.look()
         time.sleep(0.2)

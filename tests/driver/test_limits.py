@@ -50,6 +50,12 @@ def test_a_limit_that_cannot_hold_is_refused(tmp_path, tiny_llama, change, says)
         load(write_job(tmp_path, tiny_llama), change)
 
 
+def test_a_wrong_value_is_shown_once(tmp_path, tiny_llama):
+    with pytest.raises(JobError, match=r"limits\.deadline: 'soon' is neither") as caught:
+        load(write_job(tmp_path, tiny_llama), "limits.deadline=soon")
+    assert str(caught.value).count("soon") == 1
+
+
 def progress(seconds: float, workers: int, rows: int = 0, left: int = 1) -> Progress:
     return Progress(
         seconds=seconds,

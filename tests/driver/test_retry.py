@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -170,7 +171,8 @@ def test_too_many_failures_stop_a_retry_and_the_rate_may_be_set_for_once(job, tm
     words = [f"--set={word}" for word in (MENDED, *tight)]
     code, out, err = batchrun("retry", str(job), *words, "--max-error-rate", "1")
     assert code == 3, err
-    assert f"BAD_LOGITS {len(long_rows())}, e.g. in.parquet:" in out
+    assert re.search(rf"BAD_LOGITS {len(long_rows())}, e\.g\. in\.parquet:\d+: (?!BAD)", out)
+    assert "`batchrun retry` runs them again" in out
     code, out, _ = batchrun("status", str(job))
     assert f"BAD_LOGITS {len(long_rows())}, e.g. in.parquet:" in out
 

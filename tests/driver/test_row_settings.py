@@ -47,13 +47,13 @@ def job_of(folder: Path, model: Path, generation: dict[str, Any], kind: str = "p
 
 
 def test_rows_have_their_own_settings_from_both_engines_and_values_that_do_not_fit_are_their_errors(
-    tmp_path, tiny_llama, engines_cluster
+    tmp_path, tiny_llama, cluster
 ):
     tables = {}
     job = job_of(tmp_path, tiny_llama, GENERATION)
     for kind in ("padded", "paged"):
         own = load(job, f"engine.kind={kind}", f"output.path={kind}")
-        library.run(own, client=engines_cluster)
+        library.run(own, client=cluster)
         assert verify(own).found.passed
         # But for the settings, among which there is NaN, which is not even itself.
         tables[kind] = answers(tmp_path / kind).drop_columns([*COLUMNS]).to_pylist()
@@ -74,25 +74,25 @@ def test_rows_have_their_own_settings_from_both_engines_and_values_that_do_not_f
         "INVALID_SETTING: max_new_tokens is 100000 in column 'budget': leaves no room for a prompt in the model's 512",
     ]
     with pytest.raises(ChangedError, match=r"generation.seed.*number"):
-        library.run(load(job, "generation.seed=5", "output.path=paged"), client=engines_cluster)
+        library.run(load(job, "generation.seed=5", "output.path=paged"), client=cluster)
     # The estimate counts with the rows' own limits: 1, 7 and the default.
     assert preview(load(job, "output.path=other"))["max_new_tokens"] == 12
 
 
-def test_columns_that_say_what_the_job_says_change_no_answer(tmp_path, tiny_llama, engines_cluster):
+def test_columns_that_say_what_the_job_says_change_no_answer(tmp_path, tiny_llama, cluster):
     same = {"max_new_tokens": 12, "temperature": 0.7, "seed": 5, "stop": ["i"]}
     job = job_of(tmp_path, tiny_llama, same)
     table = pq.read_table(tmp_path / "in.parquet").drop_columns([*COLUMNS])
     table = table.append_column("budget", pa.array([12.0, None] * 9))
     table = table.append_column("ends", pa.array(["i", None] * 9))
     pq.write_table(table, tmp_path / "in.parquet")
-    library.run(load(job), client=engines_cluster)
+    library.run(load(job), client=cluster)
     more = (
         "generation.max_new_tokens={column: budget, default: 12}",
         "generation.stop={column: ends, default: [i]}",
         "output.path=own",
     )
-    library.run(load(job, *more), client=engines_cluster)
+    library.run(load(job, *more), client=cluster)
     assert answers(tmp_path / "out").equals(answers(tmp_path / "own"))
 
 

@@ -360,7 +360,7 @@ def test_a_second_interrupt_stops_at_once_and_the_same_command_goes_on(tmp_path,
     time.sleep(signals.SAME_STOP + 0.1)
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 4
+    assert process.wait(timeout=60) == 4
     process.communicate()
     library.run(load(job, "engine.kind=engines:EchoEngine"), client=cluster)
     check_complete(tmp_path / "out", ROWS)

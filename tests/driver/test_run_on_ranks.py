@@ -11,7 +11,7 @@ from distributed import Client
 
 import batchrun as library
 from batchrun.commands.verify import verify
-from jobs import answers, batchrun, load, start, wait_until, write_job
+from jobs import answers, batchrun, load, start_driver, wait_until, write_job
 
 ROWS = 40
 
@@ -37,10 +37,10 @@ def _answers(job: Path) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, engines_cluster: Client) -> pa.Table:
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, cluster: Client) -> pa.Table:
     """What one rank writes."""
     job = _job(tmp_path_factory.mktemp("alone") / "job", tiny_llama)
-    result = library.run(load(job, "model.dtype=float32"), client=engines_cluster)
+    result = library.run(load(job, "model.dtype=float32"), client=cluster)
     assert not any("processes on the CPU" in note for one in result.engines for note in one.notes)
     found = _answers(job)
     assert found.num_rows == ROWS
@@ -60,7 +60,7 @@ def test_a_rank_that_is_killed_during_a_run_costs_no_row(
 ) -> None:
     job = _job(tmp_path / "job", tiny_llama)
     words = ("--set", "model.dtype=float32", "--set", "engine.gpus=2", "--set", "engine.max_rows=4")
-    process = start("run", str(job), *words, "--set", "output.flush_seconds=0.2")
+    process = start_driver("run", str(job), *words, "--set", "output.flush_seconds=0.2")
     output = job.parent / "out"
     wait_until(lambda: any(output.glob("_job/stage/*/*.chunk")), process)
     (rank,) = _ranks(process.pid)

@@ -73,7 +73,7 @@ def plain(tiny_llama: Path) -> Plain:
 
 
 def test_a_columns_texts_are_scored_alike_by_both_engines_and_by_a_plain_forward_pass(
-    tmp_path: Path, tiny_llama: Path, engines_cluster: Client, plain: Plain
+    tmp_path: Path, tiny_llama: Path, cluster: Client, plain: Plain
 ) -> None:
     tables = {}
     for kind in ("padded", "paged"):
@@ -84,7 +84,7 @@ def test_a_columns_texts_are_scored_alike_by_both_engines_and_by_a_plain_forward
         kinds = [None if i == 5 else "" if i == 6 else f"{'wort ' * (i % 4)}{i}" for i in range(ROWS)]
         table = table.set_column(table.column_names.index("kind"), "kind", [kinds])
         pq.write_table(table, path.parent / "in.parquet", row_group_size=10)
-        result = library.run(path, client=engines_cluster)
+        result = library.run(path, client=cluster)
         assert (result.failed, result.output_tokens) == (2, 0)
         assert verify(load(path)).exit_code == ExitCode.FAILED_ROWS
         tables[kind] = answers(path.parent / "out")
@@ -111,13 +111,13 @@ def test_a_columns_texts_are_scored_alike_by_both_engines_and_by_a_plain_forward
 
 
 def test_choices_have_the_probabilities_with_which_they_would_be_drawn(
-    tmp_path: Path, tiny_llama: Path, engines_cluster: Client, plain: Plain
+    tmp_path: Path, tiny_llama: Path, cluster: Client, plain: Plain
 ) -> None:
     tables = {}
     for kind in ("padded", "paged"):
         answer = {"choices": CHOICES, "probabilities": True}
         path = job_of(tmp_path, tiny_llama, kind, answer, output={"columns": {"answer": "label"}})
-        result = library.run(path, client=engines_cluster)
+        result = library.run(path, client=cluster)
         assert (result.ok, result.output_tokens) == (ROWS, 0)
         assert verify(load(path)).found.passed
         tables[kind] = answers(path.parent / "out")
@@ -148,7 +148,7 @@ NOT_CHOICES = {
 
 
 def test_choices_of_a_column_are_each_rows_own(
-    tmp_path: Path, tiny_llama: Path, engines_cluster: Client, plain: Plain
+    tmp_path: Path, tiny_llama: Path, cluster: Client, plain: Plain
 ) -> None:
     tables = {}
     for kind in ("padded", "paged"):
@@ -162,7 +162,7 @@ def test_choices_of_a_column_are_each_rows_own(
         assert columns["answer"] == "string"
         assert "list<" in columns["answer_probabilities"]
         assert "double" in columns["answer_probabilities"]
-        result = library.run(path, client=engines_cluster)
+        result = library.run(path, client=cluster)
         assert result.output_tokens == 0
         assert verify(load(path)).exit_code == ExitCode.FAILED_ROWS
         tables[kind] = answers(path.parent / "out")
@@ -182,13 +182,13 @@ def test_choices_of_a_column_are_each_rows_own(
             assert (row["answer"], row["status"]) == (own[int(exact.argmax())], "ok")
     fixed = load(path, "answer.choices.column=labels")
     before = answers(path.parent / "out")
-    retry(fixed, client=engines_cluster)
+    retry(fixed, client=cluster)
     assert answers(path.parent / "out").drop_columns("error").equals(before.drop_columns("error"))
     assert verify(fixed).found.passed
 
 
 def test_special_tokens_in_a_rows_own_choices_are_text_where_the_job_says_so(
-    tmp_path: Path, tiny_llama: Path, engines_cluster: Client
+    tmp_path: Path, tiny_llama: Path, cluster: Client
 ) -> None:
     answer = {"choices": {"column": "tags"}}
     path = job_of(tmp_path, tiny_llama, "padded", answer, prompt={"special_tokens": "text"})
@@ -197,16 +197,16 @@ def test_special_tokens_in_a_rows_own_choices_are_text_where_the_job_says_so(
     pq.write_table(
         table.set_column(table.column_names.index("tags"), "tags", own), path.parent / "in.parquet"
     )
-    assert library.run(path, client=engines_cluster).ok == ROWS
+    assert library.run(path, client=cluster).ok == ROWS
     assert set(answers(path.parent / "out")["answer"].to_pylist()) == {"<eos>"}
 
 
 def test_scored_rows_survive_a_stop_a_resume_and_a_retry(
-    tmp_path: Path, tiny_llama: Path, engines_cluster: Client
+    tmp_path: Path, tiny_llama: Path, cluster: Client
 ) -> None:
     answer = {"choices": CHOICES, "probabilities": True}
     whole = job_of(tmp_path, tiny_llama, "padded", answer)
-    library.run(whole, client=engines_cluster)
+    library.run(whole, client=cluster)
     expected = answers(whole.parent / "out").drop_columns("error")
     stop = threading.Event()
     (tmp_path / "again").mkdir()
@@ -215,12 +215,12 @@ def test_scored_rows_survive_a_stop_a_resume_and_a_retry(
         prompt={"max_bytes": 12}, limits={"max_error_rate": 1.0},
     )  # fmt: skip
     with pytest.raises(Interrupted):
-        library.run(path, client=engines_cluster, stop=stop, on_progress=lambda progress: stop.set())
-    library.run(path, client=engines_cluster)
+        library.run(path, client=cluster, stop=stop, on_progress=lambda progress: stop.set())
+    library.run(path, client=cluster)
     lost = [row for row in answers(tmp_path / "again/out").to_pylist() if row["status"] == "failed"]
     assert lost
     assert all(row["answer_probabilities"] is None for row in lost)
-    retry(load(path, "prompt.max_bytes=1000"), client=engines_cluster)
+    retry(load(path, "prompt.max_bytes=1000"), client=cluster)
     found = answers(tmp_path / "again/out").drop_columns("error")
     same = [name for name in expected.column_names if name != "answer_probabilities"]
     assert found.select(same).equals(expected.select(same))
@@ -229,14 +229,14 @@ def test_scored_rows_survive_a_stop_a_resume_and_a_retry(
 
 
 def test_the_raw_text_stands_beside_a_typed_answer_and_shows_what_was_cut(
-    tmp_path: Path, tiny_llama: Path, engines_cluster: Client
+    tmp_path: Path, tiny_llama: Path, cluster: Client
 ) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}}}
     path = job_of(
         tmp_path, tiny_llama, "padded", {"schema": schema, "raw": "text_of_it"},
         generation={"max_new_tokens": 40, "temperature": 1.5}, limits={"max_error_rate": 1.0},
     )  # fmt: skip
-    library.run(path, client=engines_cluster)
+    library.run(path, client=cluster)
     table = answers(path.parent / "out")
     assert table.schema.field("text_of_it").type == pa.string()
     wanted = load(path).answer.format
@@ -300,9 +300,9 @@ def test_what_cannot_go_together_is_refused_with_what_to_leave_out(
     ],
 )
 def test_a_column_that_cannot_be_scored_is_refused_before_anything_runs(
-    tmp_path: Path, tiny_llama: Path, engines_cluster: Client, answer: dict[str, Any], said: str
+    tmp_path: Path, tiny_llama: Path, cluster: Client, answer: dict[str, Any], said: str
 ) -> None:
     path = job_of(tmp_path, tiny_llama, "padded", answer)
     with pytest.raises(Refused, match=said):
-        library.run(path, client=engines_cluster)
+        library.run(path, client=cluster)
     assert not (path.parent / "out/data").exists()

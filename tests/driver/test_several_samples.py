@@ -40,11 +40,11 @@ def run(job: Path, client: Any, out: str, *overrides: str) -> list[dict[str, Any
 
 
 def test_each_row_has_its_samples_as_lists_and_both_engines_and_any_number_of_samples_agree(
-    tmp_path, tiny_llama, engines_cluster
+    tmp_path, tiny_llama, cluster
 ):
     job = job_of(tmp_path, tiny_llama, answer={"logprobs": 1})
-    one = run(job, engines_cluster, "one", "engine.kind=padded", "generation.samples=1")
-    more = {kind: run(job, engines_cluster, kind, f"engine.kind={kind}") for kind in ("padded", "paged")}
+    one = run(job, cluster, "one", "engine.kind=padded", "generation.samples=1")
+    more = {kind: run(job, cluster, kind, f"engine.kind={kind}") for kind in ("padded", "paged")}
     for a, b, single in zip(more["padded"], more["paged"], one, strict=True):
         assert [a[name] for name in PER_SAMPLE] == [b[name] for name in PER_SAMPLE]
         assert [b[name][0] for name in PER_SAMPLE] == [single[name] for name in PER_SAMPLE]
@@ -58,17 +58,17 @@ def test_each_row_has_its_samples_as_lists_and_both_engines_and_any_number_of_sa
     assert schema.field("answer").type == pa.list_(pa.string())
     assert schema.field("answer_logprobs").type == pa.list_(pa.list_(pa.float32()))
     with pytest.raises(ChangedError, match="samples"):
-        library.run(load(job, "generation.samples=4", "output.path=paged"), client=engines_cluster)
+        library.run(load(job, "generation.samples=4", "output.path=paged"), client=cluster)
 
 
 @pytest.mark.parametrize("form", [{"choices": ["yes", "no", "maybe"]}, {"schema": {"type": "object", "properties": {
     "size": {"type": "integer", "minimum": 0, "maximum": 99999}}, "required": ["size"]}}])  # fmt: skip
 def test_typed_answers_are_lists_and_a_retry_completes_rows_with_a_sample_that_failed(
-    tmp_path, tiny_llama, engines_cluster, form
+    tmp_path, tiny_llama, cluster, form
 ):
     job = job_of(tmp_path, tiny_llama, engine={"kind": "padded"}, answer=form, output={"failed": "failed"},
                  generation={"max_new_tokens": 4 if "choices" in form else 11})  # fmt: skip
-    assert library.run(load(job), client=engines_cluster).exit_code == ExitCode.FAILED_ROWS
+    assert library.run(load(job), client=cluster).exit_code == ExitCode.FAILED_ROWS
     assert verify(load(job)).found.passed
     before = answers(tmp_path / "out").to_pylist()
     failed = [row for row in before if row["status"] == "failed"]
@@ -81,10 +81,7 @@ def test_typed_answers_are_lists_and_a_retry_completes_rows_with_a_sample_that_f
             assert row["error"] == f"INVALID_OUTPUT: sample {bad[0]}: the answer was cut before its end"
     assert any(any(answer is not None for answer in row["answer"]) for row in failed), "good samples stay"
     longer = load(job, "generation.max_new_tokens=60")
-    assert (
-        library.retry(longer, errors=["INVALID_OUTPUT"], client=engines_cluster).exit_code
-        == ExitCode.COMPLETE
-    )
+    assert library.retry(longer, errors=["INVALID_OUTPUT"], client=cluster).exit_code == ExitCode.COMPLETE
     assert verify(load(job)).exit_code == ExitCode.COMPLETE
     after = answers(tmp_path / "out").to_pylist()
     for old, new in zip(before, after, strict=True):
@@ -93,9 +90,9 @@ def test_typed_answers_are_lists_and_a_retry_completes_rows_with_a_sample_that_f
         assert None not in new["answer"]
 
 
-def test_rows_that_never_reach_an_engine_have_lists_of_nothing(tmp_path, tiny_llama, engines_cluster):
+def test_rows_that_never_reach_an_engine_have_lists_of_nothing(tmp_path, tiny_llama, cluster):
     job = job_of(tmp_path, tiny_llama, engine={"kind": "paged"}, answer={"logprobs": 0})
-    rows = run(job, engines_cluster, "out", "prompt.max_bytes=12")
+    rows = run(job, cluster, "out", "prompt.max_bytes=12")
     failed = [row for row in rows if row["status"] == "failed"]
     assert 0 < len(failed) < ROWS
     for row in failed:
@@ -105,12 +102,12 @@ def test_rows_that_never_reach_an_engine_have_lists_of_nothing(tmp_path, tiny_ll
     assert (manifest["rows"], manifest["failed"]) == (ROWS, len(failed))
 
 
-def test_samples_in_rows_are_those_of_lists_each_beside_its_input(tmp_path, tiny_llama, engines_cluster):
+def test_samples_in_rows_are_those_of_lists_each_beside_its_input(tmp_path, tiny_llama, cluster):
     own = {"failed": "failed", "row_column": "source"}
     job = job_of(tmp_path, tiny_llama, answer={"logprobs": 0}, prompt={"max_bytes": 14}, output=own)
-    lists = run(job, engines_cluster, "lists", "engine.kind=padded")
+    lists = run(job, cluster, "lists", "engine.kind=padded")
     found = {
-        kind: run(job, engines_cluster, kind, f"engine.kind={kind}", "output.samples=rows")
+        kind: run(job, cluster, kind, f"engine.kind={kind}", "output.samples=rows")
         for kind in ("padded", "paged")
     }
     table = answers(tmp_path / "paged")
@@ -149,9 +146,7 @@ def test_samples_in_rows_are_those_of_lists_each_beside_its_input(tmp_path, tiny
     assert len(set(places)) == failed
 
 
-def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(
-    tmp_path, tiny_llama, engines_cluster
-):
+def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(tmp_path, tiny_llama, cluster):
     form = {"choices": ["yes", "no", "maybe"]}
     rows = {"failed": "failed", "samples": "rows", "columns": {"sample": "try"}}
     job = job_of(tmp_path, tiny_llama, engine={"kind": "padded"}, answer=form, output=rows,
@@ -173,7 +168,7 @@ def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(
     assert mixed, "some rows have both"
     assert {before[i]["error"] for i in failed} == {"INVALID_OUTPUT: the answer was cut before its end"}
     longer = load(job, "generation.max_new_tokens=60")
-    again = library.retry(longer, errors=["INVALID_OUTPUT"], client=engines_cluster)
+    again = library.retry(longer, errors=["INVALID_OUTPUT"], client=cluster)
     assert again.exit_code == ExitCode.COMPLETE
     checked = verify(load(job))
     assert checked.exit_code == ExitCode.COMPLETE
@@ -186,10 +181,10 @@ def test_in_rows_a_retry_generates_the_samples_that_failed_and_no_others(
     assert sum(part["rows"] for part in manifest["retries"][0]["parts"]) == len(failed)
 
 
-def test_verify_finds_samples_that_are_numbered_otherwise(tmp_path, tiny_llama, engines_cluster):
+def test_verify_finds_samples_that_are_numbered_otherwise(tmp_path, tiny_llama, cluster):
     job = job_of(tmp_path, tiny_llama, engine={"kind": "padded"}, output={"samples": "rows"})
     own = load(job)
-    library.run(own, client=engines_cluster)
+    library.run(own, client=cluster)
     (part, *_) = sorted((tmp_path / "out/data").iterdir())
     table = pq.read_table(part)
     place = table.column_names.index("sample")
@@ -201,25 +196,25 @@ def test_verify_finds_samples_that_are_numbered_otherwise(tmp_path, tiny_llama, 
     assert any("are not 3 samples of each row" in problem for problem in verify(own).found.problems)
 
 
-def test_the_sample_column_gives_way_to_one_of_the_input(tmp_path, tiny_llama, engines_cluster):
+def test_the_sample_column_gives_way_to_one_of_the_input(tmp_path, tiny_llama, cluster):
     job = job_of(tmp_path, tiny_llama, output={"samples": "rows", "columns": {"sample": "kind"}})
     with pytest.raises(OutputError, match="the name 'kind' of the sample column is taken") as refusal:
-        library.run(load(job), client=engines_cluster)
+        library.run(load(job), client=cluster)
     assert "set output.columns: {sample: sample_2}" in str(refusal.value)
 
 
-def test_plan_and_a_data_frame_have_a_row_for_each_sample(tmp_path, tiny_llama, engines_cluster):
+def test_plan_and_a_data_frame_have_a_row_for_each_sample(tmp_path, tiny_llama, cluster):
     job = job_of(tmp_path, tiny_llama, engine={"kind": "padded"}, output={"samples": "rows"})
     own = load(job)
     columns = preview(own)["columns"]
     assert (columns["sample"], columns["answer"]) == ("int32", "string")
-    result = library.run(own, client=engines_cluster)
+    result = library.run(own, client=cluster)
     assert (result.rows, result.input_rows, result.ok) == (ROWS * SAMPLES, ROWS, ROWS * SAMPLES)
     assert (result.counts.rows, result.requests) == (ROWS, ROWS)
     frame = result.to_dask().compute()
     assert [*frame.columns] == [*columns]
     assert frame["sample"].to_list() == [*range(SAMPLES)] * ROWS
-    again = library.run(own, client=engines_cluster)
+    again = library.run(own, client=cluster)
     assert (again.requests, again.rows, again.input_rows) == (0, ROWS * SAMPLES, ROWS)
 
 

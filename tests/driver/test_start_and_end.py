@@ -31,7 +31,7 @@ from batchrun.telemetry import record
 from batchrun.telemetry.milestones import NAMES, Milestones
 from batchrun.telemetry.progress import Progress
 from batchrun.worker import plugin
-from jobs import batchrun, environment, load, start, wait_until, write_job
+from jobs import batchrun, environment, load, start_program, wait_until, write_job
 
 PADDED = {"kind": "padded"}
 
@@ -111,7 +111,7 @@ def test_engines_start_before_the_plan_is_ready_and_are_the_workers_own(tmp_path
 
 @pytest.mark.parametrize(("end", "code"), [(signal.SIGTERM, 4), (signal.SIGINT, 4), (signal.SIGKILL, -9)])
 def test_a_driver_that_ends_before_there_are_workers_leaves_no_engine(tmp_path, tiny_llama, end, code):
-    process = start("run", str(write_job(tmp_path, tiny_llama, engine=PADDED)))
+    process = start_program("run", str(write_job(tmp_path, tiny_llama, engine=PADDED)))
     wait_until(lambda: engines_of(process.pid), process)
     os.kill(process.pid, end)
     process.communicate(timeout=10)

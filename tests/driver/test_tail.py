@@ -257,7 +257,7 @@ def test_a_partition_that_lost_an_attempt_is_not_split():
     assert one.twice == 0, "what was lost is done again once the other attempt has ended"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     partitions=st.integers(1, 12),
     rows=st.integers(1, 60),

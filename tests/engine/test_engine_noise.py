@@ -13,7 +13,7 @@ from batchrun.engine.tokens.noise import gumbel
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=INT64, rows=st.lists(st.tuples(INT64, st.integers(0, 10**6)), min_size=1, max_size=8))
 def test_a_rows_noise_is_the_same_in_every_batch(seed, rows):
     row_seeds, positions = (torch.tensor(column) for column in zip(*rows, strict=True))
@@ -23,7 +23,7 @@ def test_a_rows_noise_is_the_same_in_every_batch(seed, rows):
         assert torch.equal(together[i : i + 1], alone)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=INT64, row_seed=INT64, position=st.integers(0, 10**6))
 def test_noise_is_finite_and_a_longer_vocabulary_only_adds_to_it(seed, row_seed, position):
     short, long = (gumbel(seed, torch.tensor([row_seed]), torch.tensor([position]), n) for n in (100, 1000))

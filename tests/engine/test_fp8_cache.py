@@ -84,7 +84,7 @@ def _check(model: Any, requests: list[Request], completions: dict[int, Completio
     assert np.mean(same) > 0.98 or same.count(False) < 2
 
 
-@settings(max_examples=12, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=12, phases=NO_SHRINKING)
 @given(name=st.sampled_from(MODELS), **BATCHES)
 def test_greedy_tokens_do_not_depend_on_batch_pool_prefix_or_steps(
     folders: dict[str, Path],

@@ -24,6 +24,7 @@ from batchrun.engine.protocol import EngineSpec, Request
 from batchrun.engine.weights.loading import load_model
 from batchrun.engine.weights.lora import read_adapter
 from batchrun.errors import ModelError
+from batchrun.job.settings import ModelSettings
 from batchrun.model.adapter import check_adapter
 from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder
@@ -107,7 +108,7 @@ def test_experts_in_blocks_one_tensor_for_each_are_those_of_a_plain_checkpoint(
     meant = repack_in_blocks(folders[0], 20, suffix)
     save_file(meant, folders[1] / "model.safetensors", {"format": "pt"})
     _divide_file(folders[0], suffix)
-    check_model(str(folders[0]))
+    check_model(str(folders[0]), ModelSettings(name="any"))
     for quantization in (None, "fp8"):
         models = [load_model(_spec(folder, quantization=quantization)) for folder in folders]
         blocks, plain = (dict(model.named_parameters()) for model in models)

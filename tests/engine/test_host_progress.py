@@ -1,46 +1,90 @@
-"""Reading counts as getting on while weights are read, and not once they are there."""
+"""Reading counts as getting on while weights are read; what a thread does that waits for a device does not."""
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from queue import SimpleQueue
+
+import pytest
 
 from batchrun.engine.processes.host_progress import HostProgress
 
-PAGE = mmap.PAGESIZE
+# More than the kernel may count by itself on each of many cores.
+BYTES = 8 << 20
 
 
-def test_memory_that_another_thread_touches_is_progress_until_the_weights_are_there() -> None:
+@contextmanager
+def _waiting(wait: Callable[[threading.Event], object]) -> Iterator[HostProgress]:
+    """Of a thread that has come to where it waits."""
     made: SimpleQueue[HostProgress] = SimpleQueue()
     end = threading.Event()
 
-    def wait() -> None:
+    def run() -> None:
         made.put(HostProgress())
-        end.wait()
+        wait(end)
 
-    waiting = threading.Thread(target=wait)
+    waiting = threading.Thread(target=run, daemon=True)
     waiting.start()
-    try:
-        progress = made.get()
-        with mmap.mmap(-1, 2 * PAGE) as memory:
-            before = progress.look()
-            memory[0] = 1
-            assert progress.look() > before
-            progress.has_read()
-            before = _once_it_waits(progress)
-            memory[PAGE] = 1
-            assert progress.look() == before
-    finally:
-        end.set()
-        waiting.join()
-
-
-def _once_it_waits(progress: HostProgress) -> int:
-    """What it says once the thread has come to where it waits."""
-    last, now = -1, progress.look()
-    while now != last:
+    progress = made.get()
+    # At one place for so long: a busy machine stops it elsewhere for a moment.
+    looks = [progress.look()]
+    while len(looks) < 10 or looks[-1] != looks[-10]:
         time.sleep(0.05)
-        last, now = now, progress.look()
-    return now
+        looks.append(progress.look())
+    yield progress
+    end.set()
+
+
+def _touch(memory: mmap.mmap) -> None:
+    for start in range(0, len(memory), mmap.PAGESIZE):
+        memory[start]
+
+
+def test_pages_of_a_file_that_another_thread_reads_are_progress_until_the_weights_are_there(
+    tmp_path: Path,
+) -> None:
+    with (tmp_path / "weights").open("w+b") as file, _waiting(threading.Event.wait) as progress:
+        file.truncate(2 * BYTES)
+        with mmap.mmap(file.fileno(), BYTES, prot=mmap.PROT_READ) as memory:
+            before = progress.look()
+            _touch(memory)
+            assert progress.look() > before
+        progress.look()
+        progress.has_read()
+        before = progress.look()
+        with mmap.mmap(file.fileno(), BYTES, prot=mmap.PROT_READ, offset=BYTES) as memory:
+            _touch(memory)
+            assert progress.look() == before
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        threading.Event.wait,
+        lambda _: time.sleep(10),
+        # As CUDA waits by default: a core is busy, and no other thread is kept from running.
+        lambda _: hashlib.pbkdf2_hmac("sha256", b"", b"", 6_000_000),
+    ],
+    ids=["blocked", "asleep", "spinning"],
+)
+def test_memory_that_is_touched_while_a_thread_waits_is_no_progress(
+    wait: Callable[[threading.Event], object],
+) -> None:
+    with _waiting(wait) as progress:
+        # Threads of other tests' clusters may read a file at that moment.
+        assert not all(_grows_while_touching(progress) for _ in range(5))
+
+
+def _grows_while_touching(progress: HostProgress) -> bool:
+    before = progress.look()
+    with mmap.mmap(-1, BYTES) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        for start in range(0, BYTES, mmap.PAGESIZE):
+            memory[start] = 1
+        return progress.look() > before

@@ -190,7 +190,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_schema_allows() -
             np.testing.assert_allclose(found[i].values[name], column, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=8, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     seed=st.integers(0, 1 << 32),
     decode_steps=st.integers(1, 16),

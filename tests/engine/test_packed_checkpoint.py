@@ -23,10 +23,12 @@ from batchrun.engine.weights.lora import read_adapter
 from batchrun.engine.weights.packed_checkpoint import expanded
 from batchrun.engine.weights.packed_format import PackedFormat, packed_format
 from batchrun.errors import ModelError
+from batchrun.job.settings import ModelSettings
 from batchrun.model.adapter import check_adapter
 from batchrun.model.check import check_model
 from batchrun.model.folder import ModelFolder
 from batchrun.model.memory import model_memory
+from batchrun.units import size
 
 EXPANDED = [kind for kind in SETTINGS if not kind.startswith("static_fp8")]
 # What compressed-tensors 0.20.1 packed, and what it then made of it again: group and channel scales, zero points.
@@ -212,7 +214,7 @@ def test_memory_is_that_of_the_expanded_weights(tmp_path: Path, kind: str) -> No
     assert (found.stored, plain.stored) == (stored, None)
     (note,) = (n for n in load_engine(_spec(tmp_path, device="cpu")).stats.notes if "expanded" in n)
     in_memory = model_memory(str(tmp_path), ("model.safetensors",), "float32").weights
-    assert f"{in_memory / 2**30:.3g} GiB in memory, {stored / 2**30:.3g} GiB in its files" in note
+    assert f"{size(in_memory)} in memory, {size(stored)} in its files" in note
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,30 @@ def test_other_formats_are_refused_before_anything_is_loaded(
     tiny_models.make_model("llama", tmp_path)
     configure(tmp_path, settings)
     with pytest.raises(ModelError, match=rf"not read \({settings['quant_method']}.*AWQ, GPTQ"):
-        check_model(str(tmp_path))
+        check_model(str(tmp_path), ModelSettings(name="any"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors", "name"),
+    [
+        ({"quant_method": "awq", "bits": 4}, ("qweight", "qzeros", "scales"), "AWQ int4"),
+        ({"quant_method": "gptq", "bits": 8}, ("qweight", "qzeros", "scales", "g_idx"), "GPTQ int8"),
+        (SETTINGS["w4a16"], ("weight_packed", "weight_scale", "weight_shape"), "int4"),
+        (SETTINGS["static_fp8"], ("weight", "weight_scale", "input_scale"), "static fp8"),
+    ],
+)
+def test_experts_that_loading_would_refuse_are_refused_before(
+    tmp_path: Path, settings: dict[str, Any], tensors: tuple[str, ...], name: str
+) -> None:
+    layers = [f"model.layers.0.mlp.{owner}.up_proj" for owner in ("experts.0", "shared_experts")]
+    configure(tiny_models.make_model("llama", tmp_path), settings)
+    held = {f"{layer}.{part}": torch.zeros(1, 1) for layer in layers for part in tensors}
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"experts in {name}, such as {layers[0]}, are not read"):
+        check_model(str(tmp_path), ModelSettings(name="any"))
+    check_model(str(tmp_path), ModelSettings(name="any", trust_remote_code=True))
+    save_file({k: v for k, v in held.items() if "shared" in k}, tmp_path / "model.safetensors")
+    check_model(str(tmp_path), ModelSettings(name="any"))
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -75,7 +75,7 @@ def test_greedy_answers_equal_one_by_one_generation(name):
     assert found == {request.id: one_by_one(name, request) for request in requests}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 1000),
     count=st.integers(1, 20),

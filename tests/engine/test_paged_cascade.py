@@ -57,7 +57,7 @@ def _documents(
     return [np.append(texts[i % documents], rng.integers(0, 1000, 20)) for i in range(documents * rows)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**9))
 def test_prompts_stand_in_order_with_what_neighbours_have_in_common_whoever_comes_and_goes(seed: int) -> None:
     rng = random.Random(seed)
@@ -85,7 +85,7 @@ def test_prompts_stand_in_order_with_what_neighbours_have_in_common_whoever_come
         assert order.common.tolist() == (common if slots else [])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**9), rows=st.sampled_from([2, 16, 64]))
 def test_a_plan_reads_each_key_of_a_rows_prefix_once_and_only_what_the_group_has_in_common(
     seed: int, rows: int
@@ -189,7 +189,7 @@ def test_more_groups_than_there_can_be_items_leave_out_those_that_save_least() -
     assert (plan.starts == 3000 // 16 * 16).sum() == 30
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**9), rows=st.sampled_from([2, 16, 64]))
 def test_a_prefill_reads_together_whole_pages_that_all_of_a_groups_queries_see(seed: int, rows: int) -> None:
     """And those of the sequences alone that it is asked for."""
@@ -294,7 +294,7 @@ def _answers(
     return {one.id: (one.token_ids.tolist(), one.finish_reason) for one in completions}, engine
 
 
-@settings(max_examples=15, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=15, phases=NO_SHRINKING)
 @given(
     name=st.sampled_from(["llama", "qwen3"]),
     seed=st.integers(0, 10**6),

@@ -138,7 +138,7 @@ def test_greedy_tokens_equal_generate_row_by_row(
         assert completions[request.id].token_ids.tolist() == out[0, prompt.shape[1] :].tolist()
 
 
-@settings(max_examples=20, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=20, phases=NO_SHRINKING)
 @given(name=st.sampled_from(MODELS), **BATCHES)
 def test_greedy_tokens_do_not_depend_on_batch_pool_prefix_or_steps(
     folders: dict[str, Path],

@@ -125,7 +125,7 @@ class Run:
         return bool(len(self.scheduler.queue) or self.scheduler.active or self.behind)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @example(seed=69, page_size=16, pages=13, max_rows=2, prefill_tokens=16, steps=5, certain=True)
 @example(seed=7, page_size=32, pages=9, max_rows=12, prefill_tokens=60, steps=3, certain=False)
 @given(
@@ -200,7 +200,7 @@ def test_who_may_generate_much_goes_before_a_beginning_in_common() -> None:
     assert [queue.pop().request.id for _ in range(5)] == [1, 3, 9, 2, 0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**9))
 def test_waiting_rows_come_once_and_those_with_a_beginning_in_common_one_after_another(seed: int) -> None:
     rng = random.Random(seed)
@@ -231,7 +231,7 @@ def test_waiting_rows_come_once_and_those_with_a_beginning_in_common_one_after_a
         assert changes == len(set(groups)) - bool(groups), "rows of a group are apart"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**9))
 def test_the_queue_knows_how_much_its_rows_may_generate_and_the_longest_of_them(seed: int) -> None:
     rng = random.Random(seed)

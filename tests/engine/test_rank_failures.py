@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
-import forked_programs
 import numpy as np
 import pytest
+import warm
 from faulty_rank import SILENT_SECONDS
 from tiny_models import MAX_CONTEXT
 
@@ -33,7 +33,18 @@ def _requests(count: int) -> list[Request]:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(n) for task in Path(f"/proc/{pid}/task").glob("*/children") for n in task.read_text().split()]
+    """Those that are programs of their own already: one that is paused before is waited for by whoever starts it."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [
+        child
+        for task in tasks
+        for child in map(int, task.read_text().split())
+        if _words(child) != _words(pid)
+    ]
+
+
+def _words(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _gone(pid: int) -> bool:
@@ -49,7 +60,7 @@ def process(tiny_llama: Path) -> Iterator[EngineProcess]:
     folder = str(tiny_llama)
     spec = EngineSpec("faulty_ranks:Engine", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        forked_programs.use(monkeypatch)
+        warm.fork_engines(monkeypatch)
         engine = EngineProcess(spec, {SILENT_SECONDS: "8"})
         yield engine
         engine.stop()
@@ -93,7 +104,7 @@ def test_ranks_of_which_none_gets_on_with_loading_are_noticed(
     monkeypatch.setattr(ranks, "PROGRAM", "idle_rank")
     monkeypatch.setattr(ranks, "SILENT_SECONDS", 30)
     group = ranks.Ranks(EngineSpec("paged", str(tiny_llama), str(tiny_llama), gpus=2), 16)
-    # Threads of other tests' clusters touch memory of this process.
+    # Threads of other tests' clusters read files.
     group.group.progress.has_read()
     with group.waiting("loading"):
         assert "none of 2 ranks got on with loading for 1 s" in str(ended.get(timeout=30))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-import forked_programs
 import numpy as np
 import pytest
 import tp_models
+import warm
 from adapters import make_adapter
+from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
 from tiny_models import MAX_CONTEXT, model_folder
 
 from batchrun.engine.paged import PagedEngine, engine
@@ -31,7 +35,7 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    forked_programs.use(monkeypatch)
+    warm.fork_engines(monkeypatch)
     # Every look at rows is also one at which of them are given up.
     monkeypatch.setattr(engine, "CANCEL_SECONDS", 0)
 
@@ -58,56 +62,67 @@ def _engine(spec: EngineSpec) -> Iterator[PagedEngine]:
         ranks.close()
 
 
-def _rows(adapters: int) -> Rows:
+# Three that are admitted together and then need more pages than there are.
+PRESSING: Rows = [
+    {
+        "prefix": 2, "own": own, "max_new_tokens": 30, "begun": 0.0, "row_seed": own, "adapter": 0,
+        "sampling": RowSampling(0.0, 1.0, ()), "scored": False, "given_up": False,
+    } for own in (2, 3, 4)
+]  # fmt: skip
+
+
+def _some_rows(adapters: int) -> st.SearchStrategy[Rows]:
     """Rows of which some begin alike, go on behind what was generated before, are scored, or are given up."""
-    rng = np.random.default_rng(4)
-
-    def one_of(*values: Any) -> Any:
-        return values[rng.integers(len(values))]
-
-    rows = []
-    for number in range(12):
-        new = one_of(1, 22, 44, 44)
-        rows.append({
-            "id": number,
-            "prefix": one_of(0, 1, 2, 2),
-            "own": int(rng.integers(1, 20)),
-            "max_new_tokens": new,
-            "begun": one_of(0, 0, 0, new - 1, new // 2),
-            "row_seed": int(rng.integers(2**63)),
-            "sampling": RowSampling(one_of(0.0, 0.0, 0.8, 1.5), one_of(1.0, 0.8), one_of((), (), ("e", "ab", "0"))),
-            "adapter": number % (adapters + 1),
-            "scored": one_of(False, False, False, False, True),
-            "given_up": number % 2 == 0,
-        })  # fmt: skip
-    return rows
+    row = st.fixed_dictionaries({
+        "prefix": st.sampled_from(range(len(PREFIXES))),
+        "own": st.integers(1, 19),
+        "max_new_tokens": st.sampled_from([1, 9, 22]),
+        # How much of them.
+        "begun": st.sampled_from([0.0, 0.5, 1.0]),
+        "row_seed": st.integers(0, 2**63 - 1),
+        "sampling": st.builds(
+            RowSampling,
+            st.sampled_from([0.0, 0.8, 1.5]),
+            st.sampled_from([1.0, 0.8]),
+            st.sampled_from([(), ("e", "ab", "0")]),
+        ),
+        "adapter": st.integers(0, adapters),
+        "scored": st.sampled_from([False, False, False, True]),
+        "given_up": st.booleans(),
+    })  # fmt: skip
+    return st.lists(row, min_size=1, max_size=4).map(lambda rows: PRESSING + rows)
 
 
 def _requests(rows: Rows) -> Iterator[Request]:
-    for row in rows:
+    for number, row in enumerate(rows):
         rng = np.random.default_rng(row["own"])
         ids = np.concatenate([PREFIXES[row["prefix"]], rng.integers(3, 259, row["own"])]).astype(np.int32)
         named = {name: row[name] for name in ("row_seed", "sampling", "adapter")}
         if row["scored"]:
             scored = Scored(np.array([7, 8], np.int32), np.array([min(1, len(ids) - 1), 0], np.int32))
-            yield Request(row["id"], ids, 1, scored=scored, **named)
+            yield Request(number, ids, 1, scored=scored, **named)
         else:
-            request = Request(row["id"], ids, row["max_new_tokens"], **named)
-            request.generated = rng.integers(20, 259, row["begun"]).astype(np.int32)
-            request.values = {"logprobs": np.zeros(row["begun"], np.float32)} if row["begun"] else {}
+            request = Request(number, ids, row["max_new_tokens"], **named)
+            begun = int(row["begun"] * (row["max_new_tokens"] - 1))
+            request.generated = rng.integers(20, 259, begun).astype(np.int32)
+            request.values = {"logprobs": np.zeros(begun, np.float32)} if begun else {}
             yield request
 
 
-def _answers(paged: PagedEngine, rows: Rows, give_up: bool) -> dict[int, Completion]:
-    """All rows' answers; those that are given up are so once a few rows are done."""
+def _answers(
+    paged: PagedEngine, rows: Rows, late: Collection[int] = (), give_up: bool = False
+) -> dict[int, Completion]:
+    """All rows' answers; those that are `late` come once the engine has looked for them in vain, and those that are
+    given up are so once a few rows are done."""
     requests = list(_requests(rows))
+    arrivals = chain(*([None, request] if request.id in late else [request] for request in requests))
     found: dict[int, Completion] = {}
-    for completion in paged.generate(iter(requests)):
+    for completion in paged.generate(arrivals):
         found[completion.id] = completion
         for request, row in zip(requests, rows, strict=True):
             request.cancelled = give_up and len(found) >= 3 and row["given_up"]
     paged._scheduler.check()
-    assert sorted(found) == [row["id"] for row in rows]
+    assert sorted(found) == [*range(len(rows))]
     return found
 
 
@@ -123,38 +138,42 @@ def _check_like(want: Completion, have: Completion) -> None:
         assert np.allclose(have.values["logprobs"], want.values["logprobs"][:length], atol=1e-3)
 
 
-# But for one whose experts are computed like another's.
-@pytest.mark.parametrize("name", sorted({*tp_models.CONFIGS} - {"mixtral"}))
+def _check_ranks(name: str, spec: EngineSpec, ranks: dict[int, int]) -> None:
+    """Each number of ranks like one, by so many examples. The engines go on from one to the next, and the examples are
+    always the same: sums in another order may choose another of two tokens that are about as likely."""
+    by_row = bool(spec.sampling.by_row)
+    with _engine(spec) as alone:
+        for gpus, examples in ranks.items():
+            with _engine(replace(spec, gpus=gpus)) as together:
+
+                @seed(crc32(f"{name} {gpus}".encode()))
+                @settings(max_examples=examples, database=None, phases=(Phase.generate,))
+                @given(rows=_some_rows(len(spec.adapters)), late=st.sets(st.integers(0, 6), max_size=3))
+                def check(rows: Rows, late: set[int]) -> None:
+                    if not by_row:
+                        rows = [row | {"sampling": None} for row in rows]
+                    want = _answers(alone, rows)
+                    for number, answer in _answers(together, rows, late, give_up=True).items():
+                        _check_like(want[number], answer)
+
+                check()
+                assert together._scheduler.preemptions
+    assert alone.stats.shared_tokens
+
+
+@pytest.mark.parametrize("name", sorted(tp_models.CONFIGS))
 def test_two_ranks_and_four_answer_like_one_whatever_the_rows_are(name: str, tmp_path: Path) -> None:
     folder = tp_models.make_model(name, tmp_path / "model")
     seeds = (1, 2) if name == "qwen3" else ()
     adapters = tuple(str(make_adapter(tmp_path / f"adapter-{seed}", folder, seed=seed)) for seed in seeds)
     sampling = Sampling(repetition_penalty=1.1, seed=5, logprobs=0, by_row=("temperature", "top_p", "stop"))
-    spec = _spec(folder, adapters=adapters, sampling=sampling)
-    # Always the same: sums in another order may choose another of two tokens that are about as likely.
-    rows = _rows(len(adapters))
-    with _engine(spec) as alone:
-        want = _answers(alone, rows, give_up=False)
-    assert alone.stats.shared_tokens
-    for gpus in (2, 4):
-        with _engine(replace(spec, gpus=gpus)) as together:
-            have = _answers(together, rows, give_up=True)
-        for number, answer in have.items():
-            _check_like(want[number], answer)
-        assert together._scheduler.preemptions
-        assert any(len(answer.token_ids) for answer in have.values() if answer.finish_reason == "cancelled")
+    _check_ranks(name, _spec(folder, adapters=adapters, sampling=sampling), {2: 3, 4: 2})
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("llama", 2), ("mistral", 4)])
 def test_ranks_choose_the_likeliest_tokens_like_one(name: str, gpus: int, tmp_path: Path) -> None:
     """With embeddings that are the head, too, and with a vocabulary that cannot be divided."""
-    spec = _spec(tp_models.make_model(name, tmp_path))
-    rows = [row | {"sampling": None} for row in _rows(adapters=0)]
-    with _engine(spec) as alone:
-        want = _answers(alone, rows, give_up=False)
-    with _engine(replace(spec, gpus=gpus)) as together:
-        for number, answer in _answers(together, rows, give_up=False).items():
-            _check_like(want[number], answer)
+    _check_ranks(name, _spec(tp_models.make_model(name, tmp_path)), {gpus: 2})
 
 
 def test_what_cannot_be_divided_is_refused_before_any_process_is_started(tmp_path: Path) -> None:

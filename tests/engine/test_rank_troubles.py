@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import forked_programs
 import numpy as np
 import pytest
-from faulty_rank import FAULTS, SLOW, STUCK
+import warm
+from faulty_rank import FAULTS, LOADING, SLOW, STUCK, WARMING_UP
 from faulty_ranks import STUCK_SECONDS
 from tiny_models import MAX_CONTEXT
 
@@ -30,7 +31,7 @@ def process(tiny_llama: Path) -> Iterator[EngineProcess]:
     folder = str(tiny_llama)
     spec = EngineSpec("faulty_ranks:Engine", folder, folder, max_context=MAX_CONTEXT, options=options, gpus=2)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        forked_programs.use(monkeypatch)
+        warm.fork_engines(monkeypatch)
         process = EngineProcess(spec, {FAULTS: "rows 3 slow 5 read 5", STUCK_SECONDS: "4"})
         yield process
         process.stop()
@@ -79,6 +80,24 @@ def test_a_rank_that_takes_long_over_a_batch_or_over_its_weights_is_waited_for(
     process: EngineProcess,
 ) -> None:
     assert _answers(process, 2, SLOW) == [NEW] * 2
+
+
+def test_a_rank_that_never_gets_further_with_loading_ends_the_engine(process: EngineProcess) -> None:
+    """Whether it never joins the others or never comes to the warm-up; both at the same time, to be fast."""
+
+    def load(stage: int) -> str:
+        engine = EngineProcess(process.spec, {FAULTS: f"hangs {stage}", STUCK_SECONDS: "4"})
+        try:
+            engine.load()
+        except EngineError as error:
+            return str(error)
+        finally:
+            engine.stop()
+        return "loaded"
+
+    with ThreadPoolExecutor() as pool:
+        for error in pool.map(load, (LOADING, WARMING_UP)):
+            assert "none of 2 ranks got on with loading for 4.0 s" in error
 
 
 def test_a_rank_that_never_comes_to_a_batch_ends_the_engine(process: EngineProcess) -> None:

@@ -105,7 +105,7 @@ def test_rows_of_several_adapters_get_what_models_with_each_merged_give(
     assert _answers(_engine(kind, spec), requests) == _apart(kind, spec, requests)
 
 
-@settings(max_examples=12, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=12, phases=NO_SHRINKING)
 @given(
     name=st.sampled_from(MODELS),
     seed=st.integers(0, 10**6),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import forked_programs
 import numpy as np
 import pytest
 import tiny_models
+import warm
 from packers import repack
 
 import batchrun as library
@@ -54,10 +54,10 @@ def test_tokens_agree_up_to_the_first_difference_of_their_row() -> None:
 
 
 def test_a_plan_compares_both_ways_and_the_report_of_a_run_with_converted_weights_says_what_it_found(
-    tmp_path, tiny_llama, engines_cluster, monkeypatch
+    tmp_path, tiny_llama, cluster, monkeypatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forked_programs.use(monkeypatch)
+    warm.fork_engines(monkeypatch)
     generation = {"max_new_tokens": 12, "temperature": 1.0}
     job = write_job(tmp_path, tiny_llama, rows=40, engine={"kind": "padded"}, generation=generation)
     plan = preview(load(job), trial=20.0, compare="fp8")
@@ -79,7 +79,7 @@ def test_a_plan_compares_both_ways_and_the_report_of_a_run_with_converted_weight
     assert f"valid answers, those that end by themselves: {ended}" in said
 
     own = load(job, "model.quantization=fp8")
-    library.run(own, client=engines_cluster)
+    library.run(own, client=cluster)
     (run,) = runs_of(own)
     assert run.agreement == remembered.Agreement(**about)
     page.write(own, Redactor())
@@ -88,7 +88,7 @@ def test_a_plan_compares_both_ways_and_the_report_of_a_run_with_converted_weight
     ).read_text().replace("\n", " ")
 
     plain = load(job, "output.path=plain")
-    library.run(plain, client=engines_cluster)
+    library.run(plain, client=cluster)
     assert runs_of(plain)[0].agreement is None
 
 
@@ -96,7 +96,7 @@ def test_a_job_with_keys_and_values_in_fp8_is_compared_with_itself_without_fp8(
     tmp_path, tiny_llama, monkeypatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forked_programs.use(monkeypatch)
+    warm.fork_engines(monkeypatch)
     generation = {"max_new_tokens": 12}
     job = load(
         write_job(

@@ -40,7 +40,7 @@ def observed(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.floats(1e-6, 1e-2),
     st.floats(1e-6, 1e-2),
@@ -259,3 +259,25 @@ def test_a_time_for_a_trial_that_is_none_is_refused(tmp_path, tiny_llama):
     found = CliRunner().invoke(app, ["plan", str(write_job(tmp_path, tiny_llama)), "--trial", "soon"])
     assert found.exit_code == 2
     assert "'soon' is not a duration" in found.output
+
+
+def test_rows_that_cannot_be_read_are_named_as_a_run_names_them(tmp_path, tiny_llama):
+    """Not as nulls that the template prints."""
+    job = write_job(tmp_path, tiny_llama)
+    path = tmp_path / "in.parquet"
+    pq.write_table(
+        dataset(60),
+        path,
+        row_group_size=30,
+        write_page_checksum=True,
+        compression="none",
+        use_dictionary=False,
+    )
+    chunk = pq.read_metadata(path).row_group(1).column(1)
+    assert chunk.path_in_schema == "text"
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(data)
+    ((code, (rows, message)),) = sample(prepare(load(job))).examples().items()
+    assert (code, rows) == ("INPUT_CORRUPT", 30)
+    assert "in.parquet, row group 1" in message

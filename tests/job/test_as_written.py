@@ -159,7 +159,7 @@ SECRETS = st.text(
 ).filter(lambda text: len(text.strip("b'\"<>*\\ \n")) >= 4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(secret=SECRETS, once=st.sampled_from(sorted(SHOWN)), twice=st.sampled_from(sorted(SHOWN)))
 def test_a_secret_is_hidden_in_every_encoding_and_in_two_of_them(secret: str, once: str, twice: str) -> None:
     redact = Redactor()

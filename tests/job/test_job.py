@@ -193,7 +193,7 @@ def test_errors_survive_the_way_between_processes():
     assert (type(again), str(again), again.exit_code) == (JobError, "where: what; fix", 2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**32 - 1))
 def test_a_job_file_changed_at_random_is_a_job_or_a_typed_error(seed):
     rng = random.Random(seed)

@@ -29,14 +29,14 @@ def test_the_data_are_what_their_script_writes() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_answers_its_rows_and_names_its_columns(
-    path: Path, tmp_path: Path, engines_cluster: Client
+    path: Path, tmp_path: Path, cluster: Client
 ) -> None:
     own = [f"output.path={tmp_path}", "input.limit=3"]
     job = Job.load(path, own)
     if not job.answer.is_constrained and not job.answer.is_scored:
         # It repeats its prompts, which are of no form that is asked for.
         job = Job.load(path, [*own, INSTANT])
-    result = batchrun.run(job, client=engines_cluster)
+    result = batchrun.run(job, client=cluster)
     assert (result.rows, result.ok) == (3, 3)
     table = pq.read_table(tmp_path / "data")
     assert job.output.column("answer") in table.column_names
@@ -44,14 +44,14 @@ def test_an_example_answers_its_rows_and_names_its_columns(
 
 
 def test_the_second_step_of_the_pipeline_reads_what_the_first_one_wrote(
-    tmp_path: Path, engines_cluster: Client
+    tmp_path: Path, cluster: Client
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     own = [f"output.path={first}", "input.limit=4", INSTANT]
-    batchrun.run(Job.load(JOBS / "pipeline/1-summarise.yaml", own), client=engines_cluster)
+    batchrun.run(Job.load(JOBS / "pipeline/1-summarise.yaml", own), client=cluster)
     own = [f"output.path={second}", f"input.path={first}/data", INSTANT]
     job = Job.load(JOBS / "pipeline/2-classify.yaml", own)
-    assert batchrun.run(job, client=engines_cluster).ok == 4
+    assert batchrun.run(job, client=cluster).ok == 4
     one, two = pq.read_table(first / "data"), pq.read_table(second / "data")
     assert two["complaint"].to_pylist() == one["complaint"].to_pylist()
     assert two["review_id"].to_pylist() == one["review_id"].to_pylist()
@@ -87,9 +87,9 @@ def test_the_score_counts_right_answers_by_topic(tmp_path: Path) -> None:
     assert scores["geography"].right == pytest.approx(4)
 
 
-def test_a_classification_has_the_probability_of_each_label(tmp_path: Path, engines_cluster: Client) -> None:
+def test_a_classification_has_the_probability_of_each_label(tmp_path: Path, cluster: Client) -> None:
     job = Job.load(JOBS / "classify.yaml", [f"output.path={tmp_path}", "input.limit=4"])
-    result = batchrun.run(job, client=engines_cluster)
+    result = batchrun.run(job, client=cluster)
     assert (result.ok, result.output_tokens) == (4, 0)
     for row in pq.read_table(tmp_path / "data").to_pylist():
         found = row["label_probabilities"]
@@ -98,9 +98,9 @@ def test_a_classification_has_the_probability_of_each_label(tmp_path: Path, engi
         assert row["label"] == max(found, key=found.__getitem__)
 
 
-def test_the_shipped_model_runs_an_example_by_itself(tmp_path: Path, engines_cluster: Client) -> None:
+def test_the_shipped_model_runs_an_example_by_itself(tmp_path: Path, cluster: Client) -> None:
     own = [f"output.path={tmp_path}", "input.limit=2"]
-    result = batchrun.run(Job.load(JOBS / "extract.yaml", own), client=engines_cluster)
+    result = batchrun.run(Job.load(JOBS / "extract.yaml", own), client=cluster)
     assert result.ok == 2
     facts = pq.read_table(tmp_path / "data")["facts"].to_pylist()
     assert all(isinstance(one["returned"], bool) for one in facts)

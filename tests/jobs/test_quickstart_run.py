@@ -42,7 +42,7 @@ def answers(output: Path) -> pa.Table:
 
 
 def test_a_stopped_and_resumed_run_reads_97_of_100_orders_right_in_every_field(
-    unseen: Path, tmp_path: Path, engines_cluster: Client
+    unseen: Path, tmp_path: Path, cluster: Client
 ) -> None:
     stop = threading.Event()
 
@@ -52,8 +52,8 @@ def test_a_stopped_and_resumed_run_reads_97_of_100_orders_right_in_every_field(
 
     small_batches = job(unseen, tmp_path, "engine.kind=padded", "engine.batch_tokens=4096")
     with pytest.raises(Interrupted):
-        batchrun.run(small_batches, client=engines_cluster, stop=stop, on_progress=on_progress)
-    result = batchrun.run(small_batches, client=engines_cluster)
+        batchrun.run(small_batches, client=cluster, stop=stop, on_progress=on_progress)
+    result = batchrun.run(small_batches, client=cluster)
     assert 0 < result.requests < ROWS, "what was staged is not generated again"
     table = answers(tmp_path)
     assert table["expected"].equals(pq.read_table(unseen)["expected"]), "in the input's order"
@@ -65,10 +65,10 @@ def test_a_stopped_and_resumed_run_reads_97_of_100_orders_right_in_every_field(
 
 
 def test_the_paged_engine_gives_the_padded_engines_answers(
-    unseen: Path, tmp_path: Path, engines_cluster: Client
+    unseen: Path, tmp_path: Path, cluster: Client
 ) -> None:
     for kind in ("padded", "paged"):
         own = [f"engine.kind={kind}", "input.limit=24", "answer={}"]
-        batchrun.run(job(unseen, tmp_path / kind, *own), client=engines_cluster)
+        batchrun.run(job(unseen, tmp_path / kind, *own), client=cluster)
     padded, paged = answers(tmp_path / "padded"), answers(tmp_path / "paged")
     assert padded.equals(paged)

@@ -80,7 +80,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_starts(
     job = job_of(tmp_path, model={"name": str(tiny_models.model_folder("llama")), "adapter": "adapter"})
     started = time.monotonic()
     refused("run", job, where=where, fix=fix)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_an_adapter_that_is_not_there_is_refused(tmp_path: Path) -> None:

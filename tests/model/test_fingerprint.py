@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from test_model import WEIGHTS, settings_of, write_model
 
-from batchrun.driver.prepare import prepare
-from batchrun.driver.run import _compare
+from batchrun.driver.prepare import compare, prepare
 from batchrun.errors import ChangedError, ModelError
 from batchrun.hashing import stable_hash
 from batchrun.model import fingerprint
@@ -147,7 +146,7 @@ def test_an_output_that_pinned_samples_of_the_weights_goes_on(tmp_path: Path, ti
     identity.pin(fresh.folder, earlier)
     again = prepare(job)
     assert again.identity.job_hash == earlier.job_hash
-    _compare(again, again.pinned)
+    compare(again, again.pinned)
     other = load(tmp_path / "job.yaml", "generation.seed=3")
     with pytest.raises(ChangedError, match=r"generation\.seed: 0 -> 3"):
-        _compare(prepare(other), earlier)
+        compare(prepare(other), earlier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def test_weights_and_keys_are_as_large_as_planned(name: str) -> None:
         assert sum(p.numel() * p.itemsize for p in model.parameters()) == weights
         cache = PagedEngine(spec, model)._runner.cache
         assert cache.page_bytes == token * cache.page_size
+
+
+def test_a_model_without_linear_layers_is_not_offered_fp8(tmp_path: Path) -> None:
+    config = tiny_models.make_model("gpt2", tmp_path) / "config.json"
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+    planned = model_memory(str(tmp_path), tuple(os.listdir(tmp_path)), "auto")
+    assert planned is not None
+    assert planned.fp8_weights == planned.weights
 
 
 @pytest.mark.parametrize("kind", ["static_fp8", "static_fp8_channels"])

@@ -323,7 +323,6 @@ ExactlyOnce.TestCase.settings = settings(
     max_examples=200,
     phases=[Phase.generate],
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestExactlyOnce = ExactlyOnce.TestCase
@@ -347,7 +346,7 @@ ExactlyOnceOfSamples.TestCase.settings = settings(ExactlyOnce.TestCase.settings,
 TestExactlyOnceOfSamples = ExactlyOnceOfSamples.TestCase
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     rows=st.integers(1, 6),
     of=st.integers(2, 3),

@@ -85,7 +85,7 @@ def test_a_chunk_is_plain_parquet_and_reads_back() -> None:
     assert pq.read_table(pa.BufferReader(data)).equals(table)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_chunk_is_never_taken(data: st.DataObject) -> None:
     whole = chunk.encode(answers(0, [0, 2], "me"), ORIGIN, "me")
@@ -447,7 +447,7 @@ def test_a_part_of_another_job_under_our_key_is_refused(place: Folder) -> None:
         attempt(place, layout(1), 0, 3, "me").open()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32))
 def test_a_damaged_part_is_an_error_or_counts_the_same(seed: int) -> None:
     rng = random.Random(seed)

@@ -297,7 +297,6 @@ Retries.TestCase.settings = settings(
     max_examples=100,
     phases=[Phase.generate],
     stateful_step_count=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestRetries = Retries.TestCase

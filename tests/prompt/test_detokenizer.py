@@ -32,7 +32,7 @@ def test_spaces_stay_as_they_were_generated() -> None:
     assert Detokenizer(tokenizer, [], []).decode(ids_of("a . b , c n't")) == ["a . b , c n't"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text(max_size=20), max_size=6))
 def test_texts_survive_the_way_to_tokens_and_back(texts: list[str]) -> None:
     assert Detokenizer(TOKENIZER, [], [1]).decode(ids_of(*texts)) == texts

@@ -37,7 +37,7 @@ def of(source: str | list[str]) -> Templates:
     return Templates(PromptSettings(messages=messages), unguarded)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sources=st.lists(st.sampled_from(SOURCES), min_size=1, max_size=3),
     rows=st.lists(st.tuples(TEXTS, TEXTS), max_size=5),

@@ -124,7 +124,7 @@ def as_transformers(tokenizer: Any, row: list[Any]) -> list[int]:
     return tokenizer.apply_chat_template(row, return_dict=False, **how)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(conversations, min_size=1, max_size=5),
     st.sampled_from([CHATML, NO_SYSTEM, "{{ bos_token }}" + CHATML]),
@@ -139,7 +139,7 @@ def test_conversations_become_what_apply_chat_template_gives(rows: list[Any], te
             assert built.tolist() == as_transformers(tokenizer, row)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=5))
 def test_texts_become_what_the_tokenizer_gives(rows: list[str]) -> None:
     tokenizer = byte_tokenizer()
@@ -283,7 +283,7 @@ def test_a_conversation_whose_frame_alone_is_too_long_is_a_fault() -> None:
     assert codes(build(chats(talk), column="chat", context=80, truncate="left")) == ["PROMPT_TOO_LONG"]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(conversations.filter(asks), min_size=1, max_size=3),
     st.integers(10, 90),
@@ -423,3 +423,9 @@ def test_a_template_that_fails_for_most_of_the_first_rows_is_refused_with_exampl
     check_sample(builder, [batch.slice(0, 80)])
     check_sample(builder, [batch.slice(100)])
     check_sample(builder, [])
+
+
+def test_prompts_that_are_too_long_are_told_how_to_be_shorter() -> None:
+    batch = batch_of(t=["x" * 99] * 3 + ["x"])
+    with pytest.raises(InputError, match=r"3 of the first 4 .*set prompt\.truncate: right"):
+        check_sample(builder_of(batch, column="t", context=64, new=8), [batch])

@@ -158,7 +158,7 @@ def test_markers_come_from_the_tokenizer_or_its_template_or_the_job() -> None:
 texts = st.text(st.characters(codec="utf-8", exclude_characters="<>[]|"), max_size=20)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts, texts, st.booleans(), st.data())
 def test_every_cut_of_an_answer_is_taken_apart_as_the_whole_one(
     thought: str, answer: str, is_begun: bool, data: st.DataObject

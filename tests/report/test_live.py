@@ -123,10 +123,14 @@ def test_no_line_moves_while_a_run_goes_on(view, width):
     assert heights[2] == heights[-1] == heights[0] + 1, "a line more once for the second worker, and for good"
 
 
+def test_the_last_line_has_room_for_the_echo_of_ctrl_c(view):
+    assert {shown(view, now, 80)[-1].rstrip() for now in COURSE} == {""}
+
+
 def test_many_workers_take_few_lines(view):
     lines = shown(view, at(1, 100, *["generating"] * 90, *["loading"] * 10), 100)
     assert len(lines) < 20
-    assert "and 92 more: 82 generating, 10 loading" in lines[-1]
+    assert "and 92 more: 82 generating, 10 loading" in lines[-2]
 
 
 def result(**more) -> RunResult:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from batchrun.structured.decimals import INT64, Bound, decimal, integers, numbers
 
 
-@settings(deadline=None)
 @given(st.integers(*INT64))
 def test_every_int64_can_be_written(value: int) -> None:
     assert integers(*INT64).matches(str(value).encode())
@@ -22,14 +21,12 @@ def test_what_int64_does_not_hold_cannot_be_written() -> None:
         assert not integers(*INT64).matches(text.encode()), text
 
 
-@settings(deadline=None)
 @given(st.integers(-1200, 1200), st.integers(0, 5000), st.integers(1, 12), st.integers(-10000, 10000))
 def test_integers_keep_their_bounds_and_multiples(low: int, size: int, multiple: int, value: int) -> None:
     allowed = low <= value <= low + size and value % multiple == 0
     assert integers(low, low + size, multiple).matches(str(value).encode()) == allowed
 
 
-@settings(deadline=None)
 @given(st.floats(-1e307, 1e307, allow_subnormal=False))
 def test_every_float_can_be_written(value: float) -> None:
     assert numbers(None, None).matches(json.dumps(value).encode())
@@ -43,7 +40,7 @@ def test_no_number_is_beyond_a_float() -> None:
 BOUNDS = st.decimals(-100, 100, places=2).map(float)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(BOUNDS, st.sampled_from([0.0, 0.01, 0.5, 7.0]), st.booleans(), st.booleans(), st.floats(-100, 100))
 def test_numbers_keep_their_bounds(low: float, size: float, closed: bool, near: bool, value: float) -> None:
     high = low + size

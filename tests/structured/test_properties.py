@@ -41,7 +41,7 @@ def made(r: random.Random, whole: bool = False) -> tuple[AnswerFormat, jsonschem
     return wanted, jsonschema.Draft202012Validator(schema, format_checker=checker), schema
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS)
 def test_every_answer_that_ends_is_valid_and_fits_its_column(seed: int) -> None:
     r = random.Random(seed)
@@ -57,7 +57,7 @@ def test_every_answer_that_ends_is_valid_and_fits_its_column(seed: int) -> None:
     assert wanted.values(wanted.texts(column)).equals(column)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS)
 def test_every_answer_of_a_recursive_schema_is_valid_and_fits_its_column(seed: int) -> None:
     r = random.Random(seed)
@@ -85,7 +85,7 @@ def test_every_answer_of_a_recursive_schema_is_valid_and_fits_its_column(seed: i
     assert wanted.values(wanted.texts(column)).equals(column)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS)
 def test_every_valid_document_can_be_written_with_any_tokens(seed: int) -> None:
     r = random.Random(seed)

@@ -18,7 +18,7 @@ PATTERNS = [
 TEXTS = st.text(alphabet='abcxfoor019 @.com-_éàü]{}$,ABZ\u0663"\\3', max_size=8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(PATTERNS), TEXTS)
 def test_a_pattern_matches_what_python_finds(expression: str, text: str) -> None:
     plain = pattern(expression, search=True).matches(text.encode())

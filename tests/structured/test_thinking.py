@@ -54,7 +54,7 @@ def is_answer(wanted: AnswerFormat, tokens: list[int], spaced: bool) -> bool:
 
 @pytest.mark.parametrize("markers", MARKERS)
 @pytest.mark.parametrize("regex", ["(ab|b)a?", "[ab ]{0,3}", "a+"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_the_form_holds_behind_the_closing_marker_and_nowhere_before(markers, regex, data) -> None:
     wanted = answer_format(regex=regex)

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distributed import Client
+from warm import WarmModule
 
 from jobs import environment
 
 DASK = [sys.executable, "-m", "dask"]
+Process = subprocess.Popen[bytes] | WarmModule
 
 
 class Fleet:
@@ -27,7 +29,7 @@ class Fleet:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.address = ""
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
 
     def scheduler(self) -> str:
         file = self.folder / "scheduler.json"
@@ -37,7 +39,7 @@ class Fleet:
         self.address = json.loads(file.read_text())["address"]
         return self.address
 
-    def worker(self, host: str = "127.0.0.1", *words: str, **env: str) -> subprocess.Popen[bytes]:
+    def worker(self, host: str = "127.0.0.1", *words: str, **env: str) -> Process:
         own = ["--host", host, "--no-dashboard", "--death-timeout", "60", *words]
         if "--nthreads" not in words:
             own += ["--nthreads", "2"]
@@ -57,17 +59,17 @@ class Fleet:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def start(self, name: str, words: list[str], **env: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, words: list[str], **env: str) -> Process:
         """Any command in a process group of its own; what it prints goes to a file."""
         log = open(self.folder / f"{name}-{len(self.processes)}.log", "wb")  # noqa: SIM115
-        process = subprocess.Popen(
-            words,
-            env=environment(**{"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False", **env}),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=self.folder,
-            start_new_session=True,
-        )
+        own = environment(**{"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False", **env})
+        process: Process
+        if words[: len(DASK)] == DASK:
+            process = WarmModule(["dask", *words[len(DASK) :]], own, log, log, self.folder, session=True)
+        else:
+            process = subprocess.Popen(
+                words, env=own, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+            )
         self.processes.append(process)
         return process
 

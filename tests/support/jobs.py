@@ -16,6 +16,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from warm import WarmCommand
 
 from batchrun.job.job import Job
 
@@ -69,8 +70,18 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def start(*words: str, **env: str) -> subprocess.Popen[str]:
-    """`batchrun WORDS` in a process group of its own, as from a shell."""
+def start(*words: str, **env: str) -> WarmCommand:
+    """`batchrun WORDS` in a session of its own, in a process that need not import anything, see `warm`."""
+    return WarmCommand(words, environment(**env))
+
+
+def start_driver(*words: str, **env: str) -> WarmCommand:
+    """As `start`, but its workers and engines are programs below it, and are found by their words."""
+    return WarmCommand(words, environment(**env), forks=False)
+
+
+def start_program(*words: str, **env: str) -> subprocess.Popen[str]:
+    """`batchrun WORDS` in a session of its own, as from a shell."""
     return subprocess.Popen(
         [sys.executable, "-m", "batchrun", *words],
         env=environment(**env),
@@ -99,7 +110,7 @@ def engines_of(run: str) -> list[int]:
 
 
 def wait_until(
-    condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 90.0
+    condition: Callable[[], object], process: subprocess.Popen[str] | WarmCommand, seconds: float = 90.0
 ) -> None:
     """Until something is true while `process` runs; an error with what it said when it ends before."""
     deadline = time.monotonic() + seconds

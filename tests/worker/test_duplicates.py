@@ -246,7 +246,7 @@ def test_what_a_worker_remembers_is_bounded_and_the_oldest_goes_first() -> None:
     assert known._bytes <= 10 * duplicates.ANSWER_BYTES
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**9))
 def test_under_any_schedule_each_row_gets_the_answer_of_its_prompt_once(seed: int) -> None:
     """Partitions take turns; some let go of what they claimed, as if they were stopped, and their rows come again."""

@@ -128,7 +128,7 @@ def run(prompts: list[int], engine: Engine, samples: int = 1, known: KnownAnswer
     return SimpleNamespace(attempt=one, counters=counters, given=given, missing=one.missing.tolist())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     prompts=st.lists(st.integers(1, 9), min_size=1, max_size=40),
     asks=st.dictionaries(st.integers(0, 12), st.sampled_from([0.1, 0.5, 0.9, 1.0]), max_size=4),

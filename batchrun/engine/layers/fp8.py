@@ -14,9 +14,6 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 """448, the largest number of the format; beyond it a conversion gives NaN."""
 
-MULTIPLE = 16
-"""Features of a layer, in and out, that fp8 products take are a multiple of it."""
-
 MIN_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with fp8 matrix units (Ada; Hopper is 9.0)."""
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from batchrun.engine.layers.experts import expert_layers, experts, find_gate
-from batchrun.engine.layers.fp8 import MULTIPLE, quantize_rows
+from batchrun.engine.layers.fp8 import quantize_rows
+from batchrun.engine.layers.fp8_weights import MULTIPLE
 
 PARAMETERS = ("gate_up_proj", "down_proj")
 """Those of a layer's experts that become fp8, by transformers' names; each gets scales, such as `down_proj_scale`."""

@@ -32,7 +32,7 @@ from batchrun.engine.tokens.answer_mask import AnswerMask
 from batchrun.engine.tokens.scoring import score_completion
 from batchrun.engine.tokens.stopping import StopStrings
 from batchrun.engine.tokens.token_values import first, join
-from batchrun.engine.weights.loading import load_model
+from batchrun.engine.weights.loading import load_model, random_model
 from batchrun.errors import FaultCode, ModelError, RowFault
 
 PAGE_SIZE = 256
@@ -89,8 +89,8 @@ class PagedEngine:
 
     @classmethod
     def load(cls, spec: EngineSpec, config: Any = None) -> Self:
-        """Loads the weights onto `spec.device`, finds out how much memory is left, and takes it for the pool. Over
-        several GPUs they can be random ones, of a model of the `config`.
+        """Loads the weights onto `spec.device`, finds out how much memory is left, and takes it for the pool. With the
+        `config` of a model they are random ones, and no folder is read.
 
         Raises:
             ModelError: the model cannot be loaded, or not by this engine: `unsupported` says why.
@@ -100,7 +100,10 @@ class PagedEngine:
             # Before the model, so that all ranks load at the same time.
             ranks = Ranks(spec, PAGE_SIZE, config) if spec.gpus > 1 else None
             with ranks.waiting("loading") if ranks else nullcontext():
-                model = load_share(spec, ranks.group, config) if ranks else load_model(spec)
+                if ranks:
+                    model = load_share(spec, ranks.group, config)
+                else:
+                    model = load_model(spec) if config is None else random_model(spec, config)
                 engine = cls(spec, model, ranks=ranks)
         except Unsupported as reason:
             raise ModelError(
@@ -157,8 +160,7 @@ class PagedEngine:
                     return
         finally:
             for work_in_flight in pending:
-                work_in_flight.read()
-                self.stats.busy_seconds += work_in_flight.seconds
+                self._wait_for(work_in_flight)
             scheduler.abort_all()
             self._count()
 
@@ -183,9 +185,7 @@ class PagedEngine:
         """Reads results back, the oldest first, until so many are left; yields the sequences that have ended."""
         while len(pending) > leaving:
             results = pending.popleft()
-            with self._ranks.waiting("a batch") if self._ranks else nullcontext():
-                columns = results.read()
-            self.stats.busy_seconds += results.seconds
+            columns = self._wait_for(results)
             running: list[tuple[Sequence, list[int]]] = []
             has_stop_strings = bool(self._stop_strings)
             ended: dict[Sequence, str] = {}
@@ -219,6 +219,13 @@ class PagedEngine:
                     self._scheduler.finish(sequence)
                     self.stats.completions += 1
                     yield score_completion(sequence.request, sequence.scores)
+
+    def _wait_for(self, results: Pending) -> list[list[int]]:
+        """See `Pending.read`."""
+        with self._ranks.waiting("a batch") if self._ranks else nullcontext():
+            columns = results.read()
+        self.stats.busy_seconds += results.seconds
+        return columns
 
     def _launch(self, launch: Callable[[Work], Pending], work: Work) -> Pending | None:
         """What was launched, or None when it did not fit the device."""

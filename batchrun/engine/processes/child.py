@@ -294,7 +294,7 @@ class Child:
             said = f": {error}"
         else:
             said = f", its last output: {line}" if (line := last_line(self._lines)) else ""
-        fix = "if the kernel ran out of memory, smaller batches help" if status == -signal.SIGKILL else ""
+        fix = "if the kernel killed it for memory, smaller batches help" if status == -signal.SIGKILL else ""
         return kind(f"engine process ended with {how}{when}{said}", fix=fix)
 
     @property

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from batchrun.engine.layers.fp8 import FP8, Fp8Linear, quantize_rows
 from batchrun.engine.layers.fp8_experts import PARAMETERS, Fp8Experts
+from batchrun.engine.layers.fp8_weights import NO_LAYERS
 from batchrun.engine.weights.fp8_checkpoint import Fp8Checkpoint, prepare
 from batchrun.engine.weights.fp8_model import quantize, with_fp8_layers
 from batchrun.engine.weights.lora import Merge
@@ -50,8 +51,7 @@ class Fp8Quantizer(HfQuantizer):
         elif checkpoint is not None:
             prepare(model, checkpoint)
         elif not with_fp8_layers(model):
-            what = "the model has no linear layers that could be converted to fp8"
-            raise ModelError(what, "model.quantization", "leave the key out")
+            raise ModelError(NO_LAYERS, "model.quantization", "leave the key out")
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:

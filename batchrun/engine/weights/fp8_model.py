@@ -6,11 +6,9 @@ from typing import cast
 
 from torch import nn
 
-from batchrun.engine.layers.fp8 import MULTIPLE, Fp8Linear
+from batchrun.engine.layers.fp8 import Fp8Linear
 from batchrun.engine.layers.fp8_experts import Fp8Experts, with_fp8_experts
-
-ROUTERS = ("gate", "router")
-"""Names that models give to the layer that chooses a token's experts."""
+from batchrun.engine.layers.fp8_weights import MULTIPLE, ROUTERS
 
 
 def with_fp8_layers(model: nn.Module) -> list[Fp8Linear | Fp8Experts]:
@@ -30,7 +28,9 @@ def with_fp8_layers(model: nn.Module) -> list[Fp8Linear | Fp8Experts]:
     return layers
 
 
-def quantize(model: nn.Module) -> None:
-    """Converts a model in place, layer by layer; none is there twice for longer than it takes."""
-    for layer in with_fp8_layers(model):
+def quantize(model: nn.Module) -> int:
+    """Converts a model in place, layer by layer; none is there twice for longer than it takes. Returns how many."""
+    layers = with_fp8_layers(model)
+    for layer in layers:
         layer.quantize()
+    return len(layers)

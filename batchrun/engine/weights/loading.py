@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
+from batchrun.engine.layers.fp8_weights import NO_LAYERS, ONLY_CAUSAL
 from batchrun.engine.protocol import EngineSpec
 from batchrun.engine.weights.fp8_blocks import expanding
 from batchrun.engine.weights.lora import Merge
@@ -114,15 +116,16 @@ def load_model(
 
 
 def random_model(spec: EngineSpec, config: Any) -> Any:
-    """A model of the `config` on `spec.device`, ready for inference, with weights that are the same each time."""
+    """A model of the `config` on `spec.device`, ready for inference, with weights that are the same each time. Raises
+    ModelError where they are to be in fp8, and it has none that can be."""
     from batchrun.engine.weights.fp8_model import quantize
 
     torch.manual_seed(0)
     auto, dtype = transformers.AutoModelForCausalLM, getattr(torch, spec.dtype)
     with torch.device(spec.device):
-        model = auto.from_config(config, dtype=dtype).eval()
-    if spec.quantization:
-        quantize(model)
+        model = auto.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    if spec.quantization and not quantize(model):
+        raise ModelError(NO_LAYERS, spec.model_path, "measure it without fp8")
     return model
 
 
@@ -165,7 +168,7 @@ def _fp8_config(spec: EngineSpec, config: Any, merge: Merge | None, part: Part |
     if stays_fp8 and (reason := unsupported_device(torch.device(spec.device))):
         raise ModelError(f"fp8 cannot run here, since {reason}", where, fix)
     if config.is_encoder_decoder:
-        raise ModelError("only causal language models are converted to fp8", where, fix)
+        raise ModelError(ONLY_CAUSAL, where, fix)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the checkpoint is quantized already, in another way", where, fix)
     return Fp8Config(checkpoint, spec.quantization is not None, merge, part)

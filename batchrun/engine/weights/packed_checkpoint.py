@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from batchrun.engine.layers.fp8 import MULTIPLE, Fp8Linear
-from batchrun.engine.weights.fp8_model import ROUTERS
+from batchrun.engine.layers.fp8 import Fp8Linear
+from batchrun.engine.layers.fp8_weights import MULTIPLE, ROUTERS
 from batchrun.engine.weights.lora import Merge
 from batchrun.engine.weights.packed_format import PackedFormat, packed_format
 from batchrun.engine.weights.part import Part

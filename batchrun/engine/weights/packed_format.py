@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from batchrun.engine.layers.fp8_weights import becomes_fp8, fp8_bytes
+
 FIX = (
     "use the model's bfloat16 checkpoint, or one in AWQ, GPTQ, compressed-tensors, MXFP4 or block-scaled fp8"
 )
@@ -24,11 +26,6 @@ _PARTS = {
 }
 # MXFP4 has no layers but experts' tensors, each in two: `down_proj_blocks` and `down_proj_scales`.
 _BLOCKS, _SCALES = "_blocks", "_scales"
-# What keeps its format where a model is converted to fp8, by how models name it: embeddings, the layer that gives the
-# logits, and routers.
-_KEPT = ("embed", "wte", "wpe", "lm_head", "output_layer", ".gate.", ".router.")
-# Of a weight's sizes, as fp8 products take them.
-_FP8_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,15 +217,18 @@ def expanded_bytes(
     )
 
 
-def becomes_fp8(name: str, shape: Sequence[int]) -> bool:
-    """Whether `model.quantization: fp8` converts a weight, as far as its name and shape tell."""
-    kept = any(word in name for word in _KEPT)
-    return len(shape) == 2 and not kept and all(length % _FP8_MULTIPLE == 0 for length in shape)
-
-
-def fp8_bytes(shape: Sequence[int]) -> int:
-    """Of a weight in fp8: a number a byte, and a float32 scale a row."""
-    return math.prod(shape) + 4 * shape[0]
+def quantized_experts(settings: Any, names: Iterable[str]) -> str | None:
+    """Which layers of experts a checkpoint has in a format that is read for linear layers alone, by its config's
+    `quantization_config` and its tensors' names; None where there are none."""
+    form = packed_format(settings)
+    if form is not None:
+        layers = sorted(form.parts(names)) if form.kind != "MXFP4" else []
+    elif isinstance(settings, Mapping) and runs_in_fp8(settings):
+        layers = sorted(name for name in names if name.endswith(".weight_scale"))
+    else:
+        layers = []
+    found = next((name.rpartition(".")[0] for name in layers if ".experts." in name), None)
+    return found and f"experts in {form.name if form else 'fp8 by channels'}, such as {found}"
 
 
 def channels_and_tokens(settings: Mapping[str, Any]) -> bool:

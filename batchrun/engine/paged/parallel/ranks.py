@@ -203,7 +203,9 @@ class _Rank:
         """Ends it and waits for that."""
         self._process.kill()
         self._process.wait(STOP_SECONDS)
-        self._connection.close()
+        # Not while something is being sent, which ends with the process.
+        with self._sending:
+            self._connection.close()
 
     def _pulse(self) -> None:
         # Apart from `_watch`, which must not wait for a process that reads nothing.
