@@ -15,6 +15,8 @@ for one key head ("multi-query") it passes too. The whole file takes 190 s.
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +37,7 @@ from batchrun.engine.paged.attention.flash import FlashAttention
 from batchrun.engine.paged.attention.gathered import GatheredPages
 from batchrun.engine.paged.attention.metadata import AttentionMetadata, PrefillTurn, SharedPrefixes
 from batchrun.engine.paged.attention.widened_pages import WidenedPages
+from batchrun.engine.paged.device.progress import Progress
 from batchrun.engine.paged.schedule.batches import DecodeBatch
 from batchrun.engine.protocol import EngineSpec, Request, Sampling
 from batchrun.engine.weights import fp8_model
@@ -374,3 +377,30 @@ def test_attention_of_longer_prompts_is_that_of_float32_whatever_lies_between_th
                 out[begin : begin + n].float(), expected.transpose(0, 1), atol=1e-2, rtol=2e-2
             )
         begin += n
+
+
+def test_how_far_the_device_has_come_is_seen_while_it_computes_and_without_waiting_for_it() -> None:
+    progress, layer = Progress(torch.device(DEVICE, 0)), torch.nn.Linear(8, 8, device=DEVICE)
+    progress.has_read()
+    progress.mark_layers([layer])
+    numbers, looks = torch.ones(2, 8, device=DEVICE), []
+
+    def look() -> None:
+        for _ in range(80):
+            began = time.monotonic()
+            looks.append((progress.look(), time.monotonic() - began))
+            time.sleep(0.05)
+
+    layer(numbers)
+    torch.cuda.synchronize()
+    # About two seconds, with a layer behind them.
+    torch.cuda._sleep(4_000_000_000)
+    layer(numbers)
+    looking = threading.Thread(target=look)
+    looking.start()
+    # This thread stands still, as one that waits for the device does.
+    looking.join()
+    counts, seconds = [count for count, _ in looks], [taken for _, taken in looks]
+    assert counts[4] == counts[16]
+    assert counts[-1] == counts[4] + 1
+    assert max(seconds) < 0.5
