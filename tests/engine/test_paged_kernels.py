@@ -382,7 +382,6 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_count",
         "_scan",
         "_place",
-        "_weigh",
         "_quantize",
         "_grouped_product",
         "_persistent_product",

@@ -85,10 +85,10 @@ def main() -> None:
                 own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": not window}
                 report(gpu, name, decode_attention._decode, {**constants, **own, **PLAIN}, 4)
                 if gpu >= FIRST_WITH_FP8:
-                    choices = decode_attention.FP8_BLOCKS
+                    warps = decode_attention.decode_warps(block_d, fp8=True)
+                    choices = decode_attention.FP8_BLOCKS if split else decode_attention.MANY_FP8_BLOCKS
                     block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, block_d, memory)
                     own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages}
-                    warps = decode_attention.decode_warps(block_d, fp8=True)
                     report(gpu, name, decode_attention._decode, {**constants, **own}, warps, FP8)
             if not window and block_m * block_d <= decode_attention.MAX_REST_NUMBERS:
                 ((block_n, num_stages),) = decode_attention.REST_BLOCKS
@@ -161,7 +161,6 @@ def report_experts(gpu: int, memory: int) -> None:
     report(gpu, "any", expert_groups._count, {"EXPERTS": 128, "CHUNK": 128}, 4)
     report(gpu, "any", expert_groups._scan, {"BLOCK": 256}, 1)
     report(gpu, "any", expert_groups._place, {"EXPERTS": 128, "CHUNK": 128, "BLOCK_M": 64}, 4)
-    report(gpu, "any", experts_kernels._weigh, {"BLOCK": 1024}, 4)
     for rows, transposed, fp8 in product((8, 32, 1000), (False, True), (False, True)):
         if fp8 and (transposed or gpu < 89):
             continue

@@ -302,35 +302,3 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     out, scale = torch.empty_like(x, dtype=FP8), torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     _quantize[(rows,)](x, out, scale, width, MOST=FP8_MAX, BLOCK=triton.next_power_of_2(width), num_warps=4)
     return out, scale
-
-
-@triton.jit(do_not_specialize=["num_experts"])
-def _weigh(parts, expert_ids, weights, out, per_token, num_experts, width, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < width
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for number in range(0, per_token):
-        pair = token * per_token + number
-        expert = tl.load(expert_ids + pair)
-        if (expert >= 0) & (expert < num_experts):
-            part = tl.load(parts + pair * width + column, mask=mask, other=0.0).to(tl.float32)
-            acc += tl.load(weights + pair).to(tl.float32) * part
-    tl.store(out + token * width + column, acc.to(out.dtype.element_ty), mask=mask)
-
-
-def weigh(parts: Tensor, expert_ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """(tokens, width): the sum of a token's parts times their weights, in float32, always in the same order.
-
-    Args:
-        parts: (tokens * experts per token, width), contiguous; those of experts that are not here are not read.
-        expert_ids, weights: (tokens, experts per token), contiguous.
-    """
-    tokens, per_token = expert_ids.shape
-    width = parts.shape[1]
-    out = torch.empty((tokens, width), dtype=parts.dtype, device=parts.device)
-    block = min(1024, triton.next_power_of_2(width))
-    _weigh[(tokens, triton.cdiv(width, block))](
-        parts, expert_ids, weights, out, per_token, experts, width, BLOCK=block, num_warps=4
-    )
-    return out
