@@ -175,10 +175,8 @@ def finished(prepared: Prepared) -> Manifest | None:
         state.scan(folder, prepared.layout).refuse_foreign(folder)
         return None
     compare(prepared, prepared.pinned)
-    written = manifest.read(folder)
-    if written is None or written.failed_folder != prepared.job.output.failed:
-        return None
-    return written if written.describes(state.scan(folder, prepared.layout)) else None
+    written = manifest.current(folder, lambda: state.scan(folder, prepared.layout))
+    return written if written is not None and written.failed_folder == prepared.job.output.failed else None
 
 
 def compare(prepared: Prepared, pinned: Identity) -> None:

@@ -24,7 +24,7 @@ from batchrun.driver.workers import Workers
 from batchrun.engine.processes.standby import Standby
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
-from batchrun.output import identity, lease, manifest, plans, state
+from batchrun.output import identity, lease, manifest, plans
 from batchrun.output.identity import Identity
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
@@ -143,8 +143,7 @@ def finish(
             done = _conclude(prepared.job, output, dispatch)
         except KeyboardInterrupt:
             # The manifest may have been in its place already.
-            written = manifest.read(prepared.folder)
-            if written is not None and written.describes(state.scan(prepared.folder, prepared.layout)):
+            if (written := manifest.current(prepared.folder, output.scan)) is not None:
                 _decide(prepared, written)
             raise
         _decide(prepared, done)
