@@ -27,7 +27,6 @@ from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
 from batchrun.model.adapter import check_adapter
 from batchrun.model.files import read_json
-from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.telemetry import agreement
 from batchrun.telemetry.gpu import local_workers, visible_gpus
@@ -245,11 +244,8 @@ def _comparison_lines(found: dict[str, Any]) -> list[RenderableType]:
 
 def _left(prepared: Prepared) -> list[Partition]:
     """The partitions that have no part yet."""
-    plan = prepared.plan
-    if prepared.pinned is None:
-        return plan.partitions
-    committed = state.scan(prepared.folder, prepared.layout).committed
-    return [partition for partition in plan.partitions if not committed[partition.index]]
+    committed = prepared.found.committed
+    return [partition for partition in prepared.plan.partitions if not committed[partition.index]]
 
 
 def _estimate(known: Throughput, sampled: Sample, left: list[Partition], job: Job, workers: int) -> Estimate:
