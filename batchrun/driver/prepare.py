@@ -168,12 +168,13 @@ def try_prompt(prepared: Prepared) -> None:
         check_sample(builder, all_rows(prepared.job, plan, builder.columns))
 
 
+@first_contact()
 def finished(prepared: Prepared) -> Manifest | None:
     """The manifest of an output that is complete already, for which nothing is to be written, not even a lease.
 
     Raises:
         ChangedError: the output was made from other inputs or another job.
-        OutputError: it has other files, and no run of a job was ever started there.
+        OutputError: it has other files, and no run of a job was ever started there; or it is a file.
     """
     folder = prepared.folder
     if prepared.pinned is None:

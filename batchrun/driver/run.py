@@ -31,7 +31,6 @@ from batchrun.output.manifest import Manifest
 from batchrun.output.output import Output
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder
-from batchrun.storage.folder import first_contact
 from batchrun.telemetry import record
 from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, ProgressCallback, silent
@@ -90,9 +89,7 @@ def _run(
     standby: Sequence[Standby],
 ) -> RunResult:
     prepared = look(job)
-    with first_contact():
-        done = finished(prepared)
-    if done is not None:
+    if (done := finished(prepared)) is not None:
         return result(prepared, done, milestones)
     prepared = settle(prepared)
     with Workers(prepared, client, milestones, standby) as workers:

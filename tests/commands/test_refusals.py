@@ -92,6 +92,13 @@ def test_a_plan_into_an_output_that_a_run_would_not_touch_is_refused_like_the_ru
     refused("plan", job, "--set", "output.path=notes", where="data/mine.txt", fix="an empty folder")
 
 
+def test_a_file_in_the_outputs_place_is_refused(tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama, output={"path": "answers"})
+    (tmp_path / "answers").write_text("mine")
+    for command in ("plan", "run"):
+        refused(command, job, where=f"{tmp_path}/answers: there is a file", fix="another output.path")
+
+
 def test_a_role_that_the_chat_template_leaves_out_is_refused(tmp_path, tiny_llama):
     prompt = {
         "template": None,
