@@ -71,6 +71,7 @@ def preview(
     started = time.monotonic()
     prepared = prepare(job)
     finished(prepared)
+    prepared.found.refuse_foreign(prepared.folder)
     if compare is not None and job.engine.cache_dtype == "auto" and _is_in_fp8(prepared):
         what = "the checkpoint's weights are in fp8, so that both ways would be the same"
         raise JobError(what, "plan --compare", "leave out --compare, or compare engine.cache_dtype: fp8")
