@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+from batchrun.errors import StorageError
 from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
 
@@ -44,6 +45,22 @@ class _Json(logging.Formatter):
         return json.dumps(values)
 
 
+class _ToldOnce(logging.Filter):
+    """Why a store cannot be written to is told once, whatever else is not written for the same cause."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        cause = next((value.what for value in record.args or () if isinstance(value, StorageError)), None)
+        if cause in self._told:
+            return False
+        if cause is not None:
+            self._told.add(cause)
+        return True
+
+
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), newlines=True)
@@ -54,6 +71,8 @@ def configure(log_format: str, redact: Redactor) -> None:
     handler = _StandardError()
     plain = _Text("%(levelname)s %(name)s: %(message)s")
     handler.setFormatter(_Json() if log_format == "json" else plain)
+    handler.addFilter(_ToldOnce())
+    # The last one: it leaves no arguments.
     handler.addFilter(redact.filter_record)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     if log_format == "json":
