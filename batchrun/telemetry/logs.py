@@ -63,13 +63,16 @@ class _ToldOnce(logging.Filter):
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        # Of another library's warning one has to be told whose it is.
+        name = "" if record.name.partition(".")[0] == log.name else f" {record.name}"
+        record.source = f"{record.levelname.lower()}{name}"
         return printable(super().format(record), newlines=True)
 
 
 def configure(log_format: str, redact: Redactor) -> None:
     """Sends warnings of all libraries to standard error, through `redact`; replaces what was configured before."""
     handler = _StandardError()
-    plain = _Text("%(levelname)s %(name)s: %(message)s")
+    plain = _Text("%(source)s: %(message)s")
     handler.setFormatter(_Json() if log_format == "json" else plain)
     handler.addFilter(_ToldOnce())
     # The last one: it leaves no arguments.

@@ -192,14 +192,15 @@ def logged() -> Iterator[Callable[..., None]]:
     logging.getLogger("batchrun").setLevel(logging.NOTSET)
 
 
-def test_why_a_store_cannot_be_written_to_is_told_once(capsys, logged):
+def test_why_a_store_cannot_be_written_to_is_told_once_in_one_line(capsys, logged):
     logged("text", Redactor())
     for what, key in [("no space left", "a"), ("no space left", "b"), ("access denied", "a")]:
         logging.getLogger("batchrun").warning("%s is lost: %s", key, StorageError(what, f"/out/{key}"))
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[2] for line in lines] == [
-        "a is lost: /out/a: no space left",
-        "a is lost: /out/a: access denied",
+    logging.getLogger("some.library").warning("old")
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: a is lost: /out/a: no space left",
+        "warning: a is lost: /out/a: access denied",
+        "warning some.library: old",
     ]
 
 
