@@ -319,13 +319,13 @@ def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
     new = f" with {found['max_new_tokens']:,} new tokens" if found["max_new_tokens"] else ""
     if tokens:
         repeated = tokens["duplicates"]
-        same = f"; {counted(repeated, 'sampled prompt')} the same as another" if repeated else ""
+        same = f"; duplicates among the sampled prompts: {repeated:,}" if repeated else ""
         shown += [
             f"prompt tokens of {sampled:,} sampled rows: half have at most {tokens['p50']:,}, 90% {tokens['p90']:,}, "
             f"99% {tokens['p99']:,}, all {tokens['max']:,}; context {found['context']:,}{new}",
             _bars(tokens["histogram"]),
             f"about {tokens['estimated_total']:,} prompt tokens in all; {tokens['shared_prefix']:.0%} of them repeat "
-            f"how another prompt begins{same}",
+            f"the beginning of another prompt{same}",
         ]
     shown += found["orders"]["lines"] if found["orders"] else []
     long = problems["too_long"]
