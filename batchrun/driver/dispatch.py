@@ -291,8 +291,7 @@ class Dispatch:
         beats = heartbeats.read(workers, self.order.run, totals.counts, self.partitions.rows(in_flight))
         totals.see(beats)
         self.tail.see(time.monotonic(), beats, {future.key for future in self.in_flight})
-        # Of partitions that other attempts are still at.
-        staged = sum(self.partitions.staged.get(index, 0) for index in in_flight)
+        staged = sum(self.partitions.staged.values())
         now = Progress(
             seconds=totals.seconds,
             partitions=self.layout.partitions,
