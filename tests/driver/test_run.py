@@ -271,13 +271,13 @@ def test_a_changed_job_refuses_to_write_and_shows_the_difference(finished, chang
 
 def test_changed_inputs_refuse_to_write_and_show_the_difference(finished):
     before = everything_under(finished / "out")
-    data = (finished / "in.parquet").read_bytes()
+    kept = (finished / "in.parquet").rename(finished / "kept")
     pq.write_table(dataset(ROWS + 1), finished / "in.parquet")
     try:
         with pytest.raises(ChangedError) as caught:
             library.run(load(finished / "job.yaml"))
     finally:
-        (finished / "in.parquet").write_bytes(data)
+        kept.rename(finished / "in.parquet")
     assert "in.parquet" in str(caught.value)
     assert everything_under(finished / "out") == before
 
