@@ -78,7 +78,7 @@ def job_text(dataset: str, schema: pa.Schema, head: pa.Table, out: Path, model: 
 # yaml-language-server: $schema=job.schema.json
 # Written by `batchrun init`. What it found:
 {columns}
-# Look at what becomes of it with `batchrun plan {out.name}` (--trial 60s tells how long it takes), then
+# See what it would do with `batchrun plan {out.name}` (--trial 60s tells how long it takes), then start it with
 # `batchrun run {out.name}`. Paths are taken from this file's folder; ${{NAME}} comes from the environment.
 
 input:
@@ -94,7 +94,7 @@ model:
   name: {_text(_relative(model, out) if os.path.isdir(model) else model)}    # a hub id, or a folder or its URL
 
 generation:
-  max_new_tokens: 256               # the longest answer; what a row's room is counted with
+  max_new_tokens: 256               # the longest answer, in tokens; more of them leave less room for a prompt
   temperature: 0                    # greedy: the same answers in every run
   # stop: ["\\n\\n"]
 
@@ -102,10 +102,10 @@ output:
   path: {_text(_output(dataset))}    # a folder or URL; data/ in it holds the answers, _job/ the rest
 {rename}
 # cluster:
-#   price_per_gpu_hour: 2.50        # then `batchrun plan` tells what it costs, and limits.max_cost holds
+#   price_per_gpu_hour: 2.50        # then `batchrun plan` tells what it costs, and limits.max_cost can stop it
 # limits:
-#   max_cost: 20                    # stop, resumable, once it has cost this much
-#   deadline: 6h                    # or at a time
+#   max_cost: 20                    # stop once it has cost this much; the same command goes on
+#   deadline: 6h                    # or a time, 2026-01-31T06:00
 """
 
 

@@ -83,7 +83,7 @@ def lines(memory: dict[str, Any] | None) -> list[str]:
     if memory["convertible"]:
         shown.append(
             f"{other}: weights {size(memory[theirs])}, {memory[other_rows]:,} rows"
-            + ("" if fp8 else "; products take about half as long, answers differ a little")
+            + ("" if fp8 else "; matrix products take about half as long, answers differ a little")
         )
     if (other_cache_rows := memory["other_cache_rows"]) is not None:
         shown.append(

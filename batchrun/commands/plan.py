@@ -27,7 +27,6 @@ from batchrun.estimate.sample import ROWS, Sample, interval, sample
 from batchrun.job.job import Job
 from batchrun.model.adapter import check_adapter
 from batchrun.model.files import read_json
-from batchrun.output import state
 from batchrun.output.part import part_schema
 from batchrun.telemetry import agreement
 from batchrun.telemetry.gpu import local_workers, visible_gpus
@@ -72,6 +71,7 @@ def preview(
     started = time.monotonic()
     prepared = prepare(job)
     finished(prepared)
+    prepared.found.refuse_foreign(prepared.folder)
     if compare is not None and job.engine.cache_dtype == "auto" and _is_in_fp8(prepared):
         what = "the checkpoint's weights are in fp8, so that both ways would be the same"
         raise JobError(what, "plan --compare", "leave out --compare, or compare engine.cache_dtype: fp8")
@@ -245,11 +245,8 @@ def _comparison_lines(found: dict[str, Any]) -> list[RenderableType]:
 
 def _left(prepared: Prepared) -> list[Partition]:
     """The partitions that have no part yet."""
-    plan = prepared.plan
-    if prepared.pinned is None:
-        return plan.partitions
-    committed = state.scan(prepared.folder, prepared.layout).committed
-    return [partition for partition in plan.partitions if not committed[partition.index]]
+    committed = prepared.found.committed
+    return [partition for partition in prepared.plan.partitions if not committed[partition.index]]
 
 
 def _estimate(known: Throughput, sampled: Sample, left: list[Partition], job: Job, workers: int) -> Estimate:
@@ -322,13 +319,13 @@ def _prompt_lines(found: dict[str, Any]) -> list[RenderableType]:
     new = f" with {found['max_new_tokens']:,} new tokens" if found["max_new_tokens"] else ""
     if tokens:
         repeated = tokens["duplicates"]
-        same = f"; {counted(repeated, 'sampled prompt')} the same as another" if repeated else ""
+        same = f"; duplicates among the sampled prompts: {repeated:,}" if repeated else ""
         shown += [
             f"prompt tokens of {sampled:,} sampled rows: half have at most {tokens['p50']:,}, 90% {tokens['p90']:,}, "
             f"99% {tokens['p99']:,}, all {tokens['max']:,}; context {found['context']:,}{new}",
             _bars(tokens["histogram"]),
             f"about {tokens['estimated_total']:,} prompt tokens in all; {tokens['shared_prefix']:.0%} of them repeat "
-            f"how another prompt begins{same}",
+            f"the beginning of another prompt{same}",
         ]
     shown += found["orders"]["lines"] if found["orders"] else []
     long = problems["too_long"]

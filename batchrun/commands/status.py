@@ -83,8 +83,8 @@ class Status:
             lines += [f"{counted(self.failed, what)} failed", *error_lines(self.errors, self.examples)]
         if self.begun:
             lines.append(
-                f"{counted(self.begun, 'more partition')} begun, {counted(self.rows_staged, 'row')} "
-                f"({size(self.staged_bytes)}) staged"
+                f"{counted(self.begun, 'more partition')} begun, {counted(self.rows_staged, 'row')} finished "
+                f"({size(self.staged_bytes)} staged)"
             )
         lines += [line for run in self.runs[-SHOWN_RUNS:] for line in _run_lines(run)]
         if not self.complete:

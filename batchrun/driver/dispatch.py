@@ -256,11 +256,11 @@ class Dispatch:
             self._requeue(members)
         elif is_shared:
             self.policy.note_engine(error)
-            log.warning("partition %d lost rows taken over, to %s; they go on", members[0], reason_of(error))
+            log.warning("partition %d lost rows taken over: %s; they go on", members[0], reason_of(error))
             self._requeue(members)
         elif len(members) > 1:
             log.warning(
-                "%d partitions lost their task to %s; each goes on by itself", len(members), reason_of(error)
+                "%d partitions lost their task: %s; each goes on by itself", len(members), reason_of(error)
             )
             self._again_alone(members)
         else:
@@ -291,8 +291,7 @@ class Dispatch:
         beats = heartbeats.read(workers, self.order.run, totals.counts, self.partitions.rows(in_flight))
         totals.see(beats)
         self.tail.see(time.monotonic(), beats, {future.key for future in self.in_flight})
-        # Of partitions that other attempts are still at.
-        staged = sum(self.partitions.staged.get(index, 0) for index in in_flight)
+        staged = sum(self.partitions.staged.values())
         now = Progress(
             seconds=totals.seconds,
             partitions=self.layout.partitions,

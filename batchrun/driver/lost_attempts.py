@@ -68,12 +68,10 @@ class LostAttemptPolicy:
         if staged > self._staged.get(partition, 0) and not (engine and engine.proved):
             self.progress(partition)
         elif _was_tried(engine) and self._search.lost(partition, reason, in_flight):
-            log.warning("partition %d is lost again, to %s; it is tried alone, at the end", partition, reason)
+            log.warning("partition %d is lost again: %s; it is tried alone, at the end", partition, reason)
             return False
         self._staged[partition] = staged
-        log.warning(
-            "partition %d is tried again from what is staged: its attempt was lost to %s", partition, reason
-        )
+        log.warning("partition %d is tried again from what is staged: %s", partition, reason)
         return True
 
     def able(self, workers: Iterable[str]) -> list[str]:
@@ -159,7 +157,10 @@ class LostAttemptPolicy:
             self._search.unloaded(isolated.worker, workers, one_line(error))
             return
         log.warning(
-            "partition %d, %d rows alone: lost to %s", isolated.partition, len(isolated.rows), one_line(error)
+            "partition %d, %d rows alone, is lost: %s",
+            isolated.partition,
+            len(isolated.rows),
+            one_line(error),
         )
         self._search.lost_alone(isolated.partition, isolated.rows, one_line(error))
 
@@ -171,5 +172,5 @@ def _was_tried(engine: EngineError | None) -> bool:
 
 
 def reason_of(error: BaseException | None) -> str:
-    """What an attempt was lost to; None stands for its worker."""
-    return "a lost worker" if error is None else one_line(error)
+    """Why an attempt was lost; None stands for its worker."""
+    return "its worker was lost" if error is None else one_line(error)

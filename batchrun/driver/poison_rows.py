@@ -152,6 +152,6 @@ class PoisonRowSearch:
         self._lost_in_a_row += 1
         if self._lost_in_a_row > most:
             raise TooManyFaults(
-                f"{self._lost_in_a_row} attempts in a row were lost without a finished row, last with {reason}",
+                f"{self._lost_in_a_row} attempts in a row were lost without a finished row; the last one: {reason}",
                 fix="look at the engine's message; the same command tries again",
             )

@@ -24,6 +24,7 @@ from batchrun.output.identity import Identity
 from batchrun.output.layout import Layout
 from batchrun.output.manifest import Manifest
 from batchrun.output.output import Output, layout_of, open_folder
+from batchrun.output.state import State
 from batchrun.prompt.codec import PromptCodec, open_codec
 from batchrun.prompt.row_settings import row_columns
 from batchrun.prompt.template import leading_columns, prompt_columns
@@ -81,6 +82,11 @@ class Prepared:
     def output(self, pinned: Identity) -> Output:
         """The job's output, with what it is pinned to by now."""
         return Output(self.folder, self.job.output, pinned, self.plan, self.layout)
+
+    @cached_property
+    def found(self) -> State:
+        """How far the output was when this was first asked: one listing, before whatever a run adds."""
+        return state.scan(self.folder, self.layout)
 
     @cached_property
     def identity(self) -> Identity:
@@ -162,23 +168,22 @@ def try_prompt(prepared: Prepared) -> None:
         check_sample(builder, all_rows(prepared.job, plan, builder.columns))
 
 
+@first_contact()
 def finished(prepared: Prepared) -> Manifest | None:
     """The manifest of an output that is complete already, for which nothing is to be written, not even a lease.
 
     Raises:
         ChangedError: the output was made from other inputs or another job.
-        OutputError: it has other files, and no run of a job was ever started there.
+        OutputError: it has other files, and no run of a job was ever started there; or it is a file.
     """
     folder = prepared.folder
     if prepared.pinned is None:
         # Whatever is in data/ is somebody else's, and so is the folder: not even a plan is left in it.
-        state.scan(folder, prepared.layout).refuse_foreign(folder)
+        prepared.found.refuse_foreign(folder)
         return None
     compare(prepared, prepared.pinned)
-    written = manifest.read(folder)
-    if written is None or written.failed_folder != prepared.job.output.failed:
-        return None
-    return written if written.describes(state.scan(folder, prepared.layout)) else None
+    written = manifest.current(folder, lambda: prepared.found)
+    return written if written is not None and written.failed_folder == prepared.job.output.failed else None
 
 
 def compare(prepared: Prepared, pinned: Identity) -> None:

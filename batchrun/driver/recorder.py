@@ -159,9 +159,13 @@ class Recorder:
             self._write(patience)
             _import_report().write(self.prepared.job, self.redact)
             self.milestones.reach("report")
+        except StorageError as error:
+            # What ended the run is told by whoever catches it.
+            if error.what != message:
+                log.warning("the run's report could not be written: %s", error)
         except Exception as error:
             # Whatever it is, the answers are there and the run's own outcome stands.
-            log.warning("the run's report could not be written: %s: %s", type(error).__name__, error)
+            log.warning("the run's report could not be written: %s", one_line(error))
 
     def _write_now_and_then(self) -> None:
         while not self._ended.wait(WRITE_EVERY):

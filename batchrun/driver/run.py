@@ -24,14 +24,13 @@ from batchrun.driver.workers import Workers
 from batchrun.engine.processes.standby import Standby
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
-from batchrun.output import identity, lease, manifest, plans, state
+from batchrun.output import identity, lease, manifest, plans
 from batchrun.output.identity import Identity
 from batchrun.output.lease import Lease
 from batchrun.output.manifest import Manifest
 from batchrun.output.output import Output
 from batchrun.report.result import RunResult
 from batchrun.storage import Folder
-from batchrun.storage.folder import first_contact
 from batchrun.telemetry import record
 from batchrun.telemetry.milestones import Milestones
 from batchrun.telemetry.progress import Progress, ProgressCallback, silent
@@ -90,9 +89,7 @@ def _run(
     standby: Sequence[Standby],
 ) -> RunResult:
     prepared = look(job)
-    with first_contact():
-        done = finished(prepared)
-    if done is not None:
+    if (done := finished(prepared)) is not None:
         return result(prepared, done, milestones)
     prepared = settle(prepared)
     with Workers(prepared, client, milestones, standby) as workers:
@@ -143,8 +140,7 @@ def finish(
             done = _conclude(prepared.job, output, dispatch)
         except KeyboardInterrupt:
             # The manifest may have been in its place already.
-            written = manifest.read(prepared.folder)
-            if written is not None and written.describes(state.scan(prepared.folder, prepared.layout)):
+            if (written := manifest.current(prepared.folder, output.scan)) is not None:
                 _decide(prepared, written)
             raise
         _decide(prepared, done)

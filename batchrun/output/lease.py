@@ -156,7 +156,7 @@ def _held(holder: Holder | None, folder: Folder) -> LeaseHeld:
     if holder is None:
         return LeaseHeld("another run has just taken it", folder.name, "run again")
     since = datetime.fromtimestamp(holder.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    what = f"{holder} is writing it since {since}"
+    what = f"{holder} has been writing to it since {since}"
     return LeaseHeld(what, folder.name, "wait for it, or --force if it is gone")
 
 

@@ -7,7 +7,7 @@ after a crash writes the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -193,6 +193,13 @@ def read(folder: Folder) -> Manifest | None:
     except (Damaged, KeyError, TypeError) as error:
         where = folder.where(MANIFEST)
         raise OutputError(f"damaged ({error})", where, "delete it and run again") from error
+
+
+def current(folder: Folder, scan: Callable[[], state.State]) -> Manifest | None:
+    """The manifest where it describes the parts that are there, which are listed only where there is one. Raises as
+    `read`."""
+    written = read(folder)
+    return written if written is not None and written.describes(scan()) else None
 
 
 def job_hashes(output: Output, retries: Sequence[Retry]) -> set[str]:

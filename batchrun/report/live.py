@@ -89,7 +89,7 @@ class View:
     def _facts(self, now: Progress | None) -> Iterator[tuple[str, str]]:
         price = self.job.cluster.price_per_gpu_hour
         if now is None:
-            yield "time", "starting: reads the input, checks the model, starts workers"
+            yield "time", "starting: reading the input, checking the model, starting workers"
             for name in (
                 "rows",
                 "tokens",

@@ -89,7 +89,8 @@ def run_lines(result: RunResult) -> list[str]:
     lines += dict.fromkeys(engine_line(stats) for stats in result.engines)
     lines += sorted({f"note: {note}" for stats in result.engines for note in stats.notes})
     lines.append(milestones_line(result.milestones))
-    lines.append(f"report: {result.output}/{REPORT}")
+    if "report" in result.milestones:
+        lines.append(f"report: {result.output}/{REPORT}")
     return lines
 
 

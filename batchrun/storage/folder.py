@@ -38,15 +38,17 @@ MINIMUM = 1.0
 
 @contextmanager
 def first_contact() -> Iterator[None]:
-    """Inside, what a store forbids is refused: nothing has begun that new credentials would let go on.
+    """Inside, what a store forbids is refused, and so is a file where a folder should be: nothing has begun that could
+    go on later.
 
     Raises:
-        OutputError: credentials are missing or wrong.
+        OutputError: credentials are missing or wrong, or there is such a file.
     """
     try:
         yield
     except StorageError as error:
-        if error.__cause__ is not None and is_unauthorised(error.__cause__):
+        cause = error.__cause__
+        if cause is not None and (is_unauthorised(cause) or isinstance(cause, NotADirectoryError)):
             raise OutputError(error.what, error.where, error.fix) from error
         raise
 
@@ -70,7 +72,7 @@ class Folder:
 
     def where(self, key: str) -> str:
         """The key's full place, for a person's eyes."""
-        return f"{self.name.rstrip('/')}/{key}"
+        return f"{self.name.rstrip('/')}/{key}" if key else self.name
 
     def list(self, prefix: str = "", follow_links: bool = True) -> dict[str, int]:
         """Every key that starts with `prefix`, at any depth, and its size in bytes; never cached.
@@ -210,7 +212,7 @@ class Folder:
             )
         if isinstance(error, NotADirectoryError | FileExistsError):
             return StorageError(
-                "a file has the name of a folder", where, "remove it, or give another output.path"
+                "there is a file where a folder should be", where, "remove it, or give another output.path"
             )
         if isinstance(error, FileNotFoundError) or http_status(error) == 404:
             return StorageError(

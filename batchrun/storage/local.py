@@ -31,12 +31,12 @@ class LocalStore:
         self.root = Path(root)
 
     def find(self, parent: str, follow_links: bool = True) -> dict[str, int]:
-        """See `Store`. A folder that goes away meanwhile has no keys."""
+        """See `Store`. A folder that goes away meanwhile has no keys. Raises NotADirectoryError where it is a file."""
         found: dict[str, int] = {}
         folders = [parent]
         while folders:
             folder = folders.pop()
-            with suppress(*NOT_THERE), os.scandir(self.root / folder) as entries:
+            with suppress(FileNotFoundError), os.scandir(self.root / folder) as entries:
                 for entry in entries:
                     key = f"{folder}/{entry.name}" if folder else entry.name
                     if not follow_links and entry.is_symlink():

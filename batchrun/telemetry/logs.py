@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+from batchrun.errors import StorageError
 from batchrun.telemetry.printable import printable
 from batchrun.telemetry.redact import Redactor
 
@@ -44,16 +45,37 @@ class _Json(logging.Formatter):
         return json.dumps(values)
 
 
+class _ToldOnce(logging.Filter):
+    """Why a store cannot be written to is told once, whatever else is not written for the same cause."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        cause = next((value.what for value in record.args or () if isinstance(value, StorageError)), None)
+        if cause in self._told:
+            return False
+        if cause is not None:
+            self._told.add(cause)
+        return True
+
+
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        # Of another library's warning one has to be told whose it is.
+        name = "" if record.name.partition(".")[0] == log.name else f" {record.name}"
+        record.source = f"{record.levelname.lower()}{name}"
         return printable(super().format(record), newlines=True)
 
 
 def configure(log_format: str, redact: Redactor) -> None:
     """Sends warnings of all libraries to standard error, through `redact`; replaces what was configured before."""
     handler = _StandardError()
-    plain = _Text("%(levelname)s %(name)s: %(message)s")
+    plain = _Text("%(source)s: %(message)s")
     handler.setFormatter(_Json() if log_format == "json" else plain)
+    handler.addFilter(_ToldOnce())
+    # The last one: it leaves no arguments.
     handler.addFilter(redact.filter_record)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     if log_format == "json":

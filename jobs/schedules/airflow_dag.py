@@ -5,6 +5,7 @@ batchrun has to be on the PATH of the Airflow workers; they need no GPU where th
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from datetime import datetime, timedelta
 
@@ -36,7 +37,7 @@ def classify_reviews() -> None:
             except BaseException:
                 process.terminate()  # the task was stopped: let the run stage what it holds
                 raise
-        if code == 4:
+        if code in (4, -signal.SIGKILL):
             raise AirflowException("interrupted; the next try goes on from there")
         if code not in (0, 3):
             raise AirflowFailException(f"batchrun ended with code {code}: trying again would not help")

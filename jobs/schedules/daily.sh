@@ -23,8 +23,8 @@ for ((try = 1; try <= tries; try++)); do
   case $code in
     0) exit 0 ;;
     3) echo "$day: complete, some rows failed: see the error column" >&2; exit 0 ;;
-    4) [[ -z $stopped ]] || exit 4 ;; # told to stop: whoever did so starts it again
-    *) exit "$code" ;;                # 1 and 2 want a person; trying again would not help
+    4 | 137) [[ -z $stopped ]] || exit 4 ;; # interrupted, or killed; told to stop: whoever did so starts it again
+    *) exit "$code" ;;                      # 1 and 2 want a person; trying again would not help
   esac
   ((try < tries)) || break
   sleep "$pause" & child=$!

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.timeout(900)
 def test_a_storm_of_faults_leaves_an_exact_output_and_few_rows_generated_twice(tmp_path):
-    seed = os.environ.get("BATCHRUN_TEST_SEED", str(time.time_ns() % 10**6))
+    seed = os.environ.get("BATCHRUN_TEST_SEED", "7")
     print(f"BATCHRUN_TEST_SEED={seed}")
     words = [sys.executable, "-m", "tests.chaos", "--seed", seed, "--minutes", "0.1", "--keep", str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=880)

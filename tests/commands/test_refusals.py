@@ -86,10 +86,18 @@ def test_a_plan_into_an_output_that_a_run_would_not_touch_is_refused_like_the_ru
     changed = ("plan", job, "--set", "generation.max_new_tokens=8")
     said = refused(*changed, where="max_new_tokens: 64 -> 8", fix="use another output.path")
     assert "it holds answers of another job" in said
-    notes = folder / "notes/data/mine.txt"
-    notes.parent.mkdir(parents=True)
-    notes.write_text("mine")
-    refused("plan", job, "--set", "output.path=notes", where="data/mine.txt", fix="an empty folder")
+    for output in ("out", "notes"):
+        mine = folder / output / "data/mine.txt"
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+        refused("plan", job, "--set", f"output.path={output}", where="data/mine.txt", fix="an empty folder")
+
+
+def test_a_file_in_the_outputs_place_is_refused(tmp_path, tiny_llama):
+    job = write_job(tmp_path, tiny_llama, output={"path": "answers"})
+    (tmp_path / "answers").write_text("mine")
+    for command in ("plan", "run"):
+        refused(command, job, where=f"{tmp_path}/answers: there is a file", fix="another output.path")
 
 
 def test_a_role_that_the_chat_template_leaves_out_is_refused(tmp_path, tiny_llama):

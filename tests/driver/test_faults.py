@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import CancelledError, KilledWorker
+from faulty_engines import SteppingEngine
 from faulty_jobs import ROWS
 
 import batchrun as library
@@ -99,30 +100,34 @@ def test_a_worker_told_to_leave_keeps_what_its_rows_are_so_far(setting):
     long = {"prompt": {"template": "{{ text }}" + " and so on" * 25}, "generation": {"max_new_tokens": 200}}
     one = setting("SteppingEngine", **long)
     staged = one.folder / "out/_job/stage"
-    took = []
+    preempted: list[int] = []
+
+    def steps(process: int) -> int:
+        return sum(line.startswith("tokens") for line in one.processes[process])
 
     def preempt() -> None:
         """Three times in the middle of answers that take ten seconds."""
         for n in range(3):
-            while len(one.processes) <= n or not any(line.startswith("tokens") for line in one.processes[n]):
+            while len(one.processes) <= n or not steps(n):
                 time.sleep(0.1)
             time.sleep(2)
             before = set(staged.rglob("*.partial"))
-            began = time.monotonic()
+            told, began = steps(n), time.monotonic()
             one.cluster.run(terminate, wait=False, on_error="ignore")
             # Not their number: what another partition staged before may be swept in the meantime.
             while not set(staged.rglob("*.partial")) - before:
                 assert time.monotonic() - began < 20
                 time.sleep(0.05)
-            took.append(time.monotonic() - began)
+            preempted.append(told)
 
     thread = threading.Thread(target=preempt, daemon=True)
     thread.start()
     result = one.run()
     thread.join(1)
-    assert len(took) == 3, "preempted three times"
-    # The promise is five seconds; what waits for the answers takes eight.
-    assert max(took) < 7, took
+    assert len(preempted) == 3, "preempted three times"
+    # An engine steps until all is staged, the more slowly the busier the machine is: its steps are the clock.
+    went_on = [steps(n) - told for n, told in enumerate(preempted)]
+    assert max(went_on) * SteppingEngine.STEP < 5, went_on
     assert result.ok == ROWS
     table = answers(one.folder / "out")
     expected = [(text + " and so on" * 25)[:200] for text in dataset(ROWS)["text"].to_pylist()]
@@ -131,7 +136,7 @@ def test_a_worker_told_to_leave_keeps_what_its_rows_are_so_far(setting):
     assert any(line.split()[-1] != "0" for line in lines if " from " in line), "rows went on"
     generated = sum(int([x for x in p if x.startswith("tokens")][-1].split()[1]) for p in one.processes)
     twice = generated - sum(table["output_tokens"].to_pylist())
-    print(f"{twice} tokens generated twice in 3 preemptions, {took} s each until they were staged")
+    print(f"{twice} tokens generated twice in 3 preemptions, {went_on} steps each until they were staged")
     assert twice <= 3 * ROWS * 8
     assert not list(staged.rglob("*")) or not [f for f in staged.rglob("*") if f.is_file()], "swept"
 

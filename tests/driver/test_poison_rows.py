@@ -78,7 +78,7 @@ def test_a_run_in_which_nothing_gets_done_stops_early():
     suspected = PoisonRowSearch()
     for n in range(HOPELESS):
         suspected.lost(n, "a broken kernel", in_flight=3)
-    with pytest.raises(TooManyFaults, match="without a finished row, last with a broken kernel"):
+    with pytest.raises(TooManyFaults, match="without a finished row; the last one: a broken kernel"):
         suspected.lost(HOPELESS, "a broken kernel", in_flight=3)
 
 

@@ -20,6 +20,7 @@ from fleet import fleet
 import batchrun as library
 from batchrun import signals
 from batchrun.commands.clean import clean
+from batchrun.commands.plan import preview
 from batchrun.commands.verify import verify
 from batchrun.errors import (
     ChangedError,
@@ -32,6 +33,7 @@ from batchrun.errors import (
     TooManyFaults,
 )
 from batchrun.job.output import OUTPUT_COLUMNS
+from batchrun.output import state
 from batchrun.output.lease import Lease
 from batchrun.storage import Folder
 from jobs import answers, batchrun, check_complete, dataset, environment, load, start, wait_until, write_job
@@ -269,13 +271,13 @@ def test_a_changed_job_refuses_to_write_and_shows_the_difference(finished, chang
 
 def test_changed_inputs_refuse_to_write_and_show_the_difference(finished):
     before = everything_under(finished / "out")
-    data = (finished / "in.parquet").read_bytes()
+    kept = (finished / "in.parquet").rename(finished / "kept")
     pq.write_table(dataset(ROWS + 1), finished / "in.parquet")
     try:
         with pytest.raises(ChangedError) as caught:
             library.run(load(finished / "job.yaml"))
     finally:
-        (finished / "in.parquet").write_bytes(data)
+        kept.rename(finished / "in.parquet")
     assert "in.parquet" in str(caught.value)
     assert everything_under(finished / "out") == before
 
@@ -292,6 +294,13 @@ def test_an_adapter_that_is_new_or_changed_refuses_to_write(finished, tiny_llama
     adapter = make_adapter(tmp_path / "adapter", tiny_llama)
     with pytest.raises(ChangedError, match=r"model: .* -> .*, adapter /"):
         library.run(load(finished / "job.yaml", f"model.adapter={adapter}"))
+
+
+def test_a_plan_lists_the_output_once(finished, monkeypatch):
+    scan, listings = state.scan, []
+    monkeypatch.setattr(state, "scan", lambda *output: listings.append(output) or scan(*output))
+    assert preview(load(finished / "job.yaml"))["rows_left"] == 0
+    assert len(listings) == 1
 
 
 def test_foreign_files_in_data_are_never_joined_and_never_deleted(tmp_path, tiny_llama):

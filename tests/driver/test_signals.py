@@ -197,7 +197,7 @@ def test_a_stop_is_heard_by_the_worker_that_takes_the_place_of_a_lost_one(tmp_pa
         if "spawn_main" in " ".join(child.cmdline()):
             child.kill()
     assert process.stderr is not None
-    lost = next(line for line in process.stderr if "a lost worker" in line)
+    lost = next(line for line in process.stderr if "its worker was lost" in line)
     assert lost.count("Attempted") == 0, "Dask's own words"
     # What was lost waits for another worker by now.
     time.sleep(0.5)

@@ -14,7 +14,7 @@ from batchrun.driver.dispatch import Dispatch
 from batchrun.driver.prepare import prepare
 from batchrun.errors import StorageError
 from batchrun.telemetry.milestones import Milestones
-from batchrun.telemetry.progress import silent
+from batchrun.telemetry.progress import Progress, silent
 from jobs import load, write_job
 
 
@@ -46,6 +46,13 @@ def wind_up(dispatch: Dispatch) -> str:
 
 def test_what_a_worker_staged_that_left_with_its_receipt_is_counted(stopped: Dispatch) -> None:
     assert wind_up(stopped) == "8 of 60 rows are safe: 0 in 0 of 3 parts, 8 staged"
+
+
+def test_rows_staged_by_attempts_that_have_ended_are_shown_as_done(stopped: Dispatch) -> None:
+    shown: list[Progress] = []
+    stopped.on_progress = shown.append
+    wind_up(stopped)
+    assert shown[-1].rows_done == 3
 
 
 def test_where_the_store_does_not_tell_in_time_no_number_is_said_to_be_all(

@@ -24,7 +24,7 @@ from batchrun.driver.run import run
 from batchrun.driver.workers import Workers
 from batchrun.engine.processes.standby import Standby
 from batchrun.engine.protocol import EngineSpec, EngineStats
-from batchrun.errors import BatchrunError, Refused
+from batchrun.errors import BatchrunError, Refused, StorageError
 from batchrun.model import light
 from batchrun.storage import Folder
 from batchrun.telemetry import record
@@ -168,6 +168,19 @@ def test_what_cannot_be_imported_ahead_is_not_told_by_the_thread_that_tried(
         time.sleep(0.01)
     watching.end("interrupted")
     assert (len(tried), told) == (3, [])
+
+
+@pytest.mark.parametrize(("ended_by", "told"), [("no space left", 0), ("no row is left", 1)])
+def test_what_ended_a_run_is_no_warning_about_its_report_as_well(
+    tmp_path, tiny_llama, monkeypatch, caplog, ended_by, told
+):
+    def is_full(*words: object) -> None:
+        raise StorageError("no space left", str(tmp_path))
+
+    monkeypatch.setattr(record, "write", is_full)
+    watching = recorder.Recorder(look(load(write_job(tmp_path, tiny_llama))), "a" * 32, Milestones())
+    watching.end("interrupted", ended_by)
+    assert len(caplog.messages) == told
 
 
 def test_nobody_elses_workers_are_asked_for_ahead(tmp_path, tiny_llama, monkeypatch):

@@ -25,6 +25,7 @@ from batchrun.engine.layers.experts import (
     expert_layers,
     grouped,
     use_grouped_experts,
+    weighted_sum,
 )
 from batchrun.engine.layers.experts_kernels import Tile
 from batchrun.engine.layers.fp8_experts import Fp8Experts
@@ -115,7 +116,7 @@ def test_a_layer_gives_what_transformers_loop_over_experts_gives(
     monkeypatch.setattr(experts_kernels, "tile_for", lambda *_: TILES[tile])
     if tile == "as they are":
         # As on a GPU without descriptors.
-        monkeypatch.setattr(experts_kernels, "_describable", lambda *_: False)
+        monkeypatch.setattr(experts_kernels, "is_describable", lambda *_: False)
     model = _model(name)
     reference = copy.deepcopy(model)
     reference.set_experts_implementation("eager")
@@ -286,12 +287,12 @@ def test_experts_in_fp8_give_what_their_dequantized_numbers_give(
             Product(getattr(layer, name), None, getattr(layer, f"{name}_scale"))
             for name in ("gate_up_proj", "down_proj")
         ]
-        kernels = grouped(x, ids, weights, *products, layer.gate)
+        kernels = weighted_sum(grouped(x, ids, *products, layer.gate), ids, weights, 11)
     # A hidden number at the middle between two of fp8 may become either.
     assert (plain - kernels).abs().mean() < 2e-3 * wanted.std()
     assert (plain - wanted).abs().mean() < 0.06 * wanted.std()
     ids[0] = 99
-    assert not grouped(x, ids, weights, *products, layer.gate)[0].any()
+    assert not weighted_sum(grouped(x, ids, *products, layer.gate), ids, weights, 11)[0].any()
 
 
 @pytest.mark.parametrize("name", FP8_CONFIGS)

@@ -25,6 +25,7 @@ from batchrun.engine.layers.fp8 import quantize_rows
 from batchrun.engine.paged.attention import cascade, page_kernels, widened_pages
 from batchrun.engine.paged.attention import cascade_kernels as cascade_attention
 from batchrun.engine.paged.attention import decode as decode_attention
+from batchrun.engine.paged.attention import prefill as prefill_attention
 from batchrun.engine.paged.attention.architecture import Layer
 from batchrun.engine.paged.attention.cascade import CascadePlan, CascadePlanner
 from batchrun.engine.paged.attention.flash import FlashAttention
@@ -194,6 +195,18 @@ def test_prefill_is_causal_attention_behind_what_each_row_already_has(
     )
     torch.testing.assert_close(out, expected, **CLOSE)
     pages.assert_equal(reference)
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[1]], ids=["copied by the GPU", "by threads"])
+def test_a_row_of_no_numbers_spoils_no_other_of_its_prefill(layer: Layer) -> None:
+    query, (keys, values) = _random(60, layer.query_heads, layer.head_dim), _own(layer, 60)
+    bounds = _int([0, 17, 40, 60]), _int([17, 23, 20])
+    expected = prefill_attention.prefill(query, keys, values, None, *bounds, 23, layer)
+    keys[17:40] = values[17:40] = float("nan")
+    out = prefill_attention.prefill(query, keys, values, None, *bounds, 23, layer)
+    assert out[17:40].isnan().all()
+    for others in (slice(17), slice(40, 60)):
+        torch.testing.assert_close(out[others], expected[others], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +382,6 @@ def test_kernels_compile_for_gpus_and_fits_their_shared_memory() -> None:
         "_count",
         "_scan",
         "_place",
-        "_weigh",
         "_quantize",
         "_grouped_product",
         "_persistent_product",

@@ -328,11 +328,12 @@ def test_no_shape_is_compiled_twice_and_memory_stays_flat() -> None:
     assert torch.cuda.memory_reserved() < held + (1 << 30)
 
 
+@pytest.mark.parametrize("longest", [[4100, 2500], [700, 600]], ids=["long", "middle"])
 @pytest.mark.parametrize(
     ("heads", "paged"), [(2, False), (4, True), (8, False), (8, True), (16, True), (6, False)]
 )
-def test_attention_of_long_prompts_is_that_of_float32_whatever_lies_between_them(
-    heads: int, paged: bool
+def test_attention_of_longer_prompts_is_that_of_float32_whatever_lies_between_them(
+    heads: int, paged: bool, longest: list[int]
 ) -> None:
     layer = Layer(query_heads=heads, kv_heads=2, head_dim=128, scale=0.09)
     rng = torch.Generator(DEVICE).manual_seed(heads)
@@ -340,7 +341,7 @@ def test_attention_of_long_prompts_is_that_of_float32_whatever_lies_between_them
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=DEVICE, generator=rng).bfloat16()
 
-    new, old = [4100, 2500, 300, 256, 1], [777, 0, 128, 3000, 5] if paged else [0] * 5
+    new, old = [*longest, 300, 256, 1], [777, 0, 128, 3000, 5] if paged else [0] * 5
     stops = [n + o for n, o in zip(new, old, strict=True)]
     query, out = random(sum(new), heads, 128), torch.empty(sum(new), heads, 128, device=DEVICE).bfloat16()
     own = [[random(stop, 2, 128) for stop in stops] for _ in range(2)]

@@ -32,6 +32,7 @@ STAND_IN = """#!/bin/bash
 echo "$(basename "$0") $*" >> "$CALLS"
 read -r code rest <<< "$(cat "$CODES")"
 echo "${rest:-$code}" > "$CODES"
+[[ $code != kill ]] || kill -KILL $$
 [[ $code != wait ]] || { trap 'exit 4' TERM; sleep 60 > /dev/null 2>&1 & wait; }
 exit "$code"
 """
@@ -88,9 +89,11 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
         ("4 3", 0, 2),
         ("4", 4, 5),
         ("4 2", 2, 2),
+        ("kill 0", 0, 2),
+        ("kill", 4, 5),
     ],
 )
-def test_the_script_for_cron_tries_again_after_interruptions_only(
+def test_the_script_for_cron_tries_again_after_interruptions_and_kills_only(
     machine: Machine, codes: str, ends: int, tries: int
 ) -> None:
     assert machine.run(codes, str(SCHEDULES / "daily.sh"), "job.yaml", "2026-01-31") == ends
@@ -129,7 +132,7 @@ def test_the_crontab_has_five_times_and_a_command_that_exists() -> None:
             assert (JOBS.parent / path).exists()
 
 
-@pytest.mark.parametrize(("codes", "ends"), [("0", 0), ("3", 0), ("1", 1), ("2", 2)])
+@pytest.mark.parametrize(("codes", "ends"), [("0", 0), ("3", 0), ("1", 1), ("2", 2), ("kill", 137)])
 def test_a_slurm_array_task_runs_its_own_day(machine: Machine, codes: str, ends: int) -> None:
     env = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "77", "FIRST_DAY": "2026-02-26"}
     assert machine.run(codes, "bash", str(SCHEDULES / "slurm-array.sh"), **env) == ends
@@ -173,7 +176,7 @@ def test_the_cronjobs_command_is_about_the_day_before_its_job_whenever_it_is_tri
     assert "output.path=s3://lake/answers/day=2026-02-28/" in machine.lines()[0]
 
 
-def test_argo_tries_again_after_interruptions_only_and_each_try_is_about_the_same_day(
+def test_argo_tries_again_after_interruptions_and_kills_only_and_each_try_is_about_the_same_day(
     machine: Machine,
 ) -> None:
     flow = yaml.safe_load((SCHEDULES / "argo.yaml").read_text())["spec"]["workflowSpec"]
@@ -182,6 +185,7 @@ def test_argo_tries_again_after_interruptions_only_and_each_try_is_about_the_sam
     assert again == [
         'lastRetry.status == "Error"',
         f"asInt(lastRetry.exitCode) == {int(ExitCode.INTERRUPTED)}",
+        f"asInt(lastRetry.exitCode) == {128 + signal.SIGKILL}",
     ]
     container = template["container"]
     assert container["command"][:4] == ["tini", "-e", str(int(ExitCode.FAILED_ROWS)), "--"]
@@ -234,10 +238,11 @@ def airflow_task(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("code", "raises"), [(0, None), (3, None), (1, FailForGood), (2, FailForGood), (4, Again)]
+    ("code", "raises"),
+    [(0, None), (3, None), (1, FailForGood), (2, FailForGood), (4, Again), ("kill", Again)],
 )
-def test_airflow_tries_again_after_interruptions_only(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, airflow_task: Any, code: int, raises: Any
+def test_airflow_tries_again_after_interruptions_and_kills_only(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, airflow_task: Any, code: int | str, raises: Any
 ) -> None:
     machine.codes.write_text(str(code))
     for name in ("PATH", "CALLS", "CODES"):

@@ -85,10 +85,10 @@ def main() -> None:
                 own = {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": split, "STARTS": not window}
                 report(gpu, name, decode_attention._decode, {**constants, **own, **PLAIN}, 4)
                 if gpu >= FIRST_WITH_FP8:
-                    choices = decode_attention.FP8_BLOCKS
+                    warps = decode_attention.decode_warps(block_d, fp8=True)
+                    choices = decode_attention.FP8_BLOCKS if split else decode_attention.MANY_FP8_BLOCKS
                     block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, block_d, memory)
                     own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages}
-                    warps = decode_attention.decode_warps(block_d, fp8=True)
                     report(gpu, name, decode_attention._decode, {**constants, **own}, warps, FP8)
             if not window and block_m * block_d <= decode_attention.MAX_REST_NUMBERS:
                 ((block_n, num_stages),) = decode_attention.REST_BLOCKS
@@ -111,13 +111,18 @@ def main() -> None:
                 "PACKED_HEADS": prefill_attention.packed_heads(group_size),
             }
             for paged, longest in product((True, False), (100, 8000)):
-                tile = prefill_attention.prefill_tile(head_dim, 2, memory, longest, paged)
-                own = dict(zip(("BLOCK_M", "BLOCK_N", "NUM_STAGES"), tile, strict=False))
-                own |= {"PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
+                described = gpu >= 90 and head_dim == block_d
+                tile = prefill_attention.prefill_tile(head_dim, 2, memory, longest, paged, described)
+                own = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "NUM_STAGES": tile.num_stages}
+                own |= {"DESCRIBED": described, "PAGED": paged, "PAGE_SIZE": 256 if paged else 1}
+                types = {}
+                if described:
+                    types = dict.fromkeys(("keys", "values"), f"tensordesc<bf16[{tile.block_n}, {head_dim}]>")
                 whole = {**constants, **own, **PLAIN, "starts": None, "lse": None}
-                report(gpu, name, prefill_attention._prefill, whole, tile[-1])
+                kernel, turn = prefill_attention._prefill, {"registers": tile.registers, "in_turn": True}
+                report(gpu, name, kernel, whole, tile.num_warps, types, **turn)
                 if paged and not window:
-                    report(gpu, name, prefill_attention._prefill, {**constants, **own, **PLAIN}, tile[-1])
+                    report(gpu, name, kernel, {**constants, **own, **PLAIN}, tile.num_warps, types, **turn)
             if gpu >= FIRST_WITH_FP8:
                 own = {"NUM_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "PAGE_SIZE": 256, "BLOCK_D": block_d}
                 own["BLOCK_H"] = triton.next_power_of_2(num_kv_heads)
@@ -156,7 +161,6 @@ def report_experts(gpu: int, memory: int) -> None:
     report(gpu, "any", expert_groups._count, {"EXPERTS": 128, "CHUNK": 128}, 4)
     report(gpu, "any", expert_groups._scan, {"BLOCK": 256}, 1)
     report(gpu, "any", expert_groups._place, {"EXPERTS": 128, "CHUNK": 128, "BLOCK_M": 64}, 4)
-    report(gpu, "any", experts_kernels._weigh, {"BLOCK": 1024}, 4)
     for rows, transposed, fp8 in product((8, 32, 1000), (False, True), (False, True)):
         if fp8 and (transposed or gpu < 89):
             continue
@@ -262,8 +266,12 @@ def report(
     constants: dict[str, Any],
     warps: int,
     types: dict[str, str] | None = None,
+    registers: int | None = None,
+    in_turn: bool | None = None,
 ) -> None:
-    if not types and not is_its_turn(gpu, model):
+    """Compiles a variant. Those of other types than most are compiled for each GPU, unless it is said that they are
+    `in_turn`."""
+    if (not types if in_turn is None else in_turn) and not is_its_turn(gpu, model):
         return
     signature, attributes = {}, {}
     pointers = POINTERS | (types or {})
@@ -280,7 +288,8 @@ def report(
             attributes[(place,)] = [["tt.divisibility", 16]]
     language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = language(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "maxnreg": registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
     told = {"gpu": gpu, "kernel": kernel.__name__, "model": model, "shared": compiled.metadata.shared}
     print(json.dumps(told), flush=True)
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ import batchrun as library
 from batchrun.counters import Counters
 from batchrun.driver.prepare import prepare
 from batchrun.engine.protocol import EngineStats
-from batchrun.errors import ClusterError
+from batchrun.errors import ClusterError, StorageError
 from batchrun.telemetry import gpu, logs
 from batchrun.telemetry.gpu import Gpu
 from batchrun.telemetry.progress import Progress, WorkerView
@@ -183,19 +183,35 @@ def test_a_port_that_is_taken_is_refused_by_its_key(tmp_path, tiny_llama, cluste
             library.run(load(job), client=cluster)
 
 
-def test_json_log_lines_are_one_object_each_and_keep_secrets(capsys):
+@pytest.fixture
+def logged() -> Iterator[Callable[..., None]]:
+    """Configures logs as a command does."""
+    before = logging.getLogger().handlers[:]
+    yield logs.configure
+    logging.basicConfig(handlers=before, force=True)
+    logging.getLogger("batchrun").setLevel(logging.NOTSET)
+
+
+def test_why_a_store_cannot_be_written_to_is_told_once_in_one_line(capsys, logged):
+    logged("text", Redactor())
+    for what, key in [("no space left", "a"), ("no space left", "b"), ("access denied", "a")]:
+        logging.getLogger("batchrun").warning("%s is lost: %s", key, StorageError(what, f"/out/{key}"))
+    logging.getLogger("some.library").warning("old")
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: a is lost: /out/a: no space left",
+        "warning: a is lost: /out/a: access denied",
+        "warning some.library: old",
+    ]
+
+
+def test_json_log_lines_are_one_object_each_and_keep_secrets(capsys, logged):
     redact = Redactor()
     redact.add(["planted-s3cret"])
-    before = logging.getLogger().handlers[:]
-    try:
-        logs.configure("json", redact)
-        logging.getLogger("some.library").warning("token %s\nin two lines", "planted-s3cret")
-        rates = Rates()
-        rates.add(at(1, 100))
-        logs.progress_event(at(1, 100), rates)
-    finally:
-        logging.basicConfig(handlers=before, force=True)
-        logging.getLogger("batchrun").setLevel(logging.NOTSET)
+    logged("json", redact)
+    logging.getLogger("some.library").warning("token %s\nin two lines", "planted-s3cret")
+    rates = Rates()
+    rates.add(at(1, 100))
+    logs.progress_event(at(1, 100), rates)
     first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert (first["level"], first["message"]) == ("warning", "token ***\nin two lines")
     assert (second["event"], second["rows_done"], second["errors"]) == ("progress", 100, {"NULL_PROMPT": 3})

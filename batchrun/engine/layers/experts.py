@@ -6,6 +6,7 @@ one that is registered here runs the kernels of `experts_kernels`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -106,11 +107,32 @@ def _forward(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     return out
 
 
-@torch.library.custom_op("batchrun::experts", mutates_args=())
-def experts(
+def experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Any, *others: Any) -> Tensor:
+    """The weighted sum of what each token's experts make of it, (tokens, features): see `expert_parts` for what is
+    given, but for the weights, (tokens, experts per token)."""
+    parts = expert_parts(x, expert_ids, gate_up, *others)
+    return weighted_sum(parts, expert_ids, weights, len(gate_up))
+
+
+def weighted_sum(parts: Tensor, expert_ids: Tensor, weights: Tensor, held: int) -> Tensor:
+    """What `expert_parts` gave, of as many experts as are held here, added up in float32 and always in the same order.
+
+    In plain torch, so that a compiled layer adds the sum to its own input while it is at it.
+    """
+    here = (expert_ids >= 0) & (expert_ids < held)
+    # Of experts that are elsewhere nothing was written, and that may be no number.
+    weighted = (
+        weights[:, number, None].float() * parts[:, number].float().where(here[:, number, None], 0.0)
+        for number in range(expert_ids.shape[1])
+    )
+    total: Tensor = functools.reduce(torch.add, weighted)
+    return total.to(parts.dtype)
+
+
+@torch.library.custom_op("batchrun::expert_parts", mutates_args=())
+def expert_parts(
     x: Tensor,
     expert_ids: Tensor,
-    weights: Tensor,
     gate_up: Tensor,
     gate_up_bias: Tensor | None,
     down: Tensor,
@@ -123,14 +145,13 @@ def experts(
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum of what each token's experts make of it; an operator of its own, so that a compiled layer may
-    run with any number of tokens.
+    """What each of a token's experts makes of it; an operator of its own, so that a compiled layer may run with any
+    number of tokens.
 
     Args:
         x: (tokens, features).
         expert_ids: (tokens, experts per token). A pair counts where its expert is one of those that `gate_up` holds: of
-            experts that are divided over several GPUs each adds its own, numbered from 0.
-        weights: (tokens, experts per token).
+            experts that are divided over several GPUs each has its own, numbered from 0.
         gate_up: (experts, 2 * width, features), or `transposed`. gate_up_bias: (experts, 2 * width).
         down: (experts, features, width), or `transposed`. down_bias: (experts, features).
         gate, interleaved, alpha, limit: see `Gate`.
@@ -138,24 +159,24 @@ def experts(
             into a product is then in fp8, too, each row with a scale of its own.
 
     Returns:
-        (tokens, features).
+        (tokens, experts per token, features); of pairs that do not count, anything.
     """
     if transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     if not len(x):
-        return torch.zeros_like(x)
-    x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
+        return x.new_zeros(*expert_ids.shape, x.shape[1])
+    x, expert_ids = x.contiguous(), expert_ids.contiguous()
     first = Product(gate_up, gate_up_bias, gate_up_scale)
     second = Product(down, down_bias, down_scale)
     made = Gate(gate, interleaved, alpha, limit)
     if gate_up_scale is not None and not x.is_cuda:
-        return _one_by_one(x, expert_ids, weights, first, second, made)
-    return grouped(x, expert_ids, weights, first, second, made)
+        return _one_by_one(x, expert_ids, first, second, made)
+    return grouped(x, expert_ids, first, second, made)
 
 
-@experts.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+@expert_parts.register_fake
+def _(x: Tensor, expert_ids: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*expert_ids.shape, x.shape[1])
 
 
 class Product(NamedTuple):
@@ -167,10 +188,8 @@ class Product(NamedTuple):
     scale: Tensor | None
 
 
-def grouped(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, first: Product, second: Product, gate: Gate
-) -> Tensor:
-    """`experts` by our kernels; all tensors but the weights contiguous."""
+def grouped(x: Tensor, expert_ids: Tensor, first: Product, second: Product, gate: Gate) -> Tensor:
+    """`expert_parts` by our kernels; `x` and `expert_ids` contiguous."""
     from batchrun.engine.layers import experts_kernels as kernels
     from batchrun.engine.layers.expert_groups import group_by_expert
 
@@ -189,20 +208,17 @@ def grouped(
         rows, second.weight, second.bias, parts, groups, tile, per_token,
         x_scale=scale, weight_scale=second.scale,
     )  # fmt: skip
-    return kernels.weigh(parts, expert_ids, weights, held)
+    return parts.view(*expert_ids.shape, -1)
 
 
-def _one_by_one(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, first: Product, second: Product, gate: Gate
-) -> Tensor:
+def _one_by_one(x: Tensor, expert_ids: Tensor, first: Product, second: Product, gate: Gate) -> Tensor:
     """The same numbers on a CPU, which has no products of fp8."""
-    out = torch.zeros_like(x, dtype=torch.float32)
+    parts = x.new_zeros(*expert_ids.shape, x.shape[1])
     for expert in range(len(first.weight)):
         tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
         columns = gate(_product(x[tokens], first, expert)).to(x.dtype)
-        part = _product(columns, second, expert) * weights[tokens, places, None].float()
-        out.index_add_(0, tokens, part)
-    return out.to(x.dtype)
+        parts[tokens, places] = _product(columns, second, expert).to(x.dtype)
+    return parts
 
 
 def _product(x: Tensor, product: Product, expert: int) -> Tensor:

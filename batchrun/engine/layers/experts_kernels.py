@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from batchrun.engine.layers.descriptors import is_describable
 from batchrun.engine.layers.expert_groups import Groups
 from batchrun.engine.layers.experts_persistent import persistent_product
 from batchrun.engine.layers.fp8 import FP8, FP8_MAX
@@ -257,8 +258,8 @@ def grouped_product(
     """
     _, columns, features = weight.shape
     num_tiles = groups.tiles.shape[1]
-    described = not interleaved and _describable(weight, tile)
-    if described and not gate and bias is None and _describable(x, tile):
+    described = not interleaved and not tile.swapped and is_describable(weight)
+    if described and not gate and bias is None and is_describable(x):
         blocks = _descriptor(weight, tile, 1)
         persistent_product(
             x, weight, blocks, out, groups, tile.rows, tile.warps, tile.stages, x_scale, weight_scale
@@ -274,15 +275,6 @@ def grouped_product(
         BLOCK_N=tile.columns, BLOCK_K=tile.features, NUM_STAGES=tile.stages,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps,
     )  # fmt: skip
-
-
-def _describable(numbers: Tensor, tile: Tile) -> bool:
-    """Whether a GPU copies blocks of them by itself (Hopper's tensor memory accelerator), which spares the threads
-    their addresses: it wants those of a row side by side."""
-    if numbers.is_cuda and torch.cuda.get_device_capability(numbers.device)[0] != 9:
-        return False
-    apart = (stride * numbers.itemsize % 16 for stride in numbers.stride()[:-1])
-    return not tile.swapped and numbers.stride(-1) == 1 and not any(apart) and numbers.data_ptr() % 16 == 0
 
 
 def _descriptor(weight: Tensor, tile: Tile, parts: int) -> TensorDescriptor:
@@ -310,35 +302,3 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     out, scale = torch.empty_like(x, dtype=FP8), torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     _quantize[(rows,)](x, out, scale, width, MOST=FP8_MAX, BLOCK=triton.next_power_of_2(width), num_warps=4)
     return out, scale
-
-
-@triton.jit(do_not_specialize=["num_experts"])
-def _weigh(parts, expert_ids, weights, out, per_token, num_experts, width, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < width
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for number in range(0, per_token):
-        pair = token * per_token + number
-        expert = tl.load(expert_ids + pair)
-        if (expert >= 0) & (expert < num_experts):
-            part = tl.load(parts + pair * width + column, mask=mask, other=0.0).to(tl.float32)
-            acc += tl.load(weights + pair).to(tl.float32) * part
-    tl.store(out + token * width + column, acc.to(out.dtype.element_ty), mask=mask)
-
-
-def weigh(parts: Tensor, expert_ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """(tokens, width): the sum of a token's parts times their weights, in float32, always in the same order.
-
-    Args:
-        parts: (tokens * experts per token, width), contiguous; those of experts that are not here are not read.
-        expert_ids, weights: (tokens, experts per token), contiguous.
-    """
-    tokens, per_token = expert_ids.shape
-    width = parts.shape[1]
-    out = torch.empty((tokens, width), dtype=parts.dtype, device=parts.device)
-    block = min(1024, triton.next_power_of_2(width))
-    _weigh[(tokens, triton.cdiv(width, block))](
-        parts, expert_ids, weights, out, per_token, experts, width, BLOCK=block, num_warps=4
-    )
-    return out

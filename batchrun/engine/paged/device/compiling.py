@@ -48,12 +48,20 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     forward = torch.compile(forward, fullgraph=True)
     called = False
 
+    def compile_and_call(hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+        # Imported once it is needed: it takes a second.
+        from batchrun.engine.paged.device.reductions import read_once
+
+        for argument in (hidden, *arguments, *named.values()):
+            _mark(argument, hidden.shape[1])
+        with read_once():
+            return forward(hidden, *arguments, **named)
+
     def call(hidden: Tensor, *arguments: Any, **named: Any) -> Any:
         nonlocal called
         if not called:
-            for argument in (hidden, *arguments, *named.values()):
-                _mark(argument, hidden.shape[1])
             called = True
+            return compile_and_call(hidden, *arguments, **named)
         return forward(hidden, *arguments, **named)
 
     return call
