@@ -1,6 +1,6 @@
 """The README's picture of the live view, taken of the quickstart job half-way through.
 
-    python -m tests.measure.live_picture jobs/images/live.svg [--rows 1000]
+    python -m tests.measure.live_picture jobs/images/live.svg [--rows 2000]
 
 On a quiet machine, whose speeds the picture shows.
 """
@@ -33,7 +33,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=2000)
     args = parser.parse_args()
     half = threading.Event()
     with tempfile.TemporaryDirectory() as scratch:
