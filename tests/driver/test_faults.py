@@ -206,6 +206,8 @@ def test_a_task_whose_receipts_left_with_its_worker_is_done_again(tmp_path, tiny
 
 def test_a_receipt_that_left_with_its_worker_is_not_waited_for_beyond_a_stop(tmp_path, tiny_llama, caplog):
     """Dask begins the task anew meanwhile, which may take as long as the partition did."""
+    # Dask turns pytest's own handlers off while a cluster is up.
+    caplog.set_level("WARNING")
     stop, done = threading.Event(), threading.Event()
 
     class BegunAnew:

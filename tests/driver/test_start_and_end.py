@@ -177,6 +177,8 @@ def test_what_ended_a_run_is_no_warning_about_its_report_as_well(
     def is_full(*words: object) -> None:
         raise StorageError("no space left", str(tmp_path))
 
+    # Dask turns pytest's own handlers off while a cluster is up.
+    caplog.set_level("WARNING")
     monkeypatch.setattr(record, "write", is_full)
     watching = recorder.Recorder(look(load(write_job(tmp_path, tiny_llama))), "a" * 32, Milestones())
     watching.end("interrupted", ended_by)
