@@ -292,11 +292,13 @@ def bench(
 
 def _refuse_unused(context: typer.Context, job_file: Path | None, overrides: list[str]) -> None:
     """What a bench with a job takes from the job, and what changes a job where there is none."""
-    if job_file is None and overrides:
-        raise JobError("--set is for a job's keys, and no job is given", "bench", "add the job file")
+    if job_file is None:
+        if overrides:
+            raise JobError("--set is for a job's keys, and no job is given", "bench", "add the job file")
+        return
     for option in ("model", "workload", "shape", "quantization", "cache_dtype", "gpus"):
         source = context.get_parameter_source(option)
-        if job_file is not None and source is not None and source.name == "COMMANDLINE":
+        if source is not None and source.name == "COMMANDLINE":
             name = option.replace("_", "-")
             fix = "leave it out, or change the job by --set, such as --set model.name=org/name"
             raise JobError(f"--{name} is for a bench without a job", "bench", fix)

@@ -86,10 +86,11 @@ def main() -> None:
                 report(gpu, name, decode_attention._decode, {**constants, **own, **PLAIN}, 4)
                 if gpu >= FIRST_WITH_FP8:
                     warps = decode_attention.decode_warps(block_d, fp8=True)
-                    choices = decode_attention.FP8_BLOCKS if split else decode_attention.MANY_FP8_BLOCKS
-                    block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, block_d, memory)
-                    own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages}
-                    report(gpu, name, decode_attention._decode, {**constants, **own}, warps, FP8)
+                    many = () if split else (decode_attention.MANY_FP8_BLOCKS,)
+                    for choices in (*many, decode_attention.FP8_BLOCKS):
+                        block_n, num_stages = online_softmax.fitting_blocks(choices, block_m, block_d, memory)
+                        own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages}
+                        report(gpu, name, decode_attention._decode, {**constants, **own}, warps, FP8)
             if not window and block_m * block_d <= decode_attention.MAX_REST_NUMBERS:
                 ((block_n, num_stages),) = decode_attention.REST_BLOCKS
                 own |= {"BLOCK_N": block_n, "NUM_STAGES": num_stages, "SPLIT_KV": False, "STARTS": True}

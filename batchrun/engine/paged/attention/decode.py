@@ -38,7 +38,7 @@ FP8_BLOCKS = ((128, 2), (64, 2), (32, 2), (16, 1))
 # So many sequences are short, and most of them end within a smaller block. With 16 query heads, blocks as above and
 # these: 1,500 of 70 to 320 tokens 194 and 165; 1,100 of 260 to 500 253 and 230; 560 of 460 to 700 187 and 181; but 200
 # of 4,000 to 24,000 965 and 994.
-MANY_FP8_BLOCKS, _MANY = ((64, 2), (32, 2), (16, 1)), 4096
+MANY_FP8_BLOCKS, _MANY = FP8_BLOCKS[1:], 4096
 
 _MIN_UNSPLIT_BLOCKS = 1280
 """Blocks of threads from which a decode step is not split any further. On an H100, 60 sequences of about 8,000 tokens
